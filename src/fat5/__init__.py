@@ -1,0 +1,39 @@
+"""FAT5 (Flash Attention T5): pretrain, fine-tune, run and convert T5-family encoder-decoder models, fast."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Each name is imported when first used, so that `import fat5` stays light and needs neither a GPU nor Triton.
+_HOMES = {
+    "FAT5Config": "fat5.model",
+    "FAT5ForConditionalGeneration": "fat5.model",
+}
+
+if TYPE_CHECKING:
+    from fat5 import data, errors, model, ops, optim, train
+    from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+
+__all__ = [
+    "FAT5Config",
+    "FAT5ForConditionalGeneration",
+    "data",
+    "errors",
+    "model",
+    "ops",
+    "optim",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in ("data", "errors", "model", "ops", "optim", "train"):
+        return import_module(f"fat5.{name}")
+    raise AttributeError(f"module 'fat5' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,63 @@
+"""`fat5 VERB …`: finds the verb's file and runs it. Imports nothing heavy, so `fat5 --help` answers at once."""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+VERBS = {
+    "demo": "the whole chain on the French sample: tokenizer, shards, pretraining, plot, samples",
+    "tokenizer": "train a tokenizer on your text",
+    "prepare": "turn text into verified token shards",
+    "pretrain": "pretrain an encoder-decoder on token shards with the UL2 mixture",
+    "evaluate": "loss and accuracy of a model, by denoiser",
+    "generate": "infill, continue or transform text with a model",
+    "plot": "draw and compare runs",
+    "audit": "show what the model sees: examples, lengths, rates, fill",
+    "doctor": "check this machine and a configuration; print the memory plan",
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        "usage: fat5 VERB [--config FILE.yaml] [--key value …]\n\n"
+        "Pretrain, run and convert T5-family encoder-decoder models.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "`fat5 VERB --help` lists every key of a verb. Start with `fat5 demo --output_dir demo`."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"fat5 {version('fat5')}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1)
+        meant = f"Did you mean `fat5 {near[0]}`?" if near else "`fat5 --help` lists the verbs."
+        print(f"fat5: no verb {verb!r}. {meant}", file=sys.stderr)
+        return 2
+    from fat5.errors import FAT5Error
+
+    try:
+        return import_module(f"fat5.cli.{verb}").main(rest) or 0
+    except FAT5Error as error:
+        print(f"fat5 {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fat5 {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

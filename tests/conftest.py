@@ -1,0 +1,16 @@
+"""Every test: one torch thread, no hub, and no accident with the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_every_time() -> None:
+    torch.manual_seed(0)
