@@ -1,7 +1,9 @@
 """From a function's signature to a verb's command line and YAML file, with jsonargparse."""
 
-import os
+import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -9,6 +11,9 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from fat5.errors import ConfigurationError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# A recipe is a page of text; a larger "configuration" is some other file given by mistake, or an attack on the parser.
+LARGEST_CONFIGURATION = 1 << 20
 
 
 def parse(
@@ -31,26 +36,87 @@ def parse(
     """
     positional = positional or {}
     parser = ArgumentParser(
-        prog=f"fat5 {verb}", description=(signature.__doc__ or "").split("\n\n")[0], exit_on_error=False
+        prog=f"fat5 {verb}",
+        description=(signature.__doc__ or "").split("\n\n")[0],
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
-        parser.add_argument(name, nargs=nargs, help=f"{name.replace('_', ' ')}")
+        parser.add_argument(name, nargs=nargs, help=_parameter_help(signature, name))
+    _check_configuration_files(argv)
     try:
         namespace = parser.parse_args(list(argv))
         values = parser.instantiate_classes(namespace)
-    except ArgumentError as error:
-        raise ConfigurationError(_one_line(str(error)), hint=f"`fat5 {verb} --help` lists the keys") from error
+    except ConfigurationError:
+        raise
+    except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
+        message = _one_line(str(error))
+        raise ConfigurationError(message, hint=_hint(message, parser, verb)) from error
     return {key: value for key, value in values.items() if key != "config"}
+
+
+def _check_configuration_files(argv: Sequence[str]) -> None:
+    """Names what is wrong with a configuration file before the YAML parser meets it."""
+    words = list(argv)
+    named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for name in named:
+        path = Path(name)
+        if not path.is_file():
+            near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+            hint = f"Did you mean {path.parent / near[0]}?" if near else "The shipped recipes are in configs/"
+            raise ConfigurationError("no such configuration file", where=name, hint=hint)
+        if path.stat().st_size > LARGEST_CONFIGURATION:
+            raise ConfigurationError("too large for a configuration (over 1 MiB)", where=name, hint="Give a YAML recipe")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error
+        _check_yaml(text, name)
+
+
+def _check_yaml(text: str, name: str) -> None:
+    import yaml
+
+    try:
+        # Aliases are refused: a recipe needs none, and nested ones expand without bound.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigurationError("YAML aliases (*name) are not read", where=name, hint="Write the value out")
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        problem = getattr(error, "problem", None) or "too deeply nested, or not YAML"
+        raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Mend that line") from error
+    if not isinstance(document, dict):
+        raise ConfigurationError("holds no keys", where=name, hint="A recipe is `key: value` lines")
+
+
+def _parameter_help(signature: Callable[..., Any], name: str) -> str:
+    found = re.search(rf"^\s+{name}: (.+)$", signature.__doc__ or "", re.MULTILINE)
+    return found.group(1) if found else name
+
+
+def _hint(message: str, parser: ArgumentParser, verb: str) -> str:
+    lists = f"`fat5 {verb} --help` lists the keys"
+    unknown = re.search(
+        r"unrecognized arguments: --(?P<flag>[\w.]+)|[Oo]ption '(?P<key>[\w.]+)' is not accepted"
+        r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'",
+        message,
+    )
+    if not unknown:
+        return lists
+    found = unknown.groupdict()
+    asked = found["flag"] or found["key"] or f"{found['group']}.{found['member']}"
+    keys = [action.dest for action in parser._actions]
+    near = get_close_matches(asked, keys, n=1)
+    return f"Did you mean {near[0]}? {lists}" if near else lists
 
 
 def _one_line(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return "; ".join(lines).rstrip(".")[:600]
-
-
-def is_tty() -> bool:
-    """True where progress bars and colours help rather than fill a log."""
-    return os.isatty(2)
+    return re.sub(r":;", ":", "; ".join(lines)).rstrip(".")[:600]

@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. Each makes .venv first, with the pinned set of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUTPUT ?= demo
+
+.PHONY: demo test test-slow lint format bench clean help
+
+help:
+	@echo "make demo       set up, then the whole chain on the French sample, into $(OUTPUT)/ (about six minutes)"
+	@echo "make test       set up, then the test suite"
+	@echo "make test-slow  the tests that take minutes (twenty kills, Ray, inductor)"
+	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make bench      every benchmark; results go to benchmarks/results/"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FAT5 needs Python 3.11 or newer; say which with `make PYTHON=python3.11 …`")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fat5 demo --config configs/demo.yaml --output_dir $(OUTPUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	for file in benchmarks/*.py; do case $$file in */measure.py|*/gpu_*) ;; *) $(BIN)/python $$file || exit 1 ;; esac; done
+
+clean:
+	rm -rf $(VENV) demo build dist

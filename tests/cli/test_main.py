@@ -1,0 +1,52 @@
+"""`fat5` itself: verbs, exit codes, and that help needs nothing heavy."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from fat5.cli.main import VERBS, main
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
+def test_help_lists_every_verb(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+
+
+def test_unknown_verb_suggests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "Did you mean `fat5 pretrain`?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_explains_each_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        import_module(f"fat5.cli.{verb}").main(["--help"])
+    assert stopped.value.code == 0
+    assert f"fat5 {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_an_unknown_key_with_exit_code_2(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--no_such_key", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fat5 {verb}: ")
+    assert err.count("\n") == 1
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from fat5.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_import_fat5_needs_no_torch() -> None:
+    code = "import sys, fat5; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fat5 0.")

@@ -1,0 +1,87 @@
+"""The command line and the YAML file: what works, and one clear line for what does not."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fat5.cli.parsing import LARGEST_CONFIGURATION, parse
+from fat5.errors import ConfigurationError
+
+
+@dataclass
+class Optimizer:
+    """An optimizer."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+
+
+@dataclass
+class Recipe:
+    """A recipe."""
+
+    output_dir: str
+    """Where to write."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """The optimizer."""
+    steps: int | None = None
+    """How many."""
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("output_dir: a\noptimizer:\n  lr: 0.5\nsteps: 3\n")
+    values = parse(Recipe, ["--config", str(file), "--steps", "4"], "pretrain")
+    assert values == {"output_dir": "a", "optimizer": Optimizer(lr=0.5), "steps": 4}
+
+
+def test_a_function_with_positional_words() -> None:
+    def plot(runs: list[str], width: int = 3) -> None:
+        """Draws.
+
+        Args:
+            runs: folders.
+            width: inches.
+        """
+
+    assert parse(plot, ["a", "b", "--width", "5"], "plot", positional={"runs": "+"}) == {"runs": ["a", "b"], "width": 5}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("optimizer:\n  lrr: 1\noutput_dir: a\n", "Did you mean optimizer.lr?"),
+        ("output_dir: a\nstep: 1\n", "Did you mean steps?"),
+        ("output_dir: a\nsteps: many\n", "steps"),
+        ("steps: 1\n", "output_dir"),
+        ("a: [1\nb: 2", "recipe.yaml:2: not valid YAML"),
+        ("a: &x [1]\nb: [*x, *x]\n", "aliases"),
+        ("just words", "holds no keys"),
+        ("", "holds no keys"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("[" * 100_000, "YAML"),
+    ],
+    ids=["nested-typo", "typo", "type", "missing", "syntax", "alias", "text", "empty", "python-tag", "deep"],
+)
+def test_a_bad_file_gets_one_line(tmp_path: Path, yaml: str, said: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml)
+    with pytest.raises(ConfigurationError) as caught:
+        parse(Recipe, ["--config", str(file)], "pretrain")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_junk_huge_and_absent_files_are_named(tmp_path: Path) -> None:
+    junk, huge = tmp_path / "junk.yaml", tmp_path / "huge.yaml"
+    junk.write_bytes(b"\x00\xff\xfe")
+    huge.write_text("# " + "x" * LARGEST_CONFIGURATION)
+    for file, said in [(junk, "UTF-8"), (huge, "too large"), (tmp_path / "hug.yaml", "Did you mean")]:
+        with pytest.raises(ConfigurationError, match=said):
+            parse(Recipe, [f"--config={file}"], "pretrain")
+
+
+def test_an_unknown_flag_suggests_the_near_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"Did you mean optimizer\.lr\?"):
+        parse(Recipe, ["--output_dir", "a", "--optimizer.lrr", "1"], "pretrain")
