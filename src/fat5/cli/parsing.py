@@ -14,6 +14,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # A recipe is a page of text; a larger "configuration" is some other file given by mistake, or an attack on the parser.
 LARGEST_CONFIGURATION = 1 << 20
+DEEPEST_CONFIGURATION = 32
 
 
 def parse(
@@ -81,9 +82,14 @@ def _check_yaml(text: str, name: str) -> None:
     import yaml
 
     try:
-        # Aliases are refused: a recipe needs none, and nested ones expand without bound.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigurationError("YAML aliases (*name) are not read", where=name, hint="Write the value out")
+        # A recipe needs no aliases, which expand without bound, and no depth, which PyYAML reads in quadratic time.
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigurationError("YAML aliases (*name) are not read", where=name, hint="Write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_CONFIGURATION:
+                raise ConfigurationError("YAML nested too deeply", where=name, hint="Give a YAML recipe")
         document = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigurationError):
