@@ -31,7 +31,7 @@ class Recipe:
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text("output_dir: a\noptimizer:\n  lr: 0.5\nsteps: 3\n")
+    file.write_text("output_dir: a\noptimizer:\n  lr: 5e-1\nsteps: 3\n")
     values = parse(Recipe, ["--config", str(file), "--steps", "4"], "pretrain")
     assert values == {"output_dir": "a", "optimizer": Optimizer(lr=0.5), "steps": 4}
 
@@ -85,3 +85,11 @@ def test_junk_huge_and_absent_files_are_named(tmp_path: Path) -> None:
 def test_an_unknown_flag_suggests_the_near_one() -> None:
     with pytest.raises(ConfigurationError, match=r"Did you mean optimizer\.lr\?"):
         parse(Recipe, ["--output_dir", "a", "--optimizer.lrr", "1"], "pretrain")
+
+
+def test_a_recipe_has_a_section_a_verb(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("tokenizer: {vocab_size: 5}\npretrain: {output_dir: a, steps: 7}\n")
+    assert parse(Recipe, ["--config", str(file)], "pretrain")["steps"] == 7
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        parse(Recipe, ["--config", str(file)], "plot")

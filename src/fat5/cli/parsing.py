@@ -1,5 +1,6 @@
 """From a function's signature to a verb's command line and YAML file, with jsonargparse."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -8,6 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from fat5.cli.main import VERBS
 from fat5.errors import ConfigurationError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -46,9 +48,9 @@ def parse(
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
         parser.add_argument(name, nargs=nargs, help=_parameter_help(signature, name))
-    _check_configuration_files(argv)
+    argv = _read_recipes(argv, verb)
     try:
-        namespace = parser.parse_args(list(argv))
+        namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)
     except ConfigurationError:
         raise
@@ -58,27 +60,40 @@ def parse(
     return {key: value for key, value in values.items() if key != "config"}
 
 
-def _check_configuration_files(argv: Sequence[str]) -> None:
-    """Names what is wrong with a configuration file before the YAML parser meets it."""
-    words = list(argv)
-    named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
-    named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    for name in named:
-        path = Path(name)
-        if not path.is_file():
-            near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-            hint = f"Did you mean {path.parent / near[0]}?" if near else "The shipped recipes are in configs/"
-            raise ConfigurationError("no such configuration file", where=name, hint=hint)
-        if path.stat().st_size > LARGEST_CONFIGURATION:
-            raise ConfigurationError("too large for a configuration (over 1 MiB)", where=name, hint="Give a YAML recipe")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error
-        _check_yaml(text, name)
+def _read_recipes(argv: Sequence[str], verb: str) -> list[str]:
+    """Checks each `--config FILE` before the parser meets it, and puts this verb's section in its place.
+
+    A recipe whose top-level keys are all verbs (`tokenizer:`, `prepare:`, `pretrain:`) serves each of them; a verb
+    without a section of its own (`demo`) reads the whole.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for i, word in enumerate(words[:-1]):
+        if word == "--config":
+            recipe = _read_yaml(words[i + 1])
+            sectioned = all(key in VERBS and isinstance(value, dict) for key, value in recipe.items())
+            if sectioned and verb in recipe:
+                recipe = recipe[verb]
+            words[i + 1] = json.dumps(recipe, default=str)
+    return words
 
 
-def _check_yaml(text: str, name: str) -> None:
+def _read_yaml(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.exists() or path.is_dir():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "The shipped recipes are in configs/"
+        raise ConfigurationError("no such configuration file", where=name, hint=hint)
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_CONFIGURATION + 1)
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error
+    if len(text) > LARGEST_CONFIGURATION:
+        raise ConfigurationError("too large for a configuration (over 1 MiB)", where=name, hint="Give a YAML recipe")
+    return _check_yaml(text, name)
+
+
+def _check_yaml(text: str, name: str) -> dict[str, Any]:
     import yaml
 
     try:
@@ -100,6 +115,7 @@ def _check_yaml(text: str, name: str) -> None:
         raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Mend that line") from error
     if not isinstance(document, dict):
         raise ConfigurationError("holds no keys", where=name, hint="A recipe is `key: value` lines")
+    return document
 
 
 def _parameter_help(signature: Callable[..., Any], name: str) -> str:
