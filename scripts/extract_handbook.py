@@ -63,9 +63,8 @@ class _PageParser(HTMLParser):
         if tag == "div" and "para" in classes:
             paragraph = Paragraph()
             self.page.paragraphs.append(paragraph)
-        kind = (
-            "skip" if tag in SKIPPED else "reference" if "xref" in classes else "block" if tag in BLOCKS else "inline"
-        )
+        block = tag in BLOCKS or tag in SKIPPED
+        kind = "block" if block else "reference" if "xref" in classes else "inline"
         self._open.append((tag, kind, paragraph))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
