@@ -1,0 +1,280 @@
+"""AdamWScale: AdamW whose step is scaled by the RMS of each weight matrix, as Adafactor's "relative step" does.
+
+For a weight w with gradient g, at step t (counted from 1):
+
+    m ← β₁ m + (1 − β₁) g                       v ← β₂ v + (1 − β₂) g²
+    s = max(1e-3, RMS(w))                       w ← w − lr·λ·w − lr·s · m̂ / (√v̂ + ε)
+
+with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) (Loshchilov and Hutter 2019, algorithm 2, with the scale of Shazeer and
+Stern 2018, section 8). T5's matrices have very unequal sizes; the scale lets one learning rate serve them all.
+The weight decay λ is decoupled and not scaled.
+
+Three implementations of the same arithmetic: single tensor (the specification), foreach (few kernels for many
+tensors), and fused (one pass a tensor, float32 only). None of them reads a device value on the host.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 1e-3
+"""The least scale of a step: a matrix that starts at zero must be able to move (Adafactor's ε₂)."""
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+BUCKET_ELEMENTS = 2**26
+"""Elements the foreach path handles at once; bounds its float32 temporaries to a few hundred MB."""
+
+
+class AdamWScale(torch.optim.Optimizer):
+    """AdamW with its step scaled by max(1e-3, RMS(weight)) of each matrix.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the relative learning rate: 2e-2 moves a weight by about 2% of its matrix's RMS in a step.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay; a step multiplies the weights by 1 − lr·weight_decay.
+        foreach: many tensors a kernel. None: whenever the fused path does not apply.
+        fused: one pass a tensor, for float32 weights and moments without Kahan. None: wherever it applies.
+        kahan: keep the rounding error of each weight and add it back at the next step. None: for bf16 and fp16 weights.
+        state_dtype: dtype of the first moment. None: float32 for bf16 and fp16 weights, else that of the weight. The
+            second moment is never narrower than float32: it moves by 1 − β₂ = 0.1% a step, less than bf16 can resolve.
+
+    Raises:
+        ValueError: an argument out of range, or `fused` and `foreach` both asked for.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        kahan: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        if foreach and fused:
+            raise ValueError("foreach and fused exclude each other: choose one")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
+        self._foreach, self._fused, self._kahan, self._state_dtype = foreach, fused, kahan, state_dtype
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        if fused:
+            for weight in self._weights():
+                if not self._can_fuse(weight):
+                    raise ValueError(f"fused needs float32 weights and moments without Kahan, got {weight.dtype}")
+
+    @property
+    def skips_on_device(self) -> bool:
+        """True if a step honours `self.found_inf` (a float32 scalar on the device; non-zero leaves all untouched)."""
+        return all(self._uses_fused(weight) for weight in self._weights())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None and weight.numel()]
+            fused = [weight for weight in weights if self._uses_fused(weight)]
+            rest = [weight for weight in weights if not self._uses_fused(weight)]
+            if found_inf is not None and rest:
+                raise RuntimeError("found_inf is honoured by the fused path only; check the flag before step()")
+            for weight in weights:
+                self._prepare(weight)
+            _fused_step(fused, self.state, group, found_inf)
+            if self._foreach is False:
+                for weight in rest:
+                    _single_step(weight, self.state[weight], group)
+            else:
+                for bucket in _buckets(rest, self.state):
+                    _foreach_step(bucket, [self.state[weight] for weight in bucket], group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the moments in the dtype they were saved in (torch's own would cast them to the weight's)."""
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, weight in zip(saved_ids, self._weights(), strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                device = torch.device("cpu") if key == "step" and not self._uses_fused(weight) else weight.device
+                self.state[weight][key] = value.detach().to(device, copy=True)
+
+    def _weights(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _compensates(self, weight: Tensor) -> bool:
+        return weight.dtype in LOW_PRECISION if self._kahan is None else self._kahan
+
+    def _moment_dtype(self, weight: Tensor) -> torch.dtype:
+        return self._state_dtype or (torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype)
+
+    def _can_fuse(self, weight: Tensor) -> bool:
+        exact = weight.dtype == torch.float32 == self._moment_dtype(weight) and not self._compensates(weight)
+        return exact and weight.device.type in ("cpu", "cuda")
+
+    def _uses_fused(self, weight: Tensor) -> bool:
+        if self._fused is None:
+            return not self._foreach and self._foreach is None and self._can_fuse(weight)
+        return self._fused
+
+    def _prepare(self, weight: Tensor) -> None:
+        state = self.state[weight]
+        if state:
+            return
+        # The fused kernel needs the count beside the weight; elsewhere a host count spares a synchronisation.
+        state["step"] = torch.zeros((), device=weight.device if self._uses_fused(weight) else "cpu")
+        state["exp_avg"] = torch.zeros_like(
+            weight, dtype=self._moment_dtype(weight), memory_format=torch.preserve_format
+        )
+        second = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
+        state["exp_avg_sq"] = torch.zeros_like(weight, dtype=second, memory_format=torch.preserve_format)
+        if self._compensates(weight):
+            state["compensation"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+
+
+def _single_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """The specification: one weight, written as in the module's docstring."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    state["step"] += 1
+    correction1, correction2 = _bias_corrections(state["step"].item(), beta1, beta2)
+    work = state["exp_avg_sq"].dtype
+    grad, wide = weight.grad.to(work), weight.to(work)  # type: ignore[union-attr]
+    scale = (wide.norm() / math.sqrt(weight.numel())).clamp_min(MIN_SCALE)
+    exp_avg = state["exp_avg"].to(work).lerp(grad, 1 - beta1)
+    state["exp_avg"].copy_(exp_avg)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = state["exp_avg_sq"].sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
+    update = exp_avg.div_(root).mul_(scale).mul_(-lr / correction1)
+    update.add_(wide, alpha=-lr * group["weight_decay"])
+    if "compensation" in state:
+        update.add_(state["compensation"])
+        weight.copy_(wide + update)
+        state["compensation"].copy_(update - (weight.to(work) - wide))
+    else:
+        weight.copy_(wide + update)
+
+
+def _foreach_step(weights: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+    """The same for weights of one device, dtype and count, in few kernels."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    for state in states:
+        state["step"] += 1
+    correction1, correction2 = _bias_corrections(states[0]["step"].item(), beta1, beta2)
+    moments = [state["exp_avg"] for state in states]
+    seconds = [state["exp_avg_sq"] for state in states]
+    work = seconds[0].dtype
+    grads = [weight.grad.to(work) for weight in weights]  # type: ignore[union-attr]
+    scales = torch._foreach_norm(weights, 2, dtype=work)
+    torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
+    torch._foreach_clamp_min_(scales, MIN_SCALE)
+    if moments[0].dtype == work:
+        torch._foreach_lerp_(moments, grads, 1 - beta1)
+        updates = list(torch._foreach_mul(moments, -lr / correction1))
+    else:
+        updates = [moment.to(work) for moment in moments]
+        torch._foreach_lerp_(updates, grads, 1 - beta1)
+        torch._foreach_copy_(moments, updates)
+        torch._foreach_mul_(updates, -lr / correction1)
+    torch._foreach_mul_(seconds, beta2)
+    torch._foreach_addcmul_(seconds, grads, grads, 1 - beta2)
+    roots = torch._foreach_sqrt(seconds)
+    torch._foreach_div_(roots, math.sqrt(correction2))
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_div_(updates, roots)
+    torch._foreach_mul_(updates, scales)
+    wide = [weight.to(work) for weight in weights]  # the weight itself where it is already that wide
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, wide, alpha=-lr * group["weight_decay"])
+    if "compensation" not in states[0]:
+        torch._foreach_add_(wide, updates)
+        if wide[0] is not weights[0]:
+            torch._foreach_copy_(weights, wide)
+        return
+    compensations = [state["compensation"] for state in states]
+    torch._foreach_add_(updates, [compensation.to(work) for compensation in compensations])
+    before = torch._foreach_neg(wide)
+    torch._foreach_copy_(weights, torch._foreach_add(wide, updates))
+    torch._foreach_sub_(updates, [weight.to(work) for weight in weights])
+    torch._foreach_sub_(updates, before)
+    torch._foreach_copy_(compensations, updates)
+
+
+def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """The same in one pass a tensor: torch's fused AdamW, given lr·scale of each matrix as a device scalar."""
+    if not weights:
+        return
+    beta1, beta2 = group["betas"]
+    scales = torch._foreach_norm(weights, 2)
+    torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
+    torch._foreach_clamp_min_(scales, MIN_SCALE)
+    if group["weight_decay"]:
+        _decay(weights, group["lr"] * group["weight_decay"], found_inf)
+    torch._foreach_mul_(scales, group["lr"])
+    steps = [state[weight]["step"] for weight in weights]
+    torch._foreach_add_(steps, 1)
+    for weight, step, rate in zip(weights, steps, scales, strict=True):
+        torch._fused_adamw_(
+            [weight],
+            [weight.grad],  # type: ignore[list-item]
+            [state[weight]["exp_avg"]],
+            [state[weight]["exp_avg_sq"]],
+            [],
+            [step],
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=found_inf,
+        )
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+
+def _decay(weights: list[Tensor], rate: float, found_inf: Tensor | None) -> None:
+    if found_inf is None:
+        torch._foreach_mul_(weights, 1 - rate)
+    else:
+        torch._foreach_mul_(weights, 1 - rate * (1 - found_inf))
+
+
+def _bias_corrections(step: float, beta1: float, beta2: float) -> tuple[float, float]:
+    return 1 - beta1**step, 1 - beta2**step
+
+
+def _buckets(weights: list[Tensor], state: Any) -> Iterator[list[Tensor]]:
+    """Weights that share device, dtypes and count, at most about BUCKET_ELEMENTS at a time."""
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+    for weight in weights:
+        own = state[weight]
+        key = (weight.device, weight.dtype, own["exp_avg"].dtype, own["step"].item(), "compensation" in own)
+        alike.setdefault(key, []).append(weight)
+    for members in alike.values():
+        bucket: list[Tensor] = []
+        held = 0
+        for weight in members:
+            if bucket and held + weight.numel() > BUCKET_ELEMENTS:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(weight)
+            held += weight.numel()
+        yield bucket

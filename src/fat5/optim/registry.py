@@ -1,0 +1,204 @@
+"""Optimizers by name, with their parameter groups: AdamWScale is ours, the others come from well-kept libraries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fat5.errors import ConfigurationError
+from fat5.optim.adamw_scale import AdamWScale
+from fat5.optim.combined import CombinedOptimizer
+
+OptimizerName = Literal["adamw_scale", "adamw", "adafactor", "muon", "lamb", "sophia"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HESSIAN_EVERY = 10
+"""Steps between two curvature estimates of Sophia (Liu et al. 2023, section 2.3)."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw_scale": {
+        "lr": 2e-2,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 0.0,
+        "kahan": None,
+        "state_dtype": None,
+    },
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+    "adafactor": {"lr": 1e-2, "weight_decay": 0.0},
+    "muon": {"lr": 2e-2, "hidden_lr": 1e-3, "momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+    "lamb": {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+    "sophia": {"lr": 1e-3, "betas": (0.965, 0.99), "weight_decay": 0.0, "clip": 0.04},
+}
+"""What each optimizer takes, and the value it has where the configuration is silent."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer and its settings; a key that the named optimizer does not take is refused."""
+
+    name: OptimizerName = "adamw_scale"
+    """adamw_scale (AdamW scaled by the RMS of each matrix), adamw (torch, fused), adafactor (torch), muon (torch, for
+    hidden matrices; AdamWScale for the rest), lamb and sophia (package pytorch-optimizer)"""
+    lr: float | None = None
+    """Peak learning rate; each optimizer has its own default (0.02 for adamw_scale, where it is relative to the RMS)"""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and second moment; (0.9, 0.999) for adamw_scale"""
+    eps: float | None = None
+    """Added to the root of the second moment; 1e-6 for adamw_scale"""
+    weight_decay: float | None = None
+    """Decoupled weight decay; norms and relative biases are spared; 0 by default"""
+    kahan: bool | None = None
+    """adamw_scale: compensate the rounding of the weights; by default for bf16 and fp16 weights"""
+    state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """adamw_scale: dtype of the first moment; float32 by default"""
+    hidden_lr: float | None = None
+    """muon: learning rate of the hidden matrices, on AdamW's scale; 1e-3 by default"""
+    momentum: float | None = None
+    """muon: momentum of the hidden matrices; 0.95 by default"""
+    clip: float | None = None
+    """sophia: largest step of a weight in units of the learning rate (its rho); 0.04 by default"""
+
+    def resolved(self) -> "OptimizerConfig":
+        """A copy with the defaults of the named optimizer filled in.
+
+        Raises:
+            ConfigurationError: a key is set that this optimizer does not take, or a value is out of range.
+        """
+        taken = DEFAULTS[self.name]
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        for key, value in given.items():
+            if value is not None and key not in taken:
+                raise ConfigurationError(
+                    f"optimizer.{key} is set, and {self.name} does not take it",
+                    hint=f"{self.name} takes {', '.join(taken)}",
+                )
+        for key in ("lr", "eps", "weight_decay", "hidden_lr", "clip"):
+            if given[key] is not None and given[key] < 0:
+                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="give a value of at least 0")
+        for beta in (*(self.betas or ()), *([] if self.momentum is None else [self.momentum])):
+            if not 0 <= beta < 1:
+                raise ConfigurationError(f"optimizer has a decay of {beta}", hint="betas and momentum lie in [0, 1)")
+        return replace(self, **{key: taken.get(key) for key, value in given.items() if value is None})  # type: ignore[arg-type]
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `config` over the trainable parameters of `model`.
+
+    Every parameter group carries ``peak_lr``; a trainer sets ``lr = peak_lr · learning_rate(schedule, step, steps)``.
+
+    Raises:
+        ConfigurationError: a setting that the optimizer does not take, or the package it comes from is missing.
+    """
+    config = config.resolved()
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    build: Callable[[dict[str, Any], list[tuple[str, nn.Parameter]]], torch.optim.Optimizer] = {
+        "adamw_scale": _adamw_scale,
+        "adamw": _adamw,
+        "adafactor": _adafactor,
+        "muon": _muon,
+        "lamb": _lamb,
+        "sophia": _sophia,
+    }[config.name]
+    optimizer = build(vars(config), named)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; norms and relative biases (vectors and bias tables) do not."""
+    decayed = [weight for name, weight in named if decays(name, weight)]
+    spared = [weight for name, weight in named if not decays(name, weight)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def decays(name: str, weight: torch.Tensor) -> bool:
+    """True for the weights that weight decay applies to."""
+    return weight.ndim >= 2 and "relative_attention_bias" not in name
+
+
+def is_hidden_matrix(name: str, weight: torch.Tensor) -> bool:
+    """True for the 2-D weights between hidden activations: neither embeddings, nor the head, nor biases."""
+    outside = ("shared", "embed", "lm_head", "relative_attention_bias")
+    return weight.ndim == 2 and not any(part in name for part in outside)
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """True if `optimizer.step()` honours `optimizer.found_inf`, a device flag that leaves everything untouched."""
+    return bool(getattr(optimizer, "skips_on_device", False))
+
+
+def _adamw_scale(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> AdamWScale:
+    return AdamWScale(
+        parameter_groups(named, settings["weight_decay"]),
+        lr=settings["lr"],
+        betas=settings["betas"],
+        eps=settings["eps"],
+        kahan=settings["kahan"],
+        state_dtype=DTYPES[settings["state_dtype"]] if settings["state_dtype"] else None,
+    )
+
+
+def _adamw(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    groups = parameter_groups(named, settings["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], fused=True)
+    optimizer.skips_on_device = True  # type: ignore[attr-defined]  # the fused kernel reads found_inf
+    return optimizer
+
+
+def _adafactor(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(parameter_groups(named, settings["weight_decay"]), lr=settings["lr"])
+
+
+def _muon(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    hidden = [weight for name, weight in named if is_hidden_matrix(name, weight)]
+    rest = [(name, weight) for name, weight in named if not is_hidden_matrix(name, weight)]
+    if not hidden:
+        raise ConfigurationError("optimizer.name is muon, and the model has no hidden matrix", hint="use adamw_scale")
+    # match_rms_adamw puts Muon's learning rate on the scale of AdamW's (Liu et al. 2025, section 2.2).
+    muon = torch.optim.Muon(
+        hidden,
+        lr=settings["hidden_lr"],
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    if not rest:
+        return muon
+    return CombinedOptimizer(muon, _adamw_scale(settings, rest))
+
+
+def _lamb(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    library = _pytorch_optimizer("lamb")
+    groups = parameter_groups(named, settings["weight_decay"])
+    # The trainer clips the gradient; LAMB's own clipping would be a second, hidden one.
+    return library.Lamb(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], max_grad_norm=0.0)
+
+
+def _sophia(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    library = _pytorch_optimizer("sophia")
+    groups = parameter_groups(named, settings["weight_decay"])
+    # The curvature is estimated outside and passed to step(); the library's own estimate needs second derivatives of
+    # every op, which attention kernels do not have.
+    never = 2**62
+    optimizer = library.SophiaH(
+        groups, lr=settings["lr"], betas=settings["betas"], p=settings["clip"], update_period=never
+    )
+    optimizer.hessian_every = HESSIAN_EVERY
+    return optimizer
+
+
+def _pytorch_optimizer(name: str) -> Any:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ConfigurationError(
+            f"optimizer.name is {name}, which needs the package pytorch-optimizer",
+            hint="install it with: pip install 'fat5[optim]'",
+        ) from error
+    return pytorch_optimizer

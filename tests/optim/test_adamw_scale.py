@@ -1,0 +1,247 @@
+"""AdamWScale against its formula in float64 and against torch's AdamW, on every implementation."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fat5.optim import AdamWScale
+from fat5.optim import adamw_scale as module
+
+SHAPES = [(7, 5), (5,), (64, 33), (3, 4, 2)]
+IMPLEMENTATIONS = {"single": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+FLOAT32_RATIO = 1e-5  # a few dozen float32 roundings over 20 steps
+implementations = pytest.mark.parametrize("options", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
+
+
+def weights_and_gradients(steps: int, dtype: torch.dtype, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 for shape in SHAPES]
+    gradients = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(steps)
+    ]
+    return [w.to(dtype) for w in weights], [[g.to(dtype) for g in step] for step in gradients]
+
+
+def run(optimizer_class, weights, gradients, **options):
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = optimizer_class(parameters, **options)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def formula(weight, gradients, lr, betas, eps, decay):
+    """The update, scalar arithmetic in float64, straight from the module's docstring."""
+    weight, m, v = weight.double().clone(), torch.zeros(weight.shape).double(), torch.zeros(weight.shape).double()
+    for t, gradient in enumerate(gradients, start=1):
+        gradient = gradient.double()
+        m = betas[0] * m + (1 - betas[0]) * gradient
+        v = betas[1] * v + (1 - betas[1]) * gradient**2
+        scale = max(1e-3, math.sqrt((weight**2).mean().item()))
+        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        weight = weight - lr * decay * weight - lr * scale * m_hat / (v_hat.sqrt() + eps)
+    return weight
+
+
+def assert_close(name, expected, actual, ratio):
+    error = (expected.double() - actual.double()).norm() / expected.double().norm()
+    assert error <= ratio, f"{name}: relative error {error:.2e} above {ratio:.0e}"
+
+
+@implementations
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_follows_the_formula(options, decay):
+    weights, gradients = weights_and_gradients(20, torch.float32)
+    settings = {"lr": 2e-2, "betas": (0.9, 0.99), "eps": 1e-6}
+    parameters, _ = run(AdamWScale, weights, gradients, weight_decay=decay, **settings, **options)
+    for index, parameter in enumerate(parameters):
+        expected = formula(weights[index], [step[index] for step in gradients], *settings.values(), decay)
+        assert_close(f"weight {index}", expected, parameter, FLOAT32_RATIO)
+
+
+@implementations
+def test_is_torch_adamw_where_the_scale_is_one(options, monkeypatch):
+    """With the least scale put above every RMS, a step is AdamW's at lr · that scale."""
+    monkeypatch.setattr(module, "MIN_SCALE", 4.0)
+    weights, gradients = weights_and_gradients(20, torch.float32)
+    ours, _ = run(AdamWScale, weights, gradients, lr=1e-2, weight_decay=0.4, **options)
+    theirs, _ = run(torch.optim.AdamW, weights, gradients, lr=4e-2, eps=1e-6, weight_decay=0.1)
+    for index, (expected, actual) in enumerate(zip(theirs, ours, strict=True)):
+        assert_close(f"weight {index}", expected, actual, FLOAT32_RATIO)
+
+
+def test_float64_implementations_agree():
+    weights, gradients = weights_and_gradients(10, torch.float64)
+    single, _ = run(AdamWScale, weights, gradients, weight_decay=0.1, **IMPLEMENTATIONS["single"])
+    foreach, _ = run(AdamWScale, weights, gradients, weight_decay=0.1, foreach=True)
+    for expected, actual in zip(single, foreach, strict=True):
+        torch.testing.assert_close(expected, actual, rtol=1e-12, atol=1e-14)
+
+
+def test_a_zero_matrix_can_move():
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    parameter.grad = torch.ones(4, 4)
+    AdamWScale([parameter], lr=1.0).step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 4), -1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [IMPLEMENTATIONS["single"], {"foreach": True}], ids=["single", "foreach"])
+def test_kahan_follows_float32_where_plain_rounding_stalls(dtype, options):
+    """Steps far below half a unit in the last place: with Kahan they add up, without they vanish."""
+    torch.manual_seed(0)
+    weights = [(1 + 0.1 * torch.rand(32, 32)).to(dtype)]
+    gradients = [[torch.rand(32, 32)] for _ in range(200)]
+    settings = {"lr": 5e-5, "weight_decay": 0.1, **options}
+    exact, _ = run(AdamWScale, [weights[0].float()], gradients, **settings)
+    kahan, optimizer = run(AdamWScale, weights, gradients, **settings)
+    plain, _ = run(AdamWScale, weights, gradients, kahan=False, **settings)
+    travelled = (exact[0] - weights[0].float()).detach()
+    assert optimizer.state[kahan[0]]["compensation"].dtype == dtype
+    recovered = (kahan[0].float() + optimizer.state[kahan[0]]["compensation"].float() - weights[0].float()).detach()
+    # The gradients too are rounded to the weight's dtype: 2^-9 relative at worst.
+    assert_close("travelled with Kahan", travelled, recovered, 2e-2)
+    assert (plain[0].float() - weights[0].float()).norm() < 0.2 * travelled.norm()
+
+
+def test_low_precision_implementations_agree():
+    weights, gradients = weights_and_gradients(30, torch.bfloat16)
+    single, _ = run(AdamWScale, weights, gradients, weight_decay=0.1, **IMPLEMENTATIONS["single"])
+    foreach, _ = run(AdamWScale, weights, gradients, weight_decay=0.1, foreach=True)
+    for index, (expected, actual) in enumerate(zip(single, foreach, strict=True)):
+        assert_close(f"weight {index}", expected, actual, 2**-8)  # one rounding of a bf16 weight
+
+
+def test_the_second_moment_stays_wide_and_decays():
+    """In bf16 0.999·v rounds back to v, and a spike would never be forgotten."""
+    parameter = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    optimizer = AdamWScale([parameter], state_dtype=torch.bfloat16)
+    for size in (100.0, *[0.0] * 200):
+        parameter.grad = torch.full((8, 8), size, dtype=torch.bfloat16)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert state["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(state["exp_avg_sq"], torch.full((8, 8), 1e4 * 1e-3 * 0.999**200), rtol=1e-3, atol=0)
+
+
+def test_state_dtype_is_close_to_full_width():
+    weights, gradients = weights_and_gradients(20, torch.float32)
+    wide, _ = run(AdamWScale, weights, gradients)
+    narrow, optimizer = run(AdamWScale, weights, gradients, state_dtype=torch.bfloat16)
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+    for index, (expected, actual) in enumerate(zip(wide, narrow, strict=True)):
+        travelled = expected.detach() - weights[index]
+        assert_close(f"weight {index}", travelled, actual.detach() - weights[index], 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [*IMPLEMENTATIONS.values(), {}], ids=[*IMPLEMENTATIONS, "auto"])
+def test_state_dict_round_trip_continues_bit_for_bit(dtype, options):
+    if dtype == torch.bfloat16 and options.get("fused"):
+        with pytest.raises(ValueError, match="fused needs float32"):
+            AdamWScale([torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))], **options)
+        return
+    weights, gradients = weights_and_gradients(10, dtype)
+    straight, _ = run(AdamWScale, weights, gradients, **options)
+    halfway, optimizer = run(AdamWScale, weights, gradients[:5], **options)
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = [torch.nn.Parameter(weight.detach().clone()) for weight in halfway]
+    restored = AdamWScale(resumed, **options)
+    restored.load_state_dict(saved)
+    for state, parameter in zip(saved["state"].values(), resumed, strict=True):
+        for key, value in state.items():
+            assert restored.state[parameter][key].dtype == value.dtype, key
+    for step in gradients[5:]:
+        for parameter, gradient in zip(resumed, step, strict=True):
+            parameter.grad = gradient
+        restored.step()
+    for expected, actual in zip(straight, resumed, strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_buckets_change_nothing(monkeypatch):
+    weights, gradients = weights_and_gradients(5, torch.float32)
+    whole, _ = run(AdamWScale, weights, gradients, foreach=True)
+    monkeypatch.setattr(module, "BUCKET_ELEMENTS", 40)
+    parts, _ = run(AdamWScale, weights, gradients, foreach=True)
+    for expected, actual in zip(whole, parts, strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_parameters_without_gradient_stay_and_catch_up():
+    first, second = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    optimizer = AdamWScale([first, second], lr=0.1, foreach=True)
+    first.grad = torch.ones(3, 3)
+    optimizer.step()
+    assert torch.equal(second, torch.ones(3, 3))
+    second.grad = torch.ones(3, 3)
+    optimizer.step()
+    # Its first step is bias-corrected as a first step: the full relative rate.
+    torch.testing.assert_close(second.detach(), torch.full((3, 3), 0.9), rtol=1e-5, atol=0)
+
+
+def test_found_inf_leaves_everything_untouched():
+    weights, gradients = weights_and_gradients(3, torch.float32)
+    parameters, optimizer = run(AdamWScale, weights, gradients, weight_decay=0.1)
+    assert optimizer.skips_on_device
+    before = [parameter.detach().clone() for parameter in parameters]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.found_inf = torch.ones(())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.step()
+    for expected, actual in zip(before, parameters, strict=True):
+        assert torch.equal(expected, actual)
+    for index, saved in state.items():
+        for key, value in saved.items():
+            assert torch.equal(value, optimizer.state_dict()["state"][index][key]), key
+    optimizer.found_inf = torch.zeros(())
+    for parameter, gradient in zip(parameters, gradients[0], strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    assert not torch.equal(before[0], parameters[0])
+
+
+def test_found_inf_is_refused_where_it_would_be_ignored():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamWScale([parameter], foreach=True)
+    optimizer.found_inf = torch.ones(())
+    parameter.grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="fused path only"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(2, 2))
+
+
+def test_closure_is_called():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamWScale([parameter])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"eps": float("nan")}, "eps"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"state_dtype": torch.int32}, "state_dtype"),
+        ({"foreach": True, "fused": True}, "foreach"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        AdamWScale([torch.nn.Parameter(torch.ones(2))], **arguments)
