@@ -1,0 +1,552 @@
+"""The compiled core of the data room: counter-based noise, the order of pieces, span corruption, packing.
+
+Everything jitted lives in this one file, because numba's cache watches only the file a function is written in: a kernel
+that inlined another file's function would be served stale after that file changed.
+
+Integers are int64 throughout and masked to 32 bits where the algorithm says so (numba turns uint64 + int64 into float).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+MASK32 = 0xFFFFFFFF
+BLOCK_DOCUMENTS = 64  # documents between two entries of the piece index: 1/8 byte a document
+PIECE_BITS = 40  # a global piece id is source << PIECE_BITS | piece within the source
+DOMAIN_SHIFT = 28  # the top bits of the last counter word tell the uses of the generator apart
+TRAINING, VALIDATION, PERMUTATION, BLEND = 0, 1, 2, 3
+FEISTEL_ROUNDS = 6
+NEAR = 24  # waiting examples that a pack chooses among
+ENDGAME = 4.5  # mean examples of room at which the search for the last four begins
+GOOD_ENOUGH = 0.004  # sum of both sides' free shares at which it ends
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`numba.njit` with the on-disk cache where a cache folder can be written, without it where none can."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "no locator available": read-only installation and home
+        return numba.njit(nogil=True)(function)
+
+
+@jit
+def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """Philox4x32-10: four 32-bit words of a 128-bit counter and a 64-bit key → four random 32-bit words.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    for _ in range(10):
+        p0 = 0xD2511F53 * c0
+        p1 = 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK32) ^ c1 ^ k0,
+            p1 & MASK32,
+            ((p0 >> 32) & MASK32) ^ c3 ^ k1,
+            p0 & MASK32,
+        )
+        k0 = (k0 + 0x9E3779B9) & MASK32
+        k1 = (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+@jit
+def permute(index, size, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+    """Position `index` of a keyed permutation of range(size): an alternating Feistel network with cycle walking.
+
+    O(1) memory and, since the domain is below twice `size` (above 64), fewer than two walks on average.
+    """
+    if size <= 1:
+        return 0
+    bits = 6
+    while (1 << bits) < size:
+        bits += 1
+    half = bits >> 1
+    low_bits = bits - half
+    low_mask = (1 << low_bits) - 1
+    high_mask = (1 << half) - 1
+    value = index
+    while True:
+        low = value & low_mask
+        high = value >> low_bits
+        for turn in range(FEISTEL_ROUNDS):
+            key = w0 if turn % 4 == 0 else (w1 if turn % 4 == 1 else (w2 if turn % 4 == 2 else w3))
+            source = low if turn % 2 == 0 else high
+            mixed = (source + key + turn * 0x9E3779B9) & MASK32
+            mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & MASK32
+            mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & MASK32
+            mixed ^= mixed >> 16
+            if turn % 2 == 0:
+                high ^= mixed & high_mask
+            else:
+                low ^= mixed & low_mask
+        value = high << low_bits | low
+        if value < size:
+            return value
+
+
+@jit
+def compose(total, parts, out, block, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """Writes a uniform random composition of `total` into `parts` positive lengths; returns the next counter block.
+
+    Selection sampling (Knuth 3.4.2 S) of parts-1 cuts among total-1 places, one 32-bit word a place.
+    """
+    needed = parts - 1
+    left = total - 1
+    position = 1
+    start = 0
+    part = 0
+    while needed > 0:
+        w0, w1, w2, w3 = philox(block, c1, c2, c3, k0, k1)
+        block += 1
+        for word in (w0, w1, w2, w3):
+            if needed > 0:
+                if ((word * left) >> 32) < needed:
+                    out[part] = position - start
+                    start = position
+                    part += 1
+                    needed -= 1
+                left -= 1
+                position += 1
+    out[part] = total - start
+    return block
+
+
+@jit
+def corrupt(tokens, noise, spans, mode, sentinels, eos, kept, masked, c1, c2, c3, k0, k1, inputs, i, targets, t):  # type: ignore[no-untyped-def]
+    """Writes one example at inputs[i:] and targets[t:]; returns the ends.
+
+    `kept` and `masked` are scratch for `spans` lengths; `mode` < 0 means no mode token. Segments alternate from a
+    non-noise one, so that a single span is always a suffix.
+    """
+    block = compose(tokens.size - noise, spans, kept, 1, c1, c2, c3, k0, k1)
+    compose(noise, spans, masked, block, c1, c2, c3, k0, k1)
+    if mode >= 0:
+        inputs[i] = mode
+        i += 1
+    position = 0
+    for span in range(spans):
+        for _ in range(kept[span]):
+            inputs[i] = tokens[position]
+            i += 1
+            position += 1
+        inputs[i] = sentinels[span]
+        targets[t] = sentinels[span]
+        i += 1
+        t += 1
+        for _ in range(masked[span]):
+            targets[t] = tokens[position]
+            t += 1
+            position += 1
+    inputs[i] = eos
+    targets[t] = eos
+    return i + 1, t + 1
+
+
+@intrinsic
+def _pointer(_context, address):  # type: ignore[no-untyped-def]
+    """An address held in an int64, as a pointer."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+class Layout(NamedTuple):
+    """Where every piece of every source lies, and the tables of the mixture. Arrays, for the kernels."""
+
+    # sources (S,)
+    pieces: np.ndarray  # int64: pieces of a source
+    simple: np.ndarray  # bool: every document is exactly one piece
+    index_first: np.ndarray  # int64 (S+1,): a source's slice of `index`
+    index: np.ndarray  # int64: pieces before each block of BLOCK_DOCUMENTS documents
+    shard_first: np.ndarray  # int64 (S+1,): a source's slice of the shard arrays
+    # shards
+    first_document: np.ndarray  # int64: documents of the source before this shard
+    documents: np.ndarray  # int64
+    ends_address: np.ndarray  # int64: uint64 document ends, in tokens
+    tokens_address: np.ndarray  # int64; 0 until a shard is first read
+    token_bytes: np.ndarray  # int64: 2 or 4
+    # blending: one period of the interleaving of sources
+    blend_source: np.ndarray  # int64
+    blend_rank: np.ndarray  # int64: earlier draws of the same source in the period
+    blend_count: np.ndarray  # int64 (S,): draws of a source in a period
+    # mixture
+    thresholds: np.ndarray  # int64 (D,): cumulative proportions in units of 2^-32
+    noise: np.ndarray  # int32 (D, max_tokens+1)
+    spans: np.ndarray  # int32 (D, max_tokens+1)
+    mode: np.ndarray  # int64 (D,): id of the mode token or -1
+    sentinels: np.ndarray  # int64
+    eos: int
+    max_tokens: int
+    seed_low: int
+    seed_high: int
+
+
+class Examples(NamedTuple):
+    """What a run of stream positions resolves to; arrays of one length."""
+
+    piece: np.ndarray  # int64: global piece id
+    epoch: np.ndarray  # int64: the pass over its source
+    denoiser: np.ndarray  # int64
+    encoder: np.ndarray  # int64: encoder tokens
+    decoder: np.ndarray  # int64: decoder tokens
+    length: np.ndarray  # int64: raw tokens
+    shard: np.ndarray  # int64: in the layout's shard arrays
+    start: np.ndarray  # int64: first raw token in the shard
+
+
+@jit
+def pieces_of(length, max_tokens):  # type: ignore[no-untyped-def]
+    """How many pieces a document is cut into; none where it is too short to corrupt."""
+    return 0 if length < 2 else (length + max_tokens - 1) // max_tokens
+
+
+@jit
+def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore[no-untyped-def]
+    """Walks a shard's documents, continuing the block index.
+
+    Returns (pieces, place in block, entries, short documents, cut documents), or pieces -1 where an end goes backwards.
+    """
+    previous = 0
+    short = 0
+    multiple = 0
+    for document in range(ends.size):
+        if in_block == 0:
+            index[at] = running
+            at += 1
+        length = np.int64(ends[document]) - previous
+        if length < 0:
+            return -1, 0, 0, 0, 0
+        previous = np.int64(ends[document])
+        count = pieces_of(length, max_tokens)
+        short += count == 0
+        multiple += count > 1
+        running += count
+        in_block = (in_block + 1) % BLOCK_DOCUMENTS
+    return running, in_block, at, short, multiple
+
+
+@jit
+def _last_not_above(values, low, high, key):  # type: ignore[no-untyped-def]
+    """The largest i in [low, high) with values[i] <= key."""
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if values[middle] <= key:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@jit
+def _extent(layout, shard, document):  # type: ignore[no-untyped-def]
+    """Start and length of a document, in tokens of its shard."""
+    ends = numba.carray(_pointer(layout.ends_address[shard]), (layout.documents[shard],), np.int64)
+    start = ends[document - 1] if document > 0 else 0
+    return start, ends[document] - start
+
+
+@jit
+def _locate(layout, source, piece):  # type: ignore[no-untyped-def]
+    """(shard, first token in the shard, length) of a piece of a source."""
+    low, high = layout.shard_first[source], layout.shard_first[source + 1]
+    document = piece
+    part = 0
+    if not layout.simple[source]:
+        first = layout.index_first[source]
+        block = _last_not_above(layout.index, first, layout.index_first[source + 1], piece)
+        part = piece - layout.index[block]
+        document = (block - first) * BLOCK_DOCUMENTS
+    shard = _last_not_above(layout.first_document, low, high, document)
+    local = document - layout.first_document[shard]
+    start, length = _extent(layout, shard, local)
+    if not layout.simple[source]:
+        count = pieces_of(length, layout.max_tokens)
+        while part >= count:
+            part -= count
+            local += 1
+            while local >= layout.documents[shard]:
+                shard += 1
+                local = 0
+            start, length = _extent(layout, shard, local)
+            count = pieces_of(length, layout.max_tokens)
+    begin = part * layout.max_tokens
+    end = min(begin + layout.max_tokens, length)
+    # A last piece of one token could not be corrupted: the piece before it lends it one.
+    if length - end == 1:
+        end -= 1
+    if length - begin == 1 and begin > 0:
+        begin -= 1
+    return shard, start + begin, end - begin
+
+
+@jit
+def resolve(layout, positions, out):  # type: ignore[no-untyped-def]
+    """Fills `out` for the given positions of the endless stream of pieces: order, denoiser, lengths, address."""
+    k0, k1 = layout.seed_low, layout.seed_high
+    sources = layout.pieces.size
+    period = layout.blend_source.size
+    key_source = -1
+    key_epoch = -1
+    w0 = w1 = w2 = w3 = 0
+    for i in range(positions.size):
+        position = positions[i]
+        source = 0
+        draw = position
+        if sources > 1:
+            turn = position % period
+            source = layout.blend_source[turn]
+            draw = position // period * layout.blend_count[source] + layout.blend_rank[turn]
+        size = layout.pieces[source]
+        epoch = draw // size
+        if source != key_source or epoch != key_epoch:
+            w0, w1, w2, w3 = philox(epoch & MASK32, source, 0, PERMUTATION << DOMAIN_SHIFT, k0, k1)
+            key_source, key_epoch = source, epoch
+        local = permute(draw - epoch * size, size, w0, w1, w2, w3)
+        shard, start, length = _locate(layout, source, local)
+        piece = source << PIECE_BITS | local
+        word, _, _, _ = philox(0, piece & MASK32, piece >> 32, (TRAINING << DOMAIN_SHIFT) + epoch, k0, k1)
+        denoiser = 0
+        while word >= layout.thresholds[denoiser]:
+            denoiser += 1
+        set_example(layout, out, i, piece, epoch, denoiser, shard, start, length)
+
+
+@jit
+def resolve_fixed(layout, source, pieces, denoiser, out):  # type: ignore[no-untyped-def]
+    """Fills `out` for given pieces of one source under a given denoiser (the validation stream)."""
+    for i in range(pieces.size):
+        shard, start, length = _locate(layout, source, pieces[i])
+        set_example(layout, out, i, source << PIECE_BITS | pieces[i], denoiser, denoiser, shard, start, length)
+
+
+@jit
+def set_example(layout, out, i, piece, epoch, denoiser, shard, start, length):  # type: ignore[no-untyped-def]
+    noise = layout.noise[denoiser, length]
+    spans = layout.spans[denoiser, length]
+    mode = 1 if layout.mode[denoiser] >= 0 else 0
+    out.piece[i] = piece
+    out.epoch[i] = epoch
+    out.denoiser[i] = denoiser
+    out.encoder[i] = mode + length - noise + spans + 1
+    out.decoder[i] = noise + spans + 1
+    out.length[i] = length
+    out.shard[i] = shard
+    out.start[i] = start
+
+
+@jit
+def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targets):  # type: ignore[no-untyped-def]
+    """Corrupts `examples` one after another into flat `inputs` and `targets`; fills cu_seqlens, padded with the end."""
+    kept = np.empty(layout.sentinels.size, np.int64)
+    masked = np.empty(layout.sentinels.size, np.int64)
+    i = 0
+    t = 0
+    cu_inputs[0] = 0
+    cu_targets[0] = 0
+    count = examples.piece.size
+    for n in range(count):
+        length = examples.length[n]
+        denoiser = examples.denoiser[n]
+        noise = layout.noise[denoiser, length]
+        spans = layout.spans[denoiser, length]
+        mode = layout.mode[denoiser]
+        piece = examples.piece[n]
+        c1, c2 = piece & MASK32, piece >> 32
+        c3 = (domain << DOMAIN_SHIFT) + examples.epoch[n]
+        k0, k1 = layout.seed_low, layout.seed_high
+        width = layout.token_bytes[examples.shard[n]]
+        address = layout.tokens_address[examples.shard[n]] + examples.start[n] * width
+        if width == 2:
+            short = numba.carray(_pointer(address), (length,), np.uint16)
+            i, t = corrupt(
+                short,
+                noise,
+                spans,
+                mode,
+                layout.sentinels,
+                layout.eos,
+                kept,
+                masked,
+                c1,
+                c2,
+                c3,
+                k0,
+                k1,
+                inputs,
+                i,
+                targets,
+                t,
+            )
+        else:
+            wide = numba.carray(_pointer(address), (length,), np.uint32)
+            i, t = corrupt(
+                wide,
+                noise,
+                spans,
+                mode,
+                layout.sentinels,
+                layout.eos,
+                kept,
+                masked,
+                c1,
+                c2,
+                c3,
+                k0,
+                k1,
+                inputs,
+                i,
+                targets,
+                t,
+            )
+        cu_inputs[n + 1] = i
+        cu_targets[n + 1] = t
+    cu_inputs[count + 1 :] = i
+    cu_targets[count + 1 :] = t
+    return i, t
+
+
+@jit
+def _steer(encoder, decoder, taken, count, room, used, target):  # type: ignore[no-untyped-def]
+    """Of the oldest NEAR waiting examples that fit, the one that keeps the two sides most even; -1 if none fits at all."""
+    best = -1
+    best_score = np.inf
+    seen = 0
+    for i in range(count):
+        if not taken[i]:
+            if encoder[i] <= room[0] and decoder[i] <= room[1]:
+                score = abs((used[0] + encoder[i]) / target[0] - (used[1] + decoder[i]) / target[1])
+                if score < best_score:
+                    best_score = score
+                    best = i
+            seen += 1
+            if seen >= NEAR and best >= 0:
+                break
+    return best
+
+
+@jit
+def _finish(encoder, decoder, taken, count, room, weight, near, pairs, best):  # type: ignore[no-untyped-def]
+    """The subset of up to four of the oldest NEAR waiting examples that fills the room best, written to `best` (-1 pads).
+
+    Returns what it leaves free, both sides weighted. All pairs of disjoint pairs: NEAR^4/8 sums of two numbers.
+    """
+    found = 0
+    for i in range(count):
+        if not taken[i] and encoder[i] <= room[0] and decoder[i] <= room[1]:
+            near[found] = i
+            found += 1
+            if found == NEAR:
+                break
+    # pairs[p] = (first, second, encoder sum, decoder sum); a pair may be one example or none
+    held = 1
+    pairs[0] = -1, -1, 0, 0
+    for a in range(found):
+        pairs[held] = a, -1, encoder[near[a]], decoder[near[a]]
+        held += 1
+        for b in range(a):
+            e = encoder[near[a]] + encoder[near[b]]
+            d = decoder[near[a]] + decoder[near[b]]
+            if e <= room[0] and d <= room[1]:
+                pairs[held] = a, b, e, d
+                held += 1
+    least = np.inf
+    best_p = best_q = 0
+    for p in range(held):
+        free_encoder = room[0] - pairs[p, 2]
+        free_decoder = room[1] - pairs[p, 3]
+        for q in range(p + 1):
+            e = free_encoder - pairs[q, 2]
+            d = free_decoder - pairs[q, 3]
+            if e >= 0 and d >= 0:
+                free = e * weight[0] + d * weight[1]
+                if free < least:
+                    a, b = pairs[p, 0], pairs[p, 1]
+                    c, f = pairs[q, 0], pairs[q, 1]
+                    if a != c and a != f and (b < 0 or (b != c and b != f)):
+                        least = free
+                        best_p, best_q = p, q
+    best[0], best[1] = pairs[best_p, 0], pairs[best_p, 1]
+    best[2], best[3] = pairs[best_q, 0], pairs[best_q, 1]
+    for k in range(4):
+        if best[k] >= 0:
+            best[k] = near[best[k]]
+    return least
+
+
+@jit
+def fill_pack(encoder, decoder, taken, limits, used, mean, chosen):  # type: ignore[no-untyped-def]
+    """Adds waiting examples to a pack until it is full; returns how many it holds, or -1 - that where the window ran low.
+
+    The oldest goes first, so that none waits for ever; then whichever near one keeps both sides even; and where about
+    four more fit, the best four by exhaustive search.
+
+    Args:
+        encoder, decoder: int64 lengths of the waiting examples, oldest first.
+        taken: bool, set for those chosen.
+        limits: int64 (5,): encoder budget, decoder budget, most examples, fewest waiting examples to choose from
+            (fewer: the caller refills), examples in the pack so far.
+        used: int64 (2,) in and out: tokens of each side in the pack.
+        mean: float64 (2,): mean lengths of the stream.
+        chosen: int64 out, indices into the window.
+    """
+    count = encoder.size
+    held = limits[4]
+    waiting = count
+    room = np.empty(2, np.int64)
+    near = np.empty(NEAR, np.int64)
+    pairs = np.empty((1 + NEAR + NEAR * (NEAR - 1) // 2, 4), np.int64)
+    tail = np.empty(4, np.int64)
+    # Where the stream's ratio differs from the budgets', aiming at both would hoard one kind in the window.
+    packs = min(limits[0] / mean[0], limits[1] / mean[1])
+    target = mean * packs
+    weight = 1.0 / target
+    best_free = np.inf
+    best_held = -1
+    best_tail = np.full(4, -1, np.int64)
+    while held < limits[2]:
+        if waiting <= limits[3] and best_held < 0:
+            return -1 - held
+        room[0] = limits[0] - used[0]
+        room[1] = limits[1] - used[1]
+        if held > 0 and (room[0] <= ENDGAME * mean[0] or room[1] <= ENDGAME * mean[1]) and limits[2] - held >= 4:
+            free = _finish(encoder, decoder, taken, count, room, weight, near, pairs, tail)
+            if free < best_free:
+                best_free, best_held = free, held
+                best_tail[:] = tail
+            if free < GOOD_ENOUGH:
+                break
+        if held == 0:
+            pick = 0
+        else:
+            pick = _steer(encoder, decoder, taken, count, room, used, target)
+        if pick < 0:
+            break
+        taken[pick] = True
+        chosen[held] = pick
+        held += 1
+        waiting -= 1
+        used[0] += encoder[pick]
+        used[1] += decoder[pick]
+    if best_held >= 0:
+        free = (limits[0] - used[0]) * weight[0] + (limits[1] - used[1]) * weight[1]
+        if best_free < free:
+            for k in range(best_held, held):
+                taken[chosen[k]] = False
+                used[0] -= encoder[chosen[k]]
+                used[1] -= decoder[chosen[k]]
+            held = best_held
+            for k in range(4):
+                pick = best_tail[k]
+                if pick >= 0:
+                    taken[pick] = True
+                    chosen[held] = pick
+                    held += 1
+                    used[0] += encoder[pick]
+                    used[1] += decoder[pick]
+    return held
