@@ -1,0 +1,16 @@
+"""Tensor operations: tensors in, tensors out. Each has a plain-PyTorch reference beside its fast form (docs/attention.md)."""
+
+from fat5.ops.attention import BACKENDS, RelativeBias, attention
+from fat5.ops.geglu import geglu
+from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
+from fat5.ops.rms_norm import rms_norm
+
+__all__ = [
+    "BACKENDS",
+    "RelativeBias",
+    "attention",
+    "geglu",
+    "linear_cross_entropy",
+    "rms_norm",
+    "token_statistics",
+]

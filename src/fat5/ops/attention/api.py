@@ -1,0 +1,221 @@
+"""The public attention function: it validates its arguments, chooses a backend, and hands over.
+
+A backend is a function `(q, k, v, bias, *, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+max_seqlen_k, key_padding_mask) -> out` over validated arguments. The Triton backend lives in
+`fat5.ops.attention.triton_attention` (`attention_triton` of that signature, and `unsupported` of the same one, which
+returns None or the reason why it cannot serve).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.cpu import attention_cpu
+from fat5.ops.attention.crosscheck import attention_flex, attention_sdpa
+from fat5.ops.attention.dropout import draw_seed
+from fat5.ops.attention.reference import attention_reference
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "sdpa", "flex")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: RelativeBias | Tensor | None = None,
+    causal: bool = False,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, with documents kept apart; exact gradients for q, k, v and the bias.
+
+    Args:
+        q, k, v: batched, q (B, H, Lq, D) and k, v (B, H, Lk, D); or packed (when cu_seqlens are given), q (Tq, H, D) and
+            k, v (Tk, H, D). Any strides, one floating-point dtype.
+        bias: None, a `RelativeBias`, or a dense tensor: batched, broadcasting to (B, H, Lq, Lk); packed, of shape
+            (1|N, 1|H, max_seqlen_q, max_seqlen_k), indexed by the positions inside each document.
+        causal: query i sees keys 0..i of its document (top-left aligned).
+        scale: multiplies q k^T; 1.0 is T5's.
+        dropout_p: dropout of the attention weights, in [0, 1); the mask is counter-based (dropout.py).
+        cu_seqlens_q, cu_seqlens_k: int32 (N+1,), non-decreasing, from 0: document n holds rows cu[n]..cu[n+1]. Rows at or
+            after the last value belong to no document: zeros out, zero gradients.
+        max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths; needed with cu_seqlens.
+        key_padding_mask: (B, Lk) bool, batched only; True = attend.
+        backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and the
+            reference elsewhere; they agree up to rounding.
+
+    Returns:
+        Of q's shape and dtype. A query with no visible key gives zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected. Values of cu_seqlens are checked only on the
+            CPU, where looking at them costs no synchronisation.
+        RuntimeError: the backend asked for is not available here.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_tensors(q, k, v, packed)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if packed:
+        if key_padding_mask is not None:
+            raise ValueError("key_padding_mask: packed inputs take none, documents have no padding")
+        max_seqlen_q = _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
+        max_seqlen_k = _check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:  # type: ignore[union-attr]
+            raise ValueError(
+                f"cu_seqlens_k: expected as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} and "  # type: ignore[arg-type]
+                f"{len(cu_seqlens_q) - 1}"  # type: ignore[arg-type]
+            )
+    else:
+        max_seqlen_q, max_seqlen_k = q.shape[2], k.shape[2]
+        _check_key_padding_mask(key_padding_mask, k)
+    bias = _check_bias(bias, q, packed, 1 if cu_seqlens_q is None else len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k)
+    arguments = dict(
+        causal=causal,
+        scale=float(scale),
+        dropout_p=float(dropout_p),
+        seed=draw_seed(q.device) if dropout_p > 0.0 else None,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        key_padding_mask=key_padding_mask,
+    )
+    return _choose(backend, q, k, v, bias, arguments)(q, k, v, bias, **arguments)
+
+
+def _choose(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, arguments: dict
+) -> Callable[..., Tensor]:
+    if backend == "auto":
+        if q.device.type == "cpu":
+            backend = "cpu" if q.dtype != torch.float64 else "reference"
+        elif q.is_cuda and triton_available():
+            backend = "triton" if _triton().unsupported(q, k, v, bias, **arguments) is None else "reference"
+        else:
+            backend = "reference"
+    elif backend == "cpu":
+        if q.device.type != "cpu":
+            raise RuntimeError(f"backend='cpu' serves tensors on the CPU, q is on {q.device}")
+        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise RuntimeError(f"backend='cpu' serves float32, bfloat16 and float16, q is {q.dtype}; use backend='reference'")
+    elif backend == "triton":
+        if not triton_available():
+            raise RuntimeError("backend='triton' needs the triton package, which is not installed: pip install 'fat5[gpu]'")
+        reason = _triton().unsupported(q, k, v, bias, **arguments)
+        if reason is not None:
+            raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
+    if backend == "triton":
+        return _triton().attention_triton
+    return {"reference": _reference, "cpu": attention_cpu, "sdpa": attention_sdpa, "flex": attention_flex}[backend]
+
+
+@lru_cache(maxsize=1)
+def triton_available() -> bool:
+    """Whether the triton package and this project's kernels can be imported."""
+    return find_spec("triton") is not None and find_spec("fat5.ops.attention.triton_attention") is not None
+
+
+@lru_cache(maxsize=1)
+def _triton():  # type: ignore[no-untyped-def]
+    return import_module("fat5.ops.attention.triton_attention")
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    del arguments["max_seqlen_q"], arguments["max_seqlen_k"]
+    return attention_reference(q, k, v, bias, **arguments)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    dimensions, layout = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, heads, length, head_dim)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor of shape {layout}")
+        if x.dim() != dimensions:
+            hint = "with cu_seqlens" if packed else "without cu_seqlens"
+            raise ValueError(f"{name}: expected shape {layout} {hint}, got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if packed:
+        if q.shape[1:] != k.shape[1:]:
+            raise ValueError(f"k: expected {q.shape[1]} heads of {q.shape[2]}, as q has, got {tuple(k.shape[1:])}")
+    elif q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"k: expected shape {(*q.shape[:2], 'Lk', q.shape[3])} to fit q, got {tuple(k.shape)}")
+
+
+def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | None, x: Tensor) -> int:
+    name = f"cu_seqlens_{side}"
+    if cu_seqlens is None:
+        raise ValueError(f"{name}: packed attention needs cu_seqlens_q and cu_seqlens_k, this one is None")
+    if not isinstance(max_seqlen, int):
+        raise TypeError(f"max_seqlen_{side}: expected an int beside {name}, got {max_seqlen!r}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise TypeError(
+            f"{name}: expected an int32 tensor of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        starts = cu_seqlens.tolist()
+        lengths = [after - before for before, after in zip(starts, starts[1:])]
+        if starts[0] != 0 or any(length < 0 for length in lengths):
+            raise ValueError(f"{name}: expected non-decreasing values from 0")
+        if starts[-1] > x.shape[0]:
+            raise ValueError(f"{name}: the last value {starts[-1]} is beyond the {x.shape[0]} rows of {side}")
+        if lengths and max(lengths) > max_seqlen:
+            raise ValueError(f"max_seqlen_{side}: {max_seqlen} is below the longest document, {max(lengths)}")
+    return max_seqlen
+
+
+def _check_key_padding_mask(mask: Tensor | None, k: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask: expected bool, True = attend, got {mask.dtype}")
+    if mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_padding_mask: expected shape {(k.shape[0], k.shape[2])}, got {tuple(mask.shape)}")
+
+
+def _check_bias(
+    bias: RelativeBias | Tensor | None, q: Tensor, packed: bool, documents: int, query_length: int, key_length: int
+) -> RelativeBias | Tensor | None:
+    """The bias as given, a dense one with its missing leading dimensions added."""
+    if bias is None:
+        return None
+    heads = q.shape[1]
+    if isinstance(bias, RelativeBias):
+        if bias.num_heads != heads:
+            raise ValueError(f"bias: expected {heads} heads, as q has, got {bias.num_heads}")
+        if bias.vector.device != q.device:
+            raise ValueError(f"bias: expected the device of q, {q.device}, got {bias.vector.device}")
+        return bias
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise TypeError("bias: expected None, a RelativeBias or a floating-point tensor")
+    wanted = (documents if packed else q.shape[0], heads, query_length, key_length)
+    if bias.dim() > 4:
+        raise ValueError(f"bias: expected a shape that broadcasts to {wanted}, got {tuple(bias.shape)}")
+    if bias.device != q.device:
+        raise ValueError(f"bias: expected the device of q, {q.device}, got {bias.device}")
+    bias = bias[(None,) * (4 - bias.dim())]
+    fits = all(have in (1, want) for have, want in zip(bias.shape, wanted))
+    if not fits or (packed and bias.shape[2:] != wanted[2:]):
+        raise ValueError(f"bias: expected a shape that broadcasts to {wanted}, got {tuple(bias.shape)}")
+    return bias

@@ -1,0 +1,119 @@
+"""The relative bias as a short vector per head: what attention adds to a score depends only on the distance k - q.
+
+T5's buckets, ALiBi and any clamped learned bias have this form (docs/attention.md), so that attention never needs an
+(Lq, Lk) matrix: entry [h, clamp(k - q, -R, R) + R] of a (H, 2R+1) vector.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class RelativeBias:
+    """A bias that depends on the head and on the clamped distance between key and query.
+
+    Args:
+        vector: (H, 2R+1) floating point, with or without grad; entry [h, clamp(k - q, -R, R) + R].
+
+    Raises:
+        TypeError, ValueError: `vector` is no floating-point tensor of two dimensions with an odd last one.
+    """
+
+    __slots__ = ("vector",)
+
+    def __init__(self, vector: Tensor) -> None:
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            raise TypeError("vector: expected a floating-point tensor of shape (heads, 2R+1)")
+        if vector.dim() != 2 or vector.shape[1] % 2 == 0:
+            raise ValueError(f"vector: expected shape (heads, 2R+1), got {tuple(vector.shape)}")
+        self.vector = vector
+
+    @property
+    def num_heads(self) -> int:
+        return self.vector.shape[0]
+
+    @property
+    def max_distance(self) -> int:
+        """R: distances beyond it share the value at R (or -R)."""
+        return self.vector.shape[1] // 2
+
+    @classmethod
+    def from_table(cls, weight: Tensor, *, bidirectional: bool, max_distance: int) -> "RelativeBias":
+        """The bias of T5's bucket table.
+
+        Args:
+            weight: (num_buckets, H), as `relative_attention_bias.weight` of Hugging Face's T5.
+            bidirectional: True in encoders, False in decoders (future distances fall into bucket 0).
+            max_distance: `relative_attention_max_distance`, 128 in every published T5.
+
+        Source: Raffel et al. 2020, section 2.1; the float32 formula of its released code, to the bit.
+        """
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (num_buckets, heads), got {tuple(weight.shape)}")
+        lookup = torch.tensor(bucket_lookup(weight.shape[0], bidirectional, max_distance), device=weight.device)
+        return cls(weight.float().t().index_select(1, lookup) if weight.dtype != torch.float64 else weight.t()[:, lookup])
+
+    @classmethod
+    def alibi(
+        cls, num_heads: int, max_distance: int, asymmetric: bool = False, device: torch.device | str | None = None
+    ) -> "RelativeBias":
+        """ALiBi's linear penalty, -slope * |k - q|, exact for lengths up to max_distance + 1.
+
+        `asymmetric` gives each head one slope for keys before the query and another for keys after it, so that a
+        bidirectional encoder can tell left from right: of 2H geometric slopes the even ones look left, the odd right.
+
+        Source: Press et al. 2022, section 3 (slopes 2^(-8i/H)).
+        """
+        slopes = alibi_slopes(2 * num_heads if asymmetric else num_heads)
+        left = torch.tensor(slopes[0::2] if asymmetric else slopes, dtype=torch.float32, device=device)
+        right = torch.tensor(slopes[1::2] if asymmetric else slopes, dtype=torch.float32, device=device)
+        distance = torch.arange(-max_distance, max_distance + 1, dtype=torch.float32, device=device)
+        penalty = torch.where(distance < 0, left[:, None] * distance, -right[:, None] * distance)
+        return cls(penalty)
+
+    def dense(self, query_length: int, key_length: int, query_offset: int | Tensor = 0) -> Tensor:
+        """The same bias as a (1, H, Lq, Lk) tensor; `query_offset` is the position of the first query."""
+        device, reach = self.vector.device, self.max_distance
+        queries = torch.arange(query_length, device=device)[:, None] + query_offset
+        distance = torch.arange(key_length, device=device)[None, :] - queries
+        index = distance.clamp(-reach, reach) + reach
+        return self.vector[:, index][None]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """2^(-8i/n) for i = 1..n where n is a power of two; otherwise the next power's slopes fill the rest, as in the paper's code."""
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    if power < num_heads:
+        finer = [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
+        slopes += finer[: num_heads - power]
+    return slopes
+
+
+@torch.compiler.assume_constant_result
+def bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> list[int]:
+    """The bucket of each distance -R..R, R being the first distance from which the bucket no longer changes."""
+    return _bucket_lookup(num_buckets, bidirectional, max_distance)
+
+
+@lru_cache(maxsize=32)
+def _bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> list[int]:
+    # On the CPU and in float32 whatever the device of the model: a logarithm that rounds otherwise moves a bucket's edge.
+    with torch.device("cpu"), torch.no_grad():
+        distance = torch.arange(-max_distance - 1, max_distance + 2)
+        side_buckets = num_buckets // 2 if bidirectional else num_buckets
+        behind = distance.abs() if bidirectional else (-distance).clamp(min=0)
+        exact = side_buckets // 2
+        ratio = torch.log(behind.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+        coarse = (exact + (ratio * (side_buckets - exact)).to(torch.long)).clamp(max=side_buckets - 1)
+        bucket = torch.where(behind < exact, behind, coarse)
+        if bidirectional:
+            bucket = bucket + (distance > 0) * side_buckets
+        buckets: list[int] = bucket.tolist()
+    middle = len(buckets) // 2
+    reach = middle
+    while reach > 1 and buckets[middle - reach + 1] == buckets[0] and buckets[middle + reach - 1] == buckets[-1]:
+        reach -= 1
+    return buckets[middle - reach : middle + reach + 1]

@@ -1,0 +1,89 @@
+"""Attention in plain PyTorch: the specification that every other backend is tested against. Quadratic memory."""
+
+import torch
+from torch import Tensor
+
+from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.dropout import keep_mask
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias | Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias, masked) v, in float32 at least; shapes as in `fat5.ops.attention`."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        rows = [
+            _one(
+                q[b : b + 1],
+                k[b : b + 1],
+                v[b : b + 1],
+                bias if not isinstance(bias, Tensor) or bias.dim() < 4 or bias.shape[0] == 1 else bias[b : b + 1],
+                causal,
+                scale,
+                dropout_p,
+                seed,
+                b,
+                None if key_padding_mask is None else key_padding_mask[b],
+            )
+            for b in range(q.shape[0])
+        ]
+        return torch.cat(rows) if rows else torch.zeros_like(q)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    pieces = []
+    for n in range(len(starts_q) - 1):
+        rows_q, rows_k = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n + 1])
+        document_bias = bias
+        if isinstance(bias, Tensor):
+            document_bias = bias[n if bias.shape[0] > 1 else 0][
+                None, :, : rows_q.stop - rows_q.start, : rows_k.stop - rows_k.start
+            ]
+        document = (x[rows].transpose(0, 1)[None] for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
+        out = _one(*document, document_bias, causal, scale, dropout_p, seed, n, None)
+        pieces.append(out[0].transpose(0, 1))
+    tail = q[starts_q[-1] :]
+    return torch.cat([*pieces, torch.zeros_like(tail)])
+
+
+def _one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias | Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    document: int,
+    visible: Tensor | None,
+) -> Tensor:
+    """One document: q (1, H, Lq, D), k and v (1, H, Lk, D), `visible` (Lk,) bool."""
+    query_length, key_length = q.shape[2], k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
+    if bias is not None:
+        dense = bias.dense(query_length, key_length) if isinstance(bias, RelativeBias) else bias
+        scores = scores + dense.to(compute)
+    hidden = torch.zeros(query_length, key_length, dtype=torch.bool, device=q.device)
+    if causal:
+        hidden = hidden | torch.ones_like(hidden).triu(1)
+    if visible is not None:
+        hidden = hidden | ~visible
+    scores = scores.masked_fill(hidden, float("-inf"))
+    # A row that sees nothing is all -inf, whose softmax is NaN forward and backward: let it see everything, then zero it.
+    blind = hidden.all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(hidden, 0.0)
+    if dropout_p > 0.0 and seed is not None:
+        keep = keep_mask(seed, dropout_p, document, q.shape[1], range(query_length), range(key_length))
+        weights = weights * keep[None].to(compute) / (1.0 - dropout_p)
+    return (weights @ v.to(compute)).to(q.dtype)

@@ -1,0 +1,234 @@
+"""Device functions that every attention kernel shares: where a program's tile lies, its rows, its bias, its dropout.
+
+Legend: M query rows of a tile, N keys of a tile, D head dimension (BLOCK_D: its next power of two). A *document* is a
+packed document or, in the padded layout, a batch row. Scores live in base 2: scale and bias are multiplied by log2(e).
+Arguments that belong together travel as tuples:
+
+    strides   (batch, head, row, dimension) of q, k, v, out and their gradients; batch is 0 when packed
+    starts    (work list, cu_seqlens_q, cu_seqlens_k), Nones in the padded layout
+    shape     (heads, query rows, key rows, documents, tiles, R): rows are Lq and Lk, or all rows when packed
+    bias      (vector at distance 0, R, dense, dense's query stride, dense's key stride)
+    mask      (key padding mask, its key stride, dropout seed, dropout threshold, head, document)
+    tile      (first query, query length, key length)
+"""
+
+import triton
+import triton.language as tl
+
+# What a stretch of tiles adds to its scores.
+NO_BIAS: tl.constexpr = tl.constexpr(0)  # nothing, or the one number of a far stretch of a relative bias
+RELATIVE: tl.constexpr = tl.constexpr(1)
+DENSE: tl.constexpr = tl.constexpr(2)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["total", "num_documents", "capacity"])
+def work_list_kernel(
+    Starts, Work, total, num_documents, capacity, BLOCK: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Writes Work[slot] = (document, block), the longest documents first; slots left over get document -1.
+
+    One program a document; document number `num_documents` stands for the rows after the last one, which belong to nobody
+    and must still be written (zeros). A document's first slot is the number of tiles of all that go before it.
+    """
+    document = tl.program_id(0)
+    tiles = _tiles_of(Starts, document, total, num_documents, BLOCK)
+    first = 0
+    everything = 0
+    for chunk in range(0, num_documents + 1, CHUNK):
+        other = chunk + tl.arange(0, CHUNK)
+        others = _tiles_of(Starts, other, total, num_documents, BLOCK)
+        goes_before = (others > tiles) | ((others == tiles) & (other < document))
+        first += tl.sum(tl.where(goes_before, others, 0), 0)
+        everything += tl.sum(others, 0)
+    for chunk in range(0, tiles, CHUNK):
+        block = chunk + tl.arange(0, CHUNK)
+        slot = first + block
+        listed = (block < tiles) & (slot < capacity)
+        tl.store(Work + 2 * slot, tl.zeros_like(block) + document, mask=listed)
+        tl.store(Work + 2 * slot + 1, tiles - 1 - block if REVERSE else block, mask=listed)
+    for slot in range(everything + document, capacity, num_documents + 1):
+        tl.store(Work + 2 * slot, -1)
+
+
+@triton.jit
+def _tiles_of(Starts, document, total, num_documents, BLOCK: tl.constexpr):
+    inside = document <= num_documents
+    # Clamped, so that a broken cu_seqlens can give wrong results but never a wild address.
+    start = tl.minimum(tl.maximum(tl.load(Starts + document, mask=inside, other=0), 0), total)
+    stop = tl.minimum(tl.load(Starts + document + 1, mask=document < num_documents, other=total), total)
+    return tl.where(inside, (tl.maximum(stop - start, 0) + BLOCK - 1) // BLOCK, 0)
+
+
+@triton.jit
+def head_and_slot(program, shape, PACKED: tl.constexpr):
+    """Tiles of one document and head run side by side, so that they share its rows in the L2 cache."""
+    heads, tiles = shape[0], shape[4]
+    if PACKED:
+        return program // tiles, program % tiles
+    else:
+        row = program // tiles
+        return row % heads, row // heads * tiles + program % tiles
+
+
+@triton.jit
+def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Of a work slot: document (-1: nothing to do), block, batch row, then start and length of its queries and its keys.
+
+    In the padded layout slots count the tiles of a batch row, then the batch rows.
+    """
+    work, starts_q, starts_k = starts
+    heads, query_rows, key_rows, num_documents, tiles, R = shape
+    if PACKED:
+        document = tl.load(work + 2 * slot)
+        block = tl.load(work + 2 * slot + 1, mask=document >= 0, other=0)
+        known = tl.maximum(document, 0)
+        query_start, query_stop = _rows_of(starts_q, known, num_documents, query_rows)
+        key_start, key_stop = _rows_of(starts_k, known, num_documents, key_rows)
+        return document, block, 0, query_start, query_stop - query_start, key_start, key_stop - key_start
+    else:
+        block = slot % tiles
+        # When causal, the last rows see the most keys: start with them.
+        return slot // tiles, tiles - 1 - block if LAST_FIRST else block, slot // tiles, 0, query_rows, 0, key_rows
+
+
+@triton.jit
+def _rows_of(Starts, document, num_documents, total):
+    start = tl.minimum(tl.maximum(tl.load(Starts + document), 0), total)
+    stop = tl.minimum(tl.load(Starts + document + 1, mask=document < num_documents, other=total), total)
+    return start, tl.maximum(start, stop)
+
+
+@triton.jit
+def at_document(Base, strides, batch, head, start):
+    """The pointer moved to row `start` of a batch row and head, in 64 bits."""
+    return Base + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1] + tl.cast(start, tl.int64) * strides[2]
+
+
+@triton.jit
+def bias_of(Vector, vector_stride, Dense, dense_strides, R, head, document, BIAS: tl.constexpr):
+    """The `bias` tuple of one head and document."""
+    if BIAS == RELATIVE:
+        return Vector + tl.cast(head, tl.int64) * vector_stride, R, None, 0, 0
+    elif BIAS == DENSE:
+        dense = Dense + tl.cast(document, tl.int64) * dense_strides[0] + tl.cast(head, tl.int64) * dense_strides[1]
+        return None, R, dense, dense_strides[2], dense_strides[3]
+    else:
+        return None, R, None, 0, 0
+
+
+@triton.jit
+def mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK: tl.constexpr):
+    """The `mask` tuple of one head and document."""
+    if HAS_KEY_MASK:
+        return KeyMask + tl.cast(batch, tl.int64) * mask_strides[0], mask_strides[1], Seed, threshold, head, document
+    else:
+        return None, 0, Seed, threshold, head, document
+
+
+@triton.jit
+def load_rows(
+    Base, strides, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """(ROWS, BLOCK_D): rows first..first+ROWS of a document; zeros beyond `length` (if MASKED) and beyond HEAD_DIM."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    # The row offset is added to the pointer as 64 bits; inside a tile 32 bits are enough.
+    pointers = Base + tl.cast(first, tl.int64) * strides[2] + (rows[:, None] * strides[2] + dims[None, :] * strides[3])
+    if MASKED:
+        if BLOCK_D == HEAD_DIM:
+            return tl.load(pointers, mask=(first + rows)[:, None] < length, other=0.0)
+        else:
+            return tl.load(pointers, mask=((first + rows)[:, None] < length) & (dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        if BLOCK_D == HEAD_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(Base, strides, tile, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of a masked `load_rows`; rounds to the element type of `Base`."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    pointers = Base + tl.cast(first, tl.int64) * strides[2] + (rows[:, None] * strides[2] + dims[None, :] * strides[3])
+    mask = ((first + rows)[:, None] < length) & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(Base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_lse(Lse, rows, length):
+    """Log-sum-exp in base 2; +inf for a row that sees nothing or lies beyond the document, so that its weights are 0."""
+    lse = tl.load(Lse + rows, mask=rows < length, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def bias_tile(
+    bias, m0, n0, query_length, key_length,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(M, N), or (N, M) when TRANSPOSED: what the tile's scores get, in base 2; 0 outside the document if DENSE.
+
+    The relative vector is padded with its end values by BLOCK_M + BLOCK_N on either side, so that only a scalar is clamped
+    and each element's address is one register plus a constant.
+    """
+    vector, R, dense, stride_q, stride_k = bias
+    queries = tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
+    if BIAS == RELATIVE:
+        start = vector + tl.minimum(tl.maximum(n0 - m0, -R - BLOCK_N), R + BLOCK_M)
+        if TRANSPOSED:
+            return tl.load(start + (keys[:, None] - queries[None, :]))
+        else:
+            return tl.load(start + (keys[None, :] - queries[:, None]))
+    else:
+        at_query = tl.cast(m0 + queries, tl.int64) * stride_q
+        at_key = tl.cast(n0 + keys, tl.int64) * stride_k
+        if TRANSPOSED:
+            inside = (n0 + keys < key_length)[:, None] & (m0 + queries < query_length)[None, :]
+            return tl.load(dense + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32) * LOG2E
+        else:
+            inside = (m0 + queries < query_length)[:, None] & (n0 + keys < key_length)[None, :]
+            return tl.load(dense + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def visible_tile(
+    mask, m0, n0, key_length,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(M, N), or (1, N) where rows do not matter: which keys a query may see."""
+    keys = n0 + tl.arange(0, BLOCK_N)
+    visible = (keys < key_length)[None, :]
+    if HAS_KEY_MASK:
+        visible = attended_keys(mask, n0, key_length, BLOCK_N)[None, :]
+    if CAUSAL:
+        queries = m0 + tl.arange(0, BLOCK_M)
+        visible = visible & (queries[:, None] >= keys[None, :])
+    return visible
+
+
+@triton.jit
+def attended_keys(mask, n0, key_length, BLOCK_N: tl.constexpr):
+    """(N,) bool: the key padding mask, False beyond the document."""
+    keys = n0 + tl.arange(0, BLOCK_N)
+    return tl.load(mask[0] + keys * mask[1], mask=keys < key_length, other=0) != 0
+
+
+@triton.jit
+def kept_tile(mask, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(M, N), or (N, M) bool: the weights that dropout keeps; fat5.ops.attention.dropout specifies them."""
+    key_mask, key_stride, seed, threshold, head, document = mask
+    queries = m0 + tl.arange(0, BLOCK_M)
+    keys = n0 + tl.arange(0, BLOCK_N)
+    if TRANSPOSED:
+        zero = keys[:, None] * 0 + queries[None, :] * 0
+        column, row = keys[:, None] + zero, queries[None, :] + zero
+    else:
+        zero = queries[:, None] * 0 + keys[None, :] * 0
+        column, row = keys[None, :] + zero, queries[:, None] + zero
+    word, _, _, _ = tl.philox(tl.load(seed), column, row, zero + head, zero + document)
+    return word.to(tl.uint32) >= tl.cast(threshold, tl.uint32)

@@ -1,0 +1,267 @@
+"""The output projection and its cross-entropy in one operation, chunk by chunk: the logits never exist whole.
+
+The gradient is computed in the forward pass, while a chunk's probabilities are at hand, so that each chunk is projected
+once. Only reduction="none" projects again in backward, since each row then has its own upstream gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an accelerator.
+CHUNK_ENTRIES_CPU = 1 << 22
+CHUNK_ENTRIES_ACCELERATOR = 1 << 27
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy(hidden @ weight.T, labels) + z_loss * logsumexp^2, with the logits made whole."""
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden @ weight.to(hidden.dtype).t()).to(compute)
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    valid = labels != ignore_index
+    loss = loss + z_loss * torch.logsumexp(logits, dim=-1).square() * valid
+    if reduction == "none":
+        return loss
+    return loss.sum() / valid.sum() if reduction == "mean" else loss.sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` against `labels`, in memory that does not hold the logits.
+
+    Args:
+        hidden: (T, d) floating point; under autocast the product is made in autocast's dtype.
+        weight: (V, d).
+        labels: (T,) int64, each in [0, V) or `ignore_index`.
+        z_loss: weight of logsumexp(logits)^2, added to each token's loss (PaLM, section 5).
+        label_smoothing: share of the target spread over the vocabulary, in [0, 1).
+        reduction: "mean" over the labels that count (NaN when none does, as in PyTorch), "sum", or "none".
+        chunk_size: rows of logits at a time; by default what keeps a chunk small (module constants).
+
+    Returns:
+        A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and sums are
+        in float32, the gradient of `weight` is accumulated in float32.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"weight: expected (vocabulary, d) beside hidden (tokens, d), got {tuple(weight.shape)} and {tuple(hidden.shape)}"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    chunk = chunk_size or default_chunk_size(weight)
+    dtype = _compute_dtype(hidden)
+    settings = (z_loss, label_smoothing, ignore_index, chunk, dtype)
+    if reduction == "none":
+        return _per_token(hidden, weight, labels, *settings)
+    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, _, _ = _summed(hidden, weight, labels, *settings, with_gradients)
+    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each token's negative log-likelihood (T,) float32, 0 where ignored, and whether its label has the highest logit (T,) bool."""
+    losses, correct = [], []
+    for rows in _chunks(len(labels), chunk_size or default_chunk_size(weight)):
+        logits = _logits(hidden[rows], weight, _compute_dtype(hidden))
+        losses.append(F.cross_entropy(logits, labels[rows], ignore_index=ignore_index, reduction="none"))
+        correct.append(logits.argmax(dim=-1) == labels[rows])
+    if not losses:
+        return hidden.new_zeros(0, dtype=torch.float32), labels.new_zeros(0, dtype=torch.bool)
+    return torch.cat(losses), torch.cat(correct)
+
+
+def default_chunk_size(weight: Tensor) -> int:
+    """Rows of logits at a time: a multiple of 64, at least 64."""
+    entries = CHUNK_ENTRIES_CPU if weight.device.type == "cpu" else CHUNK_ENTRIES_ACCELERATOR
+    return max(64, entries // weight.shape[0] // 64 * 64)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    return logits.to(torch.promote_types(dtype, torch.float32))
+
+
+class _Chunk:
+    """One chunk's losses, and its logits turned in place into the gradient of the loss."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, ignore_index: int) -> None:
+        self.valid = (labels != ignore_index).to(logits.dtype)
+        self.target = torch.where(labels == ignore_index, 0, labels)[:, None]
+        self.z_loss, self.smoothing = z_loss, label_smoothing
+        self.log_probabilities = torch.log_softmax(logits, dim=-1)
+        loss = -self.log_probabilities.gather(1, self.target)[:, 0]
+        self.log_sum = logits.gather(1, self.target)[:, 0] + loss
+        if label_smoothing > 0.0:
+            loss = (1.0 - label_smoothing) * loss - label_smoothing * self.log_probabilities.mean(dim=-1)
+        if z_loss > 0.0:
+            loss = loss + z_loss * self.log_sum.square()
+        self.loss = loss * self.valid
+
+    def gradient(self, row_scale: Tensor) -> Tensor:
+        """d(sum of row_scale * loss) / d logits."""
+        scale = (row_scale * self.valid)[:, None]
+        grad = self.log_probabilities.exp_()
+        if self.z_loss > 0.0:
+            grad.mul_(scale * (1.0 + 2.0 * self.z_loss * self.log_sum[:, None]))
+        else:
+            grad.mul_(scale)
+        if self.smoothing > 0.0:
+            grad.sub_(scale * (self.smoothing / grad.shape[1]))
+        return grad.scatter_add_(1, self.target, scale * (self.smoothing - 1.0))
+
+
+@torch.library.custom_op("fat5::linear_cross_entropy_summed", mutates_args=())
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    label_smoothing: float,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and, if asked for, its gradients with respect to hidden and weight (empty otherwise)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        compute = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=compute, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden if with_gradients else hidden[:0])
+        grad_weight = torch.zeros_like(weight if with_gradients else weight[:0], dtype=compute)
+        narrow = weight.to(dtype)
+        for rows in _chunks(len(labels), chunk):
+            part = _Chunk(_logits(hidden[rows], narrow, dtype), labels[rows], z_loss, label_smoothing, ignore_index)
+            total += part.loss.sum()
+            if with_gradients:
+                _accumulate(part.gradient(part.valid), hidden, narrow, rows, grad_hidden, grad_weight)
+        return total, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _accumulate(
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor
+) -> None:
+    grad_logits = grad_logits.to(weight.dtype)
+    grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
+    if grad_weight.dtype == grad_logits.dtype:
+        grad_weight.addmm_(grad_logits.t(), hidden[rows].to(weight.dtype))
+    else:
+        grad_weight += grad_logits.t() @ hidden[rows].to(weight.dtype)
+
+
+@_summed.register_fake
+def _(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype, with_gradients):  # type: ignore[no-untyped-def]
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    if not with_gradients:
+        return total, torch.empty_like(hidden[:0]), torch.empty_like(weight[:0])
+    return total, torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _save_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx, grad_total, grad_of_hidden, grad_of_weight):  # type: ignore[no-untyped-def]
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return (grad_hidden * grad_total).to(grad_hidden.dtype), (grad_weight * grad_total).to(grad_weight.dtype), *(None,) * 7
+
+
+_summed.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("fat5::linear_cross_entropy_per_token", mutates_args=())
+def _per_token(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    label_smoothing: float,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each token's loss, (T,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss = torch.zeros(labels.shape, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        for rows in _chunks(len(labels), chunk):
+            logits = _logits(hidden[rows], weight, dtype)
+            loss[rows] = _Chunk(logits, labels[rows], z_loss, label_smoothing, ignore_index).loss
+        return loss
+
+
+@_per_token.register_fake
+def _(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype):  # type: ignore[no-untyped-def]
+    return labels.new_empty(labels.shape, dtype=torch.promote_types(dtype, torch.float32))
+
+
+@torch.library.custom_op("fat5::linear_cross_entropy_per_token_backward", mutates_args=())
+def _per_token_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    label_smoothing: float,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, from logits computed again."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        compute = torch.promote_types(dtype, torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=compute)
+        narrow = weight.to(dtype)
+        for rows in _chunks(len(labels), chunk):
+            part = _Chunk(_logits(hidden[rows], narrow, dtype), labels[rows], z_loss, label_smoothing, ignore_index)
+            _accumulate(part.gradient(grad[rows].to(compute)), hidden, narrow, rows, grad_hidden, grad_weight)
+        return grad_hidden, grad_weight.to(weight.dtype)
+
+
+@_per_token_backward.register_fake
+def _(grad, hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _save_inputs(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _gradients_per_token(ctx, grad):  # type: ignore[no-untyped-def]
+    return *_per_token_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 6
+
+
+_per_token.register_autograd(_gradients_per_token, setup_context=_save_inputs)
