@@ -247,9 +247,13 @@ def byte_tokenizer() -> dict[str, Any]:
 
 
 def added_token(index: int, token: str) -> dict[str, Any]:
-    """An entry of `added_tokens`: special, matched as it is written."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": index, "content": token, **flags}
+    """An entry of `added_tokens`: special, matched as it is written.
+
+    A sentinel takes the white space to its left, and a mode token that to its right, so that a prompt written with
+    spaces (`[R] Le <extra_id_0> dort`) gives the tokens of training, where a span holds the space before it.
+    """
+    flags = {"single_word": False, "lstrip": token.startswith("<extra_id_"), "rstrip": token in MODES}
+    return {"id": index, "content": token, **flags, "normalized": False, "special": True}
 
 
 def append_eos(eos_id: int, eos: str = EOS) -> dict[str, Any]:

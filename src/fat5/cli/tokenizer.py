@@ -1,0 +1,23 @@
+"""`fat5 tokenizer INPUT… --output_dir DIR`: train a tokenizer on your text."""
+
+import sys
+
+from fat5.cli.inputs import with_inputs
+from fat5.cli.parsing import parse
+
+
+def main(argv: list[str]) -> int:
+    """Trains a tokenizer and prints what encoding costs."""
+    from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+
+    config = TokenizerTraining(**parse(TokenizerTraining, with_inputs(argv), "tokenizer"))
+    report = train_tokenizer(config, progress=sys.stderr.isatty())
+    asked = config.vocab_size
+    if report["vocab_size"] < asked:
+        print(f"this corpus gives {report['vocab_size']:,} tokens, fewer than the {asked:,} asked for")
+    print(
+        f"{config.output_dir}: {config.model}, {report['vocab_size']:,} ids; on {report['documents']:,} documents "
+        f"{report['tokens_per_word']:.2f} tokens a word, {report['tokens_per_byte']:.3f} a byte, "
+        f"{report['unknown_rate']:.2%} unknown, {report['byte_fallback_rate']:.3%} written as bytes"
+    )
+    return 0
