@@ -221,8 +221,9 @@ class Walk:
             return
         if q.shape[0] == 0 or q.shape[1] == 0 or k.shape[1] == 0:
             return
-        if self.key_padding_mask is None:
-            yield from self._blocks(0, slice(None), (0, q.shape[1]), (0, k.shape[1]), None, 0)
+        if self.key_padding_mask is None or not self.reverse:
+            holes = None if self.key_padding_mask is None else ~self.key_padding_mask[:, None, None, :]
+            yield from self._blocks(0, slice(None), (0, q.shape[1]), (0, k.shape[1]), holes, 0)
             return
         for b, visible in enumerate(self.key_padding_mask):
             keys = visible.nonzero().flatten()
@@ -246,7 +247,7 @@ class Walk:
             r1 = min(r0 + CAUSAL_BLOCK, length_q)
             seen = min(length_k, r1 - k_start)
             block = (q1 - r1, q1 - r0) if self.reverse else (q0 + r0, q0 + r1)
-            yield Part(self, n, batch, block, (k0, k0 + seen), r0, k_start, None if holes is None else holes[:seen])
+            yield Part(self, n, batch, block, (k0, k0 + seen), r0, k_start, None if holes is None else holes[..., :seen])
 
     def new_grad_bias(self) -> Tensor:
         if self.reverse:

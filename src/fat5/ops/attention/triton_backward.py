@@ -164,7 +164,7 @@ def key_gradient_kernel(
     weigh nothing because their lse reads as +inf.
     """
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
-    document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, False)
+    document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, False, True)
     if document < 0:
         return
     R = shape[5]

@@ -73,10 +73,11 @@ def head_and_slot(program, shape, PACKED: tl.constexpr):
 
 
 @triton.jit
-def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr):
+def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr, BY_KEYS: tl.constexpr = False):
     """Of a work slot: document (-1: nothing to do), block, batch row, then start and length of its queries and its keys.
 
-    In the padded layout slots count the tiles of a batch row, then the batch rows.
+    In the padded layout slots count the tiles of a batch row, then the batch rows. BY_KEYS says that the slots are tiles of
+    keys: the rows after the last document are then listed as keys without queries, otherwise as queries without keys.
     """
     work, starts_q, starts_k = starts
     heads, query_rows, key_rows, num_documents, tiles, R = shape
@@ -86,6 +87,10 @@ def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr):
         known = tl.maximum(document, 0)
         query_start, query_stop = _rows_of(starts_q, known, num_documents, query_rows)
         key_start, key_stop = _rows_of(starts_k, known, num_documents, key_rows)
+        if BY_KEYS:
+            query_stop = tl.where(known < num_documents, query_stop, query_start)
+        else:
+            key_stop = tl.where(known < num_documents, key_stop, key_start)
         return document, block, 0, query_start, query_stop - query_start, key_start, key_stop - key_start
     else:
         block = slot % tiles

@@ -1,0 +1,192 @@
+"""The blocks of a T5 stack, on packed tokens (T, d) or rows (B, L, d); names are Hugging Face T5's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from fat5 import ops
+from fat5.model.configuration import FAT5Config
+from fat5.model.layout import Layout
+from fat5.model.positions import rotate
+from fat5.ops import RelativeBias
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return ops.rms_norm(hidden, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases and without 1/sqrt(d) (T5 folds it into the initialisation of q)."""
+
+    def __init__(self, config: FAT5Config, layer: int, has_relative_attention_bias: bool = False) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads, self.width, self.layer = config.num_heads, config.d_kv, layer
+        self.dropout = config.attention_dropout
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.has_relative_attention_bias = has_relative_attention_bias
+        if has_relative_attention_bias:
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        *,
+        memory: Tensor | None = None,
+        memory_layout: Layout | None = None,
+        bias: RelativeBias | Tensor | None = None,
+        causal: bool = False,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows."""
+        query = self._heads(self.q(hidden))
+        if rotation is not None:
+            query = rotate(query, rotation)
+        key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
+        key_layout = layout if memory_layout is None else memory_layout
+        dropout_p = self.dropout if self.training else 0.0
+        if layout.packed:
+            out = ops.attention(
+                query, key, value, bias=bias, causal=causal, dropout_p=dropout_p,
+                cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=key_layout.cu_seqlens,
+                max_seqlen_q=layout.max_seqlen, max_seqlen_k=key_layout.max_seqlen,
+            )  # fmt: skip
+        else:
+            rows = ops.attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias=bias, causal=causal,
+                dropout_p=dropout_p, key_padding_mask=key_layout.mask,
+            )  # fmt: skip
+            out = rows.transpose(1, 2)
+        return self.o(out.reshape(*hidden.shape[:-1], self.heads * self.width))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], self.heads, self.width)
+
+    def _keys_values(
+        self, source: Tensor, crosses: bool, rotation: tuple[Tensor, Tensor] | None, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        if cache is not None and crosses and cache.is_updated.get(self.layer):
+            kept = cache.cross_attention_cache.layers[self.layer]
+            return kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
+        key, value = self._heads(self.k(source)), self._heads(self.v(source))
+        if rotation is not None:
+            key = rotate(key, rotation)
+        if cache is not None:
+            side = cache.cross_attention_cache if crosses else cache.self_attention_cache
+            key, value = (x.transpose(1, 2) for x in side.update(key.transpose(1, 2), value.transpose(1, 2), self.layer))
+            if crosses:
+                cache.is_updated[self.layer] = True
+        return key, value
+
+
+class SelfAttentionLayer(nn.Module):
+    """hidden + dropout(SelfAttention(norm(hidden)))."""
+
+    def __init__(self, config: FAT5Config, layer: int, has_relative_attention_bias: bool) -> None:
+        super().__init__()
+        self.SelfAttention = Attention(config, layer, has_relative_attention_bias)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden: Tensor, layout: Layout, **how: Any) -> Tensor:
+        return hidden + self.dropout(self.SelfAttention(self.layer_norm(hidden), layout, **how))
+
+
+class CrossAttentionLayer(nn.Module):
+    """hidden + dropout(EncDecAttention(norm(hidden), memory)); no position enters."""
+
+    def __init__(self, config: FAT5Config, layer: int) -> None:
+        super().__init__()
+        self.EncDecAttention = Attention(config, layer)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden: Tensor, layout: Layout, **how: Any) -> Tensor:
+        return hidden + self.dropout(self.EncDecAttention(self.layer_norm(hidden), layout, **how))
+
+
+class FeedForward(nn.Module):
+    """T5 v1.0's wo(act(wi x)); the parameters are called wi and wo."""
+
+    def __init__(self, config: FAT5Config) -> None:
+        super().__init__()
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.act = ACT2FN[config.dense_act_fn]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.wo(self.dropout(self.act(self.wi(hidden))))
+
+
+class GatedFeedForward(nn.Module):
+    """T5 v1.1's wo(act(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, config: FAT5Config) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.act = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.wi_0(hidden), self.wi_1(hidden)
+        gated = ops.geglu(gate, up) if self.act is None else self.act(gate) * up
+        return self.wo(self.dropout(gated))
+
+
+class FeedForwardLayer(nn.Module):
+    """hidden + dropout(FeedForward(norm(hidden)))."""
+
+    def __init__(self, config: FAT5Config) -> None:
+        super().__init__()
+        self.DenseReluDense = GatedFeedForward(config) if config.is_gated_act else FeedForward(config)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.dropout(self.DenseReluDense(self.layer_norm(hidden)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention in a decoder, feed-forward."""
+
+    def __init__(self, config: FAT5Config, layer: int, is_decoder: bool, has_relative_attention_bias: bool) -> None:
+        super().__init__()
+        self.is_decoder = is_decoder
+        self.layer = nn.ModuleList([SelfAttentionLayer(config, layer, has_relative_attention_bias)])
+        if is_decoder:
+            self.layer.append(CrossAttentionLayer(config, layer))
+        self.layer.append(FeedForwardLayer(config))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        bias: RelativeBias | Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        causal: bool,
+        memory: Tensor | None = None,
+        memory_layout: Layout | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        hidden = self.layer[0](hidden, layout, bias=bias, causal=causal, rotation=rotation, cache=cache)
+        if self.is_decoder and memory is not None:
+            hidden = self.layer[1](hidden, layout, memory=memory, memory_layout=memory_layout, cache=cache)
+        return self.layer[-1](hidden)

@@ -1,0 +1,141 @@
+"""What every FAT5 model shares: initialisation, tied weights, safe loading and saving."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from fat5.errors import CheckpointError
+from fat5.model.configuration import FAT5Config
+from fat5.model.layers import Attention, FeedForward, GatedFeedForward, RMSNorm
+from fat5.model.positions import AbsolutePositions, Fire
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class FAT5PreTrainedModel(PreTrainedModel):
+    """Base class: T5's initialisation; checkpoints as safetensors, complete, and with T5 positions readable by stock classes."""
+
+    config_class = FAT5Config
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    }
+    # Stock T5 v1.0 checkpoints hold a table of cross-attention that no T5 reads.
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"]
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The embeddings of both stacks are always the shared one; the output projection only if the configuration ties it."""
+        mine = {name: source for name, source in (self._tied_weights_keys or {}).items() if self._has(name)}
+        if not self.config.tie_word_embeddings:
+            mine.pop("lm_head.weight", None)
+        return mine
+
+    def _has(self, parameter: str) -> bool:
+        return hasattr(self, parameter.split(".")[0])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.shared = value
+        for stack in ("encoder", "decoder"):
+            if hasattr(self, stack):
+                getattr(self, stack).embed_tokens = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs' width, and
+        q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""
+        config = self.config
+        factor, width = config.initializer_factor, config.d_model
+
+        def normal(layer: nn.Module, deviation: float) -> None:
+            init.normal_(layer.weight, mean=0.0, std=factor * deviation)
+
+        if isinstance(module, RMSNorm):
+            init.constant_(module.weight, factor)
+        elif isinstance(module, Attention):
+            normal(module.q, (width * config.d_kv) ** -0.5)
+            normal(module.k, width**-0.5)
+            normal(module.v, width**-0.5)
+            normal(module.o, (config.num_heads * config.d_kv) ** -0.5)
+            if module.has_relative_attention_bias:
+                normal(module.relative_attention_bias, width**-0.5)
+        elif isinstance(module, GatedFeedForward):
+            normal(module.wi_0, width**-0.5)
+            normal(module.wi_1, width**-0.5)
+            normal(module.wo, config.d_ff**-0.5)
+        elif isinstance(module, FeedForward):
+            normal(module.wi, width**-0.5)
+            normal(module.wo, config.d_ff**-0.5)
+        elif isinstance(module, AbsolutePositions):
+            if module.learned:
+                normal(module.embedding, 1.0)
+        elif isinstance(module, Fire):
+            for layer in (module.hidden, module.output):
+                init.normal_(layer.weight, mean=0.0, std=factor * layer.in_features**-0.5)
+                init.zeros_(layer.bias)
+            init.constant_(module.slope, 1.0)
+            init.constant_(module.threshold, 512.0)
+        elif isinstance(module, PreTrainedModel) and hasattr(module, "shared"):
+            normal(module.shared, 1.0)
+            if hasattr(module, "lm_head") and not config.tie_word_embeddings:
+                normal(module.lm_head, 1.0)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for FAT5 and stock T5 folders, from safetensors only and completely.
+
+        Raises:
+            CheckpointError: the folder has no safetensors, or a tensor is missing or misshapen.
+        """
+        where = pretrained_model_name_or_path
+        if where is not None and kwargs.get("state_dict") is None:
+            _refuse_pickles(where)
+            kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except OSError as error:
+            raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"lacks {len(info['missing_keys'])} tensors, {min(info['missing_keys'])} among them",
+                where=where,
+                hint="the checkpoint is incomplete or of another architecture",
+            )
+        if info["mismatched_keys"] and not allows_mismatch:
+            name, found, wanted = sorted(info["mismatched_keys"])[0]
+            raise CheckpointError(
+                f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}",
+                where=where,
+                hint="config.json does not belong to these weights",
+            )
+        # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
+        if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
+            model.config.tie_word_embeddings = False
+        return (model, info) if wants_info else model
+
+
+def _refuse_pickles(where: Any) -> None:
+    folder = Path(where)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "is a pickle, which can run code when read, and is refused",
+            where=pickles[0],
+            hint="save it again as safetensors (model.save_pretrained of transformers does)",
+        )
+    raise CheckpointError("holds no *.safetensors file", where=folder, hint="give the folder that save_pretrained wrote")

@@ -1,0 +1,123 @@
+"""A stack of blocks, encoder or decoder: embeds, encodes positions, runs the blocks, normalises."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fat5.model.configuration import FAT5Config
+from fat5.model.layers import Block, RMSNorm
+from fat5.model.layout import Layout
+from fat5.model.positions import AbsolutePositions, Fire, Rotary
+from fat5.ops import RelativeBias
+
+
+class Stack(nn.Module):
+    """An encoder or a decoder over packed tokens or rows.
+
+    Args:
+        config: of the whole model.
+        is_decoder: causal, with cross-attention.
+    """
+
+    def __init__(self, config: FAT5Config, is_decoder: bool) -> None:
+        super().__init__()
+        self.config, self.is_decoder = config, is_decoder
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        learned = config.position_encoding == "t5"
+        self.block = nn.ModuleList([Block(config, i, is_decoder, learned and i == 0) for i in range(layers)])
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        if config.position_encoding == "fire":
+            self.fire = Fire(config)
+        elif config.position_encoding == "absolute":
+            self.absolute = AbsolutePositions(config)
+        elif config.position_encoding == "rope":
+            self.rotary = Rotary(config)
+        # Set by transformers' gradient_checkpointing_enable().
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        memory: Tensor | None = None,
+        memory_layout: Layout | None = None,
+        cache: Any = None,
+        every_layer: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of every token, normalised.
+
+        Args:
+            tokens: ids, (T,) or (B, L) int64, or embeddings with a last dimension d_model.
+            layout: of the tokens.
+            memory, memory_layout: the encoder's hidden states, for a decoder.
+            cache: an EncoderDecoderCache; rows only. Its length is the position of the first token.
+            every_layer: receives the hidden states before each block and after the last.
+        """
+        hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        offset = 0 if cache is None else cache.get_seq_length()
+        encoding = self.config.position_encoding
+        rotation = None
+        if encoding in ("absolute", "rope"):
+            positions = layout.positions(tokens) + offset
+            if encoding == "absolute":
+                self.absolute.check(layout.max_seqlen + (offset if isinstance(offset, int) else 0))
+                hidden = hidden + self.absolute(positions).to(hidden.dtype)
+            else:
+                rotation = self.rotary(positions)
+        bias, causal = self._bias(layout, cache, offset, tokens)
+        hidden = self.dropout(hidden)
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.block:
+            if every_layer is not None:
+                every_layer.append(hidden)
+            arguments = (hidden, layout, bias, rotation, causal, memory, memory_layout, cache)
+            hidden = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+        hidden = self.dropout(self.final_layer_norm(hidden))
+        if every_layer is not None:
+            every_layer.append(hidden)
+        return hidden
+
+    def _bias(
+        self, layout: Layout, cache: Any, offset: int | Tensor, tokens: Tensor
+    ) -> tuple[RelativeBias | Tensor | None, bool]:
+        """What attention adds to the scores, and whether attention is to hide the future itself."""
+        if cache is None:
+            return self._relative_bias(layout.max_seqlen), self.is_decoder
+        # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in decoding.
+        length = tokens.shape[1]
+        capacity = cache.self_attention_cache.get_max_length() if _is_static(cache) else offset + length
+        queries = torch.arange(length, device=tokens.device)[:, None] + offset
+        hidden = torch.arange(capacity, device=tokens.device)[None, :] > queries
+        bias: Tensor | None = None
+        if self.config.position_encoding == "fire":
+            bias = self.fire(length, capacity, offset)
+        else:
+            relative = self._relative_bias(capacity)
+            bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
+        if bias is None:
+            bias = torch.zeros(1, 1, length, capacity, device=tokens.device)
+        return bias.masked_fill(hidden, float("-inf")), False
+
+    def _relative_bias(self, max_length: int) -> RelativeBias | Tensor | None:
+        config = self.config
+        if config.position_encoding == "t5":
+            table = self.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr, index]
+            return RelativeBias.from_table(
+                table, bidirectional=not self.is_decoder, max_distance=config.relative_attention_max_distance
+            )
+        if config.position_encoding == "alibi":
+            device = self.embed_tokens.weight.device
+            asymmetric = config.alibi_asymmetric and not self.is_decoder
+            return RelativeBias.alibi(config.num_heads, max(max_length - 1, 1), asymmetric, device=device)
+        if config.position_encoding == "fire":
+            return self.fire(max_length, max_length)
+        return None
+
+
+def _is_static(cache: Any) -> bool:
+    return bool(getattr(cache, "is_compileable", False))

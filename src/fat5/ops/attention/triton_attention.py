@@ -1,0 +1,383 @@
+"""The Triton backend: host side of the kernels, registered with torch.library as one forward and one backward op.
+
+triton_forward.py, triton_backward.py and triton_bias_gradient.py hold the kernels, triton_launch.py their configurations.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
+from fat5.ops.attention.triton_bias_gradient import band_kernel, bins_kernel, dense_gradient_kernel, diagonal_kernel
+from fat5.ops.attention.triton_forward import forward_kernel
+from fat5.ops.attention.triton_launch import Launch, configuration, run
+from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_kernel
+
+MAX_HEAD_DIM = 128
+LOG2E = 1.4426950408889634
+WORK_LIST_CHUNK = 256
+# Enough programs for two waves of the largest GPUs, so that the band kernel's few offsets fill the machine.
+BAND_PROGRAMS = 1024
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments: object) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), q is on {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it serves float16, bfloat16 and float32, q is {q.dtype}"
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        return f"it serves head dimensions 1 to {MAX_HEAD_DIM}, q has {q.shape[-1]}"
+    return None
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias | Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """`fat5.ops.attention` with validated arguments."""
+    if scale < 0.0:
+        # The kernels find a row's maximum before they scale.
+        q, scale = -q, -scale
+    vector = bias.vector.float() if isinstance(bias, RelativeBias) else None
+    dense = bias if isinstance(bias, Tensor) else None
+    out, _ = attention_forward(
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+    )
+    return out
+
+
+@torch.library.custom_op("fat5::triton_attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vector: Tensor | None,
+    dense: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns out, of q's shape and strides where q is dense, and lse (B, H, Lq) or (H, Tq) fp32."""
+    out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
+    launch = configuration("forward", q.device, q.shape[-1], q.dtype)
+    problem = _Problem(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p)
+    starts, shape, programs = problem.query_tiles(launch.block_m, last_first=causal)
+    run(
+        forward_kernel,
+        programs,
+        (
+            *(q, k, v, problem.padded_vector(launch), dense, problem.key_mask, seed, out, lse, starts),
+            *(problem.strides(x) for x in (q, k, v, out)),
+            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
+            *(shape, problem.scale2, problem.threshold, problem.keep_scale),
+        ),
+        problem.constants(launch),
+        launch,
+    )
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
+
+
+@torch.library.custom_op("fat5::triton_attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vector: Tensor | None,
+    dense: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v and of the bias in its own shape (empty unless `bias_needs_grad`)."""
+    problem = _Problem(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+
+    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype)
+    starts, shape, programs = problem.query_tiles(rows.block_m, last_first=causal)
+    far_sums = lse.new_empty((programs, 2)) if vector is not None and bias_needs_grad else None
+    run(
+        query_gradient_kernel,
+        programs,
+        (
+            *(q, k, v, problem.padded_vector(rows), dense, problem.key_mask, seed, out, grad_out, lse, delta, grad_q),
+            *(far_sums, starts, *(problem.strides(x) for x in (q, k, v, out, grad_out, grad_q))),
+            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
+            *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+        ),
+        problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
+        rows,
+    )
+    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype)
+    starts, shape, programs = problem.key_tiles(columns.block_n)
+    run(
+        key_gradient_kernel,
+        programs,
+        (
+            *(q, k, v, problem.padded_vector(columns), dense, problem.key_mask, seed, grad_out, lse, delta, grad_k, grad_v),
+            *(starts, *(problem.strides(x) for x in (q, k, v, grad_out, grad_k, grad_v))),
+            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
+            *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+        ),
+        problem.constants(columns),
+        columns,
+    )
+    if far_sums is not None:
+        grad_bias = _vector_gradient(problem, grad_out, lse, delta, far_sums, rows)
+    elif dense is not None and bias_needs_grad:
+        grad_bias = _dense_gradient(problem, grad_out, lse, delta)
+    else:
+        grad_bias = lse.new_empty(0)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+@attention_backward.register_fake
+def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, dropout_p, bias_needs_grad):  # type: ignore[no-untyped-def]  # fmt: skip
+    bias = dense if vector is None else vector
+    grad_bias = lse.new_empty(0) if bias is None or not bias_needs_grad else bias.new_empty(bias.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
+
+
+def _vector_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch) -> Tensor:
+    """(H, 2R+1) fp32: the band kernel's diagonals and the far sums that the dQ pass left behind, tiled as `rows`."""
+    q, k, v, vector, causal = problem.q, problem.k, problem.v, problem.vector, problem.causal
+    assert vector is not None
+    grad_vector = torch.empty_like(vector, memory_format=torch.contiguous_format)
+    R = vector.shape[1] // 2
+    if R == 0:
+        # One number for all keys changes no softmax.
+        return grad_vector.zero_()
+    band = configuration("band", q.device, q.shape[-1], q.dtype)
+    assert rows.block_m % band.block_m == 0 and rows.block_n % band.block_n == 0 and band.block_m % band.block_n == 0
+    lowest = -((R + rows.block_n + rows.block_m - band.block_m - 2) // band.block_n)
+    highest = (R + rows.block_m + rows.block_n - band.block_n - 2) // band.block_n
+    if causal:
+        highest = (band.block_m - 1) // band.block_n
+    lowest = max(lowest, -triton.cdiv(problem.query_rows, band.block_n))
+    highest = max(lowest, min(highest, triton.cdiv(problem.key_rows, band.block_n) - 1))
+    offsets = highest - lowest + 1
+    starts, shape, programs = problem.query_tiles(band.block_m)
+    slots = programs // problem.heads
+    splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * offsets)))
+    partial = lse.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
+    constants = problem.constants(band) | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
+    del constants["BIAS"]
+    run(
+        band_kernel,
+        problem.heads * offsets * splits,
+        (
+            *(q, k, v, problem.padded_vector(band), problem.key_mask, problem.seed, grad_out, lse, delta, partial, starts),
+            *(problem.strides(x) for x in (q, k, v, grad_out)),
+            *(problem.lse_strides, problem.vector_stride, problem.mask_strides, shape, slots, splits, lowest),
+            *(problem.scale2, problem.threshold, problem.keep_scale),
+        ),
+        constants,
+        band,
+    )
+    overlap = band.block_m // band.block_n + 1
+    strips = offsets + overlap - 1
+    diagonals = lse.new_empty((problem.heads, strips * band.block_n))
+    tile = {"BLOCK_M": band.block_m, "BLOCK_N": band.block_n, "OVERLAP": overlap}
+    run(diagonal_kernel, (problem.heads, strips), (partial, diagonals, offsets, splits, diagonals.shape[1]), tile)
+    far_rows = 1 if problem.packed else q.shape[0]
+    far_tiles = far_sums.shape[0] // (far_rows * problem.heads)
+    lowest_distance = (lowest - overlap + 1) * band.block_n
+    run(
+        bins_kernel,
+        problem.heads,
+        (diagonals, far_sums, grad_vector, diagonals.shape[1], lowest_distance, far_rows, far_tiles, problem.heads, R),
+        {"CHUNK": 256},
+    )
+    return grad_vector
+
+
+def _dense_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """In the shape and dtype of the dense bias, summed in fp32."""
+    q, k, v, dense = problem.q, problem.k, problem.v, problem.dense
+    assert dense is not None
+    grad_dense = dense.new_empty(dense.shape)
+    launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype)
+    rows, columns = dense.shape[2:]
+    documents = problem.num_documents if problem.packed else q.shape[0]
+    sizes = (documents, dense.shape[0], dense.shape[1], rows, columns)
+    constants = problem.constants(launch) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
+    del constants["BIAS"]
+    starts, shape = problem.starts(None), problem.shape(0)
+    run(
+        dense_gradient_kernel,
+        dense.shape[0] * dense.shape[1] * triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),
+        (
+            *(q, k, v, dense, problem.key_mask, problem.seed, grad_out, lse, delta, grad_dense, starts),
+            *(problem.strides(x) for x in (q, k, v, grad_out)),
+            *(problem.lse_strides, problem.dense_strides, grad_dense.stride(), problem.mask_strides),
+            *(shape, sizes, problem.scale2, problem.threshold, problem.keep_scale),
+        ),
+        constants,
+        launch,
+    )
+    return grad_dense
+
+
+class _Problem:
+    """One attention problem as the kernels want to hear of it."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        vector: Tensor | None,
+        dense: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+    ) -> None:
+        self.q, self.k, self.v, self.vector, self.dense, self.seed, self.causal = q, k, v, vector, dense, seed, causal
+        self.cu_seqlens_q, self.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
+        self.packed = cu_seqlens_q is not None
+        self.heads = q.shape[1]
+        self.query_rows, self.key_rows = (q.shape[0], k.shape[0]) if self.packed else (q.shape[2], k.shape[2])
+        self.num_documents = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+        self.key_mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
+        self.mask_strides = None if self.key_mask is None else self.key_mask.stride()
+        self.dense_strides = None
+        if dense is not None:
+            # A broadcast dimension is read again and again at stride 0.
+            self.dense_strides = tuple(0 if size == 1 else stride for size, stride in zip(dense.shape, dense.stride()))
+        self.vector_stride = 0
+        self.scale2 = scale * LOG2E
+        self.dropout = seed is not None and dropout_p > 0.0
+        self.threshold = int(dropout_p * 2**32)
+        self.keep_scale = 1.0 / (1.0 - dropout_p)
+        self.lse_strides = (0, q.shape[0], 1) if self.packed else (q.shape[1] * q.shape[2], q.shape[2], 1)
+
+    def strides(self, x: Tensor) -> tuple[int, int, int, int]:
+        """(batch, head, row, dimension), in elements."""
+        if self.packed:
+            row, head, dimension = x.stride()
+            return 0, head, row, dimension
+        batch, head, row, dimension = x.stride()
+        return batch, head, row, dimension
+
+    def padded_vector(self, launch: Launch) -> Tensor | None:
+        """The bias vector in base 2, its end values repeated on either side, from distance 0 on."""
+        if self.vector is None:
+            return None
+        padding = launch.block_m + launch.block_n
+        padded = F.pad(self.vector * LOG2E, (padding, padding), mode="replicate")
+        self.vector_stride = padded.shape[1]
+        return padded[:, padded.shape[1] // 2 :]
+
+    def query_tiles(self, block: int, last_first: bool = False) -> tuple[tuple, tuple[int, ...], int]:
+        """The `starts` and `shape` tuples of a kernel that owns tiles of queries, and its number of programs."""
+        return self._tiles(self.cu_seqlens_q, self.query_rows, block, last_first)
+
+    def key_tiles(self, block: int) -> tuple[tuple, tuple[int, ...], int]:
+        """The same for a kernel that owns tiles of keys."""
+        return self._tiles(self.cu_seqlens_k, self.key_rows, block, False)
+
+    def _tiles(self, cu_seqlens: Tensor | None, rows: int, block: int, last_first: bool) -> tuple[tuple, tuple[int, ...], int]:
+        if cu_seqlens is None:
+            tiles = triton.cdiv(rows, block)
+            return self.starts(None), self.shape(tiles), tiles * self.heads * self.q.shape[0]
+        # Each document, and the rows after the last, can end in one partly filled tile.
+        capacity = rows // block + self.num_documents + 1
+        work = torch.empty((capacity, 2), dtype=torch.int32, device=self.q.device)
+        run(
+            work_list_kernel,
+            self.num_documents + 1,
+            (cu_seqlens, work, rows, self.num_documents, capacity),
+            {"BLOCK": block, "CHUNK": WORK_LIST_CHUNK, "REVERSE": last_first},
+        )
+        return self.starts(work), self.shape(capacity), capacity * self.heads
+
+    def starts(self, work: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return work, self.cu_seqlens_q, self.cu_seqlens_k
+
+    def shape(self, tiles: int) -> tuple[int, ...]:
+        reach = 0 if self.vector is None else self.vector.shape[1] // 2
+        return self.heads, self.query_rows, self.key_rows, self.num_documents, tiles, reach
+
+    def constants(self, launch: Launch) -> dict[str, object]:
+        """The compile-time arguments that every kernel takes."""
+        bias = NO_BIAS
+        if self.vector is not None:
+            bias = RELATIVE
+        elif self.dense is not None:
+            bias = DENSE
+        head_dim = self.q.shape[-1]
+        exact = self.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        return {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_M": launch.block_m,
+            "BLOCK_N": launch.block_n,
+            "BIAS": bias.value,
+            "CAUSAL": self.causal,
+            "PACKED": self.packed,
+            "HAS_KEY_MASK": self.key_mask is not None,
+            "DROPOUT": self.dropout,
+            "PRECISION": "ieee" if exact else "tf32",
+        }
+
+
+def _lse_shape(q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]:
+    return (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else tuple(q.shape[:3])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, causal, scale, dropout_p = inputs
+    out, lse = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.options = (causal, scale, dropout_p)
+
+
+def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
+    has_vector, has_dense = (ctx.saved_tensors[i] is not None for i in (3, 4))
+    bias_needs_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    grad_q, grad_k, grad_v, grad_bias = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, bias_needs_grad)
+    grad_vector = grad_bias if has_vector and bias_needs_grad else None
+    grad_dense = grad_bias if has_dense and bias_needs_grad else None
+    return grad_q, grad_k, grad_v, grad_vector, grad_dense, *(None,) * 7
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
