@@ -1,0 +1,25 @@
+"""`fat5 prepare INPUT… --tokenizer DIR --output_dir DIR`: turn text into verified token shards."""
+
+import sys
+
+from fat5.cli.inputs import with_inputs
+from fat5.cli.parsing import parse
+
+
+def main(argv: list[str]) -> int:
+    """Prepares a corpus and prints what the folder holds."""
+    from fat5.data.prepare import PrepareConfig, prepare
+
+    config = PrepareConfig(**parse(PrepareConfig, with_inputs(argv), "prepare"))
+    manifest = prepare(config, progress=sys.stderr.isatty())
+    if manifest is None:
+        print(f"submitted to Slurm; the last job writes {config.output_dir}/manifest.json")
+        return 0
+    for split in manifest.shards:
+        documents, tokens = manifest.documents(split), manifest.tokens(split)
+        print(f"{config.output_dir}/{split}: {documents:,} documents, {tokens:,} tokens")
+    if not manifest.documents("validation"):
+        print("the validation split is empty: a higher --validation_fraction fills it")
+    if config.verify:
+        print("every shard agrees with its SHA-256")
+    return 0

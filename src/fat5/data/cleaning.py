@@ -1,0 +1,117 @@
+"""Cleaning steps of datatrove that `fat5 prepare --steps` switches on by name.
+
+| step | what it does |
+|---|---|
+| `language=fr` | keeps documents that fastText identifies as that language (needs its model: 126 MB, fetched once) |
+| `c4` | C4's line and page rules (Raffel et al. 2020) |
+| `gopher_quality` | Gopher's quality rules (Rae et al. 2021), but for its English stop words |
+| `gopher_repetition` | Gopher's repetition rules |
+| `urls` | drops documents by the blocklists of their `url` column |
+| `pii` | replaces e-mail and public IP addresses |
+| `minhash` | drops near-duplicates over the whole corpus (MinHash, 14 buckets of 8 hashes of word 5-grams) |
+
+Words and sentences are found by Unicode rules, the same for every language that writes spaces between words, so no
+step but `language` needs anything beyond the installation.
+"""
+
+import re
+from typing import Any
+
+from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+    LanguageFilter,
+    URLFilter,
+)
+from datatrove.pipeline.formatters import PIIFormatter
+from datatrove.utils.word_tokenizers import WordTokenizer
+
+from fat5.errors import DataError
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_SENTENCE = re.compile(r".+?(?:[.!?…。！？؟।]+[\"'”»)]*(?=\s|$)|\n|$)", re.DOTALL)
+
+
+class UnicodeWords(WordTokenizer):
+    """Words are runs of letters, digits and underscores; sentences end at terminal punctuation or a line break."""
+
+    def __init__(self) -> None:
+        super().__init__("unicode")
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """Words and single punctuation marks, in order."""
+        return _WORD.findall(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        """Sentences without the white space around them."""
+        return [sentence.strip() for sentence in _SENTENCE.findall(text) if sentence.strip()]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of each sentence."""
+        return [match.span() for match in _SENTENCE.finditer(text) if match.group().strip()]
+
+
+class Signatures(MinhashDedupSignature):
+    """MinHash signatures over words found by Unicode rules."""
+
+    def __init__(self, output_folder: str, config: MinhashConfig) -> None:
+        super().__init__(output_folder, config, language=UnicodeWords())
+
+
+class UrlBlocklists(URLFilter):
+    """datatrove's URL filter, with the public suffix list that is installed instead of one from the network."""
+
+    def __init__(self) -> None:
+        from tldextract import TLDExtract
+
+        super().__init__()
+        self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
+
+    def filter(self, document: Any) -> Any:
+        """Keeps a document whose URL no blocklist names.
+
+        Raises:
+            DataError: the document has no `url`.
+        """
+        if not document.metadata.get("url"):
+            raise DataError("no column 'url', which the step `urls` reads", where=document.id)
+        return super().filter(document)
+
+
+def build_step(spec: str) -> Any:
+    """One datatrove step from its name, as given to `--steps` (all but `minhash`, which is several stages)."""
+    name, _, argument = spec.partition("=")
+    words = UnicodeWords()
+    if name == "language":
+        return LanguageFilter(languages=argument.split("+"))
+    if name == "c4":
+        return C4QualityFilter(language=words)
+    if name == "gopher_quality":
+        return GopherQualityFilter(language=words, min_stop_words=None)
+    if name == "gopher_repetition":
+        return GopherRepetitionFilter(language=words)
+    if name == "urls":
+        return UrlBlocklists()
+    return PIIFormatter()
+
+
+def check_models(steps: list[str]) -> None:
+    """Loads what a step needs from outside, so that a missing model is found before the corpus is read.
+
+    Raises:
+        DataError: a model cannot be had.
+    """
+    for spec in steps:
+        if spec.startswith("language="):
+            try:
+                _ = build_step(spec).model.model
+            except Exception as error:  # fsspec, fasttext and the network raise many kinds
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                raise DataError(
+                    f"the language identification model cannot be fetched ({reason})",
+                    where=f"step {spec}",
+                    hint="Run once where there is a network, or leave this step out",
+                ) from error
