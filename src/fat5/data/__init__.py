@@ -13,6 +13,8 @@ _HOMES = {
     "MixtureOfDenoisers": "denoisers",
     "PackedBatch": "batch",
     "PackedLoader": "loader",
+    "PaddedBatch": "padded",
+    "PaddedLoader": "padded",
     "PieceStream": "order",
     "ShardEntry": "shards",
     "Source": "order",
@@ -26,6 +28,8 @@ _HOMES = {
     "reconstruct": "denoisers",
     "sample_path": "sample_corpus",
     "suggest_budgets": "packing",
+    "unpack": "padded",
+    "validation_batches": "validation",
     "verify": "shards",
 }
 
@@ -35,11 +39,38 @@ if TYPE_CHECKING:
     from fat5.data.loader import PackedLoader
     from fat5.data.order import PieceStream, Source
     from fat5.data.packing import pack, suggest_budgets
+    from fat5.data.padded import PaddedBatch, PaddedLoader, unpack
     from fat5.data.sample_corpus import sample_path
     from fat5.data.shards import Manifest, ShardEntry, TokenShards, open_shards, read_manifest, verify
     from fat5.data.tokenizer import Tokenizer, TokenizerInfo, load_tokenizer
+    from fat5.data.validation import validation_batches
 
-__all__ = list(_HOMES)
+__all__ = [
+    "BatchConfig",
+    "Denoiser",
+    "Manifest",
+    "MixtureOfDenoisers",
+    "PackedBatch",
+    "PackedLoader",
+    "PaddedBatch",
+    "PaddedLoader",
+    "PieceStream",
+    "ShardEntry",
+    "Source",
+    "TokenShards",
+    "Tokenizer",
+    "TokenizerInfo",
+    "load_tokenizer",
+    "open_shards",
+    "pack",
+    "read_manifest",
+    "reconstruct",
+    "sample_path",
+    "suggest_budgets",
+    "unpack",
+    "validation_batches",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ class BatchConfig:
                 )
         if self.packs_per_step % self.packs_per_micro_batch:
             raise ConfigurationError(
-                f"packs_per_step ({self.packs_per_step}) is not a multiple of packs_per_micro_batch ({self.packs_per_micro_batch})",
+                f"{self.packs_per_step} is not a multiple of packs_per_micro_batch ({self.packs_per_micro_batch})",
                 where="data.packs_per_step",
             )
 
@@ -69,22 +69,21 @@ class BatchConfig:
 
     def check_longest(self, encoder: int, decoder: int) -> None:
         """Raises ConfigurationError where the longest example does not fit a pack."""
-        for side, longest, room in (
-            ("encoder", encoder, self.encoder_tokens),
-            ("decoder", decoder, self.decoder_tokens),
-        ):
+        sides = (("encoder", encoder, self.encoder_tokens), ("decoder", decoder, self.decoder_tokens))
+        for side, longest, room in sides:
             if longest > room:
+                enough = -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
                 raise ConfigurationError(
-                    f"{side}_tokens {room:,} is smaller than the longest example: a piece of max_tokens {self.max_tokens:,} "
-                    f"can have {longest:,} {side} tokens",
+                    f"{room:,} is smaller than one example: a piece of max_tokens {self.max_tokens:,} can have "
+                    f"{longest:,} {side} tokens",
                     where=f"data.{side}_tokens",
-                    hint=f"Raise {side}_tokens to at least {-(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE}, or lower max_tokens",
+                    hint=f"Raise {side}_tokens to at least {enough}, or lower max_tokens",
                 )
 
 
 @dataclass
 class PackedBatch:
-    """Packed examples, one after another, at static shapes. Legend: T encoder tokens, U decoder tokens, N most examples.
+    """Packed examples, one after another, at static shapes: T encoder tokens, U decoder tokens, at most N examples.
 
     Attributes:
         input_ids: int64 (T,), the tail filled with the pad id.
@@ -127,16 +126,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch with its tensors on a device."""
-        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
+        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, for copies that overlap with compute."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+        return self._of({name: tensor.pin_memory() for name, tensor in self._tensors()})
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a packed forward pass."""
         names = ("input_ids", "cu_seqlens", "max_seqlen", "labels", "decoder_cu_seqlens", "decoder_max_seqlen")
         return {name: getattr(self, name) for name in names}
+
+    def _of(self, tensors: dict[str, Any]) -> PackedBatch:
+        return replace(self, **tensors)
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         values = ((item.name, getattr(self, item.name)) for item in fields(self))

@@ -75,7 +75,7 @@ class Denoiser:
         return int(noise[0]), int(spans[0])
 
     def lengths(self, length: int, num_sentinels: int = DEFAULT_SENTINELS) -> tuple[int, int]:
-        """(encoder tokens, decoder tokens) of an example made of `length` >= 2 tokens: mode token, sentinels, EOS included.
+        """(encoder tokens, decoder tokens) of an example made of `length` >= 2 tokens, specials included.
 
         Raises:
             DataError: fewer than 2 tokens.

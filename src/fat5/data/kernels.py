@@ -18,11 +18,8 @@ MASK32 = 0xFFFFFFFF
 BLOCK_DOCUMENTS = 64  # documents between two entries of the piece index: 1/8 byte a document
 PIECE_BITS = 40  # a global piece id is source << PIECE_BITS | piece within the source
 DOMAIN_SHIFT = 28  # the top bits of the last counter word tell the uses of the generator apart
-TRAINING, VALIDATION, PERMUTATION, BLEND = 0, 1, 2, 3
+TRAINING, VALIDATION, PERMUTATION, GROUPS = 0, 1, 2, 3
 FEISTEL_ROUNDS = 6
-NEAR = 24  # waiting examples that a pack chooses among
-ENDGAME = 4.5  # mean examples of room at which the search for the last four begins
-GOOD_ENOUGH = 0.004  # sum of both sides' free shares at which it ends
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -162,8 +159,8 @@ class Layout(NamedTuple):
     # sources (S,)
     pieces: np.ndarray  # int64: pieces of a source
     simple: np.ndarray  # bool: every document is exactly one piece
-    index_first: np.ndarray  # int64 (S+1,): a source's slice of `index`
-    index: np.ndarray  # int64: pieces before each block of BLOCK_DOCUMENTS documents
+    index_first: np.ndarray  # int64 (S+1,): a source's slice of `blocks`
+    blocks: np.ndarray  # int64: pieces before each block of BLOCK_DOCUMENTS documents
     shard_first: np.ndarray  # int64 (S+1,): a source's slice of the shard arrays
     # shards
     first_document: np.ndarray  # int64: documents of the source before this shard
@@ -259,8 +256,8 @@ def _locate(layout, source, piece):  # type: ignore[no-untyped-def]
     part = 0
     if not layout.simple[source]:
         first = layout.index_first[source]
-        block = _last_not_above(layout.index, first, layout.index_first[source + 1], piece)
-        part = piece - layout.index[block]
+        block = _last_not_above(layout.blocks, first, layout.index_first[source + 1], piece)
+        part = piece - layout.blocks[block]
         document = (block - first) * BLOCK_DOCUMENTS
     shard = _last_not_above(layout.first_document, low, high, document)
     local = document - layout.first_document[shard]
@@ -409,144 +406,3 @@ def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targ
     cu_inputs[count + 1 :] = i
     cu_targets[count + 1 :] = t
     return i, t
-
-
-@jit
-def _steer(encoder, decoder, taken, count, room, used, target):  # type: ignore[no-untyped-def]
-    """Of the oldest NEAR waiting examples that fit, the one that keeps the two sides most even; -1 if none fits at all."""
-    best = -1
-    best_score = np.inf
-    seen = 0
-    for i in range(count):
-        if not taken[i]:
-            if encoder[i] <= room[0] and decoder[i] <= room[1]:
-                score = abs((used[0] + encoder[i]) / target[0] - (used[1] + decoder[i]) / target[1])
-                if score < best_score:
-                    best_score = score
-                    best = i
-            seen += 1
-            if seen >= NEAR and best >= 0:
-                break
-    return best
-
-
-@jit
-def _finish(encoder, decoder, taken, count, room, weight, near, pairs, best):  # type: ignore[no-untyped-def]
-    """The subset of up to four of the oldest NEAR waiting examples that fills the room best, written to `best` (-1 pads).
-
-    Returns what it leaves free, both sides weighted. All pairs of disjoint pairs: NEAR^4/8 sums of two numbers.
-    """
-    found = 0
-    for i in range(count):
-        if not taken[i] and encoder[i] <= room[0] and decoder[i] <= room[1]:
-            near[found] = i
-            found += 1
-            if found == NEAR:
-                break
-    # pairs[p] = (first, second, encoder sum, decoder sum); a pair may be one example or none
-    held = 1
-    pairs[0] = -1, -1, 0, 0
-    for a in range(found):
-        pairs[held] = a, -1, encoder[near[a]], decoder[near[a]]
-        held += 1
-        for b in range(a):
-            e = encoder[near[a]] + encoder[near[b]]
-            d = decoder[near[a]] + decoder[near[b]]
-            if e <= room[0] and d <= room[1]:
-                pairs[held] = a, b, e, d
-                held += 1
-    least = np.inf
-    best_p = best_q = 0
-    for p in range(held):
-        free_encoder = room[0] - pairs[p, 2]
-        free_decoder = room[1] - pairs[p, 3]
-        for q in range(p + 1):
-            e = free_encoder - pairs[q, 2]
-            d = free_decoder - pairs[q, 3]
-            if e >= 0 and d >= 0:
-                free = e * weight[0] + d * weight[1]
-                if free < least:
-                    a, b = pairs[p, 0], pairs[p, 1]
-                    c, f = pairs[q, 0], pairs[q, 1]
-                    if a != c and a != f and (b < 0 or (b != c and b != f)):
-                        least = free
-                        best_p, best_q = p, q
-    best[0], best[1] = pairs[best_p, 0], pairs[best_p, 1]
-    best[2], best[3] = pairs[best_q, 0], pairs[best_q, 1]
-    for k in range(4):
-        if best[k] >= 0:
-            best[k] = near[best[k]]
-    return least
-
-
-@jit
-def fill_pack(encoder, decoder, taken, limits, used, mean, chosen):  # type: ignore[no-untyped-def]
-    """Adds waiting examples to a pack until it is full; returns how many it holds, or -1 - that where the window ran low.
-
-    The oldest goes first, so that none waits for ever; then whichever near one keeps both sides even; and where about
-    four more fit, the best four by exhaustive search.
-
-    Args:
-        encoder, decoder: int64 lengths of the waiting examples, oldest first.
-        taken: bool, set for those chosen.
-        limits: int64 (5,): encoder budget, decoder budget, most examples, fewest waiting examples to choose from
-            (fewer: the caller refills), examples in the pack so far.
-        used: int64 (2,) in and out: tokens of each side in the pack.
-        mean: float64 (2,): mean lengths of the stream.
-        chosen: int64 out, indices into the window.
-    """
-    count = encoder.size
-    held = limits[4]
-    waiting = count
-    room = np.empty(2, np.int64)
-    near = np.empty(NEAR, np.int64)
-    pairs = np.empty((1 + NEAR + NEAR * (NEAR - 1) // 2, 4), np.int64)
-    tail = np.empty(4, np.int64)
-    # Where the stream's ratio differs from the budgets', aiming at both would hoard one kind in the window.
-    packs = min(limits[0] / mean[0], limits[1] / mean[1])
-    target = mean * packs
-    weight = 1.0 / target
-    best_free = np.inf
-    best_held = -1
-    best_tail = np.full(4, -1, np.int64)
-    while held < limits[2]:
-        if waiting <= limits[3] and best_held < 0:
-            return -1 - held
-        room[0] = limits[0] - used[0]
-        room[1] = limits[1] - used[1]
-        if held > 0 and (room[0] <= ENDGAME * mean[0] or room[1] <= ENDGAME * mean[1]) and limits[2] - held >= 4:
-            free = _finish(encoder, decoder, taken, count, room, weight, near, pairs, tail)
-            if free < best_free:
-                best_free, best_held = free, held
-                best_tail[:] = tail
-            if free < GOOD_ENOUGH:
-                break
-        if held == 0:
-            pick = 0
-        else:
-            pick = _steer(encoder, decoder, taken, count, room, used, target)
-        if pick < 0:
-            break
-        taken[pick] = True
-        chosen[held] = pick
-        held += 1
-        waiting -= 1
-        used[0] += encoder[pick]
-        used[1] += decoder[pick]
-    if best_held >= 0:
-        free = (limits[0] - used[0]) * weight[0] + (limits[1] - used[1]) * weight[1]
-        if best_free < free:
-            for k in range(best_held, held):
-                taken[chosen[k]] = False
-                used[0] -= encoder[chosen[k]]
-                used[1] -= decoder[chosen[k]]
-            held = best_held
-            for k in range(4):
-                pick = best_tail[k]
-                if pick >= 0:
-                    taken[pick] = True
-                    chosen[held] = pick
-                    held += 1
-                    used[0] += encoder[pick]
-                    used[1] += decoder[pick]
-    return held

@@ -1,8 +1,9 @@
 """The order of training: an endless stream of pieces, a pure function of (seed, position).
 
-Documents are cut into consecutive pieces of at most `max_tokens`. Each source is passed over again and again, every pass
-in its own order (a keyed permutation, so nothing is stored or shuffled); sources are interleaved by a fixed periodic
-pattern in proportion to their weights. Position → piece costs O(log documents) and no memory of what came before.
+Documents are cut into consecutive pieces of at most `max_tokens`. Each source is passed over again and again, every
+pass in its own order (a keyed permutation, so nothing is stored or shuffled); sources are interleaved by a fixed
+periodic pattern in proportion to their weights. Position → piece costs O(log documents) and no memory of what came
+before.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class PieceStream:
             pieces=np.array(pieces, np.int64),
             simple=np.array([s == 0 and m == 0 for s, m in zip(short, multiple)]),
             index_first=np.cumsum([0] + [entries.size for entries in index]),
-            index=np.concatenate(index),
+            blocks=np.concatenate(index),
             shard_first=np.cumsum([0] + [len(shards) for shards in maps]),
             first_document=np.array([sum(counts[:k]) for counts in documents for k in range(len(counts))], np.int64),
             documents=np.array([count for counts in documents for count in counts], np.int64),

@@ -1,7 +1,7 @@
 """Two-dimensional packing: examples of (encoder tokens, decoder tokens) into packs of two fixed budgets.
 
-The planner holds a window of waiting examples. A pack starts with the oldest of them (so none waits for ever) and takes,
-again and again, the one that leaves both sides most evenly and most nearly full. It sees lengths only.
+The planner holds a window of waiting examples. A pack starts with the oldest of them (so none waits for ever), goes on
+with near ones that keep both sides even, and ends with the few that fill it best (`fit`). It sees lengths only.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fat5.data import kernels
+from fat5.data import fit
 from fat5.errors import ConfigurationError, DataError
 
 BUDGET_MULTIPLE = 128
-MIN_WINDOW = 1024
+DEFAULT_WINDOW = 1024
+SLACK = 0.005
+TINY = 1e-9  # stands for the mean of a side that is always empty
+MEAN_SAMPLE = 4096  # examples whose mean lengths stand for the stream's
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Window:
         self.budget = budget
         self._source = source
         self._end = end
+        sample = source(np.arange(MEAN_SAMPLE if end is None else min(end, MEAN_SAMPLE), dtype=np.int64))
+        self._overall = np.array([max(float(lengths.mean()), TINY) if lengths.size else 1.0 for lengths in sample])
         self._chosen = np.empty(budget.max_examples, np.int64)
         self.restore(0, np.empty(0, np.int64))
 
@@ -64,14 +69,14 @@ class Window:
             return None
         budget = self.budget
         used = np.zeros(2, np.int64)
-        mean = np.array([self.encoder.mean(), self.decoder.mean()])
+        mean = np.maximum([self.encoder.mean(), self.decoder.mean()], TINY)
         held = 0
         packed: list[np.ndarray] = []
         while True:
             low = budget.window // 2 if self._end is None or self.cursor < self._end else -1
             limits = np.array([budget.encoder_tokens, budget.decoder_tokens, budget.max_examples, low, held])
             taken = np.zeros(self.positions.size, np.bool_)
-            result = kernels.fill_pack(self.encoder, self.decoder, taken, limits, used, mean, self._chosen)
+            result = fit.fill_pack(self.encoder, self.decoder, taken, limits, used, mean, self._overall, self._chosen)
             total = result if result >= 0 else -1 - result
             packed.append(self.positions[self._chosen[held:total]])
             left = ~taken
@@ -101,7 +106,7 @@ def pack(
     decoder_lengths: Sequence[int] | np.ndarray,
     encoder_tokens: int,
     decoder_tokens: int,
-    window: int = MIN_WINDOW,
+    window: int = DEFAULT_WINDOW,
     max_examples: int | None = None,
 ) -> list[list[int]]:
     """Packs examples into two budgets; every index appears in exactly one pack.
@@ -153,8 +158,9 @@ def fill(packs: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> fl
 def suggest_budgets(mean_encoder: float, mean_decoder: float, encoder_tokens: int) -> tuple[int, int]:
     """Budgets in the ratio of the mean lengths, multiples of 128: `encoder_tokens` rounded up, and what goes with it.
 
-    The decoder side is rounded up, so that the encoder is the tighter.
+    The decoder side gets half a percent of slack and is rounded up: the encoder is to be the tighter side, and two
+    sides exactly as tight as each other would both suffer from chance.
     """
     encoder = -(-encoder_tokens // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-    decoder = -(-int(np.ceil(encoder * mean_decoder / mean_encoder)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-    return encoder, decoder
+    decoder = encoder * mean_decoder / mean_encoder * (1 + SLACK)
+    return encoder, -(-int(np.ceil(decoder)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
