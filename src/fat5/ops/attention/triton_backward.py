@@ -14,12 +14,14 @@ from fat5.ops.attention.triton_tiles import (
     attended_keys,
     bias_of,
     bias_tile,
+    dot,
     head_and_slot,
     kept_tile,
     load_lse,
     load_rows,
     locate,
     mask_of,
+    round_to,
     store_rows,
     visible_tile,
 )
@@ -127,14 +129,14 @@ def _pull(
             attended = attended_keys(mask, n0, key_length, BLOCK_N)[:, None]
             k = tl.where(attended, k, 0.0)
             v = tl.where(attended, v, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = dot(q, tl.trans(k), None, PRECISION) * scale
         if BIAS != NO_BIAS:
             scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, False)
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
         weights = tl.exp2(scores - lse[:, None])
-        grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
         if DROPOUT:
             grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[:, None])
@@ -146,7 +148,7 @@ def _pull(
             total = tl.sum(grad_scores, 1)
             left += tl.where(n0 + BLOCK_N - 1 - m0 <= -bias[1], total, 0.0)
             right += tl.where(n0 - (m0 + BLOCK_M - 1) >= bias[1], total, 0.0)
-        dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = dot(round_to(grad_scores, k.dtype), k, dq, PRECISION)
     return dq, left, right
 
 
@@ -241,7 +243,7 @@ def _push(
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         lse = load_lse(queries[2], rows, query_length)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        scores = dot(k, tl.trans(q), None, PRECISION) * scale
         if BIAS != NO_BIAS:
             scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, True)
             shift = lse
@@ -253,13 +255,13 @@ def _push(
         weights = tl.exp2(scores - shift[None, :])
         grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
-        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_weights = dot(v, tl.trans(grad_out), None, PRECISION)
         if DROPOUT:
             kept = kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, True)
-            dv = tl.dot(tl.where(kept, weights, 0.0).to(v.dtype), grad_out, dv, input_precision=PRECISION)
+            dv = dot(round_to(tl.where(kept, weights, 0.0), v.dtype), grad_out, dv, PRECISION)
             grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
         else:
-            dv = tl.dot(weights.to(v.dtype), grad_out, dv, input_precision=PRECISION)
+            dv = dot(round_to(weights, v.dtype), grad_out, dv, PRECISION)
         grad_scores = weights * (grad_weights - delta[None, :])
-        dk = tl.dot(grad_scores.to(k.dtype), q, dk, input_precision=PRECISION)
+        dk = dot(round_to(grad_scores, k.dtype), q, dk, PRECISION)
     return dk, dv

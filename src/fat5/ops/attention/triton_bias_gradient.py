@@ -14,11 +14,13 @@ from fat5.ops.attention.triton_tiles import (
     at_document,
     bias_of,
     bias_tile,
+    dot,
     kept_tile,
     load_lse,
     load_rows,
     locate,
     mask_of,
+    round_to,
     visible_tile,
 )
 
@@ -36,13 +38,13 @@ def _score_gradient(
     rows = m0 + tl.arange(0, BLOCK_M)
     q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = dot(q, tl.trans(k), None, PRECISION) * scale
     scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, False)
     visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
     weights = tl.exp2(tl.where(visible, scores, float("-inf")) - load_lse(queries[2], rows, query_length)[:, None])
     grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
     if DROPOUT:
         grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
     delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
@@ -216,7 +218,7 @@ def dense_gradient_kernel(
         total = tl.broadcast_to(tl.sum(total, 1)[:, None], [BLOCK_M, BLOCK_N])
     inside = (row < bias_rows)[:, None] & (column < bias_columns)[None, :]
     at = tl.cast(row, tl.int64)[:, None] * grad_dense_strides[2] + tl.cast(column, tl.int64)[None, :] * grad_dense_strides[3]
-    tl.store(here + at, total.to(GradDense.dtype.element_ty), mask=inside)
+    tl.store(here + at, round_to(total, GradDense.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -15,11 +15,13 @@ from fat5.ops.attention.triton_tiles import (
     attended_keys,
     bias_of,
     bias_tile,
+    dot,
     head_and_slot,
     kept_tile,
     load_rows,
     locate,
     mask_of,
+    round_to,
     store_rows,
     visible_tile,
 )
@@ -103,7 +105,7 @@ def _attend(
     m0, query_length, key_length = tile
     for n0 in range(first, stop, BLOCK_N):
         k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot(q, tl.trans(k), None, PRECISION)
         if BIAS == NO_BIAS and not MASKED:
             # scale > 0, so the largest score costs one multiplication a row, and the exponent below is one FMA.
             highest = tl.maximum(maximum, tl.max(scores, 1) * scale + constant)
@@ -130,5 +132,5 @@ def _attend(
         if HAS_KEY_MASK and MASKED:
             # A padded value may hold anything, and 0 * NaN would spread it.
             v = tl.where(attended_keys(mask, n0, key_length, BLOCK_N)[:, None], v, 0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+        acc = dot(round_to(weights, v.dtype), v, acc * correction[:, None], PRECISION)
     return acc, normaliser, maximum
