@@ -1,5 +1,6 @@
 """From a function's signature to a verb's command line and YAML file, with jsonargparse."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -119,8 +120,12 @@ def _check_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def _parameter_help(signature: Callable[..., Any], name: str) -> str:
-    found = re.search(rf"^\s+{name}: (.+)$", signature.__doc__ or "", re.MULTILINE)
-    return found.group(1) if found else name
+    """What the docstring says of a parameter: under `Args:`, or below a dataclass's attribute."""
+    text = inspect.getsource(signature)
+    found = re.search(rf'^    {name}: .*\n\s+"""([^"]+)"""', text, re.MULTILINE) or re.search(
+        rf"^\s+{name}: (.+)$", signature.__doc__ or "", re.MULTILINE
+    )
+    return " ".join(found.group(1).split()) if found else name
 
 
 def _hint(message: str, parser: ArgumentParser, verb: str) -> str:

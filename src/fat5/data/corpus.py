@@ -21,8 +21,10 @@ from fat5.data.formats import (
     sniff,
     split_points,
 )
+from fat5.data.sample_corpus import sample_path
 from fat5.errors import DataError
 
+SAMPLE = "sample:"
 SMALLEST_CHUNK = 2 << 20
 LARGEST_CHUNK = 256 << 20
 CHUNKS = 256
@@ -129,7 +131,8 @@ class Corpus:
 def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
     """Finds what the user named: files, folders (searched through), or one Hugging Face dataset.
 
-    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is.
+    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is. `sample:fr` (en, de) is the
+    sample corpus that ships with FAT5.
 
     Raises:
         DataError: nothing there, an unknown extension, an empty file or folder, a file that is not what it is called.
@@ -137,6 +140,7 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
     options = options or CorpusOptions()
     if not inputs:
         raise DataError("no corpus given", hint="Name files, folders or a Hugging Face dataset")
+    inputs = [str(sample_path(name.removeprefix(SAMPLE))) if name.startswith(SAMPLE) else name for name in inputs]
     datasets = [name for name in inputs if is_dataset(name)]
     if datasets:
         if len(inputs) > 1:

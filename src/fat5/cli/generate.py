@@ -1,0 +1,125 @@
+"""`fat5 generate`: completes prompts given as words, in a file, or on standard input."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from fat5.cli.parsing import parse
+from fat5.errors import ConfigurationError, DataError
+from fat5.tasks.complete import Decoding, complete
+
+# A prompt is a text for one context window; a line above this is some other file given by mistake.
+LONGEST_PROMPT = 1_000_000
+
+
+@dataclass
+class GenerateConfig(Decoding):
+    """Fill the blanks of texts (___ or <extra_id_0>), continue texts, or hand them to a fine-tuned model."""
+
+    model: str = ""
+    """Folder of a model, or of a run (its model/ is taken)"""
+    prompts: list[str] = field(default_factory=list)
+    """The texts; without any, and without --input, they are read from standard input, one a line"""
+    input: str | None = None
+    """File of prompts, one a line (UTF-8)"""
+    output: str | None = None
+    """File to write the answers to, one a line; standard output otherwise"""
+    mode: Literal["auto", "infill", "continue", "text"] = "auto"
+    """text gives the prompt as it is (fine-tuned tasks); auto is infill where there is a blank, else continue"""
+    mode_token: str | None = None
+    """[R], [S] or [X] put first; by default [R] for infill and [S] for continue; "" for none"""
+    json_lines: bool = False
+    """Write {"prompt", "completion", "text"} a line rather than the text alone"""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda"""
+
+
+def main(argv: list[str]) -> int:
+    """Completes and prints."""
+    config = GenerateConfig(**parse(GenerateConfig, argv, "generate", positional={"prompts": "*"}))
+    if not config.model:
+        raise ConfigurationError("no model", hint="Say which with --model DIR; `fat5 demo` makes one")
+    folder = model_folder(config.model)
+    texts = list(read_prompts(config.prompts, config.input))
+    if not texts:
+        raise DataError("no prompt", hint=f"Give one: fat5 generate --model {config.model} 'Le noyau ___ est libre.'")
+    from fat5.data import load_tokenizer
+    from fat5.model import load_model
+
+    answers = complete(
+        load_model(folder, device=config.device),
+        load_tokenizer(folder),
+        texts,
+        mode=config.mode,
+        mode_token=config.mode_token,
+        decoding=Decoding(**{key.name: getattr(config, key.name) for key in fields(Decoding)}),
+    )
+    lines = [
+        json.dumps(answer.as_dict(), ensure_ascii=False) if config.json_lines else answer.text.replace("\n", "\\n")
+        for answer in answers
+    ]
+    if config.output is None:
+        print("\n".join(lines))
+    else:
+        _write(Path(config.output), "\n".join(lines) + "\n")
+    return 0
+
+
+def model_folder(model: str) -> Path:
+    """The folder that holds the model: `model` itself, or `model/` inside a run.
+
+    Raises:
+        ConfigurationError: neither holds a config.json.
+    """
+    folder = Path(model)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ConfigurationError(
+        "no model here (no config.json)", where=model, hint="Give a model's or a finished run's folder"
+    )
+
+
+def read_prompts(words: list[str], file: str | None) -> Iterator[str]:
+    """The prompts: the words given, else the lines of a file, else those of standard input; empty ones are left out.
+
+    Raises:
+        ConfigurationError: both words and a file.
+        DataError: a file that cannot be read, a line that is too long or not UTF-8, with its number.
+    """
+    if words and file:
+        raise ConfigurationError("prompts given both as words and with --input", hint="Give one of the two")
+    if words:
+        yield from words
+    elif file is not None:
+        try:
+            with open(file, "rb") as stream:
+                yield from _lines(stream, file)
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror})", where=file) from error
+    elif not sys.stdin.isatty():
+        yield from _lines(sys.stdin.buffer, "standard input")
+
+
+def _lines(stream: BinaryIO, where: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_PROMPT + 1), b""), 1):
+        if len(line) > LONGEST_PROMPT:
+            raise DataError("a line of over 1 MB", where=f"{where}:{number}", hint="One prompt a line")
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError("not UTF-8", where=f"{where}:{number}", hint="Convert the file to UTF-8") from error
+        if text.strip():
+            yield text
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot be written ({error.strerror})", where=path, hint="Choose another --output"
+        ) from error

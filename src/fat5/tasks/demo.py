@@ -1,0 +1,118 @@
+"""The demo: the whole chain of a recipe, from text to a model that fills in blanks, in one folder."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fat5.data import load_tokenizer
+from fat5.data.prepare import PrepareConfig, prepare
+from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.tasks.complete import Decoding, complete
+from fat5.train import PretrainConfig, pretrain
+from fat5.train.run_directory import RunDirectory, write_atomically
+
+PROMPTS = {
+    "fr": [
+        "Le paquet est installé par la commande ___ dans le terminal.",
+        "Le noyau ___ est un logiciel libre.",
+        "Il est possible de configurer le serveur en modifiant le fichier ___.",
+        "L'administrateur doit ___ les mises à jour de sécurité.",
+        "Pour installer un logiciel, il faut",
+    ],
+    "en": [
+        "The package is installed by the command ___ in the terminal.",
+        "The ___ kernel is free software.",
+        "The server can be configured by editing the file ___.",
+        "The administrator should ___ the security updates.",
+        "In order to install software, it is necessary",
+    ],
+    "de": [
+        "Das Paket wird mit dem Befehl ___ im Terminal installiert.",
+        "Der ___-Kernel ist freie Software.",
+        "Der Server wird durch Bearbeiten der Datei ___ konfiguriert.",
+        "Der Administrator sollte die ___ installieren.",
+        "Um Software zu installieren, muss man",
+    ],
+}
+
+
+@dataclass
+class DemoConfig:
+    """Run the whole chain on the sample corpus: tokenizer, shards, pretraining, plot, samples.
+
+    Args:
+        output_dir: folder for everything the demo makes; run again, it goes on where it stopped.
+        language: language of the sample corpus, where the recipe names no inputs.
+        tokenizer: the tokenizer's keys, as for `fat5 tokenizer`.
+        prepare: the shards' keys, as for `fat5 prepare`.
+        pretrain: the training's keys, as for `fat5 pretrain`.
+        prompts: texts to complete at the end; by default five of the language.
+    """
+
+    output_dir: str = "demo"
+    language: Literal["fr", "en", "de"] = "fr"
+    tokenizer: TokenizerTraining = field(default_factory=lambda: TokenizerTraining(inputs=[], output_dir=""))
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    prompts: list[str] | None = None
+
+
+def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> dict[str, Any]:
+    """Runs the chain in `output_dir` and returns its summary, which `summary.json` holds too.
+
+    Args:
+        config: what to run; whatever it says of folders, everything goes under `output_dir`.
+        say: gets a line at each stage.
+        progress: show bars.
+
+    Raises:
+        FAT5Error: as the stages do; and RunDirectoryError where `output_dir` holds something else.
+    """
+    began = time.perf_counter()
+    folder = Path(config.output_dir)
+    run = RunDirectory(folder)
+    run.mark()
+    tokenizer_folder, shards = folder / "tokenizer", folder / "shards"
+
+    if not (tokenizer_folder / "training.json").exists():
+        inputs = config.tokenizer.inputs or [f"sample:{config.language}"]
+        say(f"tokenizer: learning {config.tokenizer.vocab_size:,} tokens from {', '.join(inputs)}")
+        training = replace(config.tokenizer, inputs=inputs, output_dir=str(tokenizer_folder))
+        train_tokenizer(training, progress=progress)
+    inputs = config.prepare.inputs or [f"sample:{config.language}"]
+    say(f"shards: {', '.join(inputs)} → {shards}")
+    manifest = prepare(
+        replace(config.prepare, inputs=inputs, tokenizer=str(tokenizer_folder), output_dir=str(shards)), progress
+    )
+    assert manifest is not None, "a demo runs its tasks itself"
+    say(
+        f"shards: {manifest.tokens('train'):,} tokens to train on, {manifest.tokens('validation'):,} held out, "
+        "each file with its SHA-256"
+    )
+    sources = [replace(source, path=str(shards)) for source in config.pretrain.data.sources[:1]]
+    data = replace(config.pretrain.data, sources=sources or [_source(shards)])
+    summary = pretrain(replace(config.pretrain, output_dir=str(folder), data=data))
+
+    say("samples: filling blanks with the trained model")
+    from fat5.model import load_model
+
+    prompts = config.prompts if config.prompts is not None else PROMPTS[config.language]
+    answers = complete(
+        load_model(run.model),
+        load_tokenizer(run.model),
+        prompts,
+        decoding=Decoding(max_new_tokens=24, repetition_penalty=1.3),
+    )
+    summary["samples"] = [asdict(answer) for answer in answers]
+    summary["demo_seconds"] = round(time.perf_counter() - began, 1)
+    write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _source(shards: Path) -> Any:
+    from fat5.train.config import SourceConfig
+
+    return SourceConfig(path=str(shards))
