@@ -24,7 +24,7 @@ VOID = {"br", "hr", "img", "input", "link", "meta", "col"}
 BLOCKS = {"div", "pre", "ul", "ol", "dl", "table", "li", "dd", "dt", "p", "td", "th", "tr"}
 SKIPPED = {"pre", "script", "style"}
 # A paragraph that shares this part of its words with the English one was only touched up, not translated.
-SAME_WORDS = 0.9
+SAME_WORDS = 0.6
 
 
 @dataclass
@@ -145,7 +145,7 @@ def extract(pages: dict[str, Page], english: dict[str, Page], translated: bool) 
 
 
 def untranslated(paragraph: Paragraph, source: Paragraph) -> bool:
-    """Whether a paragraph is still the English one: equal but for its cross-references, or nine words of ten."""
+    """Whether a paragraph is still the English one: equal but for its cross-references, or most of its words."""
     if paragraph.text_without_references == source.text_without_references:
         return True
     words, source_words = Counter(paragraph.text.split()), Counter(source.text.split())

@@ -108,6 +108,8 @@ def read_rows(
         DataError: damaged, too long, not UTF-8, or without the column; with file and line.
     """
     extension = extension_of(path)
+    if start == stop:
+        return
     try:
         if extension == ".parquet":
             yield from _parquet(path, start, stop, text_column, columns)
@@ -223,10 +225,38 @@ def _decompressed(raw: BinaryIO, extension: str | None) -> tuple[Any, Callable[[
     if extension == ".jsonl.gz":
         return gzip.GzipFile(fileobj=raw), raw.tell
     if extension == ".jsonl.zst":
+        return io.BufferedReader(_Zstandard(raw), 1 << 17), raw.tell
+    return raw, None
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses frame after frame. zstandard's own reader takes a file that was cut short for a complete one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)), raw.tell
-    return raw, None
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(1 << 16)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is cut short")
+                return 0
+            self._frame = self._frame or self._new()
+            self._output, self._input = self._frame.decompress(self._input), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
 
 
 def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -295,7 +325,9 @@ def _whole_file(path: str) -> Iterator[Row]:
     size = os.path.getsize(path)
     if size > LARGEST_DOCUMENT:
         raise DataError(
-            f"a document longer than {LARGEST_DOCUMENT >> 20} MiB", where=path, hint="Use --corpus.txt_documents paragraph"
+            f"a document longer than {LARGEST_DOCUMENT >> 20} MiB",
+            where=path,
+            hint="Use --corpus.txt_documents paragraph",
         )
     lines = _Lines(path)
     yield Row("".join(lines.text(line) for line in lines), size, {})
