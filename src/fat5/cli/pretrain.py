@@ -1,0 +1,19 @@
+"""`fat5 pretrain`: pretrain a model, or continue a run."""
+
+import json
+import sys
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
+    from fat5.cli.parsing import parse
+    from fat5.train import PretrainConfig, RunStopped, pretrain
+
+    config = PretrainConfig(**parse(PretrainConfig, argv, "pretrain"))
+    try:
+        summary = pretrain(config)
+    except RunStopped as stopped:
+        print(f"fat5 pretrain: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    return 0

@@ -1,0 +1,105 @@
+"""What may change when a run is continued: harmless keys, keys that are warned about, and keys that are refused.
+
+A checkpoint carries the configuration it was made with, and the identity of its data. Whatever would make the
+continued run something other than the run it was (its data, its order, its model, the meaning of its optimizer state)
+is refused; what people change on purpose in the middle of a run is warned about; the rest is nobody's business.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fat5.errors import CheckpointError
+
+HARMLESS = (
+    "output_dir",
+    "data.num_workers",
+    "data.packs_per_micro_batch",
+    "compile",
+    "gradient_checkpointing",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "on_nan",
+    "deterministic",
+    "resume",
+    "strict",
+    "tensorboard",
+)
+"""They change how a run is carried out. (Micro-batches change the order of a sum: equal within tolerance.)"""
+
+WARNED = (
+    "optimizer.lr",
+    "optimizer.hidden_lr",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.momentum",
+    "optimizer.clip",
+    "schedule",
+    "steps",
+    "gradient_clip",
+    "eval_tokens",
+    "precision",
+    "model.overrides.dropout_rate",
+    "model.overrides.attention_dropout_rate",
+    "model.overrides.z_loss",
+    "model.overrides.label_smoothing",
+)
+"""They change how the run learns from here on. (eval_tokens: the curve before and after do not compare.)"""
+
+_ABSENT = "(not set)"
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) for every key that differs, nested keys joined by dots."""
+    old, new = dict(_flatten(before)), dict(_flatten(after))
+    return [
+        (key, old.get(key, _ABSENT), new.get(key, _ABSENT))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
+
+
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: object) -> list[str]:
+    """Judges the differences between two configurations.
+
+    Returns:
+        A warning for each key that may change but alters the run.
+
+    Raises:
+        CheckpointError: a key that may not change has; each is named with both values.
+    """
+    differing = changes(before, after)
+    refused = [change for change in differing if not _among(change[0], HARMLESS + WARNED) or _to_other_weights(change)]
+    if refused:
+        told = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new in refused)
+        raise CheckpointError(
+            f"comes from another configuration: {told}",
+            where=where,
+            hint="restore these values, or start a new run in another output_dir",
+        )
+    return [
+        f"{key} was {old!r} when the checkpoint was made and is now {new!r}"
+        for key, old, new in differing
+        if _among(key, WARNED)
+    ]
+
+
+def _to_other_weights(change: tuple[str, Any, Any]) -> bool:
+    key, old, new = change
+    return key == "precision" and (old == "bf16-pure") != (new == "bf16-pure")
+
+
+def _among(key: str, keys: tuple[str, ...]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping):
+            yield f"{prefix}{key}", value

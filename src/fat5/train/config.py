@@ -1,0 +1,195 @@
+"""The configuration of a pretraining run: what a recipe's YAML holds, and its complete, resolved form."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fat5.data import BatchConfig, MixtureOfDenoisers
+from fat5.errors import ConfigurationError
+from fat5.optim import OptimizerConfig, ScheduleConfig
+from fat5.train.precision import PrecisionName
+
+
+@dataclass
+class SourceConfig:
+    """A prepared folder and its share of the training tokens."""
+
+    path: str
+    """Folder made by `fat5 prepare`"""
+    weight: float = 1.0
+    """Relative share of the tokens seen in training"""
+
+
+@dataclass
+class DenoiserConfig:
+    """One row of a mixture written out in the YAML."""
+
+    mu: float
+    """Mean span length; where r is 0, the prefix kept is a mu-th of the text"""
+    r: float
+    """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
+    max_spans: int | str | None = None
+    """Most spans of a text: a number, or max_token_length for no limit but the text's"""
+    prefix: str | None = None
+    """Mode token in front of the inputs ([R], [S], [X]), or none"""
+    proportion: float = 1.0
+    """Relative share of the examples"""
+
+
+@dataclass
+class DataConfig:
+    """What the model reads, and in which shapes."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Prepared folders; the tokenizer and the validation split are those of the first"""
+    mixture: str | list[DenoiserConfig] = "fat5"
+    """Mixture of denoisers: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}"""
+    max_tokens: int = 1024
+    """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated"""
+    encoder_tokens: int = 16384
+    """Encoder tokens of a pack, a multiple of 128"""
+    decoder_tokens: int = 8192
+    """Decoder tokens of a pack, a multiple of 128; `fat5 audit` suggests it"""
+    packs_per_step: int = 8
+    """Packs of one optimizer step: the global batch"""
+    packs_per_micro_batch: int = 1
+    """Packs run at once; less memory with fewer, the same result with any"""
+    window: int = 1024
+    """Examples the packing looks ahead to"""
+    max_examples: int | None = None
+    """Most examples of a pack; a sixteenth of encoder_tokens if not given"""
+    num_workers: int = 2
+    """Processes that prepare batches; 0 prepares them in the training process"""
+
+    def batch(self) -> BatchConfig:
+        """The shapes, as the loader takes them; refuses shapes that cannot work."""
+        return BatchConfig(**{item.name: getattr(self, item.name) for item in fields(BatchConfig)})
+
+    def denoisers(self) -> MixtureOfDenoisers:
+        """The mixture; refuses denoisers that cannot work."""
+        named = isinstance(self.mixture, str)
+        return MixtureOfDenoisers.of(self.mixture if named else [asdict(row) for row in self.mixture])  # type: ignore[arg-type]
+
+
+@dataclass
+class ModelConfig:
+    """The model to train."""
+
+    preset: str = "fat5-base"
+    """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo, at a vocabulary of 32,768"""
+    position_encoding: Literal["t5", "alibi", "rope", "fire", "absolute", "none"] = "t5"
+    """How the model knows positions; a t5 model is a plain T5 checkpoint"""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Any key of the model's configuration: {d_model: 256, dropout_rate: 0.1, z_loss: 1e-4}"""
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain an encoder-decoder on token shards with a mixture of denoisers."""
+
+    output_dir: str = ""
+    """Folder of the run; a run that it already holds is continued"""
+    seed: int = 0
+    """Of initialisation, order, noise and dropout"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model to train"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it reads"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it learns"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the run"""
+    steps: int = 1000
+    """Optimizer steps of the whole run"""
+    precision: PrecisionName = "auto"
+    """fp32, bf16 (autocast, float32 weights), bf16-pure (bf16 weights with Kahan compensation), fp16 (autocast, dynamic
+    loss scaling); auto is bf16 on a GPU that has it and fp32 on a CPU"""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model, full graph; auto does on a GPU"""
+    gradient_checkpointing: bool = False
+    """Keep the activations of block boundaries only, and compute the rest again in the backward pass"""
+    gradient_clip: float | None = 1.0
+    """Largest norm of the whole gradient; null leaves it as it is"""
+    log_every: int = 10
+    """Steps between two lines in a log (metrics.jsonl has every step) and between two points in TensorBoard"""
+    eval_every: int = 500
+    """Steps between two evaluations; there is one before the first and one after the last step in any case"""
+    eval_tokens: int = 65536
+    """Validation text of an evaluation, in raw tokens; each denoiser is applied to it"""
+    save_every: int = 500
+    """Steps between two checkpoints; there is one at the end in any case"""
+    keep_last: int = 2
+    """Newest checkpoints to keep"""
+    keep_best: int = 1
+    """Checkpoints with the lowest validation loss to keep, among those saved right after an evaluation"""
+    keep_every: int | None = None
+    """Keep every checkpoint whose step is a multiple of this"""
+    on_nan: Literal["abort", "skip", "rewind"] = "abort"
+    """When loss or gradient is not finite: abort, skip the step, or rewind (take the last checkpoint, and go on with
+    the data that follows)"""
+    deterministic: bool = False
+    """Bit-equal gradients on a GPU, at a cost; on a CPU they are always"""
+    resume: str = "auto"
+    """auto (newest checkpoint of output_dir that verifies), never (a folder that holds a run is refused), or the path
+    of a checkpoint"""
+    strict: bool = False
+    """Refuse to start when the newest checkpoint is damaged, instead of taking the one before it"""
+    tensorboard: bool = False
+    """Write TensorBoard events to DIR/tensorboard"""
+
+    def resolved(self) -> "PretrainConfig":
+        """A copy with every default filled in; refuses what cannot work.
+
+        Raises:
+            ConfigurationError: a key is missing or has a value that cannot work.
+        """
+        if not self.output_dir:
+            raise ConfigurationError("output_dir is not given", hint="say where the run goes: --output_dir runs/NAME")
+        if not self.data.sources:
+            raise ConfigurationError(
+                "data.sources is empty", hint="give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
+            )
+        _at_least(1, steps=self.steps, log_every=self.log_every, eval_every=self.eval_every, save_every=self.save_every)
+        _at_least(1, eval_tokens=self.eval_tokens, keep_last=self.keep_last)
+        _at_least(0, keep_best=self.keep_best, **{"data.num_workers": self.data.num_workers})
+        if self.keep_every is not None:
+            _at_least(1, keep_every=self.keep_every)
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ConfigurationError(f"gradient_clip is {self.gradient_clip}", hint="give a norm above 0, or null")
+        self.data.batch()
+        self.data.denoisers()
+        self.schedule.validate(self.steps)
+        return replace(self, optimizer=self.optimizer.resolved())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the YAML."""
+        plain = asdict(self)
+        plain["optimizer"]["betas"] = list(self.optimizer.betas) if self.optimizer.betas else None
+        return plain
+
+    def to_yaml(self) -> str:
+        """The YAML that makes this configuration again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a run's config.yaml.
+
+    Raises:
+        ConfigurationError: missing, or not a configuration.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError("cannot be read as a configuration", where=path) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError("does not hold a configuration", where=path)
+    return content
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"{name} is {value!r}", hint=f"give a whole number of at least {least}")

@@ -1,0 +1,56 @@
+"""Precision of a run: where the weights live, what the arithmetic uses, and the loss scale of fp16."""
+
+import contextlib
+from typing import Literal
+
+import torch
+
+from fat5.errors import ConfigurationError
+
+PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
+
+LEAST_LOSS_SCALE = 1.0
+"""fp16: below this the gradients themselves are at fault, not their scale."""
+
+
+def resolve_precision(name: PrecisionName, device: torch.device) -> PrecisionName:
+    """`auto` becomes bf16 on a GPU that has it, fp16 on an older GPU, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Precision:
+    """What a precision means for a step.
+
+    Args:
+        name: a resolved precision.
+        device: where the model runs.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        if name == "auto":
+            raise ConfigurationError("precision is still auto", hint="resolve it first")
+        self.name = name
+        self.device = device
+        self.weight_dtype = torch.bfloat16 if name == "bf16-pure" else torch.float32
+        self.scaler = torch.amp.GradScaler(device.type, enabled=True) if name == "fp16" else None
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Around the forward pass."""
+        if self.name == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        if self.name == "fp16":
+            return torch.autocast(self.device.type, torch.float16)
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The loss scaler's state, if there is one: plain numbers."""
+        return self.scaler.state_dict() if self.scaler else {}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Restores the loss scaler."""
+        if self.scaler and state:
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,272 @@
+"""`pretrain(config)`: puts a run together, continues it where it stands, and leaves a model and a summary."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat5.data import PackedLoader, Source, load_tokenizer, open_shards, validation_batches
+from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.optim import build_optimizer
+from fat5.train.checkpoint import Choice, read_trainer_state
+from fat5.train.checkpoint_files import verify_checkpoint
+from fat5.train.compare import check_changes
+from fat5.train.config import PretrainConfig
+from fat5.train.evaluation import evaluate, unigram_entropy
+from fat5.train.plots import LivePlot, draw_run
+from fat5.train.precision import Precision, resolve_precision
+from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.step import StepRunner
+from fat5.train.trainer import Trainer
+
+
+@dataclass
+class RunData:
+    """What a run reads: the training stream, the validation batches, and who they are."""
+
+    loader: PackedLoader
+    validation: list[Any]
+    names: list[str]
+    tokenizer: Path
+    info: Any
+    identity: dict[str, Any]
+    """Hashes of the tokenizer and of each source's manifest"""
+    tokens_dropped: int
+    """Documents of fewer than 2 tokens, which no denoiser can corrupt: at most a token each"""
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Carries out a pretraining run, or the rest of one, in `config.output_dir`.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FAT5Error: something that the user can mend; nothing half-written is left behind.
+        RunStopped: a signal stopped the run after its state was saved.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = config.resolved()
+    config = replace(config, precision=resolve_precision(config.precision, device))
+    data = open_data(config)
+    with RunDirectory(config.output_dir) as run, _determinism(config.deterministic and device.type == "cuda"):
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        model = build_model(config, data.info)
+        trainer = _trainer(config, run, model, data, device)
+        _continue(trainer, config, run)
+        write_atomically(run.config, config.to_yaml())
+        trainer.run()
+        return _finish(trainer, run, model, data)
+
+
+def open_data(config: PretrainConfig) -> RunData:
+    """Opens the sources and makes the streams; reads little, writes nothing.
+
+    Raises:
+        DataError, TokenizerError, ConfigurationError: from the data.
+    """
+    folders = [Path(source.path) for source in config.data.sources]
+    weights = [source.weight for source in config.data.sources]
+    train = [Source(open_shards(folder, "train"), weight) for folder, weight in zip(folders, weights, strict=True)]
+    held_out = [Source(open_shards(folder, "validation"), w) for folder, w in zip(folders, weights, strict=True)]
+    tokenizer = folders[0] / "tokenizer"
+    info = load_tokenizer(tokenizer).info
+    mixture, batch = config.data.denoisers(), config.data.batch()
+    loader = PackedLoader(train, mixture, info, batch, seed=config.seed, num_workers=config.data.num_workers)
+    validation = list(validation_batches(held_out, mixture, info, batch, eval_tokens=config.eval_tokens))
+    manifests = [hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() for folder in folders]
+    identity = {"tokenizer": info.sha256, "vocab_size": info.vocab_size, "manifests": manifests, "weights": weights}
+    return RunData(loader, validation, mixture.names(), tokenizer, info, identity, sum(loader.stream.short_documents))
+
+
+def build_model(config: PretrainConfig, info: Any) -> FAT5ForConditionalGeneration:
+    """A freshly initialised model for the tokenizer's vocabulary.
+
+    Raises:
+        ConfigurationError: an override that the model's configuration does not have.
+    """
+    known = FAT5Config().to_dict()
+    ours = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "position_encoding")
+    for key in config.model.overrides:
+        if key in ours:
+            raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="remove it")
+        if key not in known and not hasattr(FAT5Config, key):
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see docs/model.md for the keys"
+            raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
+    model_config = FAT5Config.preset(
+        config.model.preset,
+        vocab_size=info.vocab_size,
+        position_encoding=config.model.position_encoding,
+        pad_token_id=info.pad_id,
+        eos_token_id=info.eos_id,
+        decoder_start_token_id=info.pad_id,
+        **config.model.overrides,
+    )
+    return FAT5ForConditionalGeneration(model_config)
+
+
+def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with its sources named by what they hold, not by where they lie."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    plain["data"]["sources"] = identity["manifests"]
+    return (
+        plain
+        | {"tokenizer": identity["tokenizer"], "vocab_size": identity["vocab_size"]}
+        | {"weights": identity["weights"]}
+    )
+
+
+def _trainer(
+    config: PretrainConfig, run: RunDirectory, model: FAT5ForConditionalGeneration, data: RunData, device: torch.device
+) -> Trainer:
+    precision = Precision(config.precision, device)
+    model.to(device=device, dtype=precision.weight_dtype).train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    runner = StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
+    parameters = model.num_parameters()
+    title = f"{config.model.preset}, {parameters / 1e6:.0f}M parameters, {config.model.position_encoding} positions"
+    return Trainer(
+        config=config,
+        run=run,
+        model=model,
+        runner=runner,
+        loader=data.loader,
+        evaluation=partial(evaluate, forward, model, data.validation, data.names, precision),
+        configuration=comparable(config, data.identity),
+        model_config=_model_config_text(model),
+        plot=LivePlot(partial(draw_run, run.metrics, run.plot, title, unigram_entropy(data.validation))),
+    )
+
+
+def _continue(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> None:
+    """Takes over the checkpoint that `config.resume` asks for, says which and why, and cuts the log to fit."""
+    leftovers = trainer.store.sweep()
+    if leftovers:
+        trainer.events.write("swept", leftovers=leftovers)
+    choice = _choose(trainer, config, run)
+    if choice is None:
+        trainer.metrics.rewind(-1)
+        trainer.events.write("started", pid=os.getpid())
+        return
+    warnings = check_changes(read_trainer_state(choice.folder)["configuration"], trainer.configuration, choice.folder)
+    trainer.restore(choice.folder)
+    trainer.metrics.rewind(trainer.progress.step)
+    for refused in choice.refused:
+        trainer.display.warn(f"checkpoint passed over: {refused}")
+    for warning in warnings:
+        trainer.display.warn(warning)
+    why = "named by resume" if config.resume != "auto" else "the newest that verifies"
+    trainer.display.say(f"continuing from {choice.folder} ({why})")
+    trainer.events.write(
+        "resumed", checkpoint=choice.folder.name, why=why, refused=choice.refused, warnings=warnings, pid=os.getpid()
+    )
+
+
+def _choose(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> Choice | None:
+    if config.resume == "auto":
+        return trainer.store.choose(config.strict)
+    steps = trainer.store.steps()
+    if config.resume == "never":
+        if steps or run.metrics.exists():
+            raise RunDirectoryError(
+                "holds a run, and resume is never",
+                where=run.path,
+                hint="choose a new output_dir, or set resume to auto",
+            )
+        return None
+    folder = Path(config.resume)
+    manifest = verify_checkpoint(folder)
+    if steps and steps[-1] > manifest["step"]:
+        raise CheckpointError(
+            f"is of step {manifest['step']}, and {run.path} has a newer checkpoint of step {steps[-1]}",
+            where=folder,
+            hint="give a new output_dir, or remove the newer checkpoints",
+        )
+    return Choice(folder)
+
+
+def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGeneration, data: RunData) -> dict[str, Any]:
+    """The model folder, the last drawing, and summary.json, which is written last."""
+    export(model, data.tokenizer, run.model)
+    trainer.plot.finish()
+    progress = trainer.progress
+    first, last = progress.first_evaluation, progress.last_evaluation
+    if first is None or last is None:
+        raise RuntimeError("a run ended without an evaluation")
+    summary = {
+        "parameters": model.num_parameters(),
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "train_tokens": progress.tokens,
+        "raw_tokens": progress.raw_tokens,
+        "tokens_per_second": progress.tokens / progress.step_seconds,
+        "val_loss_first": first["loss"],
+        "val_loss_last": last["loss"],
+        "val_accuracy_last": last["accuracy"],
+        "val_loss_by_denoiser": {name: score["loss"] for name, score in last["by_denoiser"].items()},
+        "unigram_entropy": unigram_entropy(data.validation),
+        "encoder_fill": progress.encoder_tokens / progress.encoder_room,
+        "decoder_fill": progress.decoder_tokens / progress.decoder_room,
+        "tokens_dropped": data.tokens_dropped,
+        "precision": trainer.runner.precision.name,
+        "device": str(trainer.runner.device),
+    }
+    write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    trainer.events.write("finished", step=progress.step)
+    return summary
+
+
+def export(model: FAT5ForConditionalGeneration, tokenizer: Path, target: Path) -> None:
+    """Writes a folder that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load; the old one stands until this is whole."""
+    partial_folder, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for leftover in (partial_folder, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    model.save_pretrained(partial_folder)
+    for file in sorted(tokenizer.iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, partial_folder / file.name)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(partial_folder, target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _model_config_text(model: FAT5ForConditionalGeneration) -> str:
+    model.config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        return (Path(folder) / "config.json").read_text()
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels while a run lasts."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

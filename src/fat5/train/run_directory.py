@@ -1,0 +1,191 @@
+"""The folder of one run: its names, its lock, and the refusal to write into a folder that holds something else.
+
+DIR/run.json       marks the folder as a run of FAT5, from its first second
+DIR/run.lock       who trains here now (pid, host); a stale lock is taken over
+DIR/config.yaml    the complete, resolved configuration        DIR/metrics.jsonl   a row a step, the record of truth
+DIR/events.jsonl   starts, resumes, refusals, faults           DIR/loss.png        the curves so far
+DIR/checkpoints/   step-N/ folders                             DIR/model/          the trained model and tokenizer
+DIR/summary.json   written when the run is done
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fat5.errors import RunDirectoryError
+
+MARKER = "run.json"
+LOCK = "run.lock"
+FORMAT = 1
+
+HEARTBEAT_SECONDS = 10.0
+"""How often a running process touches its lock, for those who look at it from another host."""
+
+STALE_SECONDS = 60.0
+"""A lock of another host without a touch for this long is stale: six heartbeats, to outlast a slow file server."""
+
+
+class RunDirectory:
+    """Paths of a run's files, and the right to write them.
+
+    Use as a context manager: entering marks the folder and takes its lock, leaving gives the lock back.
+
+    Args:
+        path: the folder; made if absent.
+
+    Raises:
+        RunDirectoryError: (on entering) the folder holds something else, cannot be written, or is in use.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.plot = self.path / "loss.png"
+        self.summary = self.path / "summary.json"
+        self.model = self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    @property
+    def holds_run(self) -> bool:
+        """True once the folder is marked as a run."""
+        return (self.path / MARKER).is_file()
+
+    def mark(self) -> None:
+        """Makes the folder and marks it as a run's.
+
+        Raises:
+            RunDirectoryError: it holds something that is not a run, or cannot be written.
+        """
+        if self.holds_run:
+            return
+        try:
+            if self.path.exists():
+                others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+                if others:
+                    raise RunDirectoryError(
+                        f"holds something that is not a FAT5 run ({', '.join(others[:3])}{', …' * (len(others) > 3)})",
+                        where=self.path,
+                        hint="choose an empty or new output_dir",
+                    )
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / MARKER, json.dumps({"format": "fat5-run", "version": FORMAT}) + "\n")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot be made or written ({error.strerror})", where=self.path, hint="choose another output_dir"
+            ) from error
+
+    def __enter__(self) -> "RunDirectory":
+        self.mark()
+        self._take_lock()
+        self._heart = threading.Thread(target=self._beat, name="fat5-heartbeat", daemon=True)
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._heart is not None:
+            self._heart.join()
+        if (_read_lock(self.path / LOCK) or {}).get("pid") == os.getpid():
+            (self.path / LOCK).unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        lock = self.path / LOCK
+        with _acquiring(self.path):
+            holder = _read_lock(lock)
+            if holder is not None and _is_alive(holder, lock):
+                raise RunDirectoryError(
+                    f"in use by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}",
+                    where=self.path,
+                    hint=f"wait for it to end, or choose another output_dir (the lock is {lock.name})",
+                )
+            own = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": _start_time(os.getpid()),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            }
+            write_atomically(lock, json.dumps(own) + "\n")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self.path / LOCK)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _acquiring(folder: Path) -> Iterator[None]:
+    """One process at a time judges and takes the lock; the kernel frees this one when its holder dies."""
+    with open(folder / f".{LOCK}.guard", "w") as guard:
+        with contextlib.suppress(OSError):  # some network file systems have no flock; the race is then a short one
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _read_lock(lock: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(lock.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_alive(holder: dict[str, Any], lock: Path) -> bool:
+    pid = holder.get("pid")
+    if not isinstance(pid, int):
+        return False
+    if holder.get("host") != socket.gethostname():
+        return _age(lock) < STALE_SECONDS
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # A process number is given out again; the start time tells its bearers apart.
+    return holder.get("started") in (None, _start_time(pid))
+
+
+def _age(lock: Path) -> float:
+    """Seconds since the lock was touched, by the file server's own clock."""
+    probe = lock.with_name(f".{lock.name}.probe")
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    return now - lock.stat().st_mtime
+
+
+def _start_time(pid: int) -> int | None:
+    """Start of a process in clock ticks since boot; None where the system does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])

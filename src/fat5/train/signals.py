@@ -1,0 +1,51 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save, leave; a second signal leaves at once."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class RunStopped(KeyboardInterrupt):
+    """A signal stopped the run after its state was saved; `signal` says which, `step` where."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        self.signal = signal.Signals(signum)
+        self.step = step
+        super().__init__(f"stopped by {self.signal.name} after step {step}; the same command continues")
+
+
+class StopRequest:
+    """Context manager that turns the stop signals into a flag while training runs.
+
+    `received` is None or the number of the signal. Only the process that entered reacts: data workers inherit the
+    handler, and a Ctrl-C that a terminal sends to all of them must not take the data away from the last step.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        if self.received is not None:
+            os.write(2, b"\nfat5: second signal, leaving without saving\n")
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        # A handler may interrupt a print: write to the descriptor itself.
+        os.write(2, f"\nfat5: {name} received; finishing the step, then saving (again to leave at once)\n".encode())

@@ -1,0 +1,146 @@
+"""One optimizer step: accumulate the gradient of the global batch, clip it, guard it, update.
+
+The loss is the mean over all target tokens of the step, however they are divided into micro-batches (and, one day,
+ranks): they are counted first, and each micro-batch adds its sum over that count. On a GPU nothing here waits for the
+device, except where an optimizer cannot skip a step by itself or where the loss is scaled.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fat5.data import PackedBatch
+from fat5.optim import hessian_diagonal, skips_on_device
+from fat5.train.precision import LEAST_LOSS_SCALE, Precision
+
+
+@dataclass
+class StepResult:
+    """Numbers of a step, on the device until they are asked for."""
+
+    numbers: Tensor
+    """float32: loss, gradient norm, and the loss of each micro-batch"""
+    loss_scale: float | None
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> tuple[float, float, list[float]]:
+        """(loss, gradient norm, losses of the micro-batches); waits for the device if it must."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        loss, norm, *parts = self.numbers.tolist()
+        return loss, norm, parts
+
+
+class StepRunner:
+    """Makes optimizer steps.
+
+    Args:
+        model: its parameters get the gradients.
+        forward: the model or its compiled form.
+        optimizer: as `fat5.optim.build_optimizer` makes it.
+        precision: of the forward pass and of the loss scale.
+        gradient_clip: largest norm of the whole gradient, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        gradient_clip: float | None,
+    ) -> None:
+        self.forward, self.optimizer, self.precision = forward, optimizer, precision
+        self.gradient_clip = gradient_clip
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.device = precision.device
+        # The update is decided on the device where the optimizer can; the host then hears of it a step later.
+        self.deferred = self.device.type == "cuda" and skips_on_device(optimizer) and precision.scaler is None
+        self._hessian_every: int | None = getattr(optimizer, "hessian_every", None)
+
+    def run(self, batches: Sequence[PackedBatch], rate: float, step: int) -> StepResult:
+        """Makes step number `step` at `rate` times the peak learning rate.
+
+        A loss or gradient that is not finite leaves weights and optimizer untouched.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
+        count = torch.full((), float(target_tokens(batches)), device=self.device)
+        losses = [self._backward(batch, count) for batch in batches]
+        scaler = self.precision.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        norm = get_total_norm(gradients)
+        loss = torch.stack(losses).sum()
+        if self.gradient_clip is not None:
+            clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
+        curvature = self._curvature(batches[0], count, step)
+        self._update(loss, norm, curvature)
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._result(torch.stack([loss, norm, *losses]).detach().float())
+
+    def broken(self, loss: float, norm: float, loss_scale: float | None) -> bool:
+        """True if these numbers of a step call for the guard; under fp16 an infinite gradient only lowers the scale."""
+        finite_loss, finite_norm = abs(loss) < float("inf"), abs(norm) < float("inf")
+        if loss_scale is not None and finite_loss:
+            return not finite_norm and loss_scale < LEAST_LOSS_SCALE
+        return not (finite_loss and finite_norm)
+
+    def _backward(self, batch: PackedBatch, count: Tensor) -> Tensor:
+        inputs = batch.to(self.device)
+        with self.precision.autocast():
+            loss: Tensor = self.forward(**inputs.model_inputs(), num_items_in_batch=count).loss
+        scaler = self.precision.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def _update(self, loss: Tensor, norm: Tensor, curvature: list[Tensor] | None) -> None:
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        optimizer: Any = self.optimizer
+        scaler = self.precision.scaler
+        if self.deferred:
+            optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
+            optimizer.step()
+        elif scaler is not None:
+            if torch.isfinite(loss):
+                scaler.step(optimizer)
+            scaler.update()
+        elif finite:
+            optimizer.step(**({"hessian": curvature} if curvature is not None else {}))
+
+    def _curvature(self, batch: PackedBatch, count: Tensor, step: int) -> list[Tensor] | None:
+        """An estimate of the Hessian's diagonal where the optimizer wants one at this step."""
+        if self._hessian_every is None or step % self._hessian_every:
+            return None
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        inputs = batch.to(self.device)
+        items = torch.full_like(count, float(batch.num_items))
+
+        def gradients() -> Sequence[Tensor]:
+            torch.manual_seed(step)  # the same dropout at both points of the difference
+            loss = self.forward(**inputs.model_inputs(), num_items_in_batch=items).loss
+            return torch.autograd.grad(loss, weights)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return hessian_diagonal(weights, gradients, seed=step)
+
+    def _result(self, numbers: Tensor) -> StepResult:
+        scale = self.precision.scaler.get_scale() if self.precision.scaler is not None else None
+        if not self.deferred:
+            return StepResult(numbers, scale)
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return StepResult(host, scale, ready)
+
+
+def target_tokens(batches: Sequence[PackedBatch]) -> int:
+    """Target tokens of a step, from the host's own counts."""
+    return sum(batch.num_items for batch in batches)

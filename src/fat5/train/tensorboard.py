@@ -1,0 +1,70 @@
+"""TensorBoard events beside metrics.jsonl; a fault of theirs never stops a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TRAIN_KEYS = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "data_wait_fraction",
+    "encoder_fill",
+    "decoder_fill",
+    "mfu",
+)
+
+
+class TensorBoard:
+    """Writes rows of metrics.jsonl as scalars.
+
+    Args:
+        folder: of the event files.
+        step: where the run continues; events after it, of a part that was lost, are hidden.
+        warn: told once what went wrong; nothing is written after that.
+    """
+
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._writer: Any = None
+        with _Guarded(self):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row, train or eval."""
+        if self._writer is None:
+            return
+        if row["kind"] == "eval":
+            scalars = {"validation/loss": row["loss"], "validation/accuracy": row["accuracy"]}
+            scalars |= {f"validation by denoiser/{name}": score["loss"] for name, score in row["by_denoiser"].items()}
+        else:
+            scalars = {f"train/{key}": row[key] for key in TRAIN_KEYS if row.get(key) is not None}
+        with _Guarded(self):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self._writer is not None:
+            with _Guarded(self):
+                self._writer.close()
+
+
+class _Guarded:
+    """Turns an error inside into one warning, and the writer off."""
+
+    def __init__(self, owner: TensorBoard) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, OSError | ImportError | ValueError):
+            return False
+        self._owner._writer = None
+        self._owner._warn(f"TensorBoard is off: {error}; training goes on")
+        return True
