@@ -55,6 +55,8 @@ def attention_triton(
     if scale < 0.0:
         # The kernels find a row's maximum before they scale.
         q, scale = -q, -scale
+    elif scale == 0.0:
+        q, scale = q * 0.0, 1.0
     vector = bias.vector.float() if isinstance(bias, RelativeBias) else None
     dense = bias if isinstance(bias, Tensor) else None
     out, _ = attention_forward(
@@ -283,7 +285,7 @@ class _Problem:
             # A broadcast dimension is read again and again at stride 0.
             self.dense_strides = tuple(0 if size == 1 else stride for size, stride in zip(dense.shape, dense.stride()))
         self.vector_stride = 0
-        self.scale2 = scale * LOG2E
+        self.scale, self.scale2 = scale, scale * LOG2E
         self.dropout = seed is not None and dropout_p > 0.0
         self.threshold = int(dropout_p * 2**32)
         self.keep_scale = 1.0 / (1.0 - dropout_p)
@@ -298,11 +300,11 @@ class _Problem:
         return batch, head, row, dimension
 
     def padded_vector(self, launch: Launch) -> Tensor | None:
-        """The bias vector in base 2, its end values repeated on either side, from distance 0 on."""
+        """The bias vector over scale, its end values repeated on either side, from distance 0 on."""
         if self.vector is None:
             return None
         padding = launch.block_m + launch.block_n
-        padded = F.pad(self.vector * LOG2E, (padding, padding), mode="replicate")
+        padded = F.pad(self.vector / self.scale, (padding, padding), mode="replicate")
         self.vector_stride = padded.shape[1]
         return padded[:, padded.shape[1] // 2 :]
 

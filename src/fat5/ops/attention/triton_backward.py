@@ -13,7 +13,6 @@ from fat5.ops.attention.triton_tiles import (
     at_document,
     attended_keys,
     bias_of,
-    bias_tile,
     dot,
     head_and_slot,
     kept_tile,
@@ -22,6 +21,7 @@ from fat5.ops.attention.triton_tiles import (
     locate,
     mask_of,
     round_to,
+    score_tile,
     store_rows,
     visible_tile,
 )
@@ -88,7 +88,7 @@ def query_gradient_kernel(
         if not CAUSAL:
             far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
         dq, left, right = _pull(
-            dq, left, right, queries, lse - tl.load(bias[0] - R), keys, key_strides, bias, mask, tile, scale, keep_scale, 0, near,
+            dq, left, right, queries, lse - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, 0, near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, LEFT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
@@ -97,7 +97,7 @@ def query_gradient_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
         dq, left, right = _pull(
-            dq, left, right, queries, lse - tl.load(bias[0] + R), keys, key_strides, bias, mask, tile, scale, keep_scale, far_right, whole,
+            dq, left, right, queries, lse - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, RIGHT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
@@ -129,13 +129,11 @@ def _pull(
             attended = attended_keys(mask, n0, key_length, BLOCK_N)[:, None]
             k = tl.where(attended, k, 0.0)
             v = tl.where(attended, v, 0.0)
-        scores = dot(q, tl.trans(k), None, PRECISION) * scale
-        if BIAS != NO_BIAS:
-            scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, False)
+        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
-        weights = tl.exp2(scores - lse[:, None])
+        weights = tl.exp2(scores * scale - lse[:, None])
         grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
         if DROPOUT:
             grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
@@ -204,7 +202,7 @@ def key_gradient_kernel(
         if not CAUSAL:
             near = tl.minimum(stop, tl.maximum(n0 - R + 1, 0) // BLOCK_M * BLOCK_M)
             dk, dv = _push(
-                dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] + R), scale, keep_scale, first, near,
+                dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale, keep_scale, first, near,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
             )  # fmt: skip
         far_left = tl.maximum(near, tl.minimum(stop, (n0 + BLOCK_N + R + BLOCK_M - 2) // BLOCK_M * BLOCK_M))
@@ -214,7 +212,7 @@ def key_gradient_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE:
         dk, dv = _push(
-            dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] - R), scale, keep_scale, far_left, stop,
+            dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, keep_scale, far_left, stop,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -243,16 +241,11 @@ def _push(
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         lse = load_lse(queries[2], rows, query_length)
-        scores = dot(k, tl.trans(q), None, PRECISION) * scale
-        if BIAS != NO_BIAS:
-            scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, True)
-            shift = lse
-        else:
-            shift = lse - constant
+        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, True, PRECISION)
         if CAUSAL:
             columns = n0 + tl.arange(0, BLOCK_N)
             scores = tl.where(rows[None, :] >= columns[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores - shift[None, :])
+        weights = tl.exp2(scores * scale - (lse - constant)[None, :])
         grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
         grad_weights = dot(v, tl.trans(grad_out), None, PRECISION)

@@ -13,7 +13,6 @@ from fat5.ops.attention.triton_tiles import (
     RELATIVE,
     at_document,
     bias_of,
-    bias_tile,
     dot,
     kept_tile,
     load_lse,
@@ -21,6 +20,7 @@ from fat5.ops.attention.triton_tiles import (
     locate,
     mask_of,
     round_to,
+    score_tile,
     visible_tile,
 )
 
@@ -38,10 +38,10 @@ def _score_gradient(
     rows = m0 + tl.arange(0, BLOCK_M)
     q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    scores = dot(q, tl.trans(k), None, PRECISION) * scale
-    scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, False)
+    scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
     visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
-    weights = tl.exp2(tl.where(visible, scores, float("-inf")) - load_lse(queries[2], rows, query_length)[:, None])
+    lse = load_lse(queries[2], rows, query_length)
+    weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - lse[:, None])
     grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)

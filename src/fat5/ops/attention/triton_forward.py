@@ -14,7 +14,6 @@ from fat5.ops.attention.triton_tiles import (
     at_document,
     attended_keys,
     bias_of,
-    bias_tile,
     dot,
     head_and_slot,
     kept_tile,
@@ -22,6 +21,7 @@ from fat5.ops.attention.triton_tiles import (
     locate,
     mask_of,
     round_to,
+    score_tile,
     store_rows,
     visible_tile,
 )
@@ -68,7 +68,7 @@ def forward_kernel(
         if not CAUSAL:
             far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
         acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] - R), scale, 0, near,
+            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, 0, near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, normaliser, maximum = _attend(
@@ -77,7 +77,7 @@ def forward_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
         acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] + R), scale, far_right, whole,
+            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale, far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, normaliser, maximum = _attend(
@@ -105,24 +105,15 @@ def _attend(
     m0, query_length, key_length = tile
     for n0 in range(first, stop, BLOCK_N):
         k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = dot(q, tl.trans(k), None, PRECISION)
-        if BIAS == NO_BIAS and not MASKED:
-            # scale > 0, so the largest score costs one multiplication a row, and the exponent below is one FMA.
-            highest = tl.maximum(maximum, tl.max(scores, 1) * scale + constant)
-        else:
-            scores = scores * scale
-            if BIAS != NO_BIAS:
-                scores += bias_tile(bias, m0, n0, query_length, key_length, BIAS, BLOCK_M, BLOCK_N, False)
-            if MASKED:
-                visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
-                scores = tl.where(visible, scores, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(scores, 1))
+        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
+        if MASKED:
+            visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
+            scores = tl.where(visible, scores, float("-inf"))
+        # scale > 0, so the largest score costs one multiplication a row, and the exponent below is one FMA.
+        highest = tl.maximum(maximum, tl.max(scores, 1) * scale + constant)
         # A row that has seen nothing keeps -inf; subtracting 0 instead gives weights of 0, not NaN.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
-        if BIAS == NO_BIAS and not MASKED:
-            weights = tl.exp2(scores * scale - (shift - constant)[:, None])
-        else:
-            weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * scale - (shift - constant)[:, None])
         correction = tl.exp2(maximum - shift)
         normaliser = normaliser * correction + tl.sum(weights, 1)
         maximum = highest

@@ -1,13 +1,14 @@
 """Device functions that every attention kernel shares: where a program's tile lies, its rows, its bias, its dropout.
 
 Legend: M query rows of a tile, N keys of a tile, D head dimension (BLOCK_D: its next power of two). A *document* is a
-packed document or, in the padded layout, a batch row. Scores live in base 2: scale and bias are multiplied by log2(e).
+packed document or, in the padded layout, a batch row. Scores are held as q k^T + bias / scale;
+`scale` carries log2(e), so that scores * scale is an exponent of 2.
 Arguments that belong together travel as tuples:
 
     strides   (batch, head, row, dimension) of q, k, v, out and their gradients; batch is 0 when packed
     starts    (work list, cu_seqlens_q, cu_seqlens_k), Nones in the padded layout
     shape     (heads, query rows, key rows, documents, tiles, R): rows are Lq and Lk, or all rows when packed
-    bias      (vector at distance 0, R, dense, dense's query stride, dense's key stride)
+    bias      (vector over scale, at distance 0; R; dense; dense's query stride; dense's key stride)
     mask      (key padding mask, its key stride, dropout seed, dropout threshold, head, document)
     tile      (first query, query length, key length)
 """
@@ -197,33 +198,63 @@ def load_lse(Lse, rows, length):
 
 
 @triton.jit
-def bias_tile(
-    bias, m0, n0, query_length, key_length,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """(M, N), or (N, M) when TRANSPOSED: what the tile's scores get, in base 2; 0 outside the document if DENSE.
+def relative_tile(bias, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(M, N), or (N, M) when TRANSPOSED, fp32: the relative bias over scale, for the accumulator of q k^T to start from.
 
-    The relative vector is padded with its end values by BLOCK_M + BLOCK_N on either side, so that only a scalar is clamped
-    and each element's address is one register plus a constant.
+    The vector is padded with its end values by BLOCK_M + BLOCK_N on either side, so that only a scalar is clamped and each
+    element's address is one register plus a constant.
     """
-    vector, R, dense, stride_q, stride_k = bias
     queries = tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_N)
-    if BIAS == RELATIVE:
-        start = vector + tl.minimum(tl.maximum(n0 - m0, -R - BLOCK_N), R + BLOCK_M)
-        if TRANSPOSED:
-            return tl.load(start + (keys[:, None] - queries[None, :]))
-        else:
-            return tl.load(start + (keys[None, :] - queries[:, None]))
+    start = bias[0] + tl.minimum(tl.maximum(n0 - m0, -bias[1] - BLOCK_N), bias[1] + BLOCK_M)
+    if TRANSPOSED:
+        pointers = start + (keys[:, None] - queries[None, :])
     else:
-        at_query = tl.cast(m0 + queries, tl.int64) * stride_q
-        at_key = tl.cast(n0 + keys, tl.int64) * stride_k
-        if TRANSPOSED:
-            inside = (n0 + keys < key_length)[:, None] & (m0 + queries < query_length)[None, :]
-            return tl.load(dense + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32) * LOG2E
-        else:
-            inside = (m0 + queries < query_length)[:, None] & (n0 + keys < key_length)[None, :]
-            return tl.load(dense + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32) * LOG2E
+        pointers = start + (keys[None, :] - queries[:, None])
+    if INTERPRETED:
+        return tl.load(pointers)
+    else:
+        # A tl.load would be staged through shared memory as if it were an operand; as an elementwise instruction it is done
+        # where the accumulator lives, a handful of neighbouring addresses a warp, all in the L1 cache.
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def dense_tile(
+    bias, m0, n0, query_length, key_length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """(M, N), or (N, M) when TRANSPOSED, fp32: a dense bias; 0 outside the document."""
+    queries = m0 + tl.arange(0, BLOCK_M)
+    keys = n0 + tl.arange(0, BLOCK_N)
+    at_query = tl.cast(queries, tl.int64) * bias[3]
+    at_key = tl.cast(keys, tl.int64) * bias[4]
+    if TRANSPOSED:
+        inside = (keys < key_length)[:, None] & (queries < query_length)[None, :]
+        return tl.load(bias[2] + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        inside = (queries < query_length)[:, None] & (keys < key_length)[None, :]
+        return tl.load(bias[2] + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def score_tile(
+    q, k, bias, m0, n0, query_length, key_length, scale, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(M, N), or (N, M) when TRANSPOSED: q k^T + bias / scale; times scale they are base-2 scores."""
+    if BIAS == RELATIVE:
+        start = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, TRANSPOSED)
+    else:
+        start = None
+    if TRANSPOSED:
+        scores = dot(k, tl.trans(q), start, PRECISION)
+    else:
+        scores = dot(q, tl.trans(k), start, PRECISION)
+    if BIAS == DENSE:
+        scores += dense_tile(bias, m0, n0, query_length, key_length, BLOCK_M, BLOCK_N, TRANSPOSED) * (LOG2E / scale)
+    return scores
 
 
 @triton.jit
