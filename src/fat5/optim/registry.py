@@ -78,10 +78,10 @@ class OptimizerConfig:
                 )
         for key in ("lr", "eps", "weight_decay", "hidden_lr", "clip"):
             if given[key] is not None and given[key] < 0:
-                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="give a value of at least 0")
+                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="Give a value of at least 0")
         for beta in (*(self.betas or ()), *([] if self.momentum is None else [self.momentum])):
             if not 0 <= beta < 1:
-                raise ConfigurationError(f"optimizer has a decay of {beta}", hint="betas and momentum lie in [0, 1)")
+                raise ConfigurationError(f"optimizer has a decay of {beta}", hint="Betas and momentum lie in [0, 1)")
         return replace(self, **{key: taken.get(key) for key, value in given.items() if value is None})  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def _muon(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> to
     hidden = [weight for name, weight in named if is_hidden_matrix(name, weight)]
     rest = [(name, weight) for name, weight in named if not is_hidden_matrix(name, weight)]
     if not hidden:
-        raise ConfigurationError("optimizer.name is muon, and the model has no hidden matrix", hint="use adamw_scale")
+        raise ConfigurationError("optimizer.name is muon, and the model has no hidden matrix", hint="Use adamw_scale")
     # match_rms_adamw puts Muon's learning rate on the scale of AdamW's (Liu et al. 2025, section 2.2).
     muon = torch.optim.Muon(
         hidden,
@@ -199,6 +199,6 @@ def _pytorch_optimizer(name: str) -> Any:
     except ImportError as error:
         raise ConfigurationError(
             f"optimizer.name is {name}, which needs the package pytorch-optimizer",
-            hint="install it with: pip install 'fat5[optim]'",
+            hint="Install it with: pip install 'fat5[optim]'",
         ) from error
     return pytorch_optimizer

@@ -28,16 +28,16 @@ class ScheduleConfig:
         if not 0 <= self.warmup_steps <= total_steps:
             raise ConfigurationError(
                 f"schedule.warmup_steps is {self.warmup_steps}, and the run has {total_steps} steps",
-                hint="choose a warm-up between 0 and the number of steps",
+                hint="Choose a warm-up between 0 and the number of steps",
             )
         if not 0.0 <= self.final_factor <= 1.0:
             raise ConfigurationError(
-                f"schedule.final_factor is {self.final_factor}", hint="it is a share of the peak: between 0 and 1"
+                f"schedule.final_factor is {self.final_factor}", hint="It is a share of the peak: between 0 and 1"
             )
         if self.decay_steps is not None and (self.name != "wsd" or not 0 < self.decay_steps <= total_steps):
             raise ConfigurationError(
                 f"schedule.decay_steps is {self.decay_steps} with schedule {self.name} of {total_steps} steps",
-                hint="it belongs to wsd, between 1 and the number of steps",
+                hint="It belongs to wsd, between 1 and the number of steps",
             )
 
 

@@ -110,7 +110,7 @@ class CheckpointStore:
                 if strict:
                     raise CheckpointError(
                         f"{error}",
-                        hint="restore it, remove its folder, or run without strict to take the one before it",
+                        hint="Restore it, remove its folder, or run without strict to take the one before it",
                     ) from error
                 refused.append(str(error))
             else:
@@ -119,7 +119,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"no checkpoint verifies: {'; '.join(refused)}",
                 where=self.folder,
-                hint="restore one, or start a new run in another output_dir",
+                hint="Restore one, or start a new run in another output_dir",
             )
         return None
 

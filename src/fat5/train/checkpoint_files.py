@@ -113,7 +113,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "is a file, and a checkpoint is a folder; pickles are never read",
             where=folder,
-            hint="give a folder checkpoints/step-N",
+            hint="Give a folder checkpoints/step-N",
         )
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"has format version {manifest.get('version')}, and this FAT5 reads version {VERSION}",
             where=path,
-            hint="continue with the FAT5 that wrote it",
+            hint="Continue with the FAT5 that wrote it",
         )
     if any(Path(name).name != name for name in manifest["files"]):
         raise CheckpointError("names files outside its folder", where=path)

@@ -79,7 +79,7 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: ob
         raise CheckpointError(
             f"comes from another configuration: {told}",
             where=where,
-            hint="restore these values, or start a new run in another output_dir",
+            hint="Restore these values, or start a new run in another output_dir",
         )
     return [
         f"{key} was {old!r} when the checkpoint was made and is now {new!r}"

@@ -146,10 +146,10 @@ class PretrainConfig:
             ConfigurationError: a key is missing or has a value that cannot work.
         """
         if not self.output_dir:
-            raise ConfigurationError("output_dir is not given", hint="say where the run goes: --output_dir runs/NAME")
+            raise ConfigurationError("output_dir is not given", hint="Say where the run goes: --output_dir runs/NAME")
         if not self.data.sources:
             raise ConfigurationError(
-                "data.sources is empty", hint="give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
+                "data.sources is empty", hint="Give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
             )
         _at_least(1, steps=self.steps, log_every=self.log_every, eval_every=self.eval_every, save_every=self.save_every)
         _at_least(1, eval_tokens=self.eval_tokens, keep_last=self.keep_last)
@@ -157,7 +157,7 @@ class PretrainConfig:
         if self.keep_every is not None:
             _at_least(1, keep_every=self.keep_every)
         if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ConfigurationError(f"gradient_clip is {self.gradient_clip}", hint="give a norm above 0, or null")
+            raise ConfigurationError(f"gradient_clip is {self.gradient_clip}", hint="Give a norm above 0, or null")
         self.data.batch()
         self.data.denoisers()
         self.schedule.validate(self.steps)
@@ -192,4 +192,4 @@ def read_config(path: Path) -> dict[str, Any]:
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"{name} is {value!r}", hint=f"give a whole number of at least {least}")
+            raise ConfigurationError(f"{name} is {value!r}", hint=f"Give a whole number of at least {least}")

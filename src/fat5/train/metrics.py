@@ -106,7 +106,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return list(_rows(path))
     except OSError as error:
         raise DataError(
-            f"no metrics to read ({error.strerror})", where=path, hint="give the folder of a run"
+            f"no metrics to read ({error.strerror})", where=path, hint="Give the folder of a run"
         ) from error
 
 
@@ -117,7 +117,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if row is None:
                 if not line.endswith(b"\n"):
                     return
-                raise DataError("not a JSON object", where=f"{path}:{number}", hint="metrics.jsonl has one a line")
+                raise DataError("not a JSON object", where=f"{path}:{number}", hint="Metrics.jsonl has one a line")
             yield row
 
 

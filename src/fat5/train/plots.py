@@ -39,7 +39,7 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: float | No
     rate, speed = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     train, evals = _split(rows)
     steps = [row["step"] for row in train]
-    losses = [row["loss"] for row in train]
+    losses = [_number(row["loss"]) for row in train]
     loss.plot(steps, losses, color=COLOURS[0], alpha=0.25, linewidth=0.8)
     loss.plot(steps, smooth(losses), color=COLOURS[0], linewidth=1.6, label="train")
     _mark(loss, [row["step"] for row in evals], [row["loss"] for row in evals], COLOURS[1], "validation")
@@ -55,11 +55,14 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: float | No
     rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6, label="learning rate")
     _style(rate, "learning rate and gradient norm", "learning rate")
     norm = rate.twinx()
-    norms = [row["grad_norm"] for row in train]
+    norms = [_number(row["grad_norm"]) for row in train]
     norm.plot(steps, smooth(norms), color=COLOURS[4], linewidth=1.0, alpha=0.8, label="gradient norm")
     _style(norm, "", "gradient norm", grid=False)
-    if any(value > 0 and math.isfinite(value) for value in norms):
+    positive = [value for value in norms if value > 0 and math.isfinite(value)]
+    if positive and max(positive) > 10 * min(positive):
         norm.set_yscale("log")
+    else:
+        norm.set_ylim(bottom=0)
     throughput = [row["tokens_per_second"] for row in train]
     speed.plot(steps, throughput, color=COLOURS[2], alpha=0.25, linewidth=0.8)
     speed.plot(steps, smooth(throughput), color=COLOURS[2], linewidth=1.6)
@@ -83,7 +86,7 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
         train, evals = _split(read_rows(run / "metrics.jsonl" if run.is_dir() else run))
         colour = COLOURS[index % len(COLOURS)]
         places = {row["step"]: _place(row, x) for row in train}
-        losses = smooth([row["loss"] for row in train])
+        losses = smooth([_number(row["loss"]) for row in train])
         axes[0].plot([places[row["step"]] for row in train], losses, color=colour, linewidth=1.5, label=name)
         held = [row for row in evals if row["step"] in places or row["step"] == 0]
         _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
@@ -178,6 +181,10 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
     return [row for row in rows if row["kind"] == "train"], [row for row in rows if row["kind"] == "eval"]
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _place(row: dict[str, Any], x: Axis) -> float:
     return float(row["seconds"]) / 3600 if x == "hours" else float(row[x])
 
@@ -187,5 +194,5 @@ def _distinct(runs: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
     if len(set(names)) < len(names):
-        raise DataError("the same run is given twice", hint="name each run once")
+        raise DataError("the same run is given twice", hint="Name each run once")
     return names

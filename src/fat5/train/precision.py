@@ -32,7 +32,7 @@ class Precision:
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         if name == "auto":
-            raise ConfigurationError("precision is still auto", hint="resolve it first")
+            raise ConfigurationError("precision is still auto", hint="Resolve it first")
         self.name = name
         self.device = device
         self.weight_dtype = torch.bfloat16 if name == "bf16-pure" else torch.float32

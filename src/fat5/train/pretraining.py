@@ -104,7 +104,7 @@ def build_model(config: PretrainConfig, info: Any) -> FAT5ForConditionalGenerati
     ours = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "position_encoding")
     for key in config.model.overrides:
         if key in ours:
-            raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="remove it")
+            raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="Remove it")
         if key not in known and not hasattr(FAT5Config, key):
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see docs/model.md for the keys"
@@ -143,7 +143,8 @@ def _trainer(
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     runner = StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
     parameters = model.num_parameters()
-    title = f"{config.model.preset}, {parameters / 1e6:.0f}M parameters, {config.model.position_encoding} positions"
+    size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters:,}"
+    title = f"{config.model.preset}, {size} parameters, {config.model.position_encoding} positions"
     return Trainer(
         config=config,
         run=run,
@@ -190,7 +191,7 @@ def _choose(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> Choi
             raise RunDirectoryError(
                 "holds a run, and resume is never",
                 where=run.path,
-                hint="choose a new output_dir, or set resume to auto",
+                hint="Choose a new output_dir, or set resume to auto",
             )
         return None
     folder = Path(config.resume)
@@ -199,7 +200,7 @@ def _choose(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> Choi
         raise CheckpointError(
             f"is of step {manifest['step']}, and {run.path} has a newer checkpoint of step {steps[-1]}",
             where=folder,
-            hint="give a new output_dir, or remove the newer checkpoints",
+            hint="Give a new output_dir, or remove the newer checkpoints",
         )
     return Choice(folder)
 

@@ -46,7 +46,8 @@ class RunDisplay:
 
     def train(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl with kind train."""
-        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        numbers = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
         if row.get("mfu") is not None:
             numbers += f"  MFU {row['mfu']:.0%}"
         if self._live:

@@ -76,13 +76,13 @@ class RunDirectory:
                     raise RunDirectoryError(
                         f"holds something that is not a FAT5 run ({', '.join(others[:3])}{', …' * (len(others) > 3)})",
                         where=self.path,
-                        hint="choose an empty or new output_dir",
+                        hint="Choose an empty or new output_dir",
                     )
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / MARKER, json.dumps({"format": "fat5-run", "version": FORMAT}) + "\n")
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot be made or written ({error.strerror})", where=self.path, hint="choose another output_dir"
+                f"cannot be made or written ({error.strerror})", where=self.path, hint="Choose another output_dir"
             ) from error
 
     def __enter__(self) -> "RunDirectory":
@@ -107,7 +107,7 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"in use by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}",
                     where=self.path,
-                    hint=f"wait for it to end, or choose another output_dir (the lock is {lock.name})",
+                    hint=f"Wait for it to end, or choose another output_dir (the lock is {lock.name})",
                 )
             own = {
                 "pid": os.getpid(),

@@ -82,7 +82,7 @@ class Saver:
             raise CheckpointError(
                 f"{self._failures} saves in a row failed ({reason})",
                 where=self.store.folder,
-                hint="make room or mend the folder; the same command continues from the last checkpoint",
+                hint="Make room or mend the folder; the same command continues from the last checkpoint",
             ) from error
         seconds = pause * 2 ** (self._failures - 1)
         self._retry_at = time.monotonic() + seconds

@@ -132,7 +132,7 @@ class StepRunner:
 
     def _result(self, numbers: Tensor) -> StepResult:
         scale = self.precision.scaler.get_scale() if self.precision.scaler is not None else None
-        if not self.deferred:
+        if not self.deferred or self.device.type != "cuda":
             return StepResult(numbers, scale)
         host = torch.empty_like(numbers, device="cpu", pin_memory=True)
         host.copy_(numbers, non_blocking=True)

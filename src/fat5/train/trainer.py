@@ -246,7 +246,7 @@ class Trainer:
             raise NonFiniteError(
                 f"{what}{times}; the update was not made",
                 where=self.run_directory.path,
-                hint=f"the examples are in {dump.name}; lower the learning rate, or set on_nan to skip or rewind",
+                hint=f"The examples are in {dump.name}; lower the learning rate, or set on_nan to skip or rewind",
             )
         if self.config.on_nan == "skip":
             self._warn(f"{what}: step skipped, its examples are in {dump.name}")
@@ -265,7 +265,7 @@ class Trainer:
             raise NonFiniteError(
                 f"{what}; {reason}",
                 where=self.run_directory.path,
-                hint=f"the examples are in {dump}; lower the learning rate",
+                hint=f"The examples are in {dump}; lower the learning rate",
             )
         broken = self.progress.broken_in_a_row
         self._pending.clear()
@@ -354,5 +354,5 @@ def _out_of_memory(batch: PackedBatch) -> FAT5Error:
     return FAT5Error(
         f"out of GPU memory in a step with {batch.input_ids.numel():,} encoder and {batch.labels.numel():,} decoder "
         f"tokens a micro-batch (peak {peak:.1f} GiB)",
-        hint="lower data.packs_per_micro_batch or the pack's tokens, or set gradient_checkpointing",
+        hint="Lower data.packs_per_micro_batch or the pack's tokens, or set gradient_checkpointing",
     )

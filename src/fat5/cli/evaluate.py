@@ -1,0 +1,26 @@
+"""`fat5 evaluate`: loss and accuracy of a model, by denoiser."""
+
+import json
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table; with `--output FILE` writes the same as JSON."""
+    from pathlib import Path
+
+    from fat5.cli.parsing import parse
+    from fat5.errors import ConfigurationError
+    from fat5.train.scoring import EvaluateConfig, evaluate_model
+
+    config = EvaluateConfig(**parse(EvaluateConfig, argv, "evaluate"))
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise ConfigurationError("the folder of output does not exist", where=config.output, hint="Make it first")
+    scores = evaluate_model(config)
+    rows = [*scores["by_denoiser"].items(), ("all", scores)]
+    width = max(len(name) for name, _ in rows)
+    print(f"{'denoiser':{width}}      loss  accuracy      tokens")
+    for name, score in rows:
+        print(f"{name:{width}}  {score['loss']:8.4f}  {score['accuracy']:8.2%}  {score['tokens']:10,}")
+    print(f"unigram entropy of the targets: {scores['unigram_entropy']:.4f}")
+    if config.output:
+        Path(config.output).write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    return 0
