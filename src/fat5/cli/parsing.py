@@ -21,7 +21,11 @@ DEEPEST_CONFIGURATION = 32
 
 
 def parse(
-    signature: Callable[..., Any], argv: Sequence[str], verb: str, positional: dict[str, str] | None = None
+    signature: Callable[..., Any],
+    argv: Sequence[str],
+    verb: str,
+    positional: dict[str, str] | None = None,
+    section: str | None = None,
 ) -> dict[str, Any]:
     """Reads `argv` (and any `--config FILE.yaml`) against the parameters of a function or dataclass.
 
@@ -30,6 +34,7 @@ def parse(
             parameters nest: `--optimizer.lr`.
         argv: the words after the verb.
         verb: for the usage line and messages.
+        section: the section of a recipe to read, where it is not that of the verb.
         positional: parameter name → nargs (``"*"``, ``"+"``, ``"?"``) for those given without a flag.
 
     Returns:
@@ -49,7 +54,7 @@ def parse(
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
         parser.add_argument(name, nargs=nargs, help=_parameter_help(signature, name))
-    argv = _read_recipes(argv, verb)
+    argv = _read_recipes(argv, section or verb)
     try:
         namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)
@@ -61,8 +66,8 @@ def parse(
     return {key: value for key, value in values.items() if key != "config"}
 
 
-def _read_recipes(argv: Sequence[str], verb: str) -> list[str]:
-    """Checks each `--config FILE` before the parser meets it, and puts this verb's section in its place.
+def _read_recipes(argv: Sequence[str], section: str) -> list[str]:
+    """Checks each `--config FILE` before the parser meets it, and puts one section of it in its place.
 
     A recipe whose top-level keys are all verbs (`tokenizer:`, `prepare:`, `pretrain:`) serves each of them; a verb
     without a section of its own (`demo`) reads the whole.
@@ -72,8 +77,8 @@ def _read_recipes(argv: Sequence[str], verb: str) -> list[str]:
         if word == "--config":
             recipe = _read_yaml(words[i + 1])
             sectioned = all(key in VERBS and isinstance(value, dict) for key, value in recipe.items())
-            if sectioned and verb in recipe:
-                recipe = recipe[verb]
+            if sectioned and section in recipe:
+                recipe = recipe[section]
             words[i + 1] = json.dumps(recipe, default=str)
     return words
 

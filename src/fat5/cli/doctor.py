@@ -1,0 +1,225 @@
+"""`fat5 doctor`: what this machine has, and what a run of a given recipe will need of it."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fat5.cli.parsing import parse
+from fat5.errors import FAT5Error
+from fat5.train.config import PretrainConfig
+
+OK, WARN, BAD = "ok", "warn", "bad"
+
+
+@dataclass
+class DoctorConfig(PretrainConfig):
+    """Check this machine, and with --config a recipe: its data, parameters, memory and arithmetic."""
+
+    json_output: bool = False
+    """Print one JSON object instead of a table"""
+    vocab_size: int = 32768
+    """Vocabulary to count with where the data is not prepared yet"""
+    tokens_per_second: float | None = None
+    """Speed to reckon the duration with; `fat5 pretrain` shows the real one"""
+
+
+@dataclass
+class Finding:
+    """One line of the report."""
+
+    what: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the report; 0 where nothing is bad, else 2."""
+    config = DoctorConfig(**parse(DoctorConfig, argv, "doctor", section="pretrain"))
+    findings = machine()
+    if config.data.sources or any(word.startswith("--config") for word in argv):
+        findings += recipe(config)
+    if config.json_output:
+        print(json.dumps([vars(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        show(findings)
+    return 2 if any(finding.status == BAD for finding in findings) else 0
+
+
+def machine() -> list[Finding]:
+    """What this machine has."""
+    import torch
+
+    python = sys.version_info
+    findings = [
+        Finding("Python", OK if python >= (3, 11) else BAD, platform.python_version(), "FAT5 needs 3.11 or newer"),
+        Finding("FAT5", OK, version("fat5")),
+    ]
+    for name, least in (("torch", (2, 11)), ("transformers", (5, 17)), ("tokenizers", (0, 22)), ("datatrove", (0, 9))):
+        found = _version(name)
+        enough = found is not None and tuple(int(part) for part in found.split("+")[0].split(".")[:2]) >= least
+        wanted = ".".join(map(str, least))
+        findings.append(Finding(name, OK if enough else BAD, found or "not installed", f"{wanted} or newer is needed"))
+    triton = _version("triton")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capable = properties.major >= 8
+            memory = properties.total_memory / 2**30
+            findings.append(
+                Finding(
+                    f"GPU {index}",
+                    OK if capable else WARN,
+                    f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}",
+                    "bf16 and the tuned kernels want an A100 or newer",
+                )
+            )
+        findings.append(
+            Finding(
+                "triton", OK if triton else BAD, triton or "not installed", "pip install 'fat5[gpu]' for the kernels"
+            )
+        )
+    else:
+        findings.append(
+            Finding("GPU", WARN, "none: fat5 runs on the CPU here", "fine for the demo; training wants a GPU")
+        )
+        findings.append(Finding("triton", OK, triton or "not installed (needed on a GPU only)"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings.append(Finding("CPU cores", OK, f"{cores}, torch uses {torch.get_num_threads()} threads"))
+    memory = _memory()
+    if memory:
+        findings.append(
+            Finding("memory", OK if memory > 4 * 2**30 else WARN, f"{memory / 2**30:.0f} GiB free", "4 GiB is little")
+        )
+    disk = shutil.disk_usage(".").free
+    findings.append(
+        Finding("disk", OK if disk > 10 * 2**30 else WARN, f"{disk / 2**30:.0f} GiB free here", "10 GiB is little")
+    )
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    findings.append(
+        Finding("C compiler", OK if compiler else WARN, compiler or "none", "torch.compile and Triton need one")
+    )
+    for name, why in (
+        ("tensorboard", "--tensorboard true"),
+        ("pytorch-optimizer", "LAMB and Sophia"),
+        ("ray", "--executor ray"),
+    ):
+        found = _version(name)
+        findings.append(Finding(name, OK, found or f"not installed (needed for {why} only)"))
+    return findings
+
+
+def recipe(config: DoctorConfig) -> list[Finding]:
+    """What a run of this recipe needs: each fault it would meet, its size and its memory."""
+    import torch
+
+    from fat5.train.precision import resolve_precision
+    from fat5.train.pretraining import build_model, open_data
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    findings: list[Finding] = []
+    info: Any = None
+    config.output_dir = config.output_dir or "runs/doctor"
+    config.precision = resolve_precision(config.precision, device)
+    try:
+        data = open_data(config.resolved())
+        info = data.info
+        findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
+    except FAT5Error as error:
+        findings.append(Finding("data", BAD, str(error)))
+    try:
+        model = _model_on_meta(config, info, build_model)
+    except FAT5Error as error:
+        return [*findings, Finding("model", BAD, str(error))]
+    findings.append(Finding("model", OK, f"{config.model.preset}: {model.num_parameters():,} parameters"))
+    return findings + _memory_findings(config, model, device) + _work_findings(config, model)
+
+
+def _model_on_meta(config: DoctorConfig, info: Any, build_model: Any) -> Any:
+    import torch
+
+    from fat5.data import TokenizerInfo
+
+    if info is None:
+        info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
+    with torch.device("meta"):
+        return build_model(config, info)
+
+
+def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
+    import torch
+
+    from fat5.ops.linear_cross_entropy import default_chunk_size
+    from fat5.train.memory import GIB, plan_memory
+
+    rows = default_chunk_size(torch.empty(model.config.vocab_size, 1, device=device))
+    plan = plan_memory(config, model, rows)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _memory()
+    parts = ", ".join(
+        f"{name} {getattr(plan, name) / GIB:.2f}"
+        for name in ("weights", "gradients", "optimizer", "activations", "logits")
+    )
+    fits = not free or plan.total < 0.9 * free
+    advice = "Set gradient_checkpointing: true, or lower data.encoder_tokens and data.decoder_tokens"
+    return [Finding("memory plan", OK if fits else BAD, f"{plan.total / GIB:.2f} GiB ({parts})", advice)]
+
+
+def _work_findings(config: DoctorConfig, model: Any) -> list[Finding]:
+    import torch
+
+    from fat5.train.flops import ModelShape
+
+    length = config.data.max_tokens
+    documents = max(config.data.encoder_tokens // length, 1)
+    encoder = torch.full((documents,), config.data.encoder_tokens / documents)
+    decoder = torch.full((documents,), config.data.decoder_tokens / documents)
+    packs = config.data.packs_per_step
+    flops = ModelShape.of(model.config).training_flops(encoder, decoder) * packs
+    tokens = packs * (config.data.encoder_tokens + config.data.decoder_tokens)
+    whole = flops * config.steps / 1e18
+    found = f"{tokens:,} tokens and {flops / 1e12:,.2f} TFLOP a step; {whole:,.3g} EFLOP in {config.steps:,} steps"
+    speed = config.tokens_per_second
+    if speed:
+        found += f"; {tokens * config.steps / speed / 3600:,.1f} hours at {speed:,.0f} tokens/s"
+    return [Finding("work", OK, found)]
+
+
+def show(findings: list[Finding]) -> None:
+    """A table with a colour a status; advice only where it is needed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {OK: "green", WARN: "yellow", BAD: "red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for column in ("", "", "", ""):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        colour = colours[finding.status]
+        advice = finding.advice if finding.status != OK else ""
+        table.add_row(finding.what, f"[{colour}]{finding.status}[/{colour}]", finding.found.replace("[", r"\["), advice)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "found" if find_spec(name.replace("-", "_")) else None
+
+
+def _memory() -> int | None:
+    """Bytes of memory available, by the kernel's own count; None where it does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

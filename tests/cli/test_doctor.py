@@ -1,0 +1,49 @@
+"""`fat5 doctor`: the machine, a recipe that works, and one whose data is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fat5.cli.main import main
+
+
+def report(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, str]]]:
+    code = main(["doctor", "--json_output", "true", *argv])
+    return code, {line["what"]: line for line in json.loads(capsys.readouterr().out)}
+
+
+def test_the_machine_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = report([], capsys)
+    assert code == 0
+    assert lines["torch"]["status"] == "ok"
+    assert "memory plan" not in lines
+
+
+def test_a_recipe_without_its_data_is_bad_and_still_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = report(["--config", "configs/fr/base.yaml", "--data.sources", '[{"path": "nowhere"}]'], capsys)
+    assert code == 2
+    assert lines["data"]["status"] == "bad"
+    assert "nowhere" in lines["data"]["found"]
+    assert "305,184,000" in lines["model"]["found"]
+    assert "GiB" in lines["memory plan"]["found"]
+
+
+def test_a_plan_beyond_the_memory_is_bad(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.encoder_tokens", str(1 << 24), "--data.decoder_tokens", str(1 << 24)]
+    code, lines = report(["--config", "configs/fr/large.yaml", "--gradient_checkpointing", "false", *flags], capsys)
+    assert code == 2
+    assert lines["memory plan"]["status"] == "bad"
+    assert "encoder_tokens" in lines["memory plan"]["advice"]
+
+
+def test_duration_follows_from_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines = report(["--config", "configs/demo.yaml", "--steps", "1000", "--tokens_per_second", "3584"], capsys)
+    assert "0.3 hours at 3,584 tokens/s" in lines["work"]["found"]
+
+
+def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", str(Path("configs/demo.yaml")), "--data.sources", '[{"path": "x"}]']) == 2
+    out = capsys.readouterr().out
+    assert "C compiler" in out
+    assert "memory plan" in out
