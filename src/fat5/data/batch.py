@@ -137,6 +137,14 @@ class PackedBatch:
         names = ("input_ids", "cu_seqlens", "max_seqlen", "labels", "decoder_cu_seqlens", "decoder_max_seqlen")
         return {name: getattr(self, name) for name in names}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Batches travel from workers as arrays: a tensor's memory must be fetched from a worker that still lives."""
+        return self.__dict__ | {name: tensor.numpy() for name, tensor in self._tensors()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+        self.__dict__.update(state | arrays)
+
     def _of(self, tensors: dict[str, Any]) -> PackedBatch:
         return replace(self, **tensors)
 

@@ -209,7 +209,7 @@ def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore
 
     Returns (pieces, place in block, entries, short documents, cut documents), or pieces -1 where an end goes backwards.
     """
-    previous = 0
+    previous = np.int64(0)
     short = 0
     multiple = 0
     for document in range(ends.size):

@@ -104,6 +104,7 @@ class Loader(Generic[Batch]):
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH,
             worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else each start draws from the generator that dropout uses
             multiprocessing_context=self._context,
         )
         iterator: Any = iter(loader)
@@ -111,7 +112,7 @@ class Loader(Generic[Batch]):
             while True:
                 try:
                     item = next(iterator)
-                except RuntimeError as error:
+                except (RuntimeError, OSError, EOFError) as error:  # a dead worker shows as any of them
                     raise self._lost(iterator) from error
                 if isinstance(item, str):
                     raise DataError(item)

@@ -1,13 +1,13 @@
 """Padded batches for stock models, from the same examples as the packed ones.
 
-Examples are taken in the stream's order in groups; within a group they are sorted by length and cut into batches, and
-the batches are shuffled. So a batch holds examples of like length, and is padded to its own longest.
+Examples are taken in the stream's order in groups; within a group they are sorted by both lengths and cut into batches,
+and the batches are shuffled. So a batch holds examples of like length, and is padded to its own longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,10 @@ class PaddedBatch(dict[str, torch.Tensor]):
     def pin_memory(self) -> PaddedBatch:
         """The batch in page-locked memory."""
         return self._of({name: tensor.pin_memory() for name, tensor in self.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Batches travel from workers as arrays: a tensor's memory must be fetched from a worker that still lives."""
+        return _from_arrays, ({name: tensor.numpy() for name, tensor in self.items()}, self.tokens)
 
     def _of(self, tensors: dict[str, torch.Tensor]) -> PaddedBatch:
         batch = PaddedBatch(tensors)
@@ -134,7 +138,7 @@ class LengthGroups:
             group = self.stream.resolve(positions)
             cursor, step = cursor + positions.size, step + 1
             after = state_of(self, step, cursor, [])
-            members = np.argsort(group.encoder + group.decoder, kind="stable").reshape(batches, self.batch_size)
+            members = _alike(group.encoder, group.decoder, batches)
             words = kernels.philox(
                 step, cursor & kernels.MASK32, cursor >> 32, kernels.GROUPS << kernels.DOMAIN_SHIFT, 0, 0
             )
@@ -154,6 +158,22 @@ class LengthGroups:
         batch = pad(np.split(inputs, cu_inputs[1:-1]), np.split(targets, cu_targets[1:-1]), self.stream.info.pad_id)
         batch.tokens = int(examples.length.sum())
         return batch
+
+
+def _alike(encoder: np.ndarray, decoder: np.ndarray, batches: int) -> np.ndarray:
+    """Indices (batches, batch size), each row of like lengths: bands of the encoder side, sorted by the decoder side."""
+    bands = max(int(batches**0.5), 1)
+    order = np.argsort(encoder, kind="stable")
+    batch_size = order.size // batches
+    edges = np.arange(1, bands) * batches // bands * batch_size
+    parts = [part[np.argsort(decoder[part], kind="stable")] for part in np.split(order, edges)]
+    return np.concatenate(parts).reshape(batches, batch_size)
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], tokens: int) -> PaddedBatch:
+    batch = PaddedBatch({name: torch.from_numpy(array) for name, array in arrays.items()})
+    batch.tokens = tokens
+    return batch
 
 
 def _rounded(length: int) -> int:
