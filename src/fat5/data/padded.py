@@ -161,7 +161,7 @@ class LengthGroups:
 
 
 def _alike(encoder: np.ndarray, decoder: np.ndarray, batches: int) -> np.ndarray:
-    """Indices (batches, batch size), each row of like lengths: bands of the encoder side, sorted by the decoder side."""
+    """Indices (batches, batch size), each row of like lengths: bands of one side, sorted by the other."""
     bands = max(int(batches**0.5), 1)
     order = np.argsort(encoder, kind="stable")
     batch_size = order.size // batches
