@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from fat5.model.configuration import POSITION_ENCODINGS, PRESETS, FAT5Config
+from fat5.model.loading import load_model
 from fat5.model.seq2seq import FAT5ForConditionalGeneration, PackedLMOutput
 
 AutoConfig.register("fat5", FAT5Config, exist_ok=True)
@@ -14,4 +15,5 @@ __all__ = [
     "FAT5Config",
     "FAT5ForConditionalGeneration",
     "PackedLMOutput",
+    "load_model",
 ]

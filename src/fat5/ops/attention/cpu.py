@@ -5,8 +5,8 @@ Two ideas make it fast (docs/attention.md, "On the CPU"):
 - PyTorch's fused CPU kernel adds a mask it reads through strides. A relative bias is constant along diagonals, and with the
   queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a strided view with
   strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and no L x L bias exists.
-- The gradient of the bias needs the scores once more only near the diagonal; beyond the reach R of the bias one number a
-  side suffices, from partial attentions without a mask and from the fact that each row of dS sums to zero.
+- Where the bias needs a gradient, the backward runs in tiles of plain PyTorch that stay in cache, with dS at hand. dS is
+  written into a skewed buffer, so that summing its anti-diagonals is summing columns (decision 0030).
 """
 
 from collections.abc import Iterator
@@ -108,7 +108,7 @@ def _attention_backward(
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad_bias = walk.new_grad_bias() if bias_needs_grad else None
     for part in walk.parts(q, k):
-        grads = kernels.backward(
+        kernels.backward(
             part.of_queries(grad_out),
             part.of_queries(q),
             part.of_keys(k),
@@ -118,11 +118,9 @@ def _attention_backward(
             part.mask,
             scale,
             part.dropout(dropout_p, seed),
+            (part.of_queries(grad_q), part.of_keys(grad_k), part.of_keys(grad_v)),
             None if grad_bias is None else part.grad_bias(grad_bias),
         )
-        part.of_queries(grad_q).copy_(grads[0])
-        part.of_keys(grad_k).add_(grads[1])
-        part.of_keys(grad_v).add_(grads[2])
     return (
         walk.caller_layout(walk.reversed(grad_q)),
         walk.caller_layout(grad_k),
@@ -327,8 +325,7 @@ class Part:
         if holes is not None:
             added = torch.zeros(1, 1, 1, columns) if added is None else added
             added = added.masked_fill(holes, float("-inf"))
-        zero = self.query_start + rows - 1 - self.key_start
-        return kernels.Mask(added, walk.reach if walk.reverse and holes is None else None, walk.causal, zero)
+        return kernels.Mask(added, walk.reverse, holes is not None)
 
     def _dense_block(self, dense: Tensor) -> Tensor:
         rows, columns = self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]

@@ -1,8 +1,9 @@
-"""The arithmetic of CPU attention for one part: PyTorch's fused kernel where it serves, row blocks of plain PyTorch elsewhere.
+"""The arithmetic of CPU attention for one part: PyTorch's fused kernel where it serves, tiles of plain PyTorch elsewhere.
 
 Shapes here: q, out, grad_out (B, H, Lq, D); k, v (B, H, Lk, D); lse (B, H, Lq); everything may be a strided view.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,9 @@ from fat5.ops.attention.dropout import keep_mask
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Up to this many keys, plain matrix products that leave dS at hand beat the fused backward followed by a recomputation.
-SHORT = 192
-# Rows of one block of plain PyTorch; the blocks of the band must be small against the reach of the bias (91 for T5).
-BLOCK = 128
+# Rows and keys of one tile of the plain backward: with 8 heads its three buffers fit a core's share of the last-level cache.
+TILE_ROWS, TILE_KEYS = 128, 512
+LOG2_E = 1.0 / math.log(2.0)
 
 
 @dataclass
@@ -24,16 +24,15 @@ class Mask:
     """What is added to the scores of a part.
 
     Args:
-        added: broadcasts to (B, H, Lq, Lk); None adds nothing. A vector bias comes as the anti-diagonal view of cpu.py.
-        reach: R of a vector bias; None when `added` is no such view.
-        causal: whether `added` hides the future with -inf.
-        zero: row + key at which the distance is 0, in a vector bias's view.
+        added: broadcasts to (B, H, Lq, Lk); None adds nothing.
+        antidiagonal: whether `added` is a vector bias, constant where row + key is (rows are in reverse order). Only other
+            masks, and those with holes, may leave a row with nothing to see.
+        holes: whether keys are left out by the caller.
     """
 
     added: Tensor | None
-    reach: int | None
-    causal: bool
-    zero: int
+    antidiagonal: bool
+    holes: bool
 
 
 @dataclass
@@ -47,18 +46,13 @@ class Dropout:
     key_start: int
     reverse: bool
 
-    def scaled_keep(self, batch: int, heads: int, rows: range, total_rows: int, columns: int) -> Tensor:
-        """(B, H, rows, columns) of 0 and 1 / (1 - p); `rows` as the part orders them."""
-        if self.reverse:
-            first = self.query_start + total_rows - rows.stop
-        else:
-            first = self.query_start + rows.start
+    def scaled_keep(self, batch: int, heads: int, rows: range, total_rows: int, keys: range) -> Tensor:
+        """(H, rows, keys) of 0 and 1 / (1 - p) for one batch row; `rows` of `total_rows`, in the order of the part."""
+        first = self.query_start + (total_rows - rows.stop if self.reverse else rows.start)
         positions = range(first, first + len(rows))
-        keys = range(self.key_start, self.key_start + columns)
-        keep = torch.stack(
-            [keep_mask(self.seed, self.probability, self.document + b, heads, positions, keys) for b in range(batch)]
-        )
-        return (keep.flip(2) if self.reverse else keep) / (1.0 - self.probability)
+        columns = range(self.key_start + keys.start, self.key_start + keys.stop)
+        keep = keep_mask(self.seed, self.probability, self.document + batch, heads, positions, columns)
+        return (keep.flip(1) if self.reverse else keep) / (1.0 - self.probability)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
@@ -66,13 +60,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: 
     if dropout is None:
         added = _fit(mask.added, q, k)
         out, lse = _fused_forward(q, k, v, attn_mask=added, scale=scale)
+        if mask.added is not None and (mask.holes or not mask.antidiagonal):
+            # The fused kernel gives lse = 0 to a row that sees nothing.
+            lse = lse.masked_fill((mask.added == float("-inf")).all(dim=-1), float("-inf"))
         return out, lse
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1])
     for rows in _row_blocks(q.shape[2]):
         scores = _scores(q, k, mask, scale, rows)
         lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - _finite(lse[:, :, rows, None]))
-        weights *= dropout.scaled_keep(q.shape[0], q.shape[1], range(rows.start, rows.stop), q.shape[2], k.shape[2])
+        for b in range(q.shape[0]):
+            block = range(rows.start, rows.stop)
+            weights[b] *= dropout.scaled_keep(b, q.shape[1], block, q.shape[2], range(k.shape[2]))
         out[:, :, rows] = (weights @ v.float()).to(out.dtype)
     return out, lse
 
@@ -87,138 +86,133 @@ def backward(
     mask: Mask,
     scale: float,
     dropout: Dropout | None,
+    grads: tuple[Tensor, Tensor, Tensor],
     grad_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; adds the bias's to `grad_bias`, one sum a distance where the bias is a vector."""
-    plain = dropout is not None or (grad_bias is not None and (mask.reach is None or k.shape[2] <= SHORT))
-    if plain:
-        return _plain_backward(grad_out, q, k, v, out, lse, mask, scale, dropout, grad_bias)
-    grads = _fused_backward(
-        grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_fit(mask.added, q, k), scale=scale
-    )  # fmt: skip
-    if grad_bias is not None:
-        _band(grad_out, q, k, v, out, lse, mask, scale, grad_bias)
-    return grads
+) -> None:
+    """Adds the gradients of q, k and v to `grads`, and the bias's to `grad_bias`, one sum a distance for a vector."""
+    if dropout is None and grad_bias is None:
+        # A row that sees nothing has lse = -inf; exp(-inf - 0) is what it needs.
+        found = _fused_backward(
+            grad_out, q, k, v, out, _finite(lse), 0.0, False, attn_mask=_fit(mask.added, q, k), scale=scale
+        )
+        for grad, part in zip(grads, found):
+            grad += part
+        return
+    delta = (grad_out.float() * out.float()).sum(dim=-1)
+    # Scores in base 2: exp2 costs half of exp, and the scale rides along.
+    lse = lse * LOG2_E
+    for b in range(q.shape[0]):
+        one = [grad_out[b].float(), q[b].float() * (scale * LOG2_E), k[b].float(), v[b].float()]
+        added = None if mask.added is None else mask.added[b if mask.added.shape[0] > 1 else 0]
+        target = grad_bias
+        if grad_bias is not None and not mask.antidiagonal:
+            target = grad_bias[b if grad_bias.shape[0] > 1 else 0]
+        totals = [grad[b] for grad in grads]
+        if q.dtype != torch.float32:
+            totals = [torch.zeros(grad.shape) for grad in totals]
+        _tiles(*one, lse[b], delta[b], added, scale, dropout, b, totals, target, mask.antidiagonal)
+        if q.dtype != torch.float32:
+            for grad, total in zip(grads, totals):
+                grad[b] += total
 
 
-def _plain_backward(
+def _tiles(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
-    mask: Mask,
+    delta: Tensor,
+    added: Tensor | None,
     scale: float,
     dropout: Dropout | None,
+    batch: int,
+    grads: list[Tensor],
     grad_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Five matrix products a block of rows, with dS at hand."""
-    keys, values = k.float(), v.float()
-    grad_q = torch.empty(q.shape)
-    grad_k, grad_v = torch.zeros(k.shape), torch.zeros(v.shape)
-    for rows in _row_blocks(q.shape[2]):
-        grad_rows = grad_out[:, :, rows].float()
-        weights = _scores(q, k, mask, scale, rows).sub_(_finite(lse[:, :, rows, None])).exp_()
-        grad_scores = grad_rows @ values.transpose(-1, -2)
-        delta = (grad_rows * out[:, :, rows].float()).sum(dim=-1, keepdim=True)
-        if dropout is None:
-            grad_v += weights.transpose(-1, -2) @ grad_rows
-        else:
-            keep = dropout.scaled_keep(q.shape[0], q.shape[1], range(rows.start, rows.stop), q.shape[2], k.shape[2])
-            grad_v += (weights * keep).transpose(-1, -2) @ grad_rows
-            grad_scores *= keep
-        grad_scores.sub_(delta).mul_(weights)
-        if grad_bias is not None:
-            _add_grad_bias(grad_bias, grad_scores, mask, rows)
-        grad_q[:, :, rows] = scale * (grad_scores @ keys)
-        grad_k += scale * (grad_scores.transpose(-1, -2) @ q[:, :, rows].float())
-    return grad_q, grad_k, grad_v
-
-
-def _add_grad_bias(grad_bias: Tensor, grad_scores: Tensor, mask: Mask, rows: slice) -> None:
-    if grad_bias.dim() == 2:
-        sums = _antidiagonal_sums(grad_scores.sum(dim=0))
-        grad_bias[:, rows.start : rows.start + sums.shape[1]] += sums
-        return
-    target = grad_bias[:, :, rows] if grad_bias.shape[2] > 1 else grad_bias
-    target += grad_scores.sum_to_size(target.shape)
-
-
-def _band(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float, grad_bias: Tensor
+    antidiagonal: bool,
 ) -> None:
-    """The gradient of a vector bias: from the scores computed again near the diagonal, and one sum for each far side.
+    """One document tile by tile: five batched matrix products each, and dS at hand for the bias.
 
-    Rows are in reverse order, so that row i' and key j stand at index i' + j of `grad_bias` (H, Lq + Lk - 1).
+    Shapes without batch: (H, Lq, D), (H, Lk, D), (H, Lq); q and lse in base 2. Adds to `grads` and to `grad_bias`, which is (H, Lq + Lk - 1),
+    entry i + j for row i and key j, or of the dense bias's shape.
     """
-    reach = mask.reach or 0
-    delta = (grad_out.float() * out.float()).sum(dim=-1)
-    heads = q.shape[1]
-    total, left, right = torch.zeros(heads), False, False
-    for rows in _row_blocks(q.shape[2]):
-        # Keys before `low` are at distance -R or less from every row of the block, keys from `high` at R or more.
-        low = min(max(mask.zero - (rows.stop - 1) - reach + 1, 0), k.shape[2])
-        high = min(max(mask.zero - rows.start + reach, low), k.shape[2])
-        left, right = left or low > 0, right or (high < k.shape[2] and not mask.causal)
-        if high > low:
-            near = slice(low, high)
-            weights = _scores(q, k, mask, scale, rows, near).sub_(lse[:, :, rows, None]).exp_()
-            tile = grad_out[:, :, rows].float() @ v[:, :, near].float().transpose(-1, -2)
-            tile.sub_(delta[:, :, rows, None]).mul_(weights)
-            sums = _antidiagonal_sums(tile.sum(dim=0))
-            grad_bias[:, rows.start + low : rows.start + low + sums.shape[1]] += sums
-            total += sums.sum(dim=1)
-    # Every row of dS sums to zero, so one far side comes for nothing; the other needs its partial attention.
-    if left and right:
-        far = _far_left(grad_out, q, k, v, lse, delta, mask, scale, reach)
-        grad_bias[:, 0] += far
-        total += far
-    if left or right:
-        grad_bias[:, -1 if right else 0] -= total
+    heads, rows_total, keys_total = q.shape[0], q.shape[1], k.shape[1]
+    m, w = min(TILE_ROWS, rows_total), min(TILE_KEYS, keys_total)
+    weights_buffer, products_buffer = torch.empty(2, heads * m * w)
+    # dS is written with its rows m + w apart over a buffer of zeros: read with rows m + w - 1 apart, row i is then moved by i,
+    # and the anti-diagonals stand in columns.
+    skewed = torch.zeros(heads * m * (m + w))
+    grad_q, grad_k, grad_v = grads
+    for r0 in range(0, rows_total, TILE_ROWS):
+        rows = slice(r0, min(r0 + TILE_ROWS, rows_total))
+        for c0 in range(0, keys_total, TILE_KEYS):
+            keys = slice(c0, min(c0 + TILE_KEYS, keys_total))
+            m, w = rows.stop - r0, keys.stop - c0
+            if heads * m * (m + w) != skewed.numel():
+                skewed = torch.zeros(heads * m * (m + w))
+            weights = torch.bmm(
+                q[:, rows], k[:, keys].transpose(1, 2), out=weights_buffer[: heads * m * w].view(heads, m, w)
+            )
+            _softmax_(weights, None if added is None else _block(added, rows, keys), lse[:, rows, None], w == keys_total)
+            products = torch.bmm(
+                grad_out[:, rows], v[:, keys].transpose(1, 2), out=products_buffer[: heads * m * w].view(heads, m, w)
+            )
+            grad_scores = skewed.view(heads, m, m + w)[:, :, :w]
+            if dropout is not None:
+                keep = dropout.scaled_keep(batch, heads, range(r0, rows.stop), rows_total, range(c0, keys.stop))
+                grad_v[:, keys].baddbmm_((weights * keep).transpose(1, 2), grad_out[:, rows])
+                products.mul_(keep)
+            else:
+                grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
+            torch.mul(products, weights, out=grad_scores)
+            # delta = rowsum(P dP): from the row itself where it is whole, so that dS sums to zero as exactly as it can.
+            row_delta = grad_scores.sum(dim=-1, keepdim=True) if w == keys_total else delta[:, rows, None]
+            grad_scores.addcmul_(weights, row_delta, value=-1.0)
+            grad_q[:, rows].baddbmm_(grad_scores, k[:, keys], alpha=scale)
+            grad_k[:, keys].baddbmm_(grad_scores.transpose(1, 2), q[:, rows], alpha=1.0 / LOG2_E)
+            if grad_bias is not None and antidiagonal:
+                sums = skewed.view(heads, -1)[:, : m * (m + w - 1)].view(heads, m, m + w - 1).sum(dim=1)
+                grad_bias[:, r0 + c0 : r0 + c0 + m + w - 1] += sums
+            elif grad_bias is not None:
+                target = _block(grad_bias, rows, keys)
+                target += grad_scores.sum_to_size(target.shape)
 
 
-def _far_left(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, mask: Mask, scale: float, reach: int
-) -> Tensor:
-    """The sum of dS over the keys that `_band` leaves out on the left, (H,).
+def _softmax_(scores: Tensor, added: Tensor | None, lse: Tensor, whole: bool) -> None:
+    """Scores (base 2) to attention weights in place; `whole` when every key of the rows is there.
 
-    There the bias is one number a head, so that the share of those keys in a row's attention and their own output follow
-    from an attention without a mask: sum dS = share * (grad_out . partial output - delta).
+    Whole rows are normalised by their own sum, which is exact where the rounding of the stored log-sum-exp is not. Parts of
+    rows have only that: exp2 costs half of exp, which is why scores come in base 2.
     """
-    assert mask.added is not None
-    bias = mask.added[0, :, 0, 0]
-    far = torch.zeros(q.shape[1])
-    for rows in _row_blocks(q.shape[2]):
-        low = min(max(mask.zero - (rows.stop - 1) - reach + 1, 0), k.shape[2])
-        if low > 0:
-            partial, partial_lse = _fused_forward(q[:, :, rows], k[:, :, :low], v[:, :, :low], scale=scale)
-            share = torch.exp(partial_lse + bias[:, None] - lse[:, :, rows])
-            along = (grad_out[:, :, rows].float() * partial.float()).sum(dim=-1)
-            far += (share * (along - delta[:, :, rows])).sum(dim=(0, 2))
-    return far
+    if not whole:
+        if added is not None:
+            scores.add_(added, alpha=LOG2_E)
+        scores.sub_(_finite(lse)).exp2_()
+        return
+    scores.mul_(1.0 / LOG2_E)
+    if added is not None:
+        scores.add_(added)
+    torch.softmax(scores, dim=-1, out=scores)
+    blind = lse == float("-inf")
+    if blind.any():
+        scores.masked_fill_(blind, 0.0)  # a row that sees nothing: its softmax is NaN
 
 
-def _antidiagonal_sums(tile: Tensor) -> Tensor:
-    """(H, m, w) to (H, m + w - 1): entry c sums all (i, j) with i + j = c."""
-    heads, m, w = tile.shape
-    skewed = torch.zeros(heads, m, w + m)
-    skewed[:, :, :w] = tile
-    return skewed.view(heads, -1)[:, : m * (w + m - 1)].view(heads, m, w + m - 1).sum(dim=1)
+def _block(x: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The tile of a tensor that broadcasts to (H, Lq, Lk)."""
+    x = x[:, rows] if x.shape[1] > 1 else x
+    return x[:, :, keys] if x.shape[2] > 1 else x
 
 
 def _row_blocks(length: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    return [slice(start, min(start + TILE_ROWS, length)) for start in range(0, length, TILE_ROWS)]
 
 
-def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice, keys: slice = slice(None)) -> Tensor:
-    """scale * q k^T + added for a block of rows and keys, float32."""
-    scores = q[:, :, rows].float() @ k[:, :, keys].float().transpose(-1, -2)
-    if scale != 1.0:
-        scores *= scale
+def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice) -> Tensor:
+    """scale * q k^T + added for a block of rows, float32."""
+    scores = scale * (q[:, :, rows].float() @ k.float().transpose(-1, -2))
     if mask.added is not None:
-        added = mask.added[:, :, rows] if mask.added.shape[2] > 1 else mask.added
-        scores += added[:, :, :, keys] if added.shape[3] > 1 else added
+        scores += mask.added[:, :, rows] if mask.added.shape[2] > 1 else mask.added
     return scores
 
 

@@ -1,0 +1,30 @@
+"""Loading a trained model for use."""
+
+from pathlib import Path
+
+import torch
+
+from fat5.errors import ConfigurationError
+from fat5.model.seq2seq import FAT5ForConditionalGeneration
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | str = "auto"
+) -> FAT5ForConditionalGeneration:
+    """The model in a folder that FAT5 or stock transformers wrote, in evaluation mode.
+
+    Args:
+        path: a folder with config.json and *.safetensors, of type fat5 or t5.
+        device: "auto" is CUDA where there is one.
+        dtype: of the weights; "auto" is the one they were saved in.
+
+    Raises:
+        ConfigurationError: the device does not exist here.
+        CheckpointError: the folder holds no such model, or an incomplete one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
+    model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval()
