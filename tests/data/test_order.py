@@ -43,6 +43,7 @@ def test_pieces_are_the_documents_cut_and_nothing_is_lost(tmp_path_factory, leng
     pieces = [stream.tokens(piece) for piece in range(stream.num_pieces[0])]
     kept = [document for document in documents if len(document) >= 2]
     assert stream.short_documents == [len(documents) - len(kept)]
+    assert stream.short_tokens == [sum(length for length in lengths if length < 2)]
     assert stream.cut_documents == [sum(length > max_tokens for length in lengths)]
     assert np.array_equal(np.concatenate(pieces), np.concatenate(kept))
     assert all(2 <= len(piece) <= max_tokens for piece in pieces)
@@ -161,3 +162,15 @@ def test_an_index_that_runs_backwards_is_refused(tmp_path):
     shards._ends[0] = np.array([9, 5, 27], np.uint64)
     with pytest.raises(DataError, match=r"index of documents is damaged.*Prepare"):
         PieceStream([shards], FAT5, INFO, 64, seed=1)
+
+
+def test_short_documents_and_too_few_sentinels_are_reported(tmp_path):
+    few = made_info(sentinels=20)
+    shards = write_corpus(tmp_path, made_documents([1, 50, 0, 60]))
+    notes = PieceStream([shards], FAT5, few, 256, seed=1).notes()
+    assert "2 of 4 documents" in notes[0]
+    limited = next(note for note in notes if "mu=3 r=0.5" in note)
+    assert "20 sentinels" in limited
+    assert "of 123 tokens and more" in limited  # 62 noise tokens would make 21 spans
+    assert not any("mu=64" in note for note in notes)
+    assert PieceStream([write_corpus(tmp_path / "2", made_documents([50]))], FAT5, INFO, 256, seed=1).notes() == []

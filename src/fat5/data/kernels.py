@@ -207,10 +207,12 @@ def pieces_of(length, max_tokens):  # type: ignore[no-untyped-def]
 def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore[no-untyped-def]
     """Walks a shard's documents, continuing the block index.
 
-    Returns (pieces, place in block, entries, short documents, cut documents), or pieces -1 where an end goes backwards.
+    Returns (pieces, place in block, entries, short documents, their tokens, cut documents), or pieces -1 where an end
+    goes backwards.
     """
     previous = np.int64(0)
     short = 0
+    short_tokens = np.int64(0)
     multiple = 0
     for document in range(ends.size):
         if in_block == 0:
@@ -218,14 +220,16 @@ def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore
             at += 1
         length = np.int64(ends[document]) - previous
         if length < 0:
-            return -1, 0, 0, 0, 0
+            return -1, 0, 0, 0, 0, 0
         previous = np.int64(ends[document])
         count = pieces_of(length, max_tokens)
-        short += count == 0
+        if count == 0:
+            short += 1
+            short_tokens += length
         multiple += count > 1
         running += count
         in_block = (in_block + 1) % BLOCK_DOCUMENTS
-    return running, in_block, at, short, multiple
+    return running, in_block, at, short, short_tokens, multiple
 
 
 @jit

@@ -6,6 +6,7 @@ each batch that ends a step brings the state after it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PREFETCH = 4  # batches each worker prepares ahead
 Batch = TypeVar("Batch")
+logger = logging.getLogger(__name__)
 
 
 class Loader(Generic[Batch]):
@@ -169,6 +171,8 @@ class PackedLoader(Loader[PackedBatch]):
     ) -> None:
         stream = PieceStream(sources, mixture, tokenizer_info, batch_config.max_tokens, seed)
         plan = PackPlan(stream, batch_config, rank, world_size)
+        for note in stream.notes() if rank == 0 else []:
+            logger.warning(note)
         super().__init__(plan, num_workers, timeout, multiprocessing_context)
 
 

@@ -46,6 +46,7 @@ class PieceStream:
     Attributes:
         num_pieces: pieces of each source.
         short_documents: documents below 2 tokens, which no denoiser can corrupt and which are left out, by source.
+        short_tokens: tokens in them, at most one each, by source.
         cut_documents: documents longer than `max_tokens`, by source.
     """
 
@@ -93,26 +94,26 @@ class PieceStream:
         ]
         self._maps: list[np.ndarray] = [ends for shards in maps for ends in shards]
         self._owners = [(s, shard) for s, shards in enumerate(maps) for shard in range(len(shards))]
-        index, pieces, short, multiple = [], [], [], []
+        index: list[np.ndarray] = []
+        totals: list[tuple[int, int, int, int]] = []
         for source, shards in zip(self.sources, maps):
-            entries, totals = self._index(source, shards)
+            entries, counted = self._index(source, shards)
             index.append(entries)
-            pieces.append(totals[0])
-            short.append(totals[1])
-            multiple.append(totals[2])
-            if not totals[0]:
+            totals.append(counted)
+            if not counted[0]:
                 raise DataError(
                     "no document of at least 2 tokens", where=f"{source.shards.folder} ({source.shards.split})"
                 )
-        self.num_pieces, self.short_documents, self.cut_documents = pieces, short, multiple
+        columns = [list(column) for column in zip(*totals)]
+        self.num_pieces, self.short_documents, self.short_tokens, self.cut_documents = columns
         documents = [[ends.size for ends in shards] for shards in maps]
         blend_source, blend_rank, blend_count = blend(self._draws())
         sentinels = sentinel_array(self.info)
         noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
         low, high = split_seed(self.seed)
         self.layout = kernels.Layout(
-            pieces=np.array(pieces, np.int64),
-            simple=np.array([s == 0 and m == 0 for s, m in zip(short, multiple)]),
+            pieces=np.array(self.num_pieces, np.int64),
+            simple=np.array([s == 0 and m == 0 for s, m in zip(self.short_documents, self.cut_documents)]),
             index_first=np.cumsum([0] + [entries.size for entries in index]),
             blocks=np.concatenate(index),
             shard_first=np.cumsum([0] + [len(shards) for shards in maps]),
@@ -135,23 +136,37 @@ class PieceStream:
             seed_high=high,
         )
 
-    def _index(self, source: Source, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The block index of one source, and its (pieces, short documents, cut documents)."""
+    def _index(self, source: Source, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """The block index of one source, and its (pieces, short documents, their tokens, cut documents)."""
         index = np.empty(sum(ends.size for ends in shards) // kernels.BLOCK_DOCUMENTS + 1, np.int64)
-        running = in_block = at = short = multiple = 0
+        pieces = in_block = at = short = short_tokens = cut = 0
         for shard, ends in enumerate(shards):
             entry = source.shards.entries[shard]
-            running, in_block, at, few, many = kernels.index_shard(
-                np.asarray(ends), self.max_tokens, running, in_block, index, at
-            )
-            if running < 0 or (ends.size and int(ends[-1]) != entry.tokens):
-                raise DataError(
-                    "the index of documents is damaged",
-                    where=source.shards.folder / entry.file,
-                    hint="Prepare the corpus again",
+            result = kernels.index_shard(np.asarray(ends), self.max_tokens, pieces, in_block, index, at)
+            pieces, in_block, at = result[:3]
+            if pieces < 0 or (ends.size and int(ends[-1]) != entry.tokens):
+                where = source.shards.folder / entry.file
+                raise DataError("the index of documents is damaged", where=where, hint="Prepare the corpus again")
+            short, short_tokens, cut = short + result[3], short_tokens + result[4], cut + result[5]
+        return index[:at].copy(), (pieces, short, short_tokens, cut)
+
+    def notes(self) -> list[str]:
+        """What a user should be told once: documents too short to corrupt, and spans that the sentinels limit."""
+        notes = []
+        for source, count in zip(self.sources, self.short_documents):
+            if count:
+                share = f"{count:,} of {source.shards.num_documents:,} documents"
+                notes.append(f"{source.shards.folder}: {share} have fewer than 2 tokens and cannot be corrupted")
+        sentinels = self.layout.sentinels.size
+        lengths = np.arange(self.max_tokens + 1)
+        for name, denoiser, given in zip(self.mixture.names(), self.mixture.denoisers, self.layout.spans):
+            limited = np.flatnonzero(denoiser.wanted_spans(lengths) > given)
+            if limited.size:
+                notes.append(
+                    f"denoiser {name}: the tokenizer's {sentinels} sentinels make fewer, longer spans "
+                    f"in pieces of {limited[0]:,} tokens and more"
                 )
-            short, multiple = short + few, multiple + many
-        return index[:at].copy(), (running, short, multiple)
+        return notes
 
     def _draws(self) -> np.ndarray:
         """Share of draws of each source, so that shares of *tokens* are in proportion to the weights."""
