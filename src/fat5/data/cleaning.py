@@ -15,6 +15,7 @@ step but `language` needs anything beyond the installation.
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from datatrove.pipeline.dedup import MinhashDedupSignature
@@ -86,7 +87,7 @@ def build_step(spec: str) -> Any:
     name, _, argument = spec.partition("=")
     words = UnicodeWords()
     if name == "language":
-        return LanguageFilter(languages=argument.split("+"))
+        return _language_filter(argument)
     if name == "c4":
         return C4QualityFilter(language=words)
     if name == "gopher_quality":
@@ -94,8 +95,20 @@ def build_step(spec: str) -> Any:
     if name == "gopher_repetition":
         return GopherRepetitionFilter(language=words)
     if name == "urls":
-        return UrlBlocklists()
+        return _url_blocklists()
     return PIIFormatter()
+
+
+@lru_cache(maxsize=4)
+def _language_filter(languages: str) -> LanguageFilter:
+    """Kept between the tasks of a process, for its model is large."""
+    return LanguageFilter(languages=languages.split("+"))
+
+
+@lru_cache(maxsize=1)
+def _url_blocklists() -> UrlBlocklists:
+    """Kept between the tasks of a process, for its lists are long."""
+    return UrlBlocklists()
 
 
 def check_models(steps: list[str]) -> None:

@@ -36,16 +36,22 @@ def run_local(folder: str, workers: int) -> None:
     Raises:
         DataError: the corpus cannot be read, or a process died.
     """
-    for stage in stages(read_plan(folder)):
-        ranks = _executor(folder, stage).get_incomplete_ranks()
-        _sweep_progress(folder)
-        processes = min(workers, len(ranks))
-        if processes <= 1:
-            # One task at a time: the tokenizer's own threads use the other cores.
-            for rank in ranks:
-                run_task(folder, stage.name, rank)
-        else:
-            _run_pool(folder, stage, ranks, processes, threads=max(1, workers // processes))
+    pool: ProcessPoolExecutor | None = None
+    try:
+        for stage in stages(read_plan(folder)):
+            ranks = _executor(folder, stage).get_incomplete_ranks()
+            _sweep_progress(folder)
+            processes = min(workers, len(ranks))
+            if processes > 1:
+                pool = pool or _pool(processes, threads=max(1, workers // processes))
+                _run_in(pool, folder, stage, ranks)
+            else:
+                # One task at a time: the tokenizer's own threads use the other cores.
+                for rank in ranks:
+                    run_task(folder, stage.name, rank)
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def run_task(folder: str, stage_name: str, rank: int) -> None:
@@ -185,9 +191,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _run_pool(folder: str, stage: Stage, ranks: list[int], processes: int, threads: int) -> None:
-    context = get_context("forkserver")
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(threads,))
+def _pool(processes: int, threads: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_start_worker, initargs=(threads,))
+
+
+def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[int]) -> None:
     try:
         futures = [pool.submit(run_task, folder, stage.name, rank) for rank in ranks]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -199,8 +207,6 @@ def _run_pool(folder: str, stage: Stage, ranks: list[int], processes: int, threa
             where=_logs(folder, stage),
             hint="Run the same command again to go on; fewer --workers need less memory",
         ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(threads: int) -> None:

@@ -1,0 +1,405 @@
+"""Preparing a corpus: the same shards whoever runs it, restart after a kill, other executors, refusals."""
+
+import gzip
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fat5.data import load_tokenizer, open_shards, sample_path, verify
+from fat5.data.prepare import PrepareConfig, finish, prepare
+from fat5.data.prepare_plan import read_plan
+from fat5.data.slurm_options import SlurmOptions
+from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("prepare") / "tokenizer"
+    train_tokenizer(TokenizerTraining([str(sample_path("fr"))], str(output), vocab_size=2048, rows=500))
+    return str(output)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    with gzip.open(sample_path("fr"), "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file][:400]
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of 16 kB, so that a small corpus has many."""
+    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 16_000)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return [tokenizer.decode(document) for document in open_shards(folder, split)]
+
+
+def config(tmp_path: Path, tokenizer: str, inputs: object, **keys: object) -> PrepareConfig:
+    names = [str(name) for name in (inputs if isinstance(inputs, list) else [inputs])]
+    return PrepareConfig(names, tokenizer, str(tmp_path / "out"), **({"workers": 1} | keys))
+
+
+def manifest(folder: Path) -> bytes:
+    return (folder / "manifest.json").read_bytes()
+
+
+def test_nothing_is_lost_and_nothing_added(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [*texts, "", "un </s> <extra_id_0> [S] deux"])
+    made = prepare(config(tmp_path, tokenizer, corpus, validation_fraction=0.2))
+    train, validation = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "validation")
+    assert sorted(train + validation) == sorted([*texts, "un </s> <extra_id_0> [S] deux"])
+    # Order is kept in each split.
+    assert [text for text in texts if text in set(train)] == [text for text in train if "</s>" not in text]
+    assert 0.1 < len(validation) / len(texts) < 0.3
+    info = load_tokenizer(tokenizer).info
+    special = {info.pad_id, info.eos_id, info.unk_id, *info.sentinel_ids, *info.mode_ids.values()}
+    tokens = np.concatenate(list(open_shards(tmp_path / "out")))
+    assert not special & set(tokens.tolist())
+    assert made
+    assert made.tokenizer_sha256 == info.sha256 == load_tokenizer(tmp_path / "out" / "tokenizer").info.sha256
+    verify(tmp_path / "out")
+
+
+def test_datatrove_reads_the_shards(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    from datatrove.utils.dataset import DatatroveFileDataset
+
+    prepare(config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts), validation_fraction=0.0))
+    shards = open_shards(tmp_path / "out")
+    tokens = np.concatenate(list(shards))
+    path = str(tmp_path / "out" / shards.entries[0].file)
+    theirs = DatatroveFileDataset(path, 32, token_size=2)
+    assert np.array_equal(theirs[0]["input_ids"].numpy(), tokens[:33].astype(np.int64))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_workers_and_runs_do_not_change_a_byte(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    for name, workers in (("one", 1), ("again", 1), ("three", 3)):
+        prepare(replace(config(tmp_path, tokenizer, corpus), output_dir=str(tmp_path / name), workers=workers))
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.ds*"))
+    assert len(files) > 10
+    for name in ("again", "three"):
+        assert manifest(tmp_path / name) == manifest(tmp_path / "one")
+        assert all((tmp_path / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes() for file in files)
+
+
+def test_more_data_moves_no_document_to_the_other_split(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    held_out = []
+    for name, part in (("half", texts[:200]), ("all", texts)):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", part)
+        keys = config(tmp_path, tokenizer, corpus, validation_fraction=0.1)
+        prepare(replace(keys, output_dir=str(tmp_path / name)))
+        held_out.append(set(decoded(tmp_path / name, "validation")))
+    assert held_out[0] == held_out[1] & set(texts[:200])
+    assert held_out[0]
+
+
+def test_several_files_and_forms_are_one_corpus(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts[:10])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "b", texts[10:20]).read_bytes()))
+    (folder / "c.txt").write_text("\n\n".join(texts[20:30]), encoding="utf-8")
+    made = prepare(config(tmp_path, tokenizer, folder, validation_fraction=0.0, name="mine"))
+    assert decoded(tmp_path / "out", "train") == texts[:30]
+    assert made
+    assert made.name == "mine"
+
+
+def test_a_hugging_face_dataset_is_streamed(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    (tmp_path / "dataset").mkdir()
+    for part in range(2):
+        write_jsonl(tmp_path / "dataset" / f"train-{part}.jsonl", texts[part * 20 : part * 20 + 20])
+    prepare(config(tmp_path, tokenizer, f"hf:{tmp_path / 'dataset'}", validation_fraction=0.0))
+    assert sorted(decoded(tmp_path / "out", "train")) == sorted(texts[:40])
+
+
+# Restart
+
+KILLED = """
+import sys, time
+import fat5.data.corpus as corpus, fat5.data.pipeline as pipeline
+from fat5.data.prepare import PrepareConfig, prepare
+corpus.SMALLEST_CHUNK = 16_000
+encode = pipeline.Tokenizer.encode_documents
+def slow(self, texts):
+    time.sleep(0.15)
+    return encode(self, texts)
+pipeline.Tokenizer.encode_documents = slow
+prepare(PrepareConfig([sys.argv[1]], sys.argv[2], sys.argv[3], workers=1))
+"""
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_killed_and_run_again_the_manifest_is_the_same(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare(replace(config(tmp_path, tokenizer, corpus), output_dir=str(tmp_path / "clean")))
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(corpus), tokenizer, str(out)])
+    done: list[Path] = []
+    deadline = time.monotonic() + 60
+    while len(done) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        done = sorted((out / "logs" / "shards").glob("*.json"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = sorted((out / "logs" / "shards").glob("*.json"))
+    assert 2 <= len(done) < len(read_plan(out).tasks)
+    with pytest.raises(DataError, match="Run `fat5 prepare` again"):
+        open_shards(out)
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    (out / "train" / ".00009.ds.123.partial").write_bytes(b"left by the killed process")
+    prepare(config(tmp_path, tokenizer, corpus))
+    assert manifest(out) == manifest(tmp_path / "clean")
+    assert {path: path.stat().st_mtime_ns for path in done} == stamps, "finished tasks were done again"
+    assert not list(out.rglob("*.partial"))
+    verify(out)
+
+
+def test_run_again_when_complete_it_does_nothing(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    keys = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts[:50]))
+    first = prepare(keys)
+    stamp = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    assert prepare(keys) == first
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == stamp
+    next((tmp_path / "out" / "train").glob("*.ds")).unlink()
+    with pytest.raises(DataError, match="shard is missing"):
+        prepare(keys)
+
+
+def test_a_dead_worker_is_an_error_and_not_a_wait(
+    tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 16_000)
+    monkeypatch.setattr("fat5.data.executors.run_task", die)
+    with pytest.raises(DataError, match="a worker process died"):
+        prepare(config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts), workers=2))
+
+
+def die(folder: str, stage: str, rank: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"validation_fraction": 0.5}, "another validation_fraction"),
+        ({"steps": ["pii"]}, "other steps"),
+        ({"name": "b"}, "another name"),
+    ],
+)
+def test_a_folder_begun_otherwise_is_refused(
+    tmp_path: Path, tokenizer: str, texts: list[str], keys: dict, said: str
+) -> None:
+    first = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts[:20]))
+    prepare(first)
+    before = manifest(tmp_path / "out")
+    with pytest.raises(RunDirectoryError, match=f"was begun with {said}"):
+        prepare(replace(first, **keys))
+    assert manifest(tmp_path / "out") == before
+
+
+def test_changed_files_are_refused(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    keys = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts[:20]))
+    prepare(keys)
+    write_jsonl(tmp_path / "a.jsonl", texts[:21])
+    with pytest.raises(RunDirectoryError, match="the files have changed"):
+        prepare(keys)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts[:5])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="holds something else"):
+        prepare(config(tmp_path, tokenizer, corpus))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        prepare(replace(config(tmp_path, tokenizer, corpus), output_dir=str(corpus)))
+
+
+def test_two_preparations_of_one_folder_are_refused(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    import fcntl
+
+    keys = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts[:5]))
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    with (tmp_path / "out" / "logs" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunDirectoryError, match="another process"):
+            prepare(keys)
+    prepare(keys)
+
+
+# Bad input leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: invalid UTF-8"),
+        (b'{"text": ""}\n{"text": null}\n', "no text in this corpus"),
+        (b'{"content": "a"}\n', "no column 'text'; it has content"),
+        (b"", "empty"),
+        (pickle.dumps({"text": "a"}), "a pickle, which FAT5 never loads"),
+    ],
+    ids=["not-json", "invalid-utf8", "empty-texts", "wrong-column", "empty", "pickle"],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("small_tasks")
+def test_bad_input_leaves_nothing(tmp_path: Path, tokenizer: str, content: bytes, said: str, workers: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        prepare(config(tmp_path, tokenizer, tmp_path / "a.jsonl", workers=workers))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_in_a_worker_is_the_same_one_line(
+    tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 4_000)
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts[:100])
+    with corpus.open("ab") as file:
+        file.write(b"{bad\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:101: not JSON"):
+        prepare(config(tmp_path, tokenizer, corpus, workers=2))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "said"),
+    [
+        ({"validation_fraction": 1.0}, ConfigurationError, "validation_fraction"),
+        ({"workers": -1}, ConfigurationError, "workers"),
+        ({"tokenizer": ""}, ConfigurationError, "no tokenizer"),
+        ({"output_dir": ""}, ConfigurationError, "no output_dir"),
+        ({"steps": ["magic"]}, ConfigurationError, "no cleaning step 'magic'.*minhash"),
+        ({"steps": ["language"]}, ConfigurationError, "language=fr"),
+        ({"steps": ["pii=3"]}, ConfigurationError, "not complete"),
+        ({"tokenizer": "/nowhere"}, TokenizerError, "no such tokenizer"),
+        ({"executor": "slurm"}, ConfigurationError, "no Slurm partition"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(tmp_path: Path, tokenizer: str, keys: dict, error: type, said: str) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(error, match=said):
+        prepare(replace(config(tmp_path, tokenizer, corpus), **keys))
+    assert not (tmp_path / "out").exists()
+
+
+# Slurm
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands of Slurm that only write down what they were given."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in {
+        "sbatch": f'echo "$@" >> {tmp_path}/calls; cp "${{@: -1}}" {tmp_path}/script.$(wc -l < {tmp_path}/calls); '
+        f'echo "Submitted batch job $(wc -l < {tmp_path}/calls)"',
+        "scontrol": "echo localhost",
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755 | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_slurm_submits_an_array_and_a_last_job(cluster: Path, tokenizer: str, texts: list[str]) -> None:
+    keys = config(
+        cluster,
+        tokenizer,
+        write_jsonl(cluster / "a.jsonl", texts),
+        executor="slurm",
+        workers=4,
+        slurm=SlurmOptions(partition="cpu", time="01:00:00", memory_gb=8, environment="source env.sh"),
+    )
+    assert prepare(keys) is None
+    tasks = len(read_plan(cluster / "out").tasks)
+    calls = (cluster / "calls").read_text().splitlines()
+    array, last = ((cluster / f"script.{index}").read_text() for index in (1, 2))
+    for line in (
+        "#SBATCH --partition=cpu",
+        "#SBATCH --time=01:00:00",
+        "#SBATCH --mem-per-cpu=8G",
+        f"#SBATCH --array=0-{tasks - 1}%4",
+        "#SBATCH --job-name=fat5-tokens",
+        "source env.sh",
+        f"srun -l -n 1 {sys.executable} -m fat5.data.executors {cluster / 'out'} tokens",
+    ):
+        assert line in array.splitlines()
+    assert "--dependency=afterok:1" in calls[1]
+    assert f"{sys.executable} -m fat5.data.executors {cluster / 'out'} finish" in last.splitlines()
+    assert "--array" not in last
+    assert not list((cluster / "out").rglob("*.pik")), "nothing is pickled"
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_what_slurm_runs_makes_the_same_shards(
+    cluster: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fat5.data.executors import main
+
+    corpus = write_jsonl(cluster / "a.jsonl", texts[:150])
+    keys = config(cluster, tokenizer, corpus)
+    prepare(replace(keys, output_dir=str(cluster / "local")))
+    prepare(replace(keys, executor="slurm", slurm=SlurmOptions(partition="cpu")))
+    tasks = len(read_plan(cluster / "out").tasks)
+    with pytest.raises(DataError, match="is not done"):
+        finish(cluster / "out")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", str(tasks - 1))
+    monkeypatch.setenv("SLURM_NODELIST", "localhost")
+    for index in range(tasks):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+        assert main([str(cluster / "out"), "tokens"]) == 0
+    assert main([str(cluster / "out"), "finish"]) == 0
+    assert manifest(cluster / "out") == manifest(cluster / "local")
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["un deux"])
+    keys = config(tmp_path, tokenizer, corpus, executor="slurm", slurm=SlurmOptions(partition="cpu"))
+    with pytest.raises(ConfigurationError, match="no sbatch on this machine"):
+        prepare(keys)
+
+
+# Ray
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tasks")
+def test_ray_makes_the_same_shards(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    pytest.importorskip("ray", reason="waits on `pip install ray`")
+    keys = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts))
+    prepare(replace(keys, output_dir=str(tmp_path / "local")))
+    prepare(replace(keys, executor="ray", workers=2))
+    assert manifest(tmp_path / "out") == manifest(tmp_path / "local")
+
+
+def test_without_ray_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["un deux"])
+    with pytest.raises(ConfigurationError, match="Ray is not installed"):
+        prepare(config(tmp_path, tokenizer, corpus, executor="ray"))
