@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fat5.data import formats
+from fat5.data import formats, lines
 from fat5.data.corpus import Corpus, CorpusOptions, is_dataset, open_corpus
 from fat5.errors import DataError
 
@@ -225,7 +225,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, case: str) -> None:
 def test_a_line_that_never_ends_is_refused_before_it_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "LARGEST_DOCUMENT", 1 << 20)
+    monkeypatch.setattr(lines, "LARGEST_DOCUMENT", 1 << 20)
     content = b"text\n" + b"a" * (3 << 20)
     (tmp_path / name).write_bytes(
         gzip.compress(content, 1) if name.endswith("gz") else content[5:] if name != "a.csv" else content

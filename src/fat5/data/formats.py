@@ -2,21 +2,19 @@
 
 import csv
 import gzip
-import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
+from fat5.data.lines import LARGEST_DOCUMENT, Lines
 from fat5.errors import DataError
 
 TxtDocuments = Literal["paragraph", "line", "file"]
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
-# A line or document above this is a file without line breaks, not a text: reading on would fill the memory.
-LARGEST_DOCUMENT = 32 << 20
 _MAGIC = {
     b"\x80\x02": "a pickle, which FAT5 never loads",
     b"\x80\x03": "a pickle, which FAT5 never loads",
@@ -149,121 +147,11 @@ def missing_column(column: str, columns: Sequence[str], where: object) -> DataEr
     return DataError(f"no column {column!r}; it has {shown}", where=where, hint="Name one with --corpus.text_column")
 
 
-class _Lines:
-    """Lines of a binary file between two bytes: those that start in [start, stop). Bounded in length."""
-
-    def __init__(self, path: str, start: int = 0, stop: int = -1) -> None:
-        self.path = path
-        self.number = 0
-        self.begin = self.position = start
-        self._start, self._stop = start, stop
-
-    def __iter__(self) -> Iterator[bytes]:
-        extension = extension_of(self.path)
-        with open(self.path, "rb") as raw:
-            stream, tell = _decompressed(raw, extension)
-            offset = self._start
-            if offset:
-                # A line that began before `start` belongs to the part before.
-                raw.seek(offset - 1)
-                offset += self._skip_line(raw) - 1
-            while self._stop < 0 or offset < self._stop:
-                line = stream.readline(LARGEST_DOCUMENT + 1)
-                if not line:
-                    return
-                self.number += 1
-                if len(line) > LARGEST_DOCUMENT:
-                    raise DataError(
-                        f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up"
-                    )
-                self.begin = offset
-                offset += len(line)
-                self.position = tell() if tell else offset
-                yield line
-
-    def where(self) -> str:
-        """`path:line` of the line read last; counts the lines before `start` only now that they matter."""
-        before = 0
-        if self._start:
-            with open(self.path, "rb") as file:
-                left = self._start - 1
-                while left > 0 and (block := file.read(min(left, 1 << 20))):
-                    before += block.count(b"\n")
-                    left -= len(block)
-            before += 1
-        return f"{self.path}:{before + self.number}"
-
-    def text(self, line: bytes) -> str:
-        """The line as text, without a byte order mark.
-
-        Raises:
-            DataError: not UTF-8.
-        """
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"invalid UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})",
-                where=self.where(),
-                hint="Convert it to UTF-8",
-            ) from error
-        if self.number == 1 and self._start == 0:
-            text = text.removeprefix("\ufeff")
-        return text
-
-    @staticmethod
-    def _skip_line(raw: BinaryIO) -> int:
-        skipped = 0
-        while part := raw.readline(1 << 20):
-            skipped += len(part)
-            if part.endswith(b"\n"):
-                break
-        return skipped
-
-
-def _decompressed(raw: BinaryIO, extension: str | None) -> tuple[Any, Callable[[], int] | None]:
-    if extension == ".jsonl.gz":
-        return gzip.GzipFile(fileobj=raw), raw.tell
-    if extension == ".jsonl.zst":
-        return io.BufferedReader(_Zstandard(raw), 1 << 17), raw.tell
-    return raw, None
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompresses frame after frame. zstandard's own reader takes a file that was cut short for a complete one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._input = self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._raw.read(1 << 16)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last Zstandard frame is cut short")
-                return 0
-            self._frame = self._frame or self._new()
-            self._output, self._input = self._frame.decompress(self._input), b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-
 def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
     import orjson
     import zstandard
 
-    lines = _Lines(path, start, stop)
+    lines = Lines(path, start, stop)
     try:
         for line in lines:
             if line.isspace():
@@ -289,12 +177,12 @@ def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[
         yield from _whole_file(path)
         return
     if documents == "line":
-        lines = _Lines(path, start, stop)
+        lines = Lines(path, start, stop)
         for line in lines:
             yield Row(lines.text(line).rstrip("\r\n"), lines.position, {})
         return
     # A paragraph belongs to the part that holds the blank line before it; reading goes past `stop` to finish it.
-    lines = _Lines(path, start, -1)
+    lines = Lines(path, start, -1)
     ours = start == 0
     kept: list[str] = []
     size = 0
@@ -329,13 +217,13 @@ def _whole_file(path: str) -> Iterator[Row]:
             where=path,
             hint="Use --corpus.txt_documents paragraph",
         )
-    lines = _Lines(path)
+    lines = Lines(path)
     yield Row("".join(lines.text(line) for line in lines), size, {})
 
 
 def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_DOCUMENT)
-    lines = _Lines(path)
+    lines = Lines(path)
     reader = csv.DictReader((lines.text(line) for line in lines), strict=True)
     try:
         if text_column not in (reader.fieldnames or []):

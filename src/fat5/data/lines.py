@@ -1,0 +1,120 @@
+"""Lines of text files, plain or compressed, between two bytes: bounded in length, with their number for an error."""
+
+import gzip
+import io
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from fat5.errors import DataError
+
+# A line or document above this is a file without line breaks, not a text: reading on would fill the memory.
+LARGEST_DOCUMENT = 32 << 20
+
+
+class Lines:
+    """Lines of a binary file between two bytes: those that start in [start, stop). Bounded in length."""
+
+    def __init__(self, path: str, start: int = 0, stop: int = -1) -> None:
+        self.path = path
+        self.number = 0
+        self.begin = self.position = start
+        self._start, self._stop = start, stop
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as raw:
+            stream, tell = _decompressed(raw, self.path.lower())
+            offset = self._start
+            if offset:
+                # A line that began before `start` belongs to the part before.
+                raw.seek(offset - 1)
+                offset += self._skip_line(raw) - 1
+            while self._stop < 0 or offset < self._stop:
+                line = stream.readline(LARGEST_DOCUMENT + 1)
+                if not line:
+                    return
+                self.number += 1
+                if len(line) > LARGEST_DOCUMENT:
+                    raise DataError(
+                        f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up"
+                    )
+                self.begin = offset
+                offset += len(line)
+                self.position = tell() if tell else offset
+                yield line
+
+    def where(self) -> str:
+        """`path:line` of the line read last; counts the lines before `start` only now that they matter."""
+        before = 0
+        if self._start:
+            with open(self.path, "rb") as file:
+                left = self._start - 1
+                while left > 0 and (block := file.read(min(left, 1 << 20))):
+                    before += block.count(b"\n")
+                    left -= len(block)
+            before += 1
+        return f"{self.path}:{before + self.number}"
+
+    def text(self, line: bytes) -> str:
+        """The line as text, without a byte order mark.
+
+        Raises:
+            DataError: not UTF-8.
+        """
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"invalid UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})",
+                where=self.where(),
+                hint="Convert it to UTF-8",
+            ) from error
+        if self.number == 1 and self._start == 0:
+            text = text.removeprefix("\ufeff")
+        return text
+
+    @staticmethod
+    def _skip_line(raw: BinaryIO) -> int:
+        skipped = 0
+        while part := raw.readline(1 << 20):
+            skipped += len(part)
+            if part.endswith(b"\n"):
+                break
+        return skipped
+
+
+def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw), raw.tell
+    if name.endswith(".zst"):
+        return io.BufferedReader(Zstandard(raw), 1 << 17), raw.tell
+    return raw, None
+
+
+class Zstandard(io.RawIOBase):
+    """Decompresses frame after frame. zstandard's own reader takes a file that was cut short for a complete one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(1 << 16)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is cut short")
+                return 0
+            self._frame = self._frame or self._new()
+            self._output, self._input = self._frame.decompress(self._input), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
