@@ -68,7 +68,8 @@ def write_checkpoint(
             reached(f"after {name}")
         manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
         reached("before manifest")
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        manifest["sha256"] = _self_sha256(manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush(partial / MANIFEST)
         _flush(partial)
         reached("before rename")
@@ -146,6 +147,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             where=path,
             hint="Continue with the FAT5 that wrote it",
         )
+    if manifest.get("sha256") != _self_sha256(manifest):
+        raise CheckpointError("is damaged: its own SHA-256 differs", where=path)
     if any(Path(name).name != name for name in manifest["files"]):
         raise CheckpointError("names files outside its folder", where=path)
     return manifest
@@ -189,6 +192,12 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _self_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash of a manifest's content without this hash; a flipped byte in it would else pass as another value."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_writer(content: Mapping[str, Tensor]) -> Callable[[Path], None]:

@@ -33,26 +33,27 @@ class Saver:
         self._retry_at = float("inf")
 
     def save(self) -> None:
-        """Takes a snapshot and starts to write it."""
-        self.poll(wait=True)
-        self._retry_at = float("inf")
-        self._unconfirmed = True
-        self.store.save(self._snapshot())
-
-    def poll(self, wait: bool = False) -> None:
-        """Looks after the save under way: tells of a failure, and saves again when its time has come.
+        """Takes a snapshot and starts to write it, after the save before is done.
 
         Raises:
             CheckpointError: ATTEMPTS saves failed in a row.
         """
-        if wait:
-            self.store.wait()
-        if self.store.busy:
-            return
+        self.settle()
+        self._start()
+
+    def settle(self) -> None:
+        """Returns when no save is under way, and tells of a failure."""
+        self.store.wait()
         if self._unconfirmed:
             self._confirm(RETRY_SECONDS)
+
+    def poll(self) -> None:
+        """Looks after the save under way: tells of a failure, and saves again when its time has come. Never waits."""
+        if self.store.busy:
+            return
+        self.settle()
         if time.monotonic() >= self._retry_at:
-            self.save()
+            self._start()
 
     def finish(self) -> None:
         """Returns when the last save is on the disk.
@@ -63,9 +64,13 @@ class Saver:
         self.store.wait()
         while self._unconfirmed and not self._confirm(LEAVING_SECONDS):
             time.sleep(max(0.0, self._retry_at - time.monotonic()))
-            self._unconfirmed = True
-            self.store.save(self._snapshot())
+            self._start()
             self.store.wait()
+
+    def _start(self) -> None:
+        self._retry_at = float("inf")
+        self._unconfirmed = True
+        self.store.save(self._snapshot())
 
     def _confirm(self, pause: float) -> bool:
         """True if the save that ended succeeded; else plans the next attempt."""

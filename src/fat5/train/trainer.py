@@ -255,7 +255,7 @@ class Trainer:
 
     def _rewind(self, what: str, dump: str) -> None:
         """Back to the last checkpoint's weights, on with the data that follows."""
-        self.saver.poll(wait=True)
+        self.saver.settle()
         choice = self.store.choose(self.config.strict)
         self._rewinds += 1
         if choice is None or self._rewinds > MOST_IN_A_ROW:

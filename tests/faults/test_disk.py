@@ -1,0 +1,73 @@
+"""Fault 4: the disk is full or read-only during a save. Training goes on, tries again, and at last stops loudly."""
+
+import errno
+
+import pytest
+
+from fat5.errors import CheckpointError
+from fat5.train import checkpoint, pretrain, saving, verify_checkpoint
+from made_run import assert_same_run, events, tiny
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "LEAVING_SECONDS", 0.0)
+
+
+def failing(monkeypatch, fails, code=errno.ENOSPC):
+    """Makes the saves numbered in `fails` (from 1) run out of disk in the middle of a file."""
+    write, saves = checkpoint.write_checkpoint, 0
+
+    def scarce(target, tensors, documents, facts):
+        nonlocal saves
+        saves += 1
+        if fails(saves):
+            monkeypatch.setattr("fat5.train.checkpoint_files.save_file", full)
+        try:
+            write(target, tensors, documents, facts)
+        finally:
+            monkeypatch.setattr("fat5.train.checkpoint_files.save_file", save_file)
+
+    from fat5.train.checkpoint_files import save_file
+
+    def full(content, path, metadata):
+        path.write_bytes(b"part of a file")
+        raise OSError(code, "no more")
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", scarce)
+
+
+def test_training_goes_on_and_saves_later(prepared, tmp_path, monkeypatch, capfd):
+    pretrain(tiny(prepared, tmp_path / "clean"))
+    failing(monkeypatch, lambda save: save in (2, 3))
+    pretrain(tiny(prepared, tmp_path / "run"))
+    assert_same_run(tmp_path / "clean", tmp_path / "run")
+    told = capfd.readouterr().err
+    assert told.count("CHECKPOINT NOT SAVED") == 2
+    assert "No space left on device" in told
+    assert [event["event"] for event in events(tmp_path / "run")].count("warning") == 2
+
+
+def test_it_stops_after_five_failures_with_the_last_good_checkpoint(prepared, tmp_path, monkeypatch):
+    failing(monkeypatch, lambda save: save > 1, errno.EROFS)
+    with pytest.raises(CheckpointError, match=r"5 saves in a row failed \(Read-only file system\)"):
+        pretrain(tiny(prepared, tmp_path / "run", steps=30))
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert verify_checkpoint(tmp_path / "run" / "checkpoints" / "step-2")["step"] == 2
+
+
+def test_a_full_log_disk_does_not_stop_training(prepared, tmp_path, monkeypatch, capfd):
+    import builtins
+
+    real = builtins.open
+
+    def scarce(file, mode="r", *args, **kwargs):
+        if str(file).endswith("metrics.jsonl") and "a" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("fat5.train.metrics.open", scarce, raising=False)
+    summary = pretrain(tiny(prepared, tmp_path / "run"))
+    assert summary["steps"] == 8
+    assert capfd.readouterr().err.count("metrics.jsonl cannot be written") == 1

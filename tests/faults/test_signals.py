@@ -1,0 +1,97 @@
+"""Fault 3: SIGTERM, SIGUSR1, Ctrl-C finish the step, save and leave; a second signal leaves at once."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from fat5.train import RunStopped, pretrain, verify_checkpoint
+from fat5.train.metrics import MetricsLog
+from fat5.train.step import StepRunner
+from made_run import assert_same_run, events, in_child, last_checkpoint, rows_without_times, start, tiny, wait_for_step
+
+SECONDS_TO_LEAVE = 20.0  # a step and a save take well under one; the rest is a busy machine
+
+
+def test_the_command_saves_and_leaves(prepared, tmp_path):
+    run = tmp_path / "run"
+    process = start(tiny(prepared, run, steps=100_000, save_every=100_000, eval_every=100_000, data={"num_workers": 1}))
+    wait_for_step(run, 2)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < SECONDS_TO_LEAVE
+    assert process.returncode == 128 + signal.SIGTERM
+    step = verify_checkpoint(last_checkpoint(run))["step"]
+    assert f"stopped by SIGTERM after step {step}; the same command continues" in error
+    assert step == rows_without_times(run)[-1]["step"]
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_the_other_signals_do_the_same(prepared, tmp_path, number, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(StepRunner, "run", raising_at(2, number))
+    with pytest.raises(RunStopped, match=f"stopped by {number.name} after step 3; the same command continues"):
+        pretrain(tiny(prepared, run, save_every=8, data={"num_workers": 1}))
+    assert verify_checkpoint(last_checkpoint(run))["step"] == 3
+    assert not (run / "run.lock").exists()
+
+
+def raising_at(at, number):
+    """A step that is interrupted by a signal in its middle, once."""
+    step_of = StepRunner.run
+
+    def run(self, batches, rate, step):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return step_of(self, batches, rate, step)
+
+    return run
+
+
+def test_a_stopped_run_ends_like_one_that_was_not(prepared, tmp_path, monkeypatch):
+    """Stopped at step 4, where an evaluation and a save were due, and at step 5, where neither was."""
+    pretrain(tiny(prepared, tmp_path / "clean"))
+    write = MetricsLog.write
+    for stop in (4, 5):
+
+        def signalling(self, row, stop=stop):
+            write(self, row)
+            if row.get("kind") == "train" and row["step"] == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(MetricsLog, "write", signalling)
+        with pytest.raises(RunStopped, match=f"SIGTERM after step {stop}"):
+            pretrain(tiny(prepared, tmp_path / "run"))
+    monkeypatch.setattr(MetricsLog, "write", write)
+    pretrain(tiny(prepared, tmp_path / "run"))
+    assert_same_run(tmp_path / "clean", tmp_path / "run")
+    assert [event["event"] for event in events(tmp_path / "run")].count("stopped") == 2
+
+
+def test_a_second_signal_leaves_at_once(prepared, tmp_path):
+    run = tmp_path / "run"
+    config = tiny(prepared, run)
+
+    def work():
+        def stuck(self, batches, rate, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+        StepRunner.run = stuck
+        pretrain(config)
+
+    began = time.monotonic()
+    assert in_child(work) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < SECONDS_TO_LEAVE
+    assert not (run / "checkpoints").exists()
+
+
+def test_handlers_are_given_back(prepared, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    assert signal.getsignal(signal.SIGTERM) is before

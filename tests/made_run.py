@@ -1,0 +1,153 @@
+"""A run small enough for a test: real tokenizer, shards and model (at width 32), and how two runs are compared."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fat5.data import sample_path
+from fat5.data.prepare import PrepareConfig, prepare
+from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows
+from fat5.train.checkpoint_files import read_json
+from fat5.train.metrics import TIMES
+
+TINY = {
+    "d_model": 32,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "d_kv": 16,
+    "dropout_rate": 0.1,  # so that the random state matters
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared folder: 300 French paragraphs, a vocabulary of 1,024."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
+    (folder / "corpus.jsonl").write_text("".join(rows))
+    inputs = [str(folder / "corpus.jsonl")]
+    train_tokenizer(TokenizerTraining(inputs, str(folder / "tokenizer"), vocab_size=1024))
+    target = folder / "prepared"
+    prepare(PrepareConfig(inputs, str(folder / "tokenizer"), str(target), validation_fraction=0.1, workers=1))
+    return target
+
+
+def tiny(
+    prepared: Path, output_dir: Path, *, overrides: dict | None = None, data: dict | None = None, **changes
+) -> PretrainConfig:
+    """A run of eight steps of about 700 tokens."""
+    shapes = {"max_tokens": 64, "encoder_tokens": 256, "decoder_tokens": 128, "packs_per_step": 2, "num_workers": 0}
+    settings = {"steps": 8, "save_every": 2, "eval_every": 4, "eval_tokens": 200, "log_every": 100}
+    return PretrainConfig(
+        output_dir=str(output_dir),
+        model=ModelConfig(preset="fat5-demo", overrides=TINY | (overrides or {})),
+        data=DataConfig(sources=[SourceConfig(str(prepared))], **(shapes | (data or {}))),
+        **(settings | changes),
+    )
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def rows_without_times(run: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+
+
+def assert_same_run(clean: Path, other: Path) -> None:
+    """Weights, optimizer, random generators, data position and log: bit for bit, in everything but times."""
+    assert rows_without_times(clean) == rows_without_times(other)
+    ours, theirs = last_checkpoint(clean), last_checkpoint(other)
+    assert ours.name == theirs.name
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        one, two = load_file(ours / name), load_file(theirs / name)
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.equal(one[key], two[key]), f"{name}: {key}"
+    one, two = (read_json(folder / "trainer.json") for folder in (ours, theirs))
+    assert one["data"] == two["data"]
+    for key in ("step", "tokens", "raw_tokens", "encoder_tokens", "decoder_tokens", "last_evaluation"):
+        assert one["progress"][key] == two["progress"][key], key
+    exported, ours = (load_file(run / "model" / "model.safetensors") for run in (clean, other))
+    assert all(torch.equal(exported[key], ours[key]) for key in exported)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Runs `work` in a forked child, so that it can be killed without paying for the imports again.
+
+    Returns:
+        The child's exit code: 0, 1 for an exception, or minus the signal's number.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except SystemExit as leaving:
+            os._exit(int(leaving.code or 0))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start(config: PretrainConfig, *arguments: str) -> subprocess.Popen:
+    """Starts `fat5 pretrain` as a user does."""
+    recipe = Path(config.output_dir).with_suffix(".yaml")
+    recipe.write_text(config.to_yaml())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fat5", "pretrain", "--config", str(recipe), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
+    """Returns when the log of a running run has reached a step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {step} in {seconds} s")
+
+
+def kill_at_row(row: int) -> Callable[[], None]:
+    """Makes the metrics log kill the process by SIGKILL once it has written so many rows: a death at a chosen step."""
+    from fat5.train.metrics import MetricsLog
+
+    written = 0
+    write = MetricsLog.write
+
+    def deadly(self: MetricsLog, content: dict) -> None:
+        nonlocal written
+        write(self, content)
+        if self.path.name == "metrics.jsonl":
+            written += 1
+            if written == row:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def install() -> None:
+        MetricsLog.write = deadly  # type: ignore[method-assign]
+
+    return install
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+__all__ = [name for name in dir() if not name.startswith("_")] + ["pretrain"]
