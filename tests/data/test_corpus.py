@@ -124,6 +124,12 @@ def test_the_same_file_twice_is_read_once(tmp_path: Path) -> None:
     assert read_all(open_corpus([str(tmp_path), str(tmp_path / "a.txt")])) == ["a"]
 
 
+def test_the_sample_has_a_name_of_its_own() -> None:
+    corpus = open_corpus(["sample:fr", "sample:de"])
+    assert corpus.name == "fr.jsonl.gz and 1 more"
+    assert len(list(corpus.rows())) == 1923 + 2341
+
+
 def test_tiny_files_share_tasks_and_large_ones_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 100)
     for index in range(50):

@@ -131,8 +131,8 @@ class Corpus:
 def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
     """Finds what the user named: files, folders (searched through), or one Hugging Face dataset.
 
-    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is. `sample:fr` (en, de) is the
-    sample corpus that ships with FAT5.
+    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is. `sample:fr`
+    (en, de) is the sample corpus that ships with FAT5.
 
     Raises:
         DataError: nothing there, an unknown extension, an empty file or folder, a file that is not what it is called.

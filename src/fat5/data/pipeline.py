@@ -57,11 +57,12 @@ def stages(plan: Plan) -> list[Stage]:
 
 def build(folder: str, stage: str) -> list[Any]:
     """The datatrove pipeline of one stage. Made anew for each task: some steps count as they go."""
-    from fat5.data.cleaning import build_step
-
     plan = read_plan(folder)
     read: list[Any] = [_reader(plan, folder)]
-    read += [build_step(spec) for spec in plan.steps if spec != "minhash"]
+    if plan.steps:
+        from fat5.data.cleaning import build_step
+
+        read += [build_step(spec) for spec in plan.steps if spec != "minhash"]
     if not plan.deduplicated:
         return [*read, ShardWriter(folder)]
     from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter

@@ -39,7 +39,7 @@ class PrepareConfig:
     """Turns text into token shards that `fat5 pretrain` reads; run again, it goes on where it stopped.
 
     Args:
-        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv) or one Hugging Face dataset.
+        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv), sample:fr, or one Hugging Face dataset.
         tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or of T5, mT5, ByT5, …), or its name on the hub.
         output_dir: folder to write; new, empty, or begun by the same command.
         name: name of the corpus in the manifest; by default that of its first file.

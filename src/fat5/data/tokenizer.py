@@ -104,7 +104,7 @@ class Tokenizer:
     @cached_property
     def _documents(self) -> Any:
         """The same model without special tokens: none can come out of a document."""
-        content = json.loads(_dump(self.content))
+        content = json.loads(json.dumps(self.content))
         content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         reserved = {self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()}
         vocabulary = content["model"]["vocab"]
@@ -303,7 +303,7 @@ def _sentinels(ids: dict[str, int]) -> list[str]:
 
 def _adapt(content: dict[str, Any], ids: dict[str, int], reserved: list[str]) -> bool:
     """Adds missing mode tokens and makes every reserved token special; returns whether anything changed."""
-    before = _dump(content)
+    before = json.dumps(content)
     content["truncation"] = content["padding"] = None
     present = {entry["content"]: entry for entry in content["added_tokens"]}
     size = max(ids.values()) + 1
@@ -315,7 +315,7 @@ def _adapt(content: dict[str, Any], ids: dict[str, int], reserved: list[str]) ->
     for token in reserved:
         if token in present:
             present[token]["special"] = True
-    return _dump(content) != before
+    return json.dumps(content) != before
 
 
 def _backend(content: dict[str, Any]) -> Any:

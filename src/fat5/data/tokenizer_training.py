@@ -45,7 +45,7 @@ class TokenizerTraining:
     """Trains a tokenizer on your text and saves a folder that stock `AutoTokenizer` loads.
 
     Args:
-        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv) or one Hugging Face dataset.
+        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv), sample:fr, or one Hugging Face dataset.
         output_dir: folder to write; must be new or empty.
         model: `bpe` or `unigram`, both with byte fallback.
         vocab_size: ids in all, special tokens included; a multiple of 128, at most 65,536.
