@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fat5.data import cleaning, load_tokenizer, open_shards, sample_path
@@ -100,24 +101,25 @@ def test_minhash_in_processes_gives_the_same_manifest(
     assert prepare(keys) == prepare(replace(keys, output_dir=f"{tmp_path}/two", workers=2))
 
 
+class _ByStopWords:
+    """Answers as fastText's model does (labels, scores), from three words a language."""
+
+    def predict(self, text: str, k: int) -> tuple[tuple[str, str], np.ndarray]:
+        words = text.lower().split()
+        counts = [sum(words.count(word) for word in known) for known in (("le", "la", "les"), ("the", "of", "and"))]
+        return ("__label__fr", "__label__en"), np.array(counts) / max(1, sum(counts))
+
+
 def test_language_keeps_what_the_model_says(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model of the same form as fastText's own, trained here, stands in for the one from the network."""
-    fasttext = pytest.importorskip("fasttext", reason="waits on datatrove[processing]")
-    examples = tmp_path / "examples"
-    with examples.open("w", encoding="utf-8") as file:
-        for language in ("fr", "en"):
-            for text in sample_paragraphs(200, language, shortest=100):
-                file.write(f"__label__{language} {text}\n")
-    model = fasttext.train_supervised(str(examples), lr=0.1, epoch=10, dim=8, bucket=1000, verbose=0, thread=1)
-    model.save_model(str(tmp_path / "model.bin"))
-    monkeypatch.setattr("datatrove.utils.lid.FT176LID.MODEL_URL", str(tmp_path / "model.bin"))
-    monkeypatch.setattr("datatrove.utils.lid.cached_asset_path_or_download", lambda url, **_: url)
-    french, english = sample_paragraphs(5, "fr")[1], sample_paragraphs(5, "en")[1]
+    """The model itself comes from the network; one of the same form stands in for it."""
+    pytest.importorskip("fasttext", reason="waits on datatrove[processing]")
+    monkeypatch.setattr("datatrove.utils.lid.FT176LID.model", _ByStopWords())
     cleaning._language_filter.cache_clear()
-    try:
-        assert prepared(tmp_path, tokenizer, [{"text": french}, {"text": english}], ["language=fr"]) == [french]
-    finally:
-        cleaning._language_filter.cache_clear()
+    french, english = sample_paragraphs(5, "fr")[1], sample_paragraphs(5, "en")[1]
+    rows = [{"text": french}, {"text": english}, {"text": "?"}]
+    assert prepared(tmp_path, tokenizer, rows, ["language=fr"]) == [french]
+    (tmp_path / "both").mkdir()
+    assert prepared(tmp_path / "both", tokenizer, rows, ["language=fr+en"]) == [french, english]
 
 
 def test_a_model_that_cannot_be_fetched_is_found_first(
@@ -128,8 +130,19 @@ def test_a_model_that_cannot_be_fetched_is_found_first(
 
     pytest.importorskip("fasttext", reason="waits on datatrove[processing]")
     monkeypatch.setattr("datatrove.utils.lid.cached_asset_path_or_download", offline)
+    cleaning._language_filter.cache_clear()
     with pytest.raises(DataError, match=r"language=fr: the language identification model cannot be fetched \(no route"):
         prepared(tmp_path, tokenizer, [{"text": "a"}], ["language=fr"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_found_first(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ImportError("Please install `ahocorasick`")
+
+    monkeypatch.setattr(cleaning, "_url_blocklists", missing)
+    with pytest.raises(DataError, match=r"step urls: packages are missing.*datatrove\[processing\]"):
+        prepared(tmp_path, tokenizer, [{"text": "a", "url": "b"}], ["urls"])
     assert not (tmp_path / "out").exists()
 
 

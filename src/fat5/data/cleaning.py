@@ -112,15 +112,23 @@ def _url_blocklists() -> UrlBlocklists:
 
 
 def check_models(steps: list[str]) -> None:
-    """Loads what a step needs from outside, so that a missing model is found before the corpus is read.
+    """Loads what a step needs from outside, so that a missing package or model is found before the corpus is read.
 
     Raises:
-        DataError: a model cannot be had.
+        DataError: a package or a model cannot be had.
     """
     for spec in steps:
+        if spec == "minhash":
+            continue
+        try:
+            step = build_step(spec)
+        except ImportError as error:
+            raise DataError(
+                "packages are missing", where=f"step {spec}", hint="`pip install 'datatrove[processing]'` has them"
+            ) from error
         if spec.startswith("language="):
             try:
-                _ = build_step(spec).model.model
+                _ = step.model.model
             except Exception as error:  # fsspec, fasttext and the network raise many kinds
                 reason = " ".join(str(error).split())[:160] or type(error).__name__
                 raise DataError(
