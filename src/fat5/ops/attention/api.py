@@ -7,8 +7,6 @@ returns None or the reason why it cannot serve).
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +18,7 @@ from fat5.ops.attention.crosscheck import attention_flex, attention_sdpa
 from fat5.ops.attention.dropout import draw_seed
 from fat5.ops.attention.reference import attention_reference
 
+_TRITON_INSTALLED = find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "cpu", "triton", "sdpa", "flex")
 
 
@@ -124,15 +123,16 @@ def _choose(
     return {"reference": _reference, "cpu": attention_cpu, "sdpa": attention_sdpa, "flex": attention_flex}[backend]
 
 
-@lru_cache(maxsize=1)
 def triton_available() -> bool:
-    """Whether the triton package and this project's kernels can be imported."""
-    return find_spec("triton") is not None and find_spec("fat5.ops.attention.triton_attention") is not None
+    """Whether the triton package is installed."""
+    return _TRITON_INSTALLED
 
 
-@lru_cache(maxsize=1)
 def _triton():  # type: ignore[no-untyped-def]
-    return import_module("fat5.ops.attention.triton_attention")
+    # A statement and not import_module: this one torch.compile can trace.
+    from fat5.ops.attention import triton_attention
+
+    return triton_attention
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments) -> Tensor:  # type: ignore[no-untyped-def]

@@ -127,7 +127,7 @@ def attention_backward(
     """Returns the gradients of q, k, v and of the bias in its own shape (empty unless `bias_needs_grad`)."""
     problem = _Problem(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
+    exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype)
     starts, shape, programs = problem.query_tiles(rows.block_m, last_first=causal)
@@ -136,7 +136,7 @@ def attention_backward(
         query_gradient_kernel,
         programs,
         (
-            *(q, k, v, problem.padded_vector(rows), dense, problem.key_mask, seed, out, grad_out, lse, delta, grad_q),
+            *(q, k, v, problem.padded_vector(rows), dense, problem.key_mask, seed, out, grad_out, lse, exponent, delta, grad_q),
             *(far_sums, starts, *(problem.strides(x) for x in (q, k, v, out, grad_out, grad_q))),
             *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
             *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
@@ -150,7 +150,7 @@ def attention_backward(
         key_gradient_kernel,
         programs,
         (
-            *(q, k, v, problem.padded_vector(columns), dense, problem.key_mask, seed, grad_out, lse, delta, grad_k, grad_v),
+            *(q, k, v, problem.padded_vector(columns), dense, problem.key_mask, seed, grad_out, exponent, delta, grad_k, grad_v),
             *(starts, *(problem.strides(x) for x in (q, k, v, grad_out, grad_k, grad_v))),
             *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
             *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
@@ -159,9 +159,9 @@ def attention_backward(
         columns,
     )
     if far_sums is not None:
-        grad_bias = _vector_gradient(problem, grad_out, lse, delta, far_sums, rows)
+        grad_bias = _vector_gradient(problem, grad_out, exponent, delta, far_sums, rows)
     elif dense is not None and bias_needs_grad:
-        grad_bias = _dense_gradient(problem, grad_out, lse, delta)
+        grad_bias = _dense_gradient(problem, grad_out, exponent, delta)
     else:
         grad_bias = lse.new_empty(0)
     return grad_q, grad_k, grad_v, grad_bias
@@ -174,7 +174,7 @@ def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
 
 
-def _vector_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch) -> Tensor:
+def _vector_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch) -> Tensor:
     """(H, 2R+1) fp32: the band kernel's diagonals and the far sums that the dQ pass left behind, tiled as `rows`."""
     q, k, v, vector, causal = problem.q, problem.k, problem.v, problem.vector, problem.causal
     assert vector is not None
@@ -195,14 +195,14 @@ def _vector_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: 
     starts, shape, programs = problem.query_tiles(band.block_m)
     slots = programs // problem.heads
     splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * offsets)))
-    partial = lse.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
+    partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
     constants = problem.constants(band) | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
     del constants["BIAS"]
     run(
         band_kernel,
         problem.heads * offsets * splits,
         (
-            *(q, k, v, problem.padded_vector(band), problem.key_mask, problem.seed, grad_out, lse, delta, partial, starts),
+            *(q, k, v, problem.padded_vector(band), problem.key_mask, problem.seed, grad_out, exponent, delta, partial, starts),
             *(problem.strides(x) for x in (q, k, v, grad_out)),
             *(problem.lse_strides, problem.vector_stride, problem.mask_strides, shape, slots, splits, lowest),
             *(problem.scale2, problem.threshold, problem.keep_scale),
@@ -212,7 +212,7 @@ def _vector_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: 
     )
     overlap = band.block_m // band.block_n + 1
     strips = offsets + overlap - 1
-    diagonals = lse.new_empty((problem.heads, strips * band.block_n))
+    diagonals = delta.new_empty((problem.heads, strips * band.block_n))
     tile = {"BLOCK_M": band.block_m, "BLOCK_N": band.block_n, "OVERLAP": overlap}
     run(diagonal_kernel, (problem.heads, strips), (partial, diagonals, offsets, splits, diagonals.shape[1]), tile)
     far_rows = 1 if problem.packed else q.shape[0]
@@ -227,7 +227,7 @@ def _vector_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: 
     return grad_vector
 
 
-def _dense_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, delta: Tensor) -> Tensor:
     """In the shape and dtype of the dense bias, summed in fp32."""
     q, k, v, dense = problem.q, problem.k, problem.v, problem.dense
     assert dense is not None
@@ -243,7 +243,7 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, lse: Tensor, delta: T
         dense_gradient_kernel,
         dense.shape[0] * dense.shape[1] * triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),
         (
-            *(q, k, v, dense, problem.key_mask, problem.seed, grad_out, lse, delta, grad_dense, starts),
+            *(q, k, v, dense, problem.key_mask, problem.seed, grad_out, exponent, delta, grad_dense, starts),
             *(problem.strides(x) for x in (q, k, v, grad_out)),
             *(problem.lse_strides, problem.dense_strides, grad_dense.stride(), problem.mask_strides),
             *(shape, sizes, problem.scale2, problem.threshold, problem.keep_scale),
@@ -357,7 +357,7 @@ class _Problem:
             "PACKED": self.packed,
             "HAS_KEY_MASK": self.key_mask is not None,
             "DROPOUT": self.dropout,
-            "PRECISION": "ieee" if exact else "tf32",
+            "PRECISION": "tf32x3" if exact else "tf32",
         }
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fat5.ops.attention.triton_tiles import (
+    LOG2E,
     NO_BIAS,
     RELATIVE,
     at_document,
@@ -16,7 +17,6 @@ from fat5.ops.attention.triton_tiles import (
     dot,
     head_and_slot,
     kept_tile,
-    load_lse,
     load_rows,
     locate,
     mask_of,
@@ -35,15 +35,16 @@ BY_DISTANCE: tl.constexpr = tl.constexpr(3)
 
 @triton.jit(do_not_specialize=["shape", "threshold"])
 def query_gradient_kernel(
-    Q, K, V, Vector, Dense, KeyMask, Seed, Out, GradOut, Lse, Delta, GradQ, FarSums, starts,
+    Q, K, V, Vector, Dense, KeyMask, Seed, Out, GradOut, Lse, Exponent, Delta, GradQ, FarSums, starts,
     q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, lse_strides, vector_stride,
     dense_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     FAR_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """GradQ; Delta (as Lse) fp32; FarSums (programs, 2) fp32: dS summed over far-left and over far-right tiles.
+    """GradQ; Exponent and Delta (as Lse) fp32; FarSums (programs, 2) fp32: dS summed over far-left and far-right tiles.
 
+    Exponent is the log-sum-exp in base 2, +inf for a query that sees nothing, so that its weights come out as 0.
     A tile is far when all its distances saturate: n0 + BLOCK_N - 1 - m0 <= -R, or n0 - (m0 + BLOCK_M - 1) >= R. The band
     kernel leaves out exactly these tiles.
     """
@@ -69,9 +70,12 @@ def query_gradient_kernel(
     out = at_document(Out, out_strides, batch, head, query_start)
     out = load_rows(out, out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     rows = m0 + tl.arange(0, BLOCK_M)
-    lse = load_lse(at_document(Lse, lse_strides, batch, head, query_start), rows, query_length)
+    inside = rows < query_length
+    lse = tl.load(at_document(Lse, lse_strides, batch, head, query_start) + rows, mask=inside, other=float("-inf"))
+    exponent = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    tl.store(at_document(Delta, lse_strides, batch, head, query_start) + rows, delta, mask=rows < query_length)
+    tl.store(at_document(Exponent, lse_strides, batch, head, query_start) + rows, exponent, mask=inside)
+    tl.store(at_document(Delta, lse_strides, batch, head, query_start) + rows, delta, mask=inside)
     queries = (q, grad_out, delta)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -88,20 +92,20 @@ def query_gradient_kernel(
         if not CAUSAL:
             far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
         dq, left, right = _pull(
-            dq, left, right, queries, lse - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, 0, near,
+            dq, left, right, queries, exponent - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, 0, near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, LEFT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
-        dq, left, right, queries, lse, keys, key_strides, bias, mask, tile, scale, keep_scale, near, far_right,
+        dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, near, far_right,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, NOWHERE,
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
         dq, left, right = _pull(
-            dq, left, right, queries, lse - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, far_right, whole,
+            dq, left, right, queries, exponent - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, RIGHT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
-        dq, left, right, queries, lse, keys, key_strides, bias, mask, tile, scale, keep_scale, whole, stop,
+        dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, whole, stop,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, BY_DISTANCE if FAR_SUMS else NOWHERE,
     )  # fmt: skip
 
@@ -114,12 +118,12 @@ def query_gradient_kernel(
 
 @triton.jit
 def _pull(
-    dq, left, right, queries, lse, keys, key_strides, bias, mask, tile, scale, keep_scale, first, stop,
+    dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what keys first..stop give to dQ; a far stretch's bias is already taken off `lse`."""
+    """Adds what keys first..stop give to dQ; a far stretch's bias is already taken off `exponent`."""
     q, grad_out, delta = queries
     m0, query_length, key_length = tile
     for n0 in range(first, stop, BLOCK_N):
@@ -133,7 +137,7 @@ def _pull(
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
-        weights = tl.exp2(scores * scale - lse[:, None])
+        weights = tl.exp2(scores * scale - exponent[:, None])
         grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
         if DROPOUT:
             grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
@@ -152,7 +156,7 @@ def _pull(
 
 @triton.jit(do_not_specialize=["shape", "threshold"])
 def key_gradient_kernel(
-    Q, K, V, Vector, Dense, KeyMask, Seed, GradOut, Lse, Delta, GradK, GradV, starts,
+    Q, K, V, Vector, Dense, KeyMask, Seed, GradOut, Exponent, Delta, GradK, GradV, starts,
     q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, lse_strides, vector_stride,
     dense_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
@@ -161,7 +165,7 @@ def key_gradient_kernel(
     """GradK and GradV; the work list counts tiles of keys. Scores are held transposed, (keys, queries).
 
     Keys beyond the document give rubbish rows that are never stored, so only causality needs a mask; queries beyond it
-    weigh nothing because their lse reads as +inf.
+    weigh nothing because their exponent reads as +inf.
     """
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
     document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, False, True)
@@ -175,7 +179,7 @@ def key_gradient_kernel(
     queries = (
         at_document(Q, q_strides, batch, head, query_start),
         at_document(GradOut, grad_out_strides, batch, head, query_start),
-        at_document(Lse, lse_strides, batch, head, query_start),
+        at_document(Exponent, lse_strides, batch, head, query_start),
         at_document(Delta, lse_strides, batch, head, query_start),
     )
     query_strides = (q_strides, grad_out_strides)
@@ -240,12 +244,12 @@ def _push(
     for m0 in range(first, stop, BLOCK_M):
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        lse = load_lse(queries[2], rows, query_length)
+        exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
         scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, True, PRECISION)
         if CAUSAL:
             columns = n0 + tl.arange(0, BLOCK_N)
             scores = tl.where(rows[None, :] >= columns[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores * scale - (lse - constant)[None, :])
+        weights = tl.exp2(scores * scale - (exponent - constant)[None, :])
         grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
         grad_weights = dot(v, tl.trans(grad_out), None, PRECISION)

@@ -15,7 +15,6 @@ from fat5.ops.attention.triton_tiles import (
     bias_of,
     dot,
     kept_tile,
-    load_lse,
     load_rows,
     locate,
     mask_of,
@@ -40,8 +39,8 @@ def _score_gradient(
     k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
     visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
-    lse = load_lse(queries[2], rows, query_length)
-    weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - lse[:, None])
+    exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
+    weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - exponent[:, None])
     grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
@@ -57,7 +56,7 @@ def _score_gradient(
 
 @triton.jit(do_not_specialize=["shape", "threshold", "slots", "splits", "lowest"])
 def band_kernel(
-    Q, K, V, Vector, KeyMask, Seed, GradOut, Lse, Delta, Partial, starts,
+    Q, K, V, Vector, KeyMask, Seed, GradOut, Exponent, Delta, Partial, starts,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, vector_stride, mask_strides,
     shape, slots, splits, lowest, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR_M: tl.constexpr,
@@ -90,7 +89,7 @@ def band_kernel(
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
                 at_document(GradOut, grad_out_strides, batch, head, query_start),
-                at_document(Lse, lse_strides, batch, head, query_start),
+                at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
             keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
@@ -162,7 +161,7 @@ def bins_kernel(
 
 @triton.jit(do_not_specialize=["shape", "threshold", "sizes"])
 def dense_gradient_kernel(
-    Q, K, V, Dense, KeyMask, Seed, GradOut, Lse, Delta, GradDense, starts,
+    Q, K, V, Dense, KeyMask, Seed, GradOut, Exponent, Delta, GradDense, starts,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, dense_strides, grad_dense_strides, mask_strides,
     shape, sizes, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -198,7 +197,7 @@ def dense_gradient_kernel(
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
                 at_document(GradOut, grad_out_strides, batch, head, query_start),
-                at_document(Lse, lse_strides, batch, head, query_start),
+                at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
             keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))

@@ -4,7 +4,8 @@
 proves for every row of it that nothing spills and everything fits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import triton
 from fat5.ops.attention.launch_table import TABLE
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "band", "dense_gradient")
+ARCHITECTURES = (80, 86, 89, 90, 100)
 
 
 class Launch(NamedTuple):
@@ -25,25 +27,44 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class Recorded(NamedTuple):
+    """One kernel launch, ready to be compiled or run again."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: Mapping[str, Any]
+    launch: Launch | None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the launch: compile-time constants and compiler options."""
+        # Triton 3.10 no longer fuses multiplications and additions unless told to.
+        options: dict[str, Any] = {"enable_fp_fusion": True}
+        if self.launch is not None:
+            options |= {"num_warps": self.launch.num_warps, "num_stages": self.launch.num_stages}
+        return {**self.constants, **options}
+
+
+_overrides: dict[str, Launch] = {}
+_recorder: list[Recorded] | None = None
+
+
 def configuration(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
     """The table's row for this device; an architecture that it does not know gets the row that fits everywhere."""
-    return table_row(kernel, architecture(device), head_dim, dtype.itemsize)
+    return _overrides.get(kernel) or table_row(kernel, architecture(device), head_dim, dtype.itemsize)
 
 
 def table_row(kernel: str, arch: int, head_dim: int, element_size: int) -> Launch:
     """`arch` is 10 * major + minor of the compute capability."""
-    width = max(16, triton.next_power_of_2(head_dim))
-    width = 64 if width < 64 else width
+    width = 64 if head_dim <= 64 else 128
     return Launch(*TABLE[(kernel, known_architecture(arch), width, 4 if element_size > 2 else 2)])
 
 
 def known_architecture(arch: int) -> int:
-    """The architecture whose rows serve `arch`. sm_86's are the smallest: 99 KB of shared memory, mma.sync only."""
-    if arch in (80, 86, 89, 90, 100):
+    """The architecture whose rows serve `arch`; sm_86's ask least of shared memory (99 KB) and use mma.sync only."""
+    if arch in ARCHITECTURES:
         return arch
-    if arch == 103:
-        return 100
-    return 80 if arch == 87 else 86
+    return {87: 80, 103: 100}.get(arch, 86)
 
 
 @lru_cache(maxsize=16)
@@ -55,10 +76,38 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def run(kernel: Any, programs: int | tuple[int, ...], arguments: tuple, constants: Mapping[str, Any], launch: Launch | None = None) -> None:
+def run(
+    kernel: Any, programs: int | tuple[int, ...], arguments: tuple, constants: Mapping[str, Any], launch: Launch | None = None
+) -> None:
     """Launches a kernel over a grid; every kernel of this folder starts here, so that one hook sees them all."""
     grid = (programs,) if isinstance(programs, int) else programs
     if 0 in grid:
         return
-    options = {} if launch is None else {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel[grid](*arguments, **constants, **options)
+    recorded = Recorded(kernel, grid, arguments, constants, launch)
+    if _recorder is not None:
+        _recorder.append(recorded)
+    else:
+        kernel[grid](*arguments, **recorded.options())
+
+
+@contextmanager
+def overridden(**launches: Launch) -> Iterator[None]:
+    """Inside, the named kernels run with these configurations: for tests with small tiles, and for autotuning."""
+    before = dict(_overrides)
+    _overrides.update(launches)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Inside, kernels are listed instead of run, and outputs are left as they were allocated."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before

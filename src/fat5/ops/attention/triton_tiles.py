@@ -191,13 +191,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_lse(Lse, rows, length):
-    """Log-sum-exp in base 2; +inf for a row that sees nothing or lies beyond the document, so that its weights are 0."""
-    lse = tl.load(Lse + rows, mask=rows < length, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
 def relative_tile(bias, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(M, N), or (N, M) when TRANSPOSED, fp32: the relative bias over scale, for the accumulator of q k^T to start from.
 
@@ -208,9 +201,9 @@ def relative_tile(bias, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TR
     keys = tl.arange(0, BLOCK_N)
     start = bias[0] + tl.minimum(tl.maximum(n0 - m0, -bias[1] - BLOCK_N), bias[1] + BLOCK_M)
     if TRANSPOSED:
-        pointers = start + (keys[:, None] - queries[None, :])
+        pointers = (start - queries.to(tl.int64))[None, :] + keys.to(tl.int64)[:, None]
     else:
-        pointers = start + (keys[None, :] - queries[:, None])
+        pointers = (start - queries.to(tl.int64))[:, None] + keys.to(tl.int64)[None, :]
     if INTERPRETED:
         return tl.load(pointers)
     else:

@@ -1,0 +1,280 @@
+"""The Triton attention kernels against the float64 specification, on a GPU where there is one and interpreted elsewhere."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.ops.attention_cases import SMALL_TILES, Case, alone, distance, draw, error, exact, gradients, plain
+
+pytest.importorskip("triton")
+
+from fat5.ops import RelativeBias, attention
+from fat5.ops.attention.triton_attention import attention_forward, attention_triton, unsupported
+from fat5.ops.attention.triton_launch import Launch, overridden
+
+INTERPRETED = not torch.cuda.is_available()
+
+# How much worse than plain PyTorch in the same precision the kernels may be, against float64 (the rule of FlashAttention's
+# own tests), and a floor for problems on which plain PyTorch happens to be exact: relative, and absolute an element, since
+# inputs are of unit size and a gradient that is zero in theory is rounding in practice.
+OUTPUT_RATIO, GRADIENT_RATIO, FLOOR = 2.0, 3.0, 2e-6
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+DOCUMENTS = ((37, 20), (0, 9), (1, 1), (33, 0), (70, 65))
+SAME_DOCUMENTS = ((0, 0), (37, 37), (1, 1), (0, 0), (95, 95), (16, 16), (0, 0))
+
+CASES = [
+    Case(1, 1, bias="relative"),
+    Case(5, 63, bias="relative", dtype=BRAIN),
+    Case(65, 127, bias="relative", head_dim=32, dtype=HALF, batch=1),
+    Case(127, 65, bias="relative", reach=20),
+    Case(63, 63, bias="relative", causal=True, dtype=BRAIN, head_dim=64, batch=1),
+    Case(127, 65, bias="relative", causal=True),
+    Case(40, 100, bias="relative", causal=True, reach=1),
+    Case(33, 65, head_dim=128, dtype=BRAIN, batch=1, heads=1),
+    Case(65, 33, head_dim=24, dtype=HALF, causal=True),
+    Case(64, 96, bias="relative", reach=95),
+    Case(40, 40, bias="relative", scale=0.25, head_dim=80, heads=1),
+    Case(30, 30, bias="relative", scale=-0.5),
+    Case(30, 30, bias="relative", scale=0.0),
+    Case(50, 70, bias="relative", key_mask=True),
+    Case(50, 70, key_mask=True, dtype=BRAIN),
+    Case(60, 60, bias="relative", causal=True, key_mask=True, batch=3, heads=1),
+    Case(45, 70, bias="relative", dropout_p=0.3),
+    Case(45, 45, bias="relative", dropout_p=0.1, causal=True, dtype=BRAIN),
+    Case(63, 65, bias="relative", strided=True),
+    Case(50, 70, bias="dense:nxnxnxn", dtype=BRAIN),
+    Case(50, 70, bias="dense:1xnxnxn", causal=True),
+    Case(50, 70, bias="dense:nx1x1xn"),
+    Case(50, 70, bias="dense:1x1xnx1"),
+    Case(50, 70, bias="dense:1xnx1xn", key_mask=True),
+    Case(documents=SAME_DOCUMENTS, bias="relative", tail=9),
+    Case(documents=SAME_DOCUMENTS, bias="relative", causal=True, dtype=BRAIN, strided=True),
+    Case(documents=SAME_DOCUMENTS, bias="relative", causal=True, dropout_p=0.2),
+    Case(documents=DOCUMENTS, tail=3, dtype=HALF),
+    Case(documents=DOCUMENTS, bias="relative", dropout_p=0.2),
+    Case(documents=DOCUMENTS, bias="dense:nxnxnxn"),
+    Case(documents=DOCUMENTS, bias="dense:1xnxnxn", dtype=BRAIN),
+    Case(documents=((0, 0), (0, 0)), bias="relative", tail=5),
+]
+SLOW_CASES = [
+    Case(513, 513, bias="relative", reach=91, head_dim=64, dtype=dtype, batch=1, causal=causal)
+    for dtype in (HALF, BRAIN, SINGLE)
+    for causal in (False, True)
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles() -> Iterator[None]:
+    with overridden(**SMALL_TILES) if INTERPRETED else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_close_to_float64(case: Case, device: torch.device) -> None:
+    check(case, device)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", SLOW_CASES, ids=str)
+def test_close_to_float64_at_length(case: Case, device: torch.device) -> None:
+    with overridden(**{name: Launch(64, 64, 4, 1) for name in SMALL_TILES}) if INTERPRETED else contextlib.nullcontext():
+        check(case, device)
+
+
+def check(case: Case, device: torch.device) -> None:
+    inputs = draw(case, device)
+    found = gradients(attention_triton, inputs)
+    expected = gradients(exact, inputs, torch.float64)
+    usual = gradients(plain, inputs, bias_dtype=case.dtype if case.bias != "relative" else None)
+    for name, value in found.items():
+        assert value.shape == expected[name].shape
+        ratio = OUTPUT_RATIO if name == "out" else GRADIENT_RATIO
+        floor = FLOOR * (expected[name].norm() + value.numel() ** 0.5)
+        assert distance(value, expected[name]) <= ratio * distance(usual[name], expected[name]) + floor, name
+
+
+def test_log_sum_exp(device: torch.device) -> None:
+    inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
+    mask = inputs.options["key_padding_mask"]
+    _, lse = attention_forward(inputs.q, inputs.k, inputs.v, inputs.bias, None, mask, None, None, None, False, 1.0, 0.0)
+    scores = inputs.q.double() @ inputs.k.double().transpose(-1, -2) + RelativeBias(inputs.bias.double()).dense(40, 70)
+    expected = scores.masked_fill(~mask[:, None, None], float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=2e-6, atol=2e-6)
+    assert (lse[-1] == float("-inf")).all(), "the last batch row sees no key"
+
+
+@pytest.mark.parametrize("case", [Case(documents=SAME_DOCUMENTS, bias="relative"), Case(documents=DOCUMENTS, causal=True)], ids=str)
+def test_packed_equals_one_by_one(case: Case, device: torch.device) -> None:
+    inputs = draw(case, device)
+    packed = gradients(attention_triton, inputs)
+    bias_gradient = 0.0
+    assert case.documents is not None
+    for n, (query_length, key_length) in enumerate(case.documents):
+        own_inputs, _ = alone(inputs, case, n)
+        own = gradients(attention_triton, own_inputs)
+        start_q, start_k = (inputs.options[f"cu_seqlens_{side}"][n] for side in "qk")
+        for name, start, length in (("out", start_q, query_length), ("dq", start_q, query_length), ("dk", start_k, key_length), ("dv", start_k, key_length)):
+            # Tiles start at each document, so the arithmetic is the same to the bit.
+            assert torch.equal(packed[name][start : start + length].transpose(0, 1)[None], own[name]), (name, n)
+        bias_gradient = bias_gradient + own.get("dbias", 0.0)
+    if case.bias == "relative":
+        torch.testing.assert_close(packed["dbias"], bias_gradient)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bias_gradient_sums_to_zero(causal: bool, device: torch.device) -> None:
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", causal=causal, dropout_p=0.2), device)
+    gradient = gradients(attention_triton, inputs)["dbias"].double()
+    # Each row of dS sums to zero, dropout or not.
+    assert gradient.sum(1).abs().max() < 1e-5 * gradient.abs().sum(1).max()
+
+
+def test_unused_distances_get_exactly_no_gradient(device: torch.device) -> None:
+    inputs = draw(Case(20, 20, bias="relative", reach=40), device)
+    gradient = gradients(attention_triton, inputs)["dbias"]
+    assert (gradient[:, :21] == 0).all()
+    assert (gradient[:, 60:] == 0).all()
+    assert (gradient[:, 21:60] != 0).all()
+
+
+def test_table_gradient_through_the_vector(device: torch.device) -> None:
+    inputs = draw(Case(90, 90), device)
+    table = torch.randn(8, 2, device=device, dtype=torch.float64)
+
+    def table_gradient(attend, dtype: torch.dtype) -> torch.Tensor:
+        leaf = table.to(dtype).requires_grad_()
+        bias = RelativeBias.from_table(leaf, bidirectional=True, max_distance=20)
+        out = attend(*(x.to(dtype) for x in (inputs.q, inputs.k, inputs.v)), bias, **inputs.options)
+        out.backward(inputs.grad_out.to(dtype))
+        return leaf.grad
+
+    assert error(table_gradient(attention_triton, SINGLE), table_gradient(exact, torch.float64)) < 5e-6
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_padded_keys_may_hold_nan(device: torch.device) -> None:
+    inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
+    hidden = ~inputs.options["key_padding_mask"][:, None, :, None].expand_as(inputs.k)
+    clean = gradients(attention_triton, inputs)
+    inputs.k, inputs.v = (x.masked_fill(hidden, float("nan")) for x in (inputs.k, inputs.v))
+    for name, value in gradients(attention_triton, inputs).items():
+        assert torch.equal(value, clean[name]), name
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_rows_of_no_document_are_zero(device: torch.device) -> None:
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", tail=40), device)
+    for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out):
+        x[-40:] = float("nan")
+    found = gradients(attention_triton, inputs)
+    for name in ("out", "dq", "dk", "dv"):
+        assert (found[name][-40:] == 0).all(), name
+    assert found["dbias"].isfinite().all()
+
+
+def test_dense_minus_infinity_hides(device: torch.device) -> None:
+    inputs = draw(Case(40, 50, bias="dense:1x1xnxn"), device)
+    hidden = torch.rand(40, 50, device=device) > 0.5
+    hidden[3] = True
+    inputs.bias = inputs.bias.masked_fill(hidden, float("-inf"))
+    found = gradients(attention_triton, inputs)
+    assert (found["out"][:, :, 3] == 0).all()
+    assert all(value.isfinite().all() for value in found.values())
+    assert (found["dbias"][0, 0][hidden] == 0).all()
+
+
+@pytest.mark.parametrize("runs", [3 if INTERPRETED else 100])
+def test_gradients_are_the_same_to_the_bit(runs: int, device: torch.device) -> None:
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", dtype=BRAIN), device)
+    first = gradients(attention_triton, inputs)
+    for _ in range(runs - 1):
+        for name, value in gradients(attention_triton, inputs).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_dropout_does_not_depend_on_tiles(device: torch.device) -> None:
+    inputs = draw(Case(60, 60, bias="relative", dropout_p=0.4), device)
+    usual = gradients(attention_triton, inputs)
+    with overridden(forward=Launch(16, 32, 4, 1), query_gradient=Launch(16, 16, 4, 1), key_gradient=Launch(32, 16, 4, 1)):
+        other = gradients(attention_triton, inputs)
+    for name, value in other.items():
+        torch.testing.assert_close(value, usual[name], rtol=1e-4, atol=1e-5)
+
+
+lengths = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=4)
+
+
+@settings(max_examples=8 if INTERPRETED else 60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    documents=lengths,
+    tail=st.integers(0, 20),
+    head_dim=st.sampled_from([8, 16, 17, 40]),
+    bias=st.sampled_from(["none", "relative", "dense:nxnxnxn"]),
+    reach=st.integers(0, 60),
+    causal=st.booleans(),
+)
+def test_any_documents(documents: list, tail: int, head_dim: int, bias: str, reach: int, causal: bool) -> None:
+    case = Case(documents=tuple(documents), tail=tail, head_dim=head_dim, bias=bias, reach=reach, causal=causal)
+    check(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.mark.parametrize("case", [Case(17, 20, bias="relative"), Case(documents=((17, 20),), bias="dense:nxnxnxn", dropout_p=0.1)], ids=str)
+def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
+    inputs = draw(case, device)
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.bias)]
+    vector, dense = (leaves[3], None) if case.bias == "relative" else (None, leaves[3])
+    o = inputs.options
+    arguments = (*leaves[:3], vector, dense, None, o["seed"], o["cu_seqlens_q"], o["cu_seqlens_k"], o["causal"], o["scale"], o["dropout_p"])
+    torch.library.opcheck(attention_forward, arguments)
+
+
+def test_compiles_without_a_graph_break(device: torch.device) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    case = Case(documents=((20, 20), (9, 9)), bias="relative", tail=3)
+    compiled = torch.compile(attention, fullgraph=True, backend=backend if INTERPRETED else "inductor")
+    for _ in range(2):
+        inputs = draw(case, device)
+        options = {name: value for name, value in inputs.options.items() if name != "seed"}
+        vector = inputs.bias.requires_grad_()
+        out = compiled(inputs.q, inputs.k, inputs.v, bias=RelativeBias(vector), backend="triton", **options)
+        out.backward(inputs.grad_out)
+        expected = attention(inputs.q, inputs.k, inputs.v, bias=RelativeBias(vector), backend="triton", **options)
+        assert torch.equal(out, expected)
+        assert vector.grad is not None
+    assert len(graphs) <= 1, "the second step must not compile again"
+
+
+def test_says_what_it_cannot_serve(device: torch.device) -> None:
+    x = torch.zeros(1, 1, 4, 256, device=device)
+    assert "head dimensions" in str(unsupported(x, x, x, None))
+    assert "float64" in str(unsupported(x[..., :16].double(), x, x, None))
+    with pytest.raises(RuntimeError, match="head dimensions 1 to 128, q has 256"):
+        attention(x, x, x, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU with 40 GB")
+def test_more_than_two_billion_elements() -> None:
+    device = torch.device("cuda")
+    rows, heads, head_dim = 2**22 + 200, 8, 64
+    q = torch.randn(rows, heads, head_dim, device=device, dtype=BRAIN)
+    starts = torch.tensor([0, rows - 150, rows], dtype=torch.int32, device=device)
+    ends = torch.tensor([0, 1, 151], dtype=torch.int32, device=device)
+    vector = torch.randn(heads, 15, device=device)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": ends, "max_seqlen_q": rows, "max_seqlen_k": 150}
+    out = attention(q, q[-151:], q[-151:], bias=RelativeBias(vector), backend="triton", **packed)
+    last = q[-150:].transpose(0, 1)[None]
+    expected = attention(last, last, last, bias=RelativeBias(vector), backend="reference")
+    assert error(out[-150:], expected[0].transpose(0, 1)) < 1e-2
