@@ -121,7 +121,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
             return
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise AssertionError(f"{run} did not reach step {step} in {seconds} s")
 
 

@@ -12,6 +12,12 @@ from fat5.errors import DataError
 TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
 """Keys that measure the machine; all others are equal in two runs of one configuration."""
 
+ROW_KEYS = {
+    "train": ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"),
+    "eval": ("step", "loss", "accuracy", "by_denoiser"),
+}
+"""Kind of row → keys that every such row has."""
+
 
 class MetricsLog:
     """Appends rows to a JSON-lines file.
@@ -117,7 +123,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if row is None:
                 if not line.endswith(b"\n"):
                     return
-                raise DataError("not a JSON object", where=f"{path}:{number}", hint="Metrics.jsonl has one a line")
+                raise DataError("not a JSON object", where=f"{path}:{number}", hint="It has one a line")
             yield row
 
 

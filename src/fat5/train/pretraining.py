@@ -62,11 +62,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     config = config.resolved()
     config = replace(config, precision=resolve_precision(config.precision, device))
     data = open_data(config)
+    model_config = configure_model(config, data.info)
     with RunDirectory(config.output_dir) as run, _determinism(config.deterministic and device.type == "cuda"):
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        model = build_model(config, data.info)
+        model = FAT5ForConditionalGeneration(model_config)
         trainer = _trainer(config, run, model, data, device)
         _continue(trainer, config, run)
         write_atomically(run.config, config.to_yaml())
@@ -94,8 +95,8 @@ def open_data(config: PretrainConfig) -> RunData:
     return RunData(loader, validation, mixture.names(), tokenizer, info, identity, sum(loader.stream.short_documents))
 
 
-def build_model(config: PretrainConfig, info: Any) -> FAT5ForConditionalGeneration:
-    """A freshly initialised model for the tokenizer's vocabulary.
+def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
+    """The model's configuration for the tokenizer's vocabulary.
 
     Raises:
         ConfigurationError: an override that the model's configuration does not have.
@@ -107,9 +108,9 @@ def build_model(config: PretrainConfig, info: Any) -> FAT5ForConditionalGenerati
             raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="Remove it")
         if key not in known and not hasattr(FAT5Config, key):
             near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see docs/model.md for the keys"
+            hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
-    model_config = FAT5Config.preset(
+    return FAT5Config.preset(
         config.model.preset,
         vocab_size=info.vocab_size,
         position_encoding=config.model.position_encoding,
@@ -118,7 +119,6 @@ def build_model(config: PretrainConfig, info: Any) -> FAT5ForConditionalGenerati
         decoder_start_token_id=info.pad_id,
         **config.model.overrides,
     )
-    return FAT5ForConditionalGeneration(model_config)
 
 
 def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, Any]:

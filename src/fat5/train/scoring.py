@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
@@ -73,7 +74,10 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=config.eval_tokens))
     weights = model_folder(folder)
     _check_tokenizer(weights, info)
-    model = FAT5ForConditionalGeneration.from_pretrained(weights, use_safetensors=True, dtype=precision.weight_dtype)
+    try:
+        model = FAT5ForConditionalGeneration.from_pretrained(weights, dtype=precision.weight_dtype)
+    except SafetensorError as error:
+        raise CheckpointError(f"model.safetensors is not a safetensors file ({error})", where=weights) from error
     if model.config.vocab_size < info.vocab_size:
         raise TokenizerError(
             f"the model has {model.config.vocab_size:,} token ids and the data {info.vocab_size:,}",

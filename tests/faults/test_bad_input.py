@@ -1,0 +1,135 @@
+"""Fault 20: bad input to pretrain, evaluate and plot. One clear line, exit code 2, nothing half-written.
+
+And fault 6 as pretrain sees it: a damaged shard is named.
+"""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from fat5.cli.main import main
+from fat5.train import pretrain
+from made_run import tiny
+
+
+def recipe(folder, config, **changes):
+    """A YAML file; nested keys as in {"data": {"max_tokens": 8}}."""
+    content = config.to_dict()
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) else value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def refused(capsys, *arguments):
+    """Runs a command that must fail; returns its one line."""
+    assert main(list(arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"fat5 {arguments[0]}: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+BAD_KEYS = {
+    "unknown key": ({"stepz": 5}, "stepz"),
+    "unknown nested key": ({"data": {"max_token": 5}}, "max_token"),
+    "wrong type": ({"steps": "many"}, "steps"),
+    "no steps": ({"steps": 0}, "steps is 0"),
+    "precision": ({"precision": "fp8"}, "precision"),
+    "mixture": ({"data": {"mixture": "ul3"}}, "no mixture is named 'ul3'"),
+    "denoiser": ({"data": {"mixture": [{"mu": 3.0, "r": 1.5}]}}, "r (corruption rate)"),
+    "budget": ({"data": {"encoder_tokens": 200}}, "data.encoder_tokens: must be a multiple of 128"),
+    "budget below an example": ({"data": {"max_tokens": 4096}}, "is smaller than one example"),
+    "division": ({"data": {"packs_per_micro_batch": 3}}, "packs_per_step"),
+    "preset": ({"model": {"preset": "fat5-huge"}}, "fat5-huge"),
+    "override": (
+        {"model": {"overrides": {"d_modell": 5}}},
+        "model.overrides has no key 'd_modell'. Did you mean d_model?",
+    ),
+    "own override": (
+        {"model": {"overrides": {"vocab_size": 5}}},
+        "model.overrides.vocab_size is set by the run itself",
+    ),
+    "warm-up": ({"schedule": {"warmup_steps": 1000}}, "schedule.warmup_steps is 1000"),
+    "optimizer key": ({"optimizer": {"momentum": 0.5}}, "optimizer.momentum is set, and adamw_scale does not take it"),
+    "learning rate": ({"optimizer": {"lr": -1.0}}, "optimizer.lr is -1.0"),
+    "clip": ({"gradient_clip": 0.0}, "gradient_clip is 0.0"),
+    "keep": ({"keep_last": 0}, "keep_last is 0"),
+    "no sources": ({"data": {"sources": []}}, "data.sources is empty"),
+    "no folder": ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere"),
+    "no output": ({"output_dir": ""}, "output_dir is not given"),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), BAD_KEYS.values(), ids=BAD_KEYS.keys())
+def test_bad_key(prepared, tmp_path, capsys, changes, named):
+    line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run"), **changes))
+    assert named in line
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- a list", "key: [unclosed", "\x00\x01\x02", "steps: !!python/object:os.system x"]
+)
+def test_bad_recipe(tmp_path, capsys, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    refused(capsys, "pretrain", "--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_shard_is_named(prepared, tmp_path, capsys, split, damage):
+    shutil.copytree(prepared, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / ".verified", ignore_errors=True)
+    shard = next((tmp_path / "data" / split).glob("*.ds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(content if damage == "flip" else content[:-2])
+    line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "data", tmp_path / "run")))
+    assert f"{split}/{shard.name}" in line
+
+
+def test_empty_and_foreign_folders(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "empty", tmp_path / "run")))
+    assert "no manifest.json" in line
+    (tmp_path / "empty" / "manifest.json").write_text(json.dumps({"format": "something else"}))
+    line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "empty", tmp_path / "run")))
+    assert "manifest.json" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_beside_the_shards(prepared, tmp_path, capsys):
+    shutil.copytree(prepared, tmp_path / "data")
+    tokenizer = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"<extra_id_255>"', '"<extra_id_256>"'))
+    refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "data", tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate(prepared, tmp_path, capsys):
+    assert "model is not given" in refused(capsys, "evaluate")
+    assert "/nowhere: does not exist" in refused(capsys, "evaluate", "--model", "/nowhere")
+    assert "data is not given" in refused(capsys, "evaluate", "--model", str(tmp_path))
+    line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", json.dumps([str(prepared)]))
+    assert "holds no model and no checkpoint" in line
+    pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "model" in refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+
+
+def test_plot(tmp_path, capsys):
+    assert "no run is given" in refused(capsys, "plot")
+    assert "holds no metrics.jsonl" in refused(capsys, "plot", str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("not JSON\n")
+    assert "metrics.jsonl:1: not a JSON object" in refused(capsys, "plot", str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert "metrics.jsonl:1: not a row of a run: no loss" in refused(capsys, "plot", str(tmp_path))
+    assert not (tmp_path / "loss.png").exists()
