@@ -49,17 +49,20 @@ def test_philox_gives_the_published_known_answers(counter, key, expected):
     assert kernels.philox(*counter, *key) == expected
 
 
-def test_compositions_are_uniform():
-    out = np.empty(3, np.int64)
+@pytest.mark.parametrize(("total", "parts"), [(7, 3), (7, 4)], ids=["few cuts", "many cuts"])
+def test_compositions_are_uniform(total, parts):
+    out, marks = np.empty(parts, np.int64), np.zeros(total, np.uint8)
     counts: Counter[tuple[int, ...]] = Counter()
     draws = 30_000
     for piece in range(draws):
-        kernels.compose(7, 3, out, 1, piece, 0, 0, 5, 0)
+        kernels.compose(total, parts, out, marks, 1, piece, 0, 0, 5, 0)
         counts[tuple(out.tolist())] += 1
-    expected = {(a, b - a, 7 - b) for a, b in combinations(range(1, 7), 2)}
+    expected = {tuple(np.diff([0, *cuts, total]).tolist()) for cuts in combinations(range(1, total), parts - 1)}
     assert set(counts) == expected
-    chi_square = sum((count - draws / 15) ** 2 / (draws / 15) for count in counts.values())
-    assert chi_square < 36.1  # 14 degrees of freedom, p = 0.001
+    freedom = len(expected) - 1
+    chi_square = sum((count - draws / len(expected)) ** 2 / (draws / len(expected)) for count in counts.values())
+    assert chi_square < freedom + 3.1 * (2 * freedom) ** 0.5 + 4  # beyond p = 0.001
+    assert not marks.any()
 
 
 def test_default_mixture_is_exactly_the_seven_rows():

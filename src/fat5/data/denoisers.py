@@ -145,6 +145,7 @@ class Denoiser:
             info.eos_id,
             scratch[0],
             scratch[1],
+            np.zeros(document.size, np.uint8),
             c1,
             c2,
             c3,

@@ -86,41 +86,62 @@ def permute(index, size, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
 
 
 @jit
-def compose(total, parts, out, block, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+def compose(total, parts, out, marks, block, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Writes a uniform random composition of `total` into `parts` positive lengths; returns the next counter block.
 
-    Selection sampling (Knuth 3.4.2 S) of parts-1 cuts among total-1 places, one 32-bit word a place.
+    It is a uniform choice of parts-1 cuts among total-1 places: by Floyd's algorithm (one word a cut; Bentley and
+    Floyd, CACM 1987) where cuts are few, else by selection sampling (one word a place; Knuth 3.4.2 S). `marks` is
+    uint8 scratch for `total` places, zero before and after.
     """
-    needed = parts - 1
-    left = total - 1
-    position = 1
-    start = 0
+    cuts = parts - 1
+    places = total - 1
     part = 0
-    while needed > 0:
-        w0, w1, w2, w3 = philox(block, c1, c2, c3, k0, k1)
-        block += 1
-        for word in (w0, w1, w2, w3):
-            if needed > 0:
-                if ((word * left) >> 32) < needed:
-                    out[part] = position - start
-                    start = position
-                    part += 1
-                    needed -= 1
-                left -= 1
-                position += 1
+    start = 0
+    if cuts * 2 < places:
+        drawn = places - cuts
+        while drawn < places:
+            w0, w1, w2, w3 = philox(block, c1, c2, c3, k0, k1)
+            block += 1
+            for word in (w0, w1, w2, w3):
+                if drawn < places:
+                    place = (word * (drawn + 1)) >> 32
+                    marks[drawn if marks[place] else place] = 1
+                    drawn += 1
+        place = 0
+        while part < cuts:
+            if marks[place]:
+                marks[place] = 0
+                out[part] = place + 1 - start
+                start = place + 1
+                part += 1
+            place += 1
+    else:
+        position = 1
+        while cuts > 0:
+            w0, w1, w2, w3 = philox(block, c1, c2, c3, k0, k1)
+            block += 1
+            for word in (w0, w1, w2, w3):
+                if cuts > 0:
+                    if ((word * places) >> 32) < cuts:
+                        out[part] = position - start
+                        start = position
+                        part += 1
+                        cuts -= 1
+                    places -= 1
+                    position += 1
     out[part] = total - start
     return block
 
 
 @jit
-def corrupt(tokens, noise, spans, mode, sentinels, eos, kept, masked, c1, c2, c3, k0, k1, inputs, i, targets, t):  # type: ignore[no-untyped-def]
+def corrupt(tokens, noise, spans, mode, sentinels, eos, kept, masked, marks, c1, c2, c3, k0, k1, inputs, i, targets, t):  # type: ignore[no-untyped-def]
     """Writes one example at inputs[i:] and targets[t:]; returns the ends.
 
-    `kept` and `masked` are scratch for `spans` lengths; `mode` < 0 means no mode token. Segments alternate from a
-    non-noise one, so that a single span is always a suffix.
+    `kept` and `masked` are scratch for `spans` lengths, `marks` for a byte a token, all zero; `mode` < 0 means no mode
+    token. Segments alternate from a non-noise one, so that a single span is always a suffix.
     """
-    block = compose(tokens.size - noise, spans, kept, 1, c1, c2, c3, k0, k1)
-    compose(noise, spans, masked, block, c1, c2, c3, k0, k1)
+    block = compose(tokens.size - noise, spans, kept, marks, 1, c1, c2, c3, k0, k1)
+    compose(noise, spans, masked, marks, block, c1, c2, c3, k0, k1)
     if mode >= 0:
         inputs[i] = mode
         i += 1
@@ -346,6 +367,7 @@ def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targ
     """Corrupts `examples` one after another into flat `inputs` and `targets`; fills cu_seqlens, padded with the end."""
     kept = np.empty(layout.sentinels.size, np.int64)
     masked = np.empty(layout.sentinels.size, np.int64)
+    marks = np.zeros(layout.max_tokens, np.uint8)
     i = 0
     t = 0
     cu_inputs[0] = 0
@@ -374,6 +396,7 @@ def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targ
                 layout.eos,
                 kept,
                 masked,
+                marks,
                 c1,
                 c2,
                 c3,
@@ -395,6 +418,7 @@ def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targ
                 layout.eos,
                 kept,
                 masked,
+                marks,
                 c1,
                 c2,
                 c3,
