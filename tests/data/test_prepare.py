@@ -1,5 +1,6 @@
 """Preparing a corpus: the same shards whoever runs it, restart after a kill, other executors, refusals."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fat5.data import load_tokenizer, open_shards, sample_path, verify
+from fat5.data import Tokenizer, load_tokenizer, open_shards, sample_path, verify
 from fat5.data.prepare import PrepareConfig, finish, prepare
 from fat5.data.prepare_plan import read_plan
 from fat5.data.slurm_options import SlurmOptions
+from fat5.data.tokenizer import byte_tokenizer
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 
@@ -124,6 +126,19 @@ def test_several_files_and_forms_are_one_corpus(tmp_path: Path, tokenizer: str, 
     assert made.name == "mine"
 
 
+def test_a_wide_vocabulary_is_written_as_uint32(tmp_path: Path, texts: list[str]) -> None:
+    content = byte_tokenizer()
+    content["model"]["vocab"] |= {f"piece{index}": 400 + index for index in range(70_000)}
+    wide = Tokenizer(content, None, {}).save(tmp_path / "wide")
+    made = prepare(config(tmp_path, str(wide), write_jsonl(tmp_path / "a.jsonl", texts[:20]), validation_fraction=0.0))
+    assert made
+    assert made.token_bytes == 4
+    shards = open_shards(tmp_path / "out")
+    assert shards.document(0).dtype == np.dtype("<u4")
+    assert shards.document(0).tolist() == [byte + 3 for byte in texts[0].encode()]
+    assert decoded(tmp_path / "out", "train") == texts[:20]
+
+
 def test_a_hugging_face_dataset_is_streamed(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
     (tmp_path / "dataset").mkdir()
     for part in range(2):
@@ -172,6 +187,37 @@ def test_killed_and_run_again_the_manifest_is_the_same(tmp_path: Path, tokenizer
     assert {path: path.stat().st_mtime_ns for path in done} == stamps, "finished tasks were done again"
     assert not list(out.rglob("*.partial"))
     verify(out)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path: Path, tokenizer: str, sent: int) -> None:
+    for part in range(2):
+        write_jsonl(tmp_path / f"{part}.jsonl", ["un deux trois quatre cinq " * 20] * 20_000)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fat5", "prepare", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
+    process = subprocess.Popen([*command, "--tokenizer", tokenizer, "--output_dir", str(out), "--workers", "2"])
+    deadline = time.monotonic() + 60
+    while len(list((out / "logs" / "progress").glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = descendants(process.pid)
+    assert len(children) >= 2
+    process.send_signal(sent)
+    assert process.wait(20) == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert not (out / "manifest.json").exists()
+
+
+def descendants(pid: int) -> set[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    for _ in range(4):
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {pid}
 
 
 def test_run_again_when_complete_it_does_nothing(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:

@@ -185,8 +185,7 @@ def main(argv: list[str]) -> int:
         finish(Path(folder))
         return 0
     stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
-    size = len(os.environ.get("SLURM_ARRAY_TASK_ID", "")) and int(os.environ["SLURM_ARRAY_TASK_MAX"]) + 1
-    options = SlurmOptions(max_array_size=size or 1)
+    options = SlurmOptions(max_array_size=int(os.environ["SLURM_ARRAY_TASK_MAX"]) + 1)
     SlurmStage(folder, stage, options, -1, build(folder, stage_name)).run()
     return 0
 

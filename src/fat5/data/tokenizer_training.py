@@ -36,8 +36,8 @@ PATTERN = (
 ALPHABET_COVERAGE = 0.9999
 ALPHABET_CHARACTERS = 200_000_000
 REPORT_ROWS = 5_000
-# A learned Unigram token is at most this many characters, as in SentencePiece.
-LONGEST_PIECE = 16
+# Longest learned token, in characters: no token for a whole sentence where a script has no spaces.
+LONGEST_PIECE = 24
 
 
 @dataclass
@@ -104,7 +104,11 @@ def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> 
         letters = alphabet(corpus.rows(config.rows), room // 2, config.normalization == "nfc")
         backend = Backend(models.BPE(unk_token=UNK, byte_fallback=True))
         trainer = trainers.BpeTrainer(
-            vocab_size=room, initial_alphabet=letters, limit_alphabet=len(letters), show_progress=progress
+            vocab_size=room,
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            max_token_length=LONGEST_PIECE,
+            show_progress=progress,
         )
     else:
         backend = Backend(models.Unigram())
