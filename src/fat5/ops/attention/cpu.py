@@ -199,6 +199,8 @@ class Walk:
                 self.extended = self.extended.masked_fill(distance > 0, float("-inf"))
 
     def tokens_first(self, x: Tensor) -> Tensor:
+        # PyTorch's fused kernel takes every stride but that of the last dimension.
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         return x if self.packed else x.transpose(1, 2)
 
     def caller_layout(self, x: Tensor) -> Tensor:
