@@ -12,10 +12,26 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-FIELDS = ["case", "provider", "metric", "p20", "p50", "p80", "unit", "repeats", "machine", "versions", "commit", "date", "command"]
+FIELDS = [
+    "case",
+    "provider",
+    "metric",
+    "p20",
+    "p50",
+    "p80",
+    "unit",
+    "repeats",
+    "machine",
+    "versions",
+    "commit",
+    "date",
+    "command",
+]
 
 
-def interleaved(providers: Mapping[str, Callable[[], object]], repeats: int = 7, warmup: int = 1) -> dict[str, np.ndarray]:
+def interleaved(
+    providers: Mapping[str, Callable[[], object]], repeats: int = 7, warmup: int = 1
+) -> dict[str, np.ndarray]:
     """Seconds of each provider over `repeats` rounds; each round runs every provider once, in turn."""
     for _ in range(warmup):
         for run in providers.values():
@@ -32,20 +48,36 @@ def interleaved(providers: Mapping[str, Callable[[], object]], repeats: int = 7,
 def row(case: str, provider: str, metric: str, samples: np.ndarray, unit: str) -> dict[str, object]:
     """One CSV row from samples of one quantity (`unit` says which: "s", "tokens/s", "bytes", "ratio")."""
     p20, p50, p80 = (float(f"{value:.5g}") for value in np.percentile(samples, [20, 50, 80]))
-    return {"case": case, "provider": provider, "metric": metric, "p20": p20, "p50": p50, "p80": p80, "unit": unit, "repeats": len(samples)}
+    return {
+        "case": case,
+        "provider": provider,
+        "metric": metric,
+        "p20": p20,
+        "p50": p50,
+        "p80": p80,
+        "unit": unit,
+        "repeats": len(samples),
+    }
 
 
 def save(question: str, rows: list[dict[str, object]]) -> Path:
     """Writes results/QUESTION.csv (replacing it) with machine, versions, commit and command, and prints a table."""
     path = RESULTS / f"{question}.csv"
     path.parent.mkdir(exist_ok=True)
-    stamp = {"machine": machine(), "versions": versions(), "commit": commit(), "date": date.today().isoformat(), "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])}
+    stamp = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(row | stamp for row in rows)
     for line in rows:
-        print(f"{line['case']!s:32} {line['provider']!s:28} {line['metric']!s:20} {line['p50']:>12,} {line['unit']} (p20 {line['p20']:,}, p80 {line['p80']:,})")
+        name = f"{line['case']!s:32} {line['provider']!s:28} {line['metric']!s:20}"
+        print(f"{name} {line['p50']:>12,} {line['unit']} (p20 {line['p20']:,}, p80 {line['p80']:,})")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
     return path
 
@@ -61,7 +93,10 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
+            model,
+        )
     return f"{model} ({os.cpu_count()} cores)"
 
 
@@ -81,8 +116,12 @@ def versions() -> str:
 def commit() -> str:
     """Short hash of HEAD, with + where the tree differs from it."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", "src"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "src"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if dirty else "")

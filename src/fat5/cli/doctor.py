@@ -72,12 +72,12 @@ def machine() -> list[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capable = properties.major >= 8
-            memory = properties.total_memory / 2**30
+            size = properties.total_memory / 2**30
             findings.append(
                 Finding(
                     f"GPU {index}",
                     OK if capable else WARN,
-                    f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}",
+                    f"{properties.name}, {size:.0f} GiB, sm_{properties.major}{properties.minor}",
                     "bf16 and the tuned kernels want an A100 or newer",
                 )
             )
@@ -121,7 +121,7 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     import torch
 
     from fat5.train.precision import resolve_precision
-    from fat5.train.pretraining import build_model, open_data
+    from fat5.train.pretraining import open_data
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings: list[Finding] = []
@@ -135,22 +135,24 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
     try:
-        model = _model_on_meta(config, info, build_model)
+        model = _model_on_meta(config, info)
     except FAT5Error as error:
         return [*findings, Finding("model", BAD, str(error))]
     findings.append(Finding("model", OK, f"{config.model.preset}: {model.num_parameters():,} parameters"))
     return findings + _memory_findings(config, model, device) + _work_findings(config, model)
 
 
-def _model_on_meta(config: DoctorConfig, info: Any, build_model: Any) -> Any:
+def _model_on_meta(config: DoctorConfig, info: Any) -> Any:
     import torch
 
     from fat5.data import TokenizerInfo
+    from fat5.model import FAT5ForConditionalGeneration
+    from fat5.train.pretraining import configure_model
 
     if info is None:
         info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
     with torch.device("meta"):
-        return build_model(config, info)
+        return FAT5ForConditionalGeneration(configure_model(config, info))
 
 
 def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
