@@ -120,10 +120,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             row = _parse(line)
+            if row is None and not line.endswith(b"\n"):
+                return
             if row is None:
-                if not line.endswith(b"\n"):
-                    return
-                raise DataError("not a JSON object", where=f"{path}:{number}", hint="It has one a line")
+                raise DataError("not a JSON object", where=f"{path}:{number}", hint="There is one a line")
+            missing = [key for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)) if key not in row]
+            if missing:
+                raise DataError(f"not a row of a run: no {missing[0]}", where=f"{path}:{number}")
             yield row
 
 
