@@ -1,10 +1,11 @@
 """Is the UL2 pipeline 10 times as fast as a plain NumPy collator, at fill 99% / 97%? (numbers.md, C3)
 
-One process, one core. Two corpora of random tokens, written as shards: paragraphs of about 61 tokens, and pieces of 1,024.
-"fat5" runs the whole path of training: order, denoiser, lengths, packing, corruption, PackedBatch. "numpy" is a collator
-of the usual form, one example at a time: a shuffled mask of segment starts, `np.where` on shifted masks for sentinels,
-a filter, concatenation, and padding of the batch to its longest. Both apply the same mixture to the same documents.
-Useful tokens are raw document tokens, each counted once.
+One process, one core. Corpora of random tokens, written as shards: paragraphs of about 61 tokens, pieces of 1,024, and
+documents of 50 to 1,024. "fat5" runs the whole path of training: order, denoiser, lengths, packing, corruption,
+PackedBatch. "numpy" is a collator of the usual form, one example at a time: a shuffled mask of segment starts,
+`np.where` on shifted masks for sentinels, a filter, concatenation, and padding of the batch to its longest. Both apply
+the same mixture to the same documents, and both are checked to reconstruct them. Useful tokens are raw document tokens,
+each counted once.
 
     python benchmarks/ul2.py
 """

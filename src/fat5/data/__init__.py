@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "BatchConfig": "batch",
     "Denoiser": "denoisers",
+    "DenoiserConfig": "denoisers",
     "Manifest": "shards",
     "MixtureOfDenoisers": "denoisers",
     "PackedBatch": "batch",
@@ -35,7 +36,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from fat5.data.batch import BatchConfig, PackedBatch
-    from fat5.data.denoisers import Denoiser, MixtureOfDenoisers, reconstruct
+    from fat5.data.denoisers import Denoiser, DenoiserConfig, MixtureOfDenoisers, reconstruct
     from fat5.data.loader import PackedLoader
     from fat5.data.order import PieceStream, Source
     from fat5.data.packing import pack, suggest_budgets
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchConfig",
     "Denoiser",
+    "DenoiserConfig",
     "Manifest",
     "MixtureOfDenoisers",
     "PackedBatch",

@@ -13,7 +13,7 @@ import numpy as np
 from fat5.data import kernels
 from fat5.data.audit_figure import draw
 from fat5.data.batch import BatchConfig, PackedBatch
-from fat5.data.denoisers import MixtureOfDenoisers, reconstruct
+from fat5.data.denoisers import DenoiserConfig, MixtureOfDenoisers, reconstruct
 from fat5.data.loader import Loader
 from fat5.data.order import PieceStream, Source
 from fat5.data.packing import fill, pack, suggest_budgets
@@ -52,7 +52,7 @@ class AuditConfig:
     output_dir: str = "audit"
     weights: list[float] = field(default_factory=list)
     split: str = "train"
-    mixture: str | list[dict[str, Any]] = "fat5"
+    mixture: str | list[DenoiserConfig] = "fat5"
     max_tokens: int = 1024
     encoder_tokens: int = 16384
     decoder_tokens: int = 0

@@ -159,6 +159,25 @@ class Denoiser:
         return inputs, targets
 
 
+@dataclass
+class DenoiserConfig:
+    """One row of a mixture written out in YAML.
+
+    Args:
+        mu: mean span length; where r is 0, the prefix kept is a mu-th of the text.
+        r: corruption rate; 0 is the sequential denoiser, which needs max_spans 1.
+        max_spans: most spans of a text: a number, or max_token_length for no limit but the text's.
+        prefix: mode token in front of the inputs ([R], [S], [X]), or none.
+        proportion: relative share of the examples.
+    """
+
+    mu: float
+    r: float
+    max_spans: int | str | None = None
+    prefix: str | None = None
+    proportion: float = 1.0
+
+
 class MixtureOfDenoisers:
     """Denoisers with the share of examples each is given. Proportions are relative and are normalised.
 
@@ -192,7 +211,9 @@ class MixtureOfDenoisers:
         return cls.of(MIXTURES[name])
 
     @classmethod
-    def of(cls, mixture: str | Sequence[Mapping[str, Any]] | MixtureOfDenoisers | Denoiser) -> MixtureOfDenoisers:
+    def of(
+        cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]] | MixtureOfDenoisers | Denoiser
+    ) -> MixtureOfDenoisers:
         """A mixture from what a YAML file holds: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
         if isinstance(mixture, MixtureOfDenoisers):
             return mixture
@@ -205,6 +226,7 @@ class MixtureOfDenoisers:
         denoisers, proportions = [], []
         for index, row in enumerate(mixture):
             where = f"mixture[{index}]"
+            row = vars(row) if isinstance(row, DenoiserConfig) else row
             if not isinstance(row, Mapping):
                 raise ConfigurationError(f"must hold mu, r, max_spans, prefix, proportion, not {row!r}", where=where)
             unknown, missing = set(row) - _KEYS, {"mu", "r"} - set(row)
