@@ -83,16 +83,17 @@ def attention_forward(
     """Returns out, of q's shape and strides where q is dense, and lse (B, H, Lq) or (H, Tq) fp32."""
     out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
     launch = configuration("forward", q.device, q.shape[-1], q.dtype)
-    problem = _Problem(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p)
+    problem = _Problem(
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+    )
     starts, shape, programs = problem.query_tiles(launch.block_m, last_first=causal)
+    inputs, bias_strides = problem.inputs(launch)
     run(
         forward_kernel,
         programs,
         (
-            *(q, k, v, problem.padded_vector(launch), dense, problem.key_mask, seed, out, lse, starts),
-            *(problem.strides(x) for x in (q, k, v, out)),
-            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
-            *(shape, problem.scale2, problem.threshold, problem.keep_scale),
+            *(*inputs, out, lse, starts, *map(problem.strides, (q, k, v, out)), problem.lse_strides, bias_strides),
+            *(problem.mask_strides, shape, problem.scale2, problem.threshold, problem.keep_scale),
         ),
         problem.constants(launch),
         launch,
@@ -125,35 +126,37 @@ def attention_backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v and of the bias in its own shape (empty unless `bias_needs_grad`)."""
-    problem = _Problem(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p)
+    problem = _Problem(
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+    )
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype)
     starts, shape, programs = problem.query_tiles(rows.block_m, last_first=causal)
+    inputs, bias_strides = problem.inputs(rows)
     far_sums = lse.new_empty((programs, 2)) if vector is not None and bias_needs_grad else None
     run(
         query_gradient_kernel,
         programs,
         (
-            *(q, k, v, problem.padded_vector(rows), dense, problem.key_mask, seed, out, grad_out, lse, exponent, delta, grad_q),
-            *(far_sums, starts, *(problem.strides(x) for x in (q, k, v, out, grad_out, grad_q))),
-            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
-            *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+            *(*inputs, out, grad_out, lse, exponent, delta, grad_q, far_sums, starts),
+            *(*map(problem.strides, (q, k, v, out, grad_out, grad_q)), problem.lse_strides, bias_strides),
+            *(problem.mask_strides, shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
         ),
         problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
         rows,
     )
     columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype)
     starts, shape, programs = problem.key_tiles(columns.block_n)
+    inputs, bias_strides = problem.inputs(columns)
     run(
         key_gradient_kernel,
         programs,
         (
-            *(q, k, v, problem.padded_vector(columns), dense, problem.key_mask, seed, grad_out, exponent, delta, grad_k, grad_v),
-            *(starts, *(problem.strides(x) for x in (q, k, v, grad_out, grad_k, grad_v))),
-            *(problem.lse_strides, problem.vector_stride, problem.dense_strides, problem.mask_strides),
-            *(shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+            *(*inputs, grad_out, exponent, delta, grad_k, grad_v, starts),
+            *(*map(problem.strides, (q, k, v, grad_out, grad_k, grad_v)), problem.lse_strides, bias_strides),
+            *(problem.mask_strides, shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
         ),
         problem.constants(columns),
         columns,
@@ -174,7 +177,9 @@ def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
 
 
-def _vector_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch) -> Tensor:
+def _vector_gradient(
+    problem: "_Problem", grad_out: Tensor, exponent: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch
+) -> Tensor:
     """(H, 2R+1) fp32: the band kernel's diagonals and the far sums that the dQ pass left behind, tiled as `rows`."""
     q, k, v, vector, causal = problem.q, problem.k, problem.v, problem.vector, problem.causal
     assert vector is not None
@@ -198,13 +203,13 @@ def _vector_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, de
     partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
     constants = problem.constants(band) | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
     del constants["BIAS"]
+    inputs, bias_strides = problem.inputs(band)
     run(
         band_kernel,
         problem.heads * offsets * splits,
         (
-            *(q, k, v, problem.padded_vector(band), problem.key_mask, problem.seed, grad_out, exponent, delta, partial, starts),
-            *(problem.strides(x) for x in (q, k, v, grad_out)),
-            *(problem.lse_strides, problem.vector_stride, problem.mask_strides, shape, slots, splits, lowest),
+            *(*inputs, grad_out, exponent, delta, partial, starts, *map(problem.strides, (q, k, v, grad_out))),
+            *(problem.lse_strides, bias_strides, problem.mask_strides, shape, slots, splits, lowest),
             *(problem.scale2, problem.threshold, problem.keep_scale),
         ),
         constants,
@@ -238,15 +243,14 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
     sizes = (documents, dense.shape[0], dense.shape[1], rows, columns)
     constants = problem.constants(launch) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
     del constants["BIAS"]
-    starts, shape = problem.starts(None), problem.shape(0)
+    inputs, bias_strides = problem.inputs(launch)
     run(
         dense_gradient_kernel,
         dense.shape[0] * dense.shape[1] * triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),
         (
-            *(q, k, v, dense, problem.key_mask, problem.seed, grad_out, exponent, delta, grad_dense, starts),
-            *(problem.strides(x) for x in (q, k, v, grad_out)),
-            *(problem.lse_strides, problem.dense_strides, grad_dense.stride(), problem.mask_strides),
-            *(shape, sizes, problem.scale2, problem.threshold, problem.keep_scale),
+            *(*inputs, grad_out, exponent, delta, grad_dense, problem.starts(None)),
+            *(*map(problem.strides, (q, k, v, grad_out)), problem.lse_strides, bias_strides, grad_dense.stride()),
+            *(problem.mask_strides, problem.shape(0), sizes, problem.scale2, problem.threshold, problem.keep_scale),
         ),
         constants,
         launch,
@@ -279,12 +283,7 @@ class _Problem:
         self.query_rows, self.key_rows = (q.shape[0], k.shape[0]) if self.packed else (q.shape[2], k.shape[2])
         self.num_documents = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
         self.key_mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-        self.mask_strides = None if self.key_mask is None else self.key_mask.stride()
-        self.dense_strides = None
-        if dense is not None:
-            # A broadcast dimension is read again and again at stride 0.
-            self.dense_strides = tuple(0 if size == 1 else stride for size, stride in zip(dense.shape, dense.stride()))
-        self.vector_stride = 0
+        self.mask_strides = (0, 0) if self.key_mask is None else self.key_mask.stride()
         self.scale, self.scale2 = scale, scale * LOG2E
         self.dropout = seed is not None and dropout_p > 0.0
         self.threshold = int(dropout_p * 2**32)
@@ -299,14 +298,22 @@ class _Problem:
         batch, head, row, dimension = x.stride()
         return batch, head, row, dimension
 
-    def padded_vector(self, launch: Launch) -> Tensor | None:
-        """The bias vector over scale, its end values repeated on either side, from distance 0 on."""
-        if self.vector is None:
-            return None
-        padding = launch.block_m + launch.block_n
-        padded = F.pad(self.vector / self.scale, (padding, padding), mode="replicate")
-        self.vector_stride = padded.shape[1]
-        return padded[:, padded.shape[1] // 2 :]
+    def inputs(self, launch: Launch) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """q, k, v, bias, key mask and seed as a kernel takes them, and the bias's strides."""
+        bias, strides = self.q, (0, 0, 0, 0)
+        if self.vector is not None:
+            # Over scale, its end values repeated on either side, from distance 0 on.
+            padding = launch.block_m + launch.block_n
+            padded = F.pad(self.vector / self.scale, (padding, padding), mode="replicate")
+            bias, strides = padded[:, padded.shape[1] // 2 :], (0, padded.shape[1], 0, 0)
+        elif self.dense is not None:
+            # A broadcast dimension is read again and again at stride 0.
+            bias = self.dense
+            strides = tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride()))
+        # What is missing must still be some pointer: Triton 3.6 returns no None from a device function.
+        mask = self.q if self.key_mask is None else self.key_mask
+        seed = self.q if self.seed is None else self.seed
+        return (self.q, self.k, self.v, bias, mask, seed), strides
 
     def query_tiles(self, block: int, last_first: bool = False) -> tuple[tuple, tuple[int, ...], int]:
         """The `starts` and `shape` tuples of a kernel that owns tiles of queries, and its number of programs."""
@@ -316,7 +323,9 @@ class _Problem:
         """The same for a kernel that owns tiles of keys."""
         return self._tiles(self.cu_seqlens_k, self.key_rows, block, False)
 
-    def _tiles(self, cu_seqlens: Tensor | None, rows: int, block: int, last_first: bool) -> tuple[tuple, tuple[int, ...], int]:
+    def _tiles(
+        self, cu_seqlens: Tensor | None, rows: int, block: int, last_first: bool
+    ) -> tuple[tuple, tuple[int, ...], int]:
         if cu_seqlens is None:
             tiles = triton.cdiv(rows, block)
             return self.starts(None), self.shape(tiles), tiles * self.heads * self.q.shape[0]

@@ -35,9 +35,8 @@ BY_DISTANCE: tl.constexpr = tl.constexpr(3)
 
 @triton.jit(do_not_specialize=["shape", "threshold"])
 def query_gradient_kernel(
-    Q, K, V, Vector, Dense, KeyMask, Seed, Out, GradOut, Lse, Exponent, Delta, GradQ, FarSums, starts,
-    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, lse_strides, vector_stride,
-    dense_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
+    Q, K, V, Bias, KeyMask, Seed, Out, GradOut, Lse, Exponent, Delta, GradQ, FarSums, starts,
+    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, lse_strides, bias_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     FAR_SUMS: tl.constexpr,
@@ -50,7 +49,9 @@ def query_gradient_kernel(
     """
     program = tl.program_id(0)
     head, slot = head_and_slot(program, shape, PACKED)
-    document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, CAUSAL)
+    document, block, batch, query_start, query_length, key_start, key_length = locate(
+        slot, starts, shape, PACKED, CAUSAL
+    )
     if document < 0:
         if FAR_SUMS:
             tl.store(FarSums + 2 * program, 0.0)
@@ -60,11 +61,20 @@ def query_gradient_kernel(
     m0 = block * BLOCK_M
     keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
     key_strides = (k_strides, v_strides)
-    bias = bias_of(Vector, vector_stride, Dense, dense_strides, R, head, document, BIAS)
-    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK)
+    bias = bias_of(Bias, bias_strides, R, head, document)
+    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
     tile = (m0, query_length, key_length)
 
-    q = load_rows(at_document(Q, q_strides, batch, head, query_start), q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(
+        at_document(Q, q_strides, batch, head, query_start),
+        q_strides,
+        m0,
+        query_length,
+        BLOCK_M,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
     grad_out = at_document(GradOut, grad_out_strides, batch, head, query_start)
     grad_out = load_rows(grad_out, grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out = at_document(Out, out_strides, batch, head, query_start)
@@ -133,7 +143,9 @@ def _pull(
             attended = attended_keys(mask, n0, key_length, BLOCK_N)[:, None]
             k = tl.where(attended, k, 0.0)
             v = tl.where(attended, v, 0.0)
-        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
+        scores = score_tile(
+            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION
+        )
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
@@ -156,9 +168,8 @@ def _pull(
 
 @triton.jit(do_not_specialize=["shape", "threshold"])
 def key_gradient_kernel(
-    Q, K, V, Vector, Dense, KeyMask, Seed, GradOut, Exponent, Delta, GradK, GradV, starts,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, lse_strides, vector_stride,
-    dense_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
+    Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, GradK, GradV, starts,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, lse_strides, bias_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,13 +179,15 @@ def key_gradient_kernel(
     weigh nothing because their exponent reads as +inf.
     """
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
-    document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, False, True)
+    document, block, batch, query_start, query_length, key_start, key_length = locate(
+        slot, starts, shape, PACKED, False, True
+    )
     if document < 0:
         return
     R = shape[5]
     n0 = block * BLOCK_N
-    bias = bias_of(Vector, vector_stride, Dense, dense_strides, R, head, document, BIAS)
-    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK)
+    bias = bias_of(Bias, bias_strides, R, head, document)
+    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
     tile = (n0, query_length, key_length)
     queries = (
         at_document(Q, q_strides, batch, head, query_start),
@@ -183,8 +196,12 @@ def key_gradient_kernel(
         at_document(Delta, lse_strides, batch, head, query_start),
     )
     query_strides = (q_strides, grad_out_strides)
-    k = load_rows(at_document(K, k_strides, batch, head, key_start), k_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(at_document(V, v_strides, batch, head, key_start), v_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    k = load_rows(
+        at_document(K, k_strides, batch, head, key_start), k_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True
+    )
+    v = load_rows(
+        at_document(V, v_strides, batch, head, key_start), v_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True
+    )
     keys = (k, v)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -245,7 +262,9 @@ def _push(
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
-        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, True, PRECISION)
+        scores = score_tile(
+            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, True, PRECISION
+        )
         if CAUSAL:
             columns = n0 + tl.arange(0, BLOCK_N)
             scores = tl.where(rows[None, :] >= columns[:, None], scores, float("-inf"))

@@ -56,8 +56,8 @@ def _score_gradient(
 
 @triton.jit(do_not_specialize=["shape", "threshold", "slots", "splits", "lowest"])
 def band_kernel(
-    Q, K, V, Vector, KeyMask, Seed, GradOut, Exponent, Delta, Partial, starts,
-    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, vector_stride, mask_strides,
+    Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, Partial, starts,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, mask_strides,
     shape, slots, splits, lowest, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR_M: tl.constexpr,
     FAR_N: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -76,7 +76,9 @@ def band_kernel(
     distance = (lowest + index) * BLOCK_N
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for slot in range(split, slots, splits):
-        document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, False)
+        document, block, batch, query_start, query_length, key_start, key_length = locate(
+            slot, starts, shape, PACKED, False
+        )
         m0 = block * BLOCK_M
         n0 = m0 + distance
         far_m = m0 // FAR_M * FAR_M
@@ -84,22 +86,27 @@ def band_kernel(
         far_n = n0 // FAR_N * FAR_N
         near = (far_n + FAR_N - 1 - far_m > -R) & (far_n - (far_m + FAR_M - 1) < R)
         if (document >= 0) & (n0 >= 0) & (n0 < key_length) & near:
-            bias = bias_of(Vector, vector_stride, None, None, R, head, document, RELATIVE)
-            mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK)
+            bias = bias_of(Bias, bias_strides, R, head, document)
+            mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
                 at_document(GradOut, grad_out_strides, batch, head, query_start),
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
-            keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
+            keys = (
+                at_document(K, k_strides, batch, head, key_start),
+                at_document(V, v_strides, batch, head, key_start),
+            )
             total += _score_gradient(
                 queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask, m0, n0, query_length, key_length,
                 scale, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
     queries_in_tile = tl.arange(0, BLOCK_M)
     keys_in_tile = tl.arange(0, BLOCK_N)
-    here = Partial + ((tl.cast(head, tl.int64) * (tl.num_programs(0) // (heads * splits)) + index) * splits + split) * (BLOCK_M * BLOCK_N)
+    here = Partial + ((tl.cast(head, tl.int64) * (tl.num_programs(0) // (heads * splits)) + index) * splits + split) * (
+        BLOCK_M * BLOCK_N
+    )
     tl.store(here + queries_in_tile[:, None] * BLOCK_N + keys_in_tile[None, :], total)
 
 
@@ -161,8 +168,8 @@ def bins_kernel(
 
 @triton.jit(do_not_specialize=["shape", "threshold", "sizes"])
 def dense_gradient_kernel(
-    Q, K, V, Dense, KeyMask, Seed, GradOut, Exponent, Delta, GradDense, starts,
-    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, dense_strides, grad_dense_strides, mask_strides,
+    Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, GradDense, starts,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, grad_dense_strides, mask_strides,
     shape, sizes, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -192,15 +199,18 @@ def dense_gradient_kernel(
         stop_m = tl.cdiv(query_length, BLOCK_M) if ONE_ROW else tl.minimum(tile_m + 1, tl.cdiv(query_length, BLOCK_M))
         stop_n = tl.cdiv(key_length, BLOCK_N) if ONE_COLUMN else tl.minimum(tile_n + 1, tl.cdiv(key_length, BLOCK_N))
         for head in range(bias_head, heads, bias_heads):
-            bias = bias_of(None, 0, Dense, dense_strides, R, head, document, DENSE)
-            mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK)
+            bias = bias_of(Bias, bias_strides, R, head, document)
+            mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
                 at_document(GradOut, grad_out_strides, batch, head, query_start),
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
-            keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
+            keys = (
+                at_document(K, k_strides, batch, head, key_start),
+                at_document(V, v_strides, batch, head, key_start),
+            )
             for block_m in range(tile_m, stop_m):
                 for block_n in range(tile_n, stop_n):
                     total += _score_gradient(
@@ -216,7 +226,10 @@ def dense_gradient_kernel(
     if ONE_COLUMN:
         total = tl.broadcast_to(tl.sum(total, 1)[:, None], [BLOCK_M, BLOCK_N])
     inside = (row < bias_rows)[:, None] & (column < bias_columns)[None, :]
-    at = tl.cast(row, tl.int64)[:, None] * grad_dense_strides[2] + tl.cast(column, tl.int64)[None, :] * grad_dense_strides[3]
+    at = (
+        tl.cast(row, tl.int64)[:, None] * grad_dense_strides[2]
+        + tl.cast(column, tl.int64)[None, :] * grad_dense_strides[3]
+    )
     tl.store(here + at, round_to(total, GradDense.dtype.element_ty), mask=inside)
 
 

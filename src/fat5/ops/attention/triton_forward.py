@@ -29,8 +29,8 @@ from fat5.ops.attention.triton_tiles import (
 
 @triton.jit(do_not_specialize=["shape", "threshold"])
 def forward_kernel(
-    Q, K, V, Vector, Dense, KeyMask, Seed, Out, Lse, starts,
-    q_strides, k_strides, v_strides, out_strides, lse_strides, vector_stride, dense_strides, mask_strides,
+    Q, K, V, Bias, KeyMask, Seed, Out, Lse, starts,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, bias_strides, mask_strides,
     shape, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,18 +40,29 @@ def forward_kernel(
     `scale` carries log2(e); a weight is dropped where its random word is below `threshold`.
     """
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
-    document, block, batch, query_start, query_length, key_start, key_length = locate(slot, starts, shape, PACKED, CAUSAL)
+    document, block, batch, query_start, query_length, key_start, key_length = locate(
+        slot, starts, shape, PACKED, CAUSAL
+    )
     if document < 0:
         return
     R = shape[5]
     m0 = block * BLOCK_M
     keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
     key_strides = (k_strides, v_strides)
-    bias = bias_of(Vector, vector_stride, Dense, dense_strides, R, head, document, BIAS)
-    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK)
+    bias = bias_of(Bias, bias_strides, R, head, document)
+    mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
     tile = (m0, query_length, key_length)
 
-    q = load_rows(at_document(Q, q_strides, batch, head, query_start), q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(
+        at_document(Q, q_strides, batch, head, query_start),
+        q_strides,
+        m0,
+        query_length,
+        BLOCK_M,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     normaliser = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -105,7 +116,9 @@ def _attend(
     m0, query_length, key_length = tile
     for n0 in range(first, stop, BLOCK_N):
         k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
+        scores = score_tile(
+            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION
+        )
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from fat5.ops.attention.launch_table import TABLE
 
@@ -44,9 +43,14 @@ class Recorded(NamedTuple):
             options |= {"num_warps": self.launch.num_warps, "num_stages": self.launch.num_stages}
         return {**self.constants, **options}
 
+    def run(self) -> None:
+        """Launches the kernel (again)."""
+        self.kernel[self.grid](*self.arguments, **self.options())
+
 
 _overrides: dict[str, Launch] = {}
 _recorder: list[Recorded] | None = None
+_recorder_runs = False
 
 
 def configuration(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
@@ -77,7 +81,11 @@ def architecture(device: torch.device) -> int:
 
 
 def run(
-    kernel: Any, programs: int | tuple[int, ...], arguments: tuple, constants: Mapping[str, Any], launch: Launch | None = None
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    arguments: tuple,
+    constants: Mapping[str, Any],
+    launch: Launch | None = None,
 ) -> None:
     """Launches a kernel over a grid; every kernel of this folder starts here, so that one hook sees them all."""
     grid = (programs,) if isinstance(programs, int) else programs
@@ -86,8 +94,8 @@ def run(
     recorded = Recorded(kernel, grid, arguments, constants, launch)
     if _recorder is not None:
         _recorder.append(recorded)
-    else:
-        kernel[grid](*arguments, **recorded.options())
+    if _recorder is None or _recorder_runs:
+        recorded.run()
 
 
 @contextmanager
@@ -103,11 +111,12 @@ def overridden(**launches: Launch) -> Iterator[None]:
 
 
 @contextmanager
-def recording() -> Iterator[list[Recorded]]:
-    """Inside, kernels are listed instead of run, and outputs are left as they were allocated."""
-    global _recorder
-    before, _recorder = _recorder, []
+def recording(run: bool = False) -> Iterator[list[Recorded]]:
+    """Inside, kernels are listed; unless they also `run`, outputs stay as they were allocated."""
+    global _recorder, _recorder_runs
+    before = _recorder, _recorder_runs
+    _recorder, _recorder_runs = [], run
     try:
         yield _recorder
     finally:
-        _recorder = before
+        _recorder, _recorder_runs = before

@@ -8,9 +8,11 @@ Arguments that belong together travel as tuples:
     strides   (batch, head, row, dimension) of q, k, v, out and their gradients; batch is 0 when packed
     starts    (work list, cu_seqlens_q, cu_seqlens_k), Nones in the padded layout
     shape     (heads, query rows, key rows, documents, tiles, R): rows are Lq and Lk, or all rows when packed
-    bias      (vector over scale, at distance 0; R; dense; dense's query stride; dense's key stride)
+    bias      (a relative vector over scale, at distance 0, or a dense bias; R; the dense one's query and key strides)
     mask      (key padding mask, its key stride, dropout seed, dropout threshold, head, document)
     tile      (first query, query length, key length)
+
+What a problem lacks (bias, mask, seed) is passed as some pointer that is never read.
 """
 
 import os
@@ -113,33 +115,37 @@ def _rows_of(Starts, document, num_documents, total):
 @triton.jit
 def at_document(Base, strides, batch, head, start):
     """The pointer moved to row `start` of a batch row and head, in 64 bits."""
-    return Base + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1] + tl.cast(start, tl.int64) * strides[2]
+    return (
+        Base
+        + tl.cast(batch, tl.int64) * strides[0]
+        + tl.cast(head, tl.int64) * strides[1]
+        + tl.cast(start, tl.int64) * strides[2]
+    )
 
 
 @triton.jit
-def bias_of(Vector, vector_stride, Dense, dense_strides, R, head, document, BIAS: tl.constexpr):
+def bias_of(Bias, strides, R, head, document):
     """The `bias` tuple of one head and document."""
-    if BIAS == RELATIVE:
-        return Vector + tl.cast(head, tl.int64) * vector_stride, R, None, 0, 0
-    elif BIAS == DENSE:
-        dense = Dense + tl.cast(document, tl.int64) * dense_strides[0] + tl.cast(head, tl.int64) * dense_strides[1]
-        return None, R, dense, dense_strides[2], dense_strides[3]
-    else:
-        return None, R, None, 0, 0
+    start = Bias + tl.cast(document, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    return start, R, strides[2], strides[3]
 
 
 @triton.jit
-def mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document, HAS_KEY_MASK: tl.constexpr):
+def mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document):
     """The `mask` tuple of one head and document."""
-    if HAS_KEY_MASK:
-        return KeyMask + tl.cast(batch, tl.int64) * mask_strides[0], mask_strides[1], Seed, threshold, head, document
-    else:
-        return None, 0, Seed, threshold, head, document
+    return KeyMask + tl.cast(batch, tl.int64) * mask_strides[0], mask_strides[1], Seed, threshold, head, document
 
 
 @triton.jit
 def load_rows(
-    Base, strides, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+    Base,
+    strides,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """(ROWS, BLOCK_D): rows first..first+ROWS of a document; zeros beyond `length` (if MASKED) and beyond HEAD_DIM."""
     rows = tl.arange(0, ROWS)
@@ -221,14 +227,14 @@ def dense_tile(
     """(M, N), or (N, M) when TRANSPOSED, fp32: a dense bias; 0 outside the document."""
     queries = m0 + tl.arange(0, BLOCK_M)
     keys = n0 + tl.arange(0, BLOCK_N)
-    at_query = tl.cast(queries, tl.int64) * bias[3]
-    at_key = tl.cast(keys, tl.int64) * bias[4]
+    at_query = tl.cast(queries, tl.int64) * bias[2]
+    at_key = tl.cast(keys, tl.int64) * bias[3]
     if TRANSPOSED:
         inside = (keys < key_length)[:, None] & (queries < query_length)[None, :]
-        return tl.load(bias[2] + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32)
+        return tl.load(bias[0] + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32)
     else:
         inside = (queries < query_length)[:, None] & (keys < key_length)[None, :]
-        return tl.load(bias[2] + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32)
+        return tl.load(bias[0] + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -37,7 +37,9 @@ def launches(problem: Problem, **launch: Launch) -> list[Recorded]:
         q, k, v = (torch.zeros(2 * length, heads, problem.head_dim, dtype=problem.dtype) for _ in range(3))
         starts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
     else:
-        q, k, v = (torch.zeros(2, length, heads, problem.head_dim, dtype=problem.dtype).transpose(1, 2) for _ in range(3))
+        q, k, v = (
+            torch.zeros(2, length, heads, problem.head_dim, dtype=problem.dtype).transpose(1, 2) for _ in range(3)
+        )
         starts = None
     vector = torch.zeros(heads, 2 * REACH + 1) if problem.bias == "relative" else None
     dense = torch.zeros(1, heads, length, length, dtype=problem.dtype) if problem.bias == "dense" else None
