@@ -50,6 +50,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
             if hasattr(self, stack):
                 getattr(self, stack).embed_tokens = value
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers it takes a module without parameters of its own, such as Attention, for initialised.
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs' width, and
         q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""

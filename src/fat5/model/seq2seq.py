@@ -139,7 +139,7 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         kept: list[Tensor] | None = [] if output_hidden_states else None
         if past_key_values is not None:
             hidden = self._decode_with_cache(rows, decoder_attention_mask, memory, attention_mask, past_key_values, kept)
@@ -205,6 +205,10 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
             mask = mask.bool()
             if mask.dim() != 2 or bool(mask.all()):
                 mask = None
+        # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
+        for side in (cache.self_attention_cache, cache.cross_attention_cache):
+            if type(side) is DynamicCache and side.layers:
+                side.layers.extend(type(side.layers[0])() for _ in range(len(self.decoder.block) - len(side.layers)))
         layout = Layout(None, rows.shape[1], mask)
         memory_layout = Layout(None, memory.shape[1], None if memory_mask is None else memory_mask.bool())
         return self.decoder(

@@ -1,0 +1,125 @@
+"""FAT5 against stock transformers T5: logits, loss, gradients of every parameter, generation, checkpoints both ways."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from stock import LOGITS_TOLERANCE, assert_gradients_agree, fat5_like, packed, rows, t5_v1_0, t5_v1_1
+from transformers import T5ForConditionalGeneration
+
+from fat5.model import FAT5ForConditionalGeneration
+
+FAMILIES = pytest.mark.parametrize("family", [t5_v1_1, t5_v1_0], ids=["v1.1", "v1.0"])
+
+
+@FAMILIES
+def test_state_dict_is_t5_s(family):
+    stock = family()
+    want, got = ({name: x.shape for name, x in model.state_dict().items()} for model in (stock, fat5_like(stock)))
+    assert got == want
+
+
+@FAMILIES
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_rows(family, side):
+    stock, batch = family(), rows(side)
+    ours = fat5_like(stock)
+    want, got = stock(**batch), ours(**batch)
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=LOGITS_TOLERANCE)
+    torch.testing.assert_close(got.loss, want.loss)
+    want.loss.backward()
+    got.loss.backward()
+    assert_gradients_agree(stock, ours)
+
+
+@FAMILIES
+def test_packed_documents(family):
+    stock, batch = family(), rows()
+    ours = fat5_like(stock)
+    want, got = stock(**batch), ours(**packed(batch), per_token=True)
+    torch.testing.assert_close(got.loss, want.loss)
+    want.loss.backward()
+    got.loss.backward()
+    assert_gradients_agree(stock, ours)
+    counted = batch["labels"] != -100
+    nll = torch.nn.functional.cross_entropy(want.logits[counted], batch["labels"][counted], reduction="none")
+    torch.testing.assert_close(got.token_loss[: counted.sum()], nll, rtol=1e-4, atol=1e-4)
+    assert not got.token_loss[counted.sum() :].any()
+    assert torch.equal(got.token_correct[: counted.sum()], want.logits[counted].argmax(-1) == batch["labels"][counted])
+
+
+def test_mask_with_holes():
+    stock, batch = t5_v1_1(), rows()
+    batch["attention_mask"][0, 20:40] = batch["attention_mask"][1, 3] = 0
+    want, got = stock(**batch), fat5_like(stock)(**batch)
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_decoder_mask_and_inputs():
+    stock, batch = t5_v1_1(), rows()
+    inputs, mask = torch.randint(2, 99, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    arguments = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    arguments |= {"decoder_input_ids": inputs, "decoder_attention_mask": mask, "use_cache": False}
+    want, got = stock(**arguments).logits, fat5_like(stock)(**arguments).logits
+    kept = mask.bool()
+    torch.testing.assert_close(got[kept], want[kept], rtol=0, atol=LOGITS_TOLERANCE)
+    assert not got[~kept].any()
+
+
+def test_num_items_in_batch_divides_the_sum():
+    ours, batch = fat5_like(t5_v1_1()), packed(rows())
+    count = (batch["labels"] != -100).sum()
+    torch.testing.assert_close(ours(**batch, num_items_in_batch=7).loss * 7, ours(**batch).loss * count)
+
+
+@FAMILIES
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["greedy", "beam", "sample"])
+def test_generate_writes_the_same_tokens(family, side, how):
+    stock = family().eval()
+    ours = fat5_like(stock).eval()
+    batch = {key: value for key, value in rows(side).items() if key != "labels"}
+    written = []
+    for model in (stock, ours):
+        torch.manual_seed(5)
+        written.append(model.generate(**batch, max_new_tokens=20, **how))
+    assert torch.equal(*written)
+
+
+def test_generate_with_a_static_cache_and_a_given_start():
+    stock = t5_v1_1().eval()
+    ours = fat5_like(stock).eval()
+    batch = {key: value for key, value in rows().items() if key != "labels"}
+    start = torch.tensor([[0, 5, 9]] * 3)
+    for how in ({"cache_implementation": "static", "disable_compile": True}, {"decoder_input_ids": start}):
+        want, got = (model.generate(**batch, max_new_tokens=10, **how) for model in (stock, ours))
+        assert torch.equal(got, want)
+
+
+@FAMILIES
+def test_checkpoints_go_both_ways(family, tmp_path):
+    stock, batch = family().eval(), rows()
+    stock.save_pretrained(tmp_path / "stock")
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path / "stock")
+    want = stock(**batch).logits
+    torch.testing.assert_close(ours(**batch).logits, want, rtol=0, atol=LOGITS_TOLERANCE)
+    ours.save_pretrained(tmp_path / "ours")
+    back = T5ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert torch.equal(back(**batch).logits, want)
+
+
+def test_stock_reads_a_checkpoint_without_fat5(tmp_path):
+    ours, batch = fat5_like(t5_v1_1()).eval(), rows()
+    ours.save_pretrained(tmp_path)
+    torch.save({"batch": batch, "logits": ours(**batch).logits}, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path)!r})
+expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+torch.testing.assert_close(model(**expected["batch"]).logits, expected["logits"], rtol=0, atol={LOGITS_TOLERANCE})
+assert type(model).__name__ == "T5ForConditionalGeneration" and "fat5" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
