@@ -1,7 +1,10 @@
-"""C2: useful tokens a second of a training step on the CPU, packed FAT5 against stock transformers T5 (sdpa) on padded batches.
+"""C2: useful tokens a second of a training step on the CPU, packed FAT5 against stock transformers T5 (sdpa) on
+padded batches.
 
-Both train the demo model on the same French UL2 examples with the same optimizer, one optimizer step a pack. The stock model
-gets each pack's examples in dynamically padded batches, in the order of the stream or sorted by length. A useful token is an
+Both train the demo model on the same French UL2 examples with the same optimizer, one optimizer step a pack. The
+stock model
+gets each pack's examples in dynamically padded batches, in the order of the stream or sorted by length. A useful
+token is an
 encoder token of a document or a target; padding does not count.
 
 python benchmarks/training_cpu.py [--packs 4] [--batch-size 16] [--compiled] [--profile]
@@ -13,11 +16,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+import measure
 from fat5.data import MixtureOfDenoisers, PackedBatch, PackedLoader, load_tokenizer, open_shards, sample_path
 from fat5.data.batch import BatchConfig
 from fat5.data.padded import pad, unpack
@@ -37,7 +40,9 @@ def batches(packs: int, vocab_size: int, encoder_tokens: int, decoder_tokens: in
         train_tokenizer(TokenizerTraining(inputs, str(folder / "tokenizer"), vocab_size=vocab_size))
         prepare(PrepareConfig(inputs, str(folder / "tokenizer"), str(folder / "shards"), workers=1))
         info = load_tokenizer(folder / "shards" / "tokenizer").info
-        config = BatchConfig(encoder_tokens=encoder_tokens, decoder_tokens=decoder_tokens, packs_per_step=1, max_tokens=512)
+        config = BatchConfig(
+            encoder_tokens=encoder_tokens, decoder_tokens=decoder_tokens, packs_per_step=1, max_tokens=512
+        )
         loader = PackedLoader(
             [open_shards(folder / "shards", "train")], MixtureOfDenoisers.named("fat5"), info, config, seed=0
         )

@@ -1,4 +1,6 @@
-"""The packed model: documents do not see each other, every position encoding, dropout, checkpointing, autocast, compile."""
+"""The packed model: documents do not see each other, every position encoding, dropout, checkpointing, autocast,
+compile.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,8 @@ def batch(sources=(20, 7, 33), targets=(6, 9, 4)) -> dict:
 
     return {
         "input_ids": torch.randint(2, 64, (sum(sources),)), "cu_seqlens": starts(sources), "max_seqlen": 40,
-        "labels": torch.randint(2, 64, (sum(targets),)), "decoder_cu_seqlens": starts(targets), "decoder_max_seqlen": 16,
+        "labels": torch.randint(2, 64, (sum(targets),)), "decoder_cu_seqlens": starts(targets), "decoder_max_seqlen":
+        16,
     }  # fmt: skip
 
 
@@ -108,7 +111,9 @@ def test_bf16_autocast():
         loss = net(**data).loss
     loss.backward()
     torch.testing.assert_close(loss, want, rtol=2e-2, atol=0)
-    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in net.parameters())
+    assert all(
+        parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in net.parameters()
+    )
 
 
 def test_z_loss_and_smoothing_reach_both_forwards():
@@ -175,7 +180,7 @@ def test_learned_positions_run_out_with_a_message():
 
 
 def test_packed_training_names_what_it_lacks():
-    with pytest.raises(ValueError, match="^decoder_max_seqlen"):
+    with pytest.raises(ValueError, match=r"^decoder_max_seqlen"):
         model()(**(batch() | {"decoder_max_seqlen": None}))
 
 

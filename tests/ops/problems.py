@@ -10,7 +10,8 @@ from fat5.ops import RelativeBias, attention
 
 # A fast path's error against float64 may be so many times that of plain PyTorch in the same precision (attention.md).
 OUTPUT_RATIO, GRADIENT_RATIO = 2.0, 3.0
-# Below this share of the largest value (of 1, the size of the inputs, where that is more) both errors are a few roundings, and
+# Below this share of the largest value (of 1, the size of the inputs, where that is more) both errors are a few
+# roundings, and
 # their ratio says nothing.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -96,7 +97,9 @@ def make(
 
 
 def packed_options(length_q: int, length_k: int) -> dict[str, Any]:
-    """Documents in 2 * length rows: an empty one, three of different lengths, two repeats of the end, and a free tail."""
+    """Documents in 2 * length rows: an empty one, three of different lengths, two repeats of the end, and a free
+    tail.
+    """
 
     def starts(length: int, tail: int) -> Tensor:
         end = max(2 * length - tail, length)

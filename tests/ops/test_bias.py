@@ -55,5 +55,5 @@ def test_asymmetric_alibi_tells_left_from_right():
 
 @pytest.mark.parametrize("vector", [torch.randn(3, 4), torch.randn(5), torch.arange(5)[None]])
 def test_bad_vector_is_named(vector):
-    with pytest.raises((TypeError, ValueError), match="^vector"):
+    with pytest.raises((TypeError, ValueError), match=r"^vector"):
         RelativeBias(vector)

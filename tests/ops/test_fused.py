@@ -45,7 +45,7 @@ def test_rms_norm_gradcheck_and_dtype():
     x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 6), (6,)))
     assert gradcheck(lambda a, w: rms_norm(a, w, 1e-3), (x, weight))
     assert rms_norm(torch.randn(3, 8, dtype=torch.bfloat16), torch.ones(8)).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="^weight"):
+    with pytest.raises(ValueError, match=r"^weight"):
         rms_norm(torch.randn(3, 8), torch.ones(7))
 
 

@@ -7,7 +7,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 
 SIZES = dict(
-    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=3, num_heads=4, decoder_start_token_id=0,
+    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=3, num_heads=4,
+    decoder_start_token_id=0,
     dropout_rate=0.0,
 )  # fmt: skip
 # d_model 32 with unit embeddings gives logits of about 20: 1e-5 of that.

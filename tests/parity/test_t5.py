@@ -76,7 +76,9 @@ def test_num_items_in_batch_divides_the_sum():
 
 @FAMILIES
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["greedy", "beam", "sample"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["greedy", "beam", "sample"]
+)
 def test_generate_writes_the_same_tokens(family, side, how):
     stock = family().eval()
     ours = fat5_like(stock).eval()

@@ -53,7 +53,8 @@ class FAT5Config(T5Config):
     fire_width: int = 32
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Stock T5 reads `tie_word_embeddings` as "scale the output by d_model^-0.5" and then forgets it; here it also says
+        # Stock T5 reads `tie_word_embeddings` as "scale the output by d_model^-0.5" and then forgets it; here it
+        # also says
         # whether the output projection is the embedding.
         tied = kwargs.get("tie_word_embeddings")
         kwargs.setdefault("decoder_start_token_id", 0 if self.pad_token_id is None else self.pad_token_id)

@@ -88,7 +88,9 @@ class Attention(nn.Module):
             key = rotate(key, rotation)
         if cache is not None:
             side = cache.cross_attention_cache if crosses else cache.self_attention_cache
-            key, value = (x.transpose(1, 2) for x in side.update(key.transpose(1, 2), value.transpose(1, 2), self.layer))
+            key, value = (
+                x.transpose(1, 2) for x in side.update(key.transpose(1, 2), value.transpose(1, 2), self.layer)
+            )
             if crosses:
                 cache.is_updated[self.layer] = True
         return key, value

@@ -43,7 +43,9 @@ def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def shift_right(labels: Tensor, positions: Tensor, start_id: int, pad_id: int) -> Tensor:
-    """Decoder inputs: each document's labels moved one to the right, its first input being `start_id`; -100 becomes `pad_id`."""
+    """Decoder inputs: each document's labels moved one to the right, its first input being `start_id`; -100 becomes
+    `pad_id`.
+    """
     shifted = torch.where(positions == 0, start_id, labels.roll(1, dims=-1))
     return torch.where(shifted == -100, pad_id, shifted)
 
@@ -67,7 +69,9 @@ class Padding:
         """From a (B, L) mask, non-zero = a token. None when some row has holes: packing would move its tokens."""
         batch, length = shape
         if mask is None:
-            starts = torch.arange(0, (batch + 1) * length, max(length, 1), device=device, dtype=torch.int32)[: batch + 1]
+            starts = torch.arange(0, (batch + 1) * length, max(length, 1), device=device, dtype=torch.int32)[
+                : batch + 1
+            ]
             if length == 0:
                 starts = torch.zeros(batch + 1, device=device, dtype=torch.int32)
             return cls(torch.arange(batch * length, device=device), Layout(starts, length), shape)

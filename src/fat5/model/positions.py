@@ -2,7 +2,7 @@
 
 | encoding | where | parameters |
 |---|---|---|
-| t5 | a bias of the scores, learned by bucket of distance (Raffel et al. 2020) | a table in the first block, as in Hugging Face's T5 |
+| t5 | a bias of the scores, learned by bucket of distance (Raffel et al. 2020) | a table in the first block |
 | alibi | a bias of the scores, linear in distance (Press et al. 2022) | none |
 | fire | a bias of the scores, a small network of normalised log distance (Li et al. 2024) | the network |
 | rope | a rotation of queries and keys (Su et al. 2021) | none |
@@ -75,7 +75,9 @@ class AbsolutePositions(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotates pairs (i, i + n/2) of the first n = rotary_fraction * d_kv dimensions of each head by position * frequency."""
+    """Rotates pairs (i, i + n/2) of the first n = rotary_fraction * d_kv dimensions of each head by position *
+    frequency.
+    """
 
     def __init__(self, config: FAT5Config) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """What every FAT5 model shares: initialisation, tied weights, safe loading and saving."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,23 +16,29 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
-    """Base class: T5's initialisation; checkpoints as safetensors, complete, and with T5 positions readable by stock classes."""
+    """Base class: T5's initialisation; checkpoints as safetensors, complete, and with T5 positions readable by stock
+    classes.
+    """
 
     config_class = FAT5Config
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _tied_weights_keys = {
+    _no_split_modules: ClassVar = ["Block"]
+    _tied_weights_keys: ClassVar = {
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
         "lm_head.weight": "shared.weight",
     }
     # Stock T5 v1.0 checkpoints hold a table of cross-attention that no T5 reads.
-    _keys_to_ignore_on_load_unexpected = [r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    ]
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The embeddings of both stacks are always the shared one; the output projection only if the configuration ties it."""
+        """The embeddings of both stacks are always the shared one; the output projection only if the configuration
+        ties it.
+        """
         mine = {name: source for name, source in (self._tied_weights_keys or {}).items() if self._has(name)}
         if not self.config.tie_word_embeddings:
             mine.pop("lm_head.weight", None)
@@ -51,11 +57,13 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 getattr(self, stack).embed_tokens = value
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside transformers it takes a module without parameters of its own, such as Attention, for initialised.
+        # For code outside transformers it takes a module without parameters of its own, such as Attention, for
+        # initialised.
         super()._initialize_weights(module)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs' width, and
+        """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs'
+        width, and
         q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""
         config = self.config
         factor, width = config.initializer_factor, config.d_model
@@ -142,4 +150,6 @@ def _refuse_pickles(where: Any) -> None:
             where=pickles[0],
             hint="save it again as safetensors (model.save_pretrained of transformers does)",
         )
-    raise CheckpointError("holds no *.safetensors file", where=folder, hint="give the folder that save_pretrained wrote")
+    raise CheckpointError(
+        "holds no *.safetensors file", where=folder, hint="give the folder that save_pretrained wrote"
+    )

@@ -62,8 +62,10 @@ class Encoder(Stack):
 class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
     """T5 with a language-model head.
 
-    Forward takes either padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or, when
-    `cu_seqlens` is given, packed documents for training. Parameters bear the names and shapes of T5ForConditionalGeneration.
+    Forward takes either padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or,
+    when
+    `cu_seqlens` is given, packed documents for training. Parameters bear the names and shapes of
+    T5ForConditionalGeneration.
     """
 
     def __init__(self, config: Any) -> None:
@@ -105,7 +107,8 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Padded rows as in transformers' T5, or packed documents.
 
-        Packed (`cu_seqlens` given): input_ids (T,) and labels (U,) int64, cu_seqlens and decoder_cu_seqlens int32 (N+1,),
+        Packed (`cu_seqlens` given): input_ids (T,) and labels (U,) int64, cu_seqlens and decoder_cu_seqlens int32
+        (N+1,),
         max_seqlen and decoder_max_seqlen ints that bound the documents' lengths. Decoder inputs are the labels shifted
         right inside each document; labels of -100 do not count. Returns a `PackedLMOutput`; no logits are made.
 
@@ -135,14 +138,18 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         rows = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         if rows is None:
-            raise ValueError("decoder_input_ids: expected decoder_input_ids, decoder_inputs_embeds or labels, got none of them")
+            raise ValueError(
+                "decoder_input_ids: expected decoder_input_ids, decoder_inputs_embeds or labels, got none of them"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         kept: list[Tensor] | None = [] if output_hidden_states else None
         if past_key_values is not None:
-            hidden = self._decode_with_cache(rows, decoder_attention_mask, memory, attention_mask, past_key_values, kept)
+            hidden = self._decode_with_cache(
+                rows, decoder_attention_mask, memory, attention_mask, past_key_values, kept
+            )
             states = None if kept is None else tuple(kept)
         else:
             hidden, packing = run_rows(
@@ -244,7 +251,8 @@ def run_rows(
 ) -> tuple[Tensor, Any]:
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
 
-    A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows run as
+    A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
+    run as
     they are, and so does everything with a memory whose mask has holes.
     """
     shape = (rows.shape[0], rows.shape[1])

@@ -83,14 +83,15 @@ class Stack(nn.Module):
         return hidden
 
     def _bias(
-        self, layout: Layout, cache: Any, offset: int | Tensor, tokens: Tensor
+        self, layout: Layout, cache: Any, offset: Any, tokens: Tensor
     ) -> tuple[RelativeBias | Tensor | None, bool]:
         """What attention adds to the scores, and whether attention is to hide the future itself."""
         if cache is None:
             return self._relative_bias(layout.max_seqlen), self.is_decoder
-        # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in decoding.
+        # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
+        # decoding.
         length = tokens.shape[1]
-        capacity = cache.self_attention_cache.get_max_length() if _is_static(cache) else offset + length
+        capacity: int = cache.self_attention_cache.get_max_length() if _is_static(cache) else offset + length
         queries = torch.arange(length, device=tokens.device)[:, None] + offset
         hidden = torch.arange(capacity, device=tokens.device)[None, :] > queries
         bias: Tensor | None = None

@@ -1,4 +1,6 @@
-"""Tensor operations: tensors in, tensors out. Each has a plain-PyTorch reference beside its fast form (docs/attention.md)."""
+"""Tensor operations: tensors in, tensors out. Each has a plain-PyTorch reference beside its fast form
+(docs/attention.md).
+"""
 
 from fat5.ops.attention import BACKENDS, RelativeBias, attention
 from fat5.ops.geglu import geglu

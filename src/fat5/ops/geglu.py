@@ -28,7 +28,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"up: expected the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}")
     if gate.is_cuda and _triton_available():
         return import_module("fat5.ops.triton_geglu").geglu_triton(gate, up)
-    chunked = gate.device.type == "cpu" and gate.dtype == up.dtype == torch.float32 and not torch.compiler.is_compiling()
+    chunked = (
+        gate.device.type == "cpu" and gate.dtype == up.dtype == torch.float32 and not torch.compiler.is_compiling()
+    )
     return _ChunkedGEGLU.apply(gate, up) if chunked else _GEGLU.apply(gate, up)
 
 
@@ -54,7 +56,9 @@ class _GEGLU(torch.autograd.Function):
 
 
 class _ChunkedGEGLU(torch.autograd.Function):
-    """The same for float32 on the CPU, where PyTorch's tanh is slow: a sigmoid made of exp2, in chunks that stay in cache."""
+    """The same for float32 on the CPU, where PyTorch's tanh is slow: a sigmoid made of exp2, in chunks that stay in
+    cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an accelerator.
+# Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an
+# accelerator.
 CHUNK_ENTRIES_CPU = 1 << 22
 CHUNK_ENTRIES_ACCELERATOR = 1 << 27
 
@@ -57,12 +58,14 @@ def linear_cross_entropy(
         chunk_size: rows of logits at a time; by default what keeps a chunk small (module constants).
 
     Returns:
-        A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and sums are
+        A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and
+        sums are
         in float32, the gradient of `weight` is accumulated in float32.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"weight: expected (vocabulary, d) beside hidden (tokens, d), got {tuple(weight.shape)} and {tuple(hidden.shape)}"
+            "weight: expected (vocabulary, d) beside hidden (tokens, d), "
+            f"got {tuple(weight.shape)} and {tuple(hidden.shape)}"
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}")
@@ -84,7 +87,9 @@ def linear_cross_entropy(
 def token_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each token's negative log-likelihood (T,) float32, 0 where ignored, and whether its label has the highest logit (T,) bool."""
+    """Each token's negative log-likelihood (T,) float32, 0 where ignored, and whether its label has the highest
+    logit (T,) bool.
+    """
     losses, correct = [], []
     for rows in _chunks(len(labels), chunk_size or default_chunk_size(weight)):
         logits = _logits(hidden[rows], weight, _compute_dtype(hidden))
@@ -118,7 +123,9 @@ def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _Chunk:
     """One chunk's losses, and its logits turned in place into the gradient of the loss."""
 
-    def __init__(self, logits: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, ignore_index: int) -> None:
+    def __init__(
+        self, logits: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, ignore_index: int
+    ) -> None:
         self.valid = (labels != ignore_index).to(logits.dtype)
         self.target = torch.where(labels == ignore_index, 0, labels)[:, None]
         self.z_loss, self.smoothing = z_loss, label_smoothing
@@ -196,7 +203,11 @@ def _save_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _scale_gradients(ctx, grad_total, grad_of_hidden, grad_of_weight):  # type: ignore[no-untyped-def]
     grad_hidden, grad_weight = ctx.saved_tensors
-    return (grad_hidden * grad_total).to(grad_hidden.dtype), (grad_weight * grad_total).to(grad_weight.dtype), *(None,) * 7
+    return (
+        (grad_hidden * grad_total).to(grad_hidden.dtype),
+        (grad_weight * grad_total).to(grad_weight.dtype),
+        *(None,) * 7,
+    )
 
 
 _summed.register_autograd(_scale_gradients, setup_context=_save_gradients)

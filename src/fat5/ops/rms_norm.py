@@ -41,7 +41,9 @@ def _triton_available() -> bool:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Six passes over the rows in backward where autograd makes twelve; the two reductions are matrix-vector products."""
+    """Six passes over the rows in backward where autograd makes twelve; the two reductions are matrix-vector
+    products.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

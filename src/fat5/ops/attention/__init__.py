@@ -1,6 +1,7 @@
 """Attention with a learned relative bias: one public function, several backends that must agree.
 
-reference.py is the specification, cpu.py the linear-memory CPU path, triton_*.py the GPU kernels, crosscheck.py runs the
+reference.py is the specification, cpu.py the linear-memory CPU path, triton_*.py the GPU kernels, crosscheck.py runs
+the
 same problem through PyTorch's own SDPA and FlexAttention; api.py validates and chooses.
 """
 

@@ -8,6 +8,7 @@ returns None or the reason why it cannot serve).
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,18 +42,21 @@ def attention(
     """softmax(scale * q k^T + bias) v, with documents kept apart; exact gradients for q, k, v and the bias.
 
     Args:
-        q, k, v: batched, q (B, H, Lq, D) and k, v (B, H, Lk, D); or packed (when cu_seqlens are given), q (Tq, H, D) and
+        q, k, v: batched, q (B, H, Lq, D) and k, v (B, H, Lk, D); or packed (when cu_seqlens are given), q (Tq, H, D)
+            and
             k, v (Tk, H, D). Any strides, one floating-point dtype.
         bias: None, a `RelativeBias`, or a dense tensor: batched, broadcasting to (B, H, Lq, Lk); packed, of shape
             (1|N, 1|H, max_seqlen_q, max_seqlen_k), indexed by the positions inside each document.
         causal: query i sees keys 0..i of its document (top-left aligned).
         scale: multiplies q k^T; 1.0 is T5's.
         dropout_p: dropout of the attention weights, in [0, 1); the mask is counter-based (dropout.py).
-        cu_seqlens_q, cu_seqlens_k: int32 (N+1,), non-decreasing, from 0: document n holds rows cu[n]..cu[n+1]. Rows at or
+        cu_seqlens_q, cu_seqlens_k: int32 (N+1,), non-decreasing, from 0: document n holds rows cu[n]..cu[n+1]. Rows
+            at or
             after the last value belong to no document: zeros out, zero gradients.
         max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths; needed with cu_seqlens.
         key_padding_mask: (B, Lk) bool, batched only; True = attend.
-        backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and the
+        backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and
+            the
             reference elsewhere; they agree up to rounding.
 
     Returns:
@@ -82,7 +86,9 @@ def attention(
     else:
         max_seqlen_q, max_seqlen_k = q.shape[2], k.shape[2]
         _check_key_padding_mask(key_padding_mask, k)
-    bias = _check_bias(bias, q, packed, 1 if cu_seqlens_q is None else len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k)
+    bias = _check_bias(
+        bias, q, packed, 1 if cu_seqlens_q is None else len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
+    )
     arguments = dict(
         causal=causal,
         scale=float(scale),
@@ -111,10 +117,14 @@ def _choose(
         if q.device.type != "cpu":
             raise RuntimeError(f"backend='cpu' serves tensors on the CPU, q is on {q.device}")
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise RuntimeError(f"backend='cpu' serves float32, bfloat16 and float16, q is {q.dtype}; use backend='reference'")
+            raise RuntimeError(
+                f"backend='cpu' serves float32, bfloat16 and float16, q is {q.dtype}; use backend='reference'"
+            )
     elif backend == "triton":
         if not triton_available():
-            raise RuntimeError("backend='triton' needs the triton package, which is not installed: pip install 'fat5[gpu]'")
+            raise RuntimeError(
+                "backend='triton' needs the triton package, which is not installed: pip install 'fat5[gpu]'"
+            )
         reason = _triton().unsupported(q, k, v, bias, **arguments)
         if reason is not None:
             raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
@@ -169,13 +179,14 @@ def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | No
         raise TypeError(f"max_seqlen_{side}: expected an int beside {name}, got {max_seqlen!r}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise TypeError(
-            f"{name}: expected an int32 tensor of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            f"{name}: expected an int32 tensor of shape (documents + 1,), got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         starts = cu_seqlens.tolist()
-        lengths = [after - before for before, after in zip(starts, starts[1:])]
+        lengths = [after - before for before, after in pairwise(starts)]
         if starts[0] != 0 or any(length < 0 for length in lengths):
             raise ValueError(f"{name}: expected non-decreasing values from 0")
         if starts[-1] > x.shape[0]:

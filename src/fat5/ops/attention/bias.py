@@ -53,7 +53,9 @@ class RelativeBias:
         if weight.dim() != 2:
             raise ValueError(f"weight: expected shape (num_buckets, heads), got {tuple(weight.shape)}")
         lookup = torch.tensor(bucket_lookup(weight.shape[0], bidirectional, max_distance), device=weight.device)
-        return cls(weight.float().t().index_select(1, lookup) if weight.dtype != torch.float64 else weight.t()[:, lookup])
+        return cls(
+            weight.float().t().index_select(1, lookup) if weight.dtype != torch.float64 else weight.t()[:, lookup]
+        )
 
     @classmethod
     def alibi(
@@ -83,7 +85,9 @@ class RelativeBias:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """2^(-8i/n) for i = 1..n where n is a power of two; otherwise the next power's slopes fill the rest, as in the paper's code."""
+    """2^(-8i/n) for i = 1..n where n is a power of two; otherwise the next power's slopes fill the rest, as in the
+    paper's code.
+    """
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     if power < num_heads:
@@ -100,7 +104,8 @@ def bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> l
 
 @lru_cache(maxsize=32)
 def _bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> list[int]:
-    # On the CPU and in float32 whatever the device of the model: a logarithm that rounds otherwise moves a bucket's edge.
+    # On the CPU and in float32 whatever the device of the model: a logarithm that rounds otherwise moves a bucket's
+    # edge.
     with torch.device("cpu"), torch.no_grad():
         distance = torch.arange(-max_distance - 1, max_distance + 2)
         side_buckets = num_buckets // 2 if bidirectional else num_buckets

@@ -1,11 +1,16 @@
-"""Attention on the CPU in linear memory: the custom operators, and the walk over documents. The arithmetic is in cpu_kernels.py.
+"""Attention on the CPU in linear memory: the custom operators, and the walk over documents. The arithmetic is in
+cpu_kernels.py.
 
 Two ideas make it fast (docs/attention.md, "On the CPU"):
 
-- PyTorch's fused CPU kernel adds a mask it reads through strides. A relative bias is constant along diagonals, and with the
-  queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a strided view with
-  strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and no L x L bias exists.
-- Where the bias needs a gradient, the backward runs in tiles of plain PyTorch that stay in cache, with dS at hand. dS is
+- PyTorch's fused CPU kernel adds a mask it reads through strides. A relative bias is constant along diagonals, and
+with the
+  queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a strided
+  view with
+  strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and no L x L bias
+  exists.
+- Where the bias needs a gradient, the backward runs in tiles of plain PyTorch that stay in cache, with dS at hand.
+dS is
   written into a skewed buffer, so that summing its anti-diagonals is summing columns (decision 0030).
 """
 
@@ -136,7 +141,9 @@ def _(q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_q, cu_k, max_q,
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, vector, dense, causal, scale, dropout_p, seed, cu_q, cu_k, max_q, max_k, mask, needs):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad_out, q, k, v, out, lse, vector, dense, causal, scale, dropout_p, seed, cu_q, cu_k, max_q, max_k, mask, needs
+):
     def like(x: Tensor) -> Tensor:
         return x.new_empty(x.shape) if cu_q is not None else x.new_empty(_tokens_first_shape(x)).transpose(1, 2)
 
@@ -159,7 +166,24 @@ def _gradients(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     causal, scale, dropout_p, max_q, max_k = ctx.settings
     needs_bias = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     grad_q, grad_k, grad_v, grad_bias = _attention_backward(
-        grad_out, q, k, v, out, lse, vector, dense, causal, scale, dropout_p, seed, cu_q, cu_k, max_q, max_k, mask, needs_bias
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        vector,
+        dense,
+        causal,
+        scale,
+        dropout_p,
+        seed,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        mask,
+        needs_bias,
     )
     grad_vector = grad_bias if ctx.needs_input_grad[3] else None
     grad_dense = grad_bias if ctx.needs_input_grad[4] else None
@@ -173,7 +197,8 @@ _attention.register_autograd(_gradients, setup_context=_save)
 class Walk:
     """One call as a sequence of parts, each a block of queries and the contiguous keys it may see.
 
-    Inside, every tensor has its tokens before its heads, (B, L, H, D) or (T, H, D), and when the bias is a vector (or the
+    Inside, every tensor has its tokens before its heads, (B, L, H, D) or (T, H, D), and when the bias is a vector
+    (or the
     call causal, a bias of 0 and -inf) its queries are in reverse order.
     """
 
@@ -234,9 +259,17 @@ class Walk:
             yield from self._blocks(b, slice(b, b + 1), (0, q.shape[1]), (k0, k1), holes, k0)
 
     def _blocks(
-        self, n: int, batch: slice | None, queries: tuple[int, int], keys: tuple[int, int], holes: Tensor | None, k_start: int
+        self,
+        n: int,
+        batch: slice | None,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        holes: Tensor | None,
+        k_start: int,
     ) -> Iterator["Part"]:
-        """Splits causal documents into blocks of rows that stop at the diagonal; `k_start` is the position of the first key."""
+        """Splits causal documents into blocks of rows that stop at the diagonal; `k_start` is the position of the
+        first key.
+        """
         (q0, q1), (k0, k1) = queries, keys
         length_q, length_k = q1 - q0, k1 - k0
         if not self.causal:
@@ -247,7 +280,9 @@ class Walk:
             r1 = min(r0 + CAUSAL_BLOCK, length_q)
             seen = min(length_k, r1 - k_start)
             block = (q1 - r1, q1 - r0) if self.reverse else (q0 + r0, q0 + r1)
-            yield Part(self, n, batch, block, (k0, k0 + seen), r0, k_start, None if holes is None else holes[..., :seen])
+            yield Part(
+                self, n, batch, block, (k0, k0 + seen), r0, k_start, None if holes is None else holes[..., :seen]
+            )
 
     def new_grad_bias(self) -> Tensor:
         if self.reverse:
@@ -307,7 +342,9 @@ class Part:
         return x[self.batch, start:stop].transpose(1, 2)
 
     def _shift(self) -> int:
-        """Index in the extended vector of the distance between the first key and the last query (the first in reverse)."""
+        """Index in the extended vector of the distance between the first key and the last query (the first in
+        reverse).
+        """
         rows = self.queries[1] - self.queries[0]
         return self.key_start - (self.query_start + rows - 1) + self.walk.max_q - 1
 

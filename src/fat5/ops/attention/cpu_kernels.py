@@ -1,4 +1,5 @@
-"""The arithmetic of CPU attention for one part: PyTorch's fused kernel where it serves, tiles of plain PyTorch elsewhere.
+"""The arithmetic of CPU attention for one part: PyTorch's fused kernel where it serves, tiles of plain PyTorch
+elsewhere.
 
 Shapes here: q, out, grad_out (B, H, Lq, D); k, v (B, H, Lk, D); lse (B, H, Lq); everything may be a strided view.
 """
@@ -14,7 +15,8 @@ from fat5.ops.attention.dropout import keep_mask
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Rows and keys of one tile of the plain backward: with 8 heads its three buffers fit a core's share of the last-level cache.
+# Rows and keys of one tile of the plain backward: with 8 heads its three buffers fit a core's share of the
+# last-level cache.
 TILE_ROWS, TILE_KEYS = 128, 512
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -25,7 +27,8 @@ class Mask:
 
     Args:
         added: broadcasts to (B, H, Lq, Lk); None adds nothing.
-        antidiagonal: whether `added` is a vector bias, constant where row + key is (rows are in reverse order). Only other
+        antidiagonal: whether `added` is a vector bias, constant where row + key is (rows are in reverse order). Only
+            other
             masks, and those with holes, may leave a row with nothing to see.
         holes: whether keys are left out by the caller.
     """
@@ -55,7 +58,9 @@ class Dropout:
         return (keep.flip(1) if self.reverse else keep) / (1.0 - self.probability)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
     """out (B, H, Lq, D) and lse (B, H, Lq)."""
     if dropout is None:
         added = _fit(mask.added, q, k)
@@ -102,7 +107,7 @@ def backward(
     # Scores in base 2: exp2 costs half of exp, and the scale rides along.
     lse = lse * LOG2_E
     for b in range(q.shape[0]):
-        one = [grad_out[b].float(), q[b].float() * (scale * LOG2_E), k[b].float(), v[b].float()]
+        query, key, value = q[b].float() * (scale * LOG2_E), k[b].float(), v[b].float()
         added = None if mask.added is None else mask.added[b if mask.added.shape[0] > 1 else 0]
         target = grad_bias
         if grad_bias is not None and not mask.antidiagonal:
@@ -110,7 +115,10 @@ def backward(
         totals = [grad[b] for grad in grads]
         if q.dtype != torch.float32:
             totals = [torch.zeros(grad.shape) for grad in totals]
-        _tiles(*one, lse[b], delta[b], added, scale, dropout, b, totals, target, mask.antidiagonal)
+        _tiles(
+            grad_out[b].float(), query, key, value, lse[b], delta[b], added, scale, dropout, b, totals, target,
+            mask.antidiagonal,
+        )  # fmt: skip
         if q.dtype != torch.float32:
             for grad, total in zip(grads, totals):
                 grad[b] += total
@@ -133,13 +141,15 @@ def _tiles(
 ) -> None:
     """One document tile by tile: five batched matrix products each, and dS at hand for the bias.
 
-    Shapes without batch: (H, Lq, D), (H, Lk, D), (H, Lq); q and lse in base 2. Adds to `grads` and to `grad_bias`, which is (H, Lq + Lk - 1),
+    Shapes without batch: (H, Lq, D), (H, Lk, D), (H, Lq); q and lse in base 2. Adds to `grads` and to `grad_bias`,
+    which is (H, Lq + Lk - 1),
     entry i + j for row i and key j, or of the dense bias's shape.
     """
     heads, rows_total, keys_total = q.shape[0], q.shape[1], k.shape[1]
     m, w = min(TILE_ROWS, rows_total), min(TILE_KEYS, keys_total)
     weights_buffer, products_buffer = torch.empty(2, heads * m * w)
-    # dS is written with its rows m + w apart over a buffer of zeros: read with rows m + w - 1 apart, row i is then moved by i,
+    # dS is written with its rows m + w apart over a buffer of zeros: read with rows m + w - 1 apart, row i is then
+    # moved by i,
     # and the anti-diagonals stand in columns.
     skewed = torch.zeros(heads * m * (m + w))
     grad_q, grad_k, grad_v = grads
@@ -153,7 +163,9 @@ def _tiles(
             weights = torch.bmm(
                 q[:, rows], k[:, keys].transpose(1, 2), out=weights_buffer[: heads * m * w].view(heads, m, w)
             )
-            _softmax_(weights, None if added is None else _block(added, rows, keys), lse[:, rows, None], w == keys_total)
+            _softmax_(
+                weights, None if added is None else _block(added, rows, keys), lse[:, rows, None], w == keys_total
+            )
             products = torch.bmm(
                 grad_out[:, rows], v[:, keys].transpose(1, 2), out=products_buffer[: heads * m * w].view(heads, m, w)
             )
@@ -181,7 +193,8 @@ def _tiles(
 def _softmax_(scores: Tensor, added: Tensor | None, lse: Tensor, whole: bool) -> None:
     """Scores (base 2) to attention weights in place; `whole` when every key of the rows is there.
 
-    Whole rows are normalised by their own sum, which is exact where the rounding of the stored log-sum-exp is not. Parts of
+    Whole rows are normalised by their own sum, which is exact where the rounding of the stored log-sum-exp is not.
+    Parts of
     rows have only that: exp2 costs half of exp, which is why scores come in base 2.
     """
     if not whole:

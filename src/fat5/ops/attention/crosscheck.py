@@ -1,6 +1,8 @@
-"""The same attention through PyTorch's own SDPA and FlexAttention, with the bias made dense: cross-checks, not fast paths.
+"""The same attention through PyTorch's own SDPA and FlexAttention, with the bias made dense: cross-checks, not fast
+paths.
 
-Neither knows packed documents, dropout by counters, or rows that see nothing: packed inputs run document by document, and
+Neither knows packed documents, dropout by counters, or rows that see nothing: packed inputs run document by
+document, and
 dropout is refused.
 """
 
@@ -21,7 +23,9 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor 
 
 
 def attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    """torch.nn.attention.flex_attention reading the dense bias in its score_mod (on the CPU: forward only, PyTorch has no more)."""
+    """torch.nn.attention.flex_attention reading the dense bias in its score_mod (on the CPU: forward only, PyTorch
+    has no more).
+    """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.device.type == "cpu" and needs_grad:
         raise RuntimeError("backend='flex' has no backward on the CPU; use backend='cpu'")

@@ -48,8 +48,8 @@ def attention_reference(
             document_bias = bias[n if bias.shape[0] > 1 else 0][
                 None, :, : rows_q.stop - rows_q.start, : rows_k.stop - rows_k.start
             ]
-        document = (x[rows].transpose(0, 1)[None] for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
-        out = _one(*document, document_bias, causal, scale, dropout_p, seed, n, None)
+        one_q, one_k, one_v = (x[rows].transpose(0, 1)[None] for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
+        out = _one(one_q, one_k, one_v, document_bias, causal, scale, dropout_p, seed, n, None)
         pieces.append(out[0].transpose(0, 1))
     tail = q[starts_q[-1] :]
     return torch.cat([*pieces, torch.zeros_like(tail)])
@@ -80,7 +80,8 @@ def _one(
     if visible is not None:
         hidden = hidden | ~visible
     scores = scores.masked_fill(hidden, float("-inf"))
-    # A row that sees nothing is all -inf, whose softmax is NaN forward and backward: let it see everything, then zero it.
+    # A row that sees nothing is all -inf, whose softmax is NaN forward and backward: let it see everything, then
+    # zero it.
     blind = hidden.all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(hidden, 0.0)
     if dropout_p > 0.0 and seed is not None:
