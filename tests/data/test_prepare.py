@@ -196,13 +196,13 @@ def test_processes_do_not_outlive_the_one_that_started_them(tmp_path: Path, toke
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fat5", "prepare", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
     process = subprocess.Popen([*command, "--tokenizer", tokenizer, "--output_dir", str(out), "--workers", "2"])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(list((out / "logs" / "progress").glob("*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     children = descendants(process.pid)
     assert len(children) >= 2
     process.send_signal(sent)
-    assert process.wait(20) == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
+    assert process.wait(60) == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if Path(f"/proc/{child}").exists()]

@@ -200,6 +200,10 @@ def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[in
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process died, perhaps for want of memory",
