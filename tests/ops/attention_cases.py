@@ -70,7 +70,9 @@ def draw(case: Case, device: torch.device) -> Inputs:
         shape_q, shape_k = ((rows, case.heads, case.head_dim) for rows in (rows_q, rows_k))
         max_q, max_k = (max((d[side] for d in case.documents), default=0) for side in (0, 1))
     else:
-        shape_q, shape_k = ((case.batch, case.heads, rows, case.head_dim) for rows in (case.query_length, case.key_length))
+        shape_q, shape_k = (
+            (case.batch, case.heads, rows, case.head_dim) for rows in (case.query_length, case.key_length)
+        )
         max_q, max_k = case.query_length, case.key_length
 
     def randn(shape: tuple[int, ...]) -> Tensor:
@@ -79,7 +81,11 @@ def draw(case: Case, device: torch.device) -> Inputs:
         # Heads and rows swapped in memory, inside a wider tensor, every second element of the last dimension.
         wide = torch.randn(shape[0], shape[2] + 1, shape[1] + 3, 2 * shape[-1], device=device) if not packed else None
         if wide is None:
-            return torch.randn(shape[1], shape[0] + 3, shape[2], device=device).to(case.dtype).transpose(0, 1)[1 : 1 + shape[0]]
+            return (
+                torch.randn(shape[1], shape[0] + 3, shape[2], device=device)
+                .to(case.dtype)
+                .transpose(0, 1)[1 : 1 + shape[0]]
+            )
         return wide.to(case.dtype)[:, : shape[2], : shape[1], ::2].transpose(1, 2)
 
     q, k, v, grad_out = randn(shape_q) * 0.8, randn(shape_k) * 0.8, randn(shape_k), randn(shape_q)
@@ -89,7 +95,9 @@ def draw(case: Case, device: torch.device) -> Inputs:
     elif case.bias.startswith("dense:"):
         full = (len(case.documents) if packed else case.batch, case.heads, max_q, max_k)
         sizes = case.bias.removeprefix("dense:").split("x")
-        bias = torch.randn([want if size == "n" else 1 for size, want in zip(sizes, full)], device=device).to(case.dtype)
+        bias = torch.randn([want if size == "n" else 1 for size, want in zip(sizes, full)], device=device).to(
+            case.dtype
+        )
     options: dict = {"causal": case.causal, "scale": case.scale, "dropout_p": case.dropout_p}
     options["seed"] = torch.randint(0, 2**62, (1,), device=device) if case.dropout_p else None
     options["key_padding_mask"] = None
@@ -107,7 +115,9 @@ def draw(case: Case, device: torch.device) -> Inputs:
     return Inputs(q, k, v, bias, grad_out, options)
 
 
-def gradients(attend, inputs: Inputs, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def gradients(
+    attend, inputs: Inputs, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """out and the gradients of q, k, v and bias by `attend(q, k, v, bias, **options)`, in another dtype if one is named."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     if dtype is None:
@@ -142,7 +152,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, *
         blind = hidden.all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(hidden & ~blind, float("-inf")), -1).masked_fill(hidden, 0.0)
         if options["dropout_p"]:
-            keep = keep_mask(options["seed"], options["dropout_p"], document, q.shape[0], range(q.shape[1]), range(k.shape[1]))
+            keep = keep_mask(
+                options["seed"], options["dropout_p"], document, q.shape[0], range(q.shape[1]), range(k.shape[1])
+            )
             weights = weights * keep / (1.0 - options["dropout_p"])
         return weights @ v
 
