@@ -161,6 +161,11 @@ class PretrainConfig:
         self.data.batch()
         self.data.denoisers()
         self.schedule.validate(self.steps)
+        if self.precision == "bf16-pure" and self.optimizer.name != "adamw_scale":
+            raise ConfigurationError(
+                f"precision is bf16-pure, and {self.optimizer.name} does not compensate the rounding of bf16 weights",
+                hint="Use adamw_scale, or precision bf16",
+            )
         return replace(self, optimizer=self.optimizer.resolved())
 
     def to_dict(self) -> dict[str, Any]:

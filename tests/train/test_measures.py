@@ -1,0 +1,174 @@
+"""What is measured: evaluation, entropy, FLOPs, peak, drawings, and the log they come from."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fat5.errors import DataError
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.train import evaluate, read_rows, unigram_entropy
+from fat5.train.flops import ModelShape, peak_flops
+from fat5.train.metrics import MetricsLog
+from fat5.train.plots import LivePlot, draw_comparison, draw_run, smooth
+from fat5.train.precision import Precision
+from fat5.train.pretraining import configure_model, open_data
+from made_run import tiny
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def scored(prepared, tmp_path_factory):
+    config = tiny(prepared, tmp_path_factory.mktemp("none"))
+    data = open_data(config)
+    torch.manual_seed(0)
+    return FAT5ForConditionalGeneration(configure_model(config, data.info)), data
+
+
+def test_evaluation_is_the_mean_over_each_denoisers_tokens(scored):
+    """Against the padded forward pass, document by document."""
+    model, data = scored
+    model.train()
+    result = evaluate(model, model, data.validation, data.names, Precision("fp32", torch.device("cpu")))
+    assert model.training, "switched back"
+    sums = {name: [0.0, 0, 0] for name in data.names}
+    model.eval()
+    for batch in data.validation:
+        for index in range(batch.num_examples):
+            inputs = batch.input_ids[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]]
+            labels = batch.labels[batch.decoder_cu_seqlens[index] : batch.decoder_cu_seqlens[index + 1]]
+            with torch.no_grad():
+                logits = model(input_ids=inputs[None], labels=labels[None]).logits[0]
+            total = sums[data.names[batch.denoiser[index]]]
+            total[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            total[1] += (logits.argmax(-1) == labels).sum().item()
+            total[2] += len(labels)
+    model.train()
+    assert set(result.by_denoiser) == set(data.names)
+    for name, (loss, correct, tokens) in sums.items():
+        score = result.by_denoiser[name]
+        assert score.tokens == tokens
+        assert score.loss == pytest.approx(loss / tokens, rel=1e-5)
+        assert score.accuracy == pytest.approx(correct / tokens, abs=1e-9)
+    overall = [sum(column) for column in zip(*sums.values(), strict=True)]
+    assert result.overall.loss == pytest.approx(overall[0] / overall[2], rel=1e-5)
+
+
+def test_unigram_entropy_of_known_frequencies(scored):
+    _, data = scored
+    batch = data.validation[0]
+    labels = torch.full_like(batch.labels, -100)
+    labels[:4] = torch.tensor([7, 7, 8, 9])
+    from dataclasses import replace
+
+    expected = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
+    assert unigram_entropy([replace(batch, labels=labels)]) == pytest.approx(expected)
+
+
+def test_flops_agree_with_torchs_count_of_the_matrices():
+    """torch counts the same matrix products; attention and the head are custom ops, which it does not see into."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = FAT5Config.preset("fat5-demo", vocab_size=1024)
+    model = FAT5ForConditionalGeneration(config)
+    encoder, decoder = torch.tensor([100, 156]), torch.tensor([60, 68])
+    lengths = {"cu_seqlens": encoder, "decoder_cu_seqlens": decoder}
+    packed = {key: nn.functional.pad(value.cumsum(0), (1, 0)).int() for key, value in lengths.items()}
+    inputs = {"input_ids": torch.randint(1, 1024, (256,)), "labels": torch.randint(1, 1024, (128,))}
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(**inputs, **packed, max_seqlen=256, decoder_max_seqlen=128).loss.backward()
+    shape = ModelShape.of(config)
+    head = 6 * 128 * config.d_model * 1024
+    assert shape.training_flops(encoder, decoder) - attention_of(shape, encoder, decoder) - head == (
+        counter.get_total_flops()
+    )
+
+
+def attention_of(shape, encoder, decoder):
+    encoder, decoder = encoder.double(), decoder.double()
+    scores = shape.encoder_layers * (encoder**2).sum()
+    scores += shape.decoder_layers * ((decoder**2).sum() / 2 + (encoder * decoder).sum())
+    return float(12 * shape.attention * scores)
+
+
+def test_peak_of_this_cpu_is_plausible():
+    assert 1e9 < peak_flops(torch.device("cpu"), "fp32") < 1e14
+
+
+def rows(steps):
+    yield {"kind": "eval", "step": 0, "loss": 7.0, "accuracy": 0.0, "by_denoiser": {"[S]": {"loss": 7.0}}}
+    for step in range(1, steps + 1):
+        loss = None if step == 3 else 7 - step / 10
+        numbers = {
+            "lr": 0.01,
+            "grad_norm": loss,
+            "tokens": 100 * step,
+            "tokens_per_second": 50.0,
+            "seconds": 2.0 * step,
+        }
+        yield {"kind": "train", "step": step, "loss": loss, **numbers}
+    yield {"kind": "eval", "step": steps, "loss": 6.0, "accuracy": 0.1, "by_denoiser": {"[S]": {"loss": 6.0}}}
+
+
+def written(folder, steps=10):
+    folder.mkdir()
+    log = MetricsLog(folder / "metrics.jsonl")
+    for row in rows(steps):
+        log.write(row)
+    return log
+
+
+def test_log_is_cut_by_step_and_of_its_torn_line(tmp_path):
+    log = written(tmp_path / "run")
+    with open(log.path, "ab") as file:
+        file.write(b'{"kind": "train", "step": 11, "lo')
+    assert len(read_rows(log.path)) == 12, "a row being written is not read"
+    assert log.rewind(10) == 1
+    assert log.rewind(4, tmp_path / "discarded.jsonl") == 7
+    assert [row["step"] for row in read_rows(log.path)] == [0, 1, 2, 3, 4]
+    discarded = [json.loads(line)["step"] for line in (tmp_path / "discarded.jsonl").read_text().splitlines()]
+    assert discarded == [5, 6, 7, 8, 9, 10, 10]
+    assert log.rewind(-1) == 5
+    assert log.path.read_bytes() == b""
+
+
+def test_drawings(tmp_path):
+    written(tmp_path / "a"), written(tmp_path / "b", steps=5)
+    draw_run(tmp_path / "a" / "metrics.jsonl", tmp_path / "loss.png", "title", 5.0)
+    for axis in ("step", "tokens", "hours"):
+        draw_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / f"{axis}.png", axis)
+    for name in ("loss", "step", "tokens", "hours"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(DataError, match="the same run is given twice"):
+        draw_comparison([tmp_path / "a", tmp_path / "a"], tmp_path / "x.png")
+
+
+def test_smoothing_is_unbiased_and_passes_over_gaps():
+    assert smooth([4.0] * 100) == pytest.approx([4.0] * 100)
+    values = smooth([1.0, math.nan, 1.0])
+    assert values == pytest.approx([1.0, 1.0, 1.0])
+    assert abs(smooth([math.sin(i) for i in range(1000)])[-1]) < 0.2
+
+
+def test_live_plot_is_seldom_and_survives_a_full_disk(monkeypatch):
+    from fat5.train import plots
+
+    drawn = []
+
+    def draw():
+        drawn.append(1)
+        raise OSError("no space")
+
+    monkeypatch.setattr(plots, "LEAST_SECONDS", 0.0)
+    plot = LivePlot(draw)
+    plot.poke()
+    plot.finish()
+    assert len(drawn) == 2
+    monkeypatch.setattr(plots, "LEAST_SECONDS", 100.0)
+    patient = LivePlot(draw)
+    for _ in range(5):
+        patient.poke()
+    assert len(drawn) == 2
