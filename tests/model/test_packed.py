@@ -2,6 +2,8 @@
 compile.
 """
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -154,7 +156,7 @@ def test_initialisation_is_t5_s():
     net = FAT5ForConditionalGeneration(config)
     layer = net.decoder.block[1].layer
     deviations = {
-        net.shared: 1.0, net.lm_head: 1.0,
+        net.shared: 1.0, net.lm_head: config.d_model**-0.5,
         layer[0].SelfAttention.q: (config.d_model * config.d_kv) ** -0.5,
         layer[1].EncDecAttention.k: config.d_model**-0.5,
         layer[0].SelfAttention.o: (config.num_heads * config.d_kv) ** -0.5,
@@ -163,6 +165,8 @@ def test_initialisation_is_t5_s():
     for module, deviation in deviations.items():
         assert abs(module.weight.std() / deviation - 1) < 0.02
     assert (layer[0].layer_norm.weight == 1).all()
+    first = net(**batch()).loss
+    assert abs(first - math.log(config.vocab_size)) < 1.0  # near a guess
 
 
 def test_generates_with_a_decoder_deeper_than_the_encoder():

@@ -99,7 +99,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
         elif isinstance(module, PreTrainedModel) and hasattr(module, "shared"):
             normal(module.shared, 1.0)
             if hasattr(module, "lm_head") and not config.tie_word_embeddings:
-                normal(module.lm_head, 1.0)
+                normal(module.lm_head, width**-0.5)  # T5X's; transformers takes 1 (decision 0034)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
