@@ -14,18 +14,20 @@ import pytest
 from fat5.train import pretrain
 from made_run import assert_same_run, events, in_child, kill_at_row, rows_without_times, start, tiny, wait_for_step
 
+DROPOUT = {"attention_dropout_rate": 0.1}
+
 
 @pytest.fixture(scope="module")
 def clean(prepared, tmp_path_factory):
     """The run that nothing happens to."""
     run = tmp_path_factory.mktemp("clean") / "run"
-    pretrain(tiny(prepared, run))
+    pretrain(tiny(prepared, run, overrides=DROPOUT))
     return run
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_kills(prepared, clean, tmp_path, workers):
-    config = tiny(prepared, tmp_path / "run", data={"num_workers": workers})
+    config = tiny(prepared, tmp_path / "run", overrides=DROPOUT, data={"num_workers": workers})
 
     def killed_after(rows):
         def work():
@@ -45,7 +47,7 @@ def test_three_kills(prepared, clean, tmp_path, workers):
 @pytest.mark.slow
 def test_twenty_kills_of_the_command(prepared, tmp_path):
     """SIGKILL at twenty random steps and moments, between which the run gets on by seven steps on average."""
-    settings = {"steps": 300, "save_every": 5, "eval_every": 20, "data": {"num_workers": 2}}
+    settings = {"overrides": DROPOUT, "steps": 300, "save_every": 5, "eval_every": 20, "data": {"num_workers": 2}}
     straight = start(tiny(prepared, tmp_path / "clean", **settings))
     _, error = straight.communicate(timeout=900)
     assert straight.returncode == 0, error

@@ -46,7 +46,13 @@ def kill_at(point, passes):
     files.reached = reached
 
 
-@pytest.mark.parametrize("point", POINTS)
+def all_points():
+    """The points around each file; all but the first and last file's take the slow lane."""
+    fast = ("model.safetensors", "trainer.json", "manifest", "rename", "removing")
+    return [pytest.param(p, marks=() if p.endswith(fast) else pytest.mark.slow, id=p) for p in POINTS]
+
+
+@pytest.mark.parametrize("point", all_points())
 def test_killed_in_the_third_save(prepared, clean, tmp_path, point):
     run = tmp_path / "run"
     config = tiny(prepared, run, **PRUNING)

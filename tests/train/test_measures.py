@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from fat5.errors import DataError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
@@ -15,7 +16,6 @@ from fat5.train.plots import LivePlot, draw_comparison, draw_run, smooth
 from fat5.train.precision import Precision
 from fat5.train.pretraining import configure_model, open_data
 from made_run import tiny
-from torch import nn
 
 
 @pytest.fixture(scope="module")
