@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--encoder-tokens", type=int, default=4096)
+    parser.add_argument("--encoder-tokens", type=int, default=3584)
     parser.add_argument("--decoder-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="compare both models under torch.compile as well")

@@ -73,9 +73,16 @@ def _attention(
     """out, and the log-sum-exp of each row, float32, (B, Lq, H) or (Tq, H), -inf where a row sees nothing."""
     walk = Walk(cu_seqlens_q, cu_seqlens_k, key_padding_mask, causal, vector, dense, max_seqlen_q, max_seqlen_k)
     q, k, v = walk.reversed(walk.tokens_first(q)), walk.tokens_first(k), walk.tokens_first(v)
+    parts = list(walk.parts(q, k))
+    if len(parts) == 1 and parts[0].covers(q):
+        part = parts[0]
+        mine = (part.of_queries(q), part.of_keys(k), part.of_keys(v))
+        part_out, part_lse = kernels.forward(*mine, part.mask, scale, part.dropout(dropout_p, seed))
+        out, lse = part_out.transpose(1, 2), part_lse.transpose(1, 2)
+        return walk.caller_layout(walk.reversed(out).contiguous()), walk.reversed(lse).contiguous()
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:-1], float("-inf"))
-    for part in walk.parts(q, k):
+    for part in parts:
         part_out, part_lse = kernels.forward(
             part.of_queries(q), part.of_keys(k), part.of_keys(v), part.mask, scale, part.dropout(dropout_p, seed)
         )
@@ -107,11 +114,15 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias in its own shape (empty when not asked for)."""
     walk = Walk(cu_seqlens_q, cu_seqlens_k, key_padding_mask, causal, vector, dense, max_seqlen_q, max_seqlen_k)
-    grad_out, q, out = (walk.reversed(walk.tokens_first(x)) for x in (grad_out, q, out))
+    grad_out, q = walk.reversed(walk.tokens_first(grad_out)), walk.reversed(walk.tokens_first(q))
+    out = walk.tokens_first(out)
+    if max_seqlen_k > kernels.TILE_KEYS or not (bias_needs_grad or seed is not None):
+        out = walk.reversed(out)  # else nobody reads it
     lse = walk.reversed(lse)
     k, v = walk.tokens_first(k), walk.tokens_first(v)
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad_bias = walk.new_grad_bias() if bias_needs_grad else None
+    buffers = kernels.Buffers()
     for part in walk.parts(q, k):
         kernels.backward(
             part.of_queries(grad_out),
@@ -125,6 +136,7 @@ def _attention_backward(
             part.dropout(dropout_p, seed),
             (part.of_queries(grad_q), part.of_keys(grad_k), part.of_keys(grad_v)),
             None if grad_bias is None else part.grad_bias(grad_bias),
+            buffers,
         )
     return (
         walk.caller_layout(walk.reversed(grad_q)),
@@ -315,6 +327,10 @@ class Part:
         self.walk, self.document, self.batch, self.queries, self.keys = walk, document, batch, queries, keys
         self.query_start, self.key_start = query_start, key_start
         self.mask = self._mask(holes)
+
+    def covers(self, q: Tensor) -> bool:
+        """Whether this part is every row of a batch."""
+        return self.batch == slice(None) and self.queries == (0, q.shape[1])
 
     def of_queries(self, x: Tensor) -> Tensor:
         """The (B, H, rows, D) view of this part's queries."""

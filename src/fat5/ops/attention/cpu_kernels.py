@@ -18,6 +18,7 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # Rows and keys of one tile of the plain backward: with 8 heads its three buffers fit a core's share of the
 # last-level cache.
 TILE_ROWS, TILE_KEYS = 128, 512
+KEPT_SHAPES = 8
 LOG2_E = 1.0 / math.log(2.0)
 
 
@@ -93,6 +94,7 @@ def backward(
     dropout: Dropout | None,
     grads: tuple[Tensor, Tensor, Tensor],
     grad_bias: Tensor | None,
+    buffers: "Buffers",
 ) -> None:
     """Adds the gradients of q, k and v to `grads`, and the bias's to `grad_bias`, one sum a distance for a vector."""
     if dropout is None and grad_bias is None:
@@ -103,7 +105,9 @@ def backward(
         for grad, part in zip(grads, found):
             grad += part
         return
-    delta = (grad_out.float() * out.float()).sum(dim=-1)
+    # Rows of at most one tile of keys take delta from themselves.
+    long = k.shape[2] > TILE_KEYS
+    delta = (grad_out.float() * out.float()).sum(dim=-1) if long else lse
     # Scores in base 2: exp2 costs half of exp, and the scale rides along.
     lse = lse * LOG2_E
     for b in range(q.shape[0]):
@@ -117,11 +121,34 @@ def backward(
             totals = [torch.zeros(grad.shape) for grad in totals]
         _tiles(
             grad_out[b].float(), query, key, value, lse[b], delta[b], added, scale, dropout, b, totals, target,
-            mask.antidiagonal,
+            mask.antidiagonal, buffers,
         )  # fmt: skip
         if q.dtype != torch.float32:
             for grad, total in zip(grads, totals):
                 grad[b] += total
+
+
+class Buffers:
+    """Scratch memory of one backward call, kept from tile to tile: fresh memory costs more to map than to fill."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(2, 0)
+        self.skewed: dict[tuple[int, int, int], Tensor] = {}
+
+    def of(self, heads: int, m: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Two (heads, m, w) of anything, and heads * m * (m + w) flat zeros to hold dS with its rows m + w apart.
+
+        Read with rows m + w - 1 apart, row i of dS is moved by i, and its anti-diagonals stand in columns.
+        """
+        size = heads * m * w
+        if self.flat.shape[1] < size:
+            self.flat = torch.empty(2, size)
+        if (heads, m, w) not in self.skewed:
+            if len(self.skewed) >= KEPT_SHAPES:
+                self.skewed.clear()
+            self.skewed[heads, m, w] = torch.zeros(heads * m * (m + w))
+        first, second = (self.flat[i, :size].view(heads, m, w) for i in range(2))
+        return first, second, self.skewed[heads, m, w]
 
 
 def _tiles(
@@ -138,6 +165,7 @@ def _tiles(
     grads: list[Tensor],
     grad_bias: Tensor | None,
     antidiagonal: bool,
+    buffers: "Buffers",
 ) -> None:
     """One document tile by tile: five batched matrix products each, and dS at hand for the bias.
 
@@ -146,29 +174,18 @@ def _tiles(
     entry i + j for row i and key j, or of the dense bias's shape.
     """
     heads, rows_total, keys_total = q.shape[0], q.shape[1], k.shape[1]
-    m, w = min(TILE_ROWS, rows_total), min(TILE_KEYS, keys_total)
-    weights_buffer, products_buffer = torch.empty(2, heads * m * w)
-    # dS is written with its rows m + w apart over a buffer of zeros: read with rows m + w - 1 apart, row i is then
-    # moved by i,
-    # and the anti-diagonals stand in columns.
-    skewed = torch.zeros(heads * m * (m + w))
     grad_q, grad_k, grad_v = grads
     for r0 in range(0, rows_total, TILE_ROWS):
         rows = slice(r0, min(r0 + TILE_ROWS, rows_total))
         for c0 in range(0, keys_total, TILE_KEYS):
             keys = slice(c0, min(c0 + TILE_KEYS, keys_total))
             m, w = rows.stop - r0, keys.stop - c0
-            if heads * m * (m + w) != skewed.numel():
-                skewed = torch.zeros(heads * m * (m + w))
-            weights = torch.bmm(
-                q[:, rows], k[:, keys].transpose(1, 2), out=weights_buffer[: heads * m * w].view(heads, m, w)
-            )
+            weights_buffer, products_buffer, skewed = buffers.of(heads, m, w)
+            weights = torch.bmm(q[:, rows], k[:, keys].transpose(1, 2), out=weights_buffer)
             _softmax_(
                 weights, None if added is None else _block(added, rows, keys), lse[:, rows, None], w == keys_total
             )
-            products = torch.bmm(
-                grad_out[:, rows], v[:, keys].transpose(1, 2), out=products_buffer[: heads * m * w].view(heads, m, w)
-            )
+            products = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2), out=products_buffer)
             grad_scores = skewed.view(heads, m, m + w)[:, :, :w]
             if dropout is not None:
                 keep = dropout.scaled_keep(batch, heads, range(r0, rows.stop), rows_total, range(c0, keys.stop))
