@@ -1,5 +1,6 @@
 """`fat5 VERB …`: finds the verb's file and runs it. Imports nothing heavy, so `fat5 --help` answers at once."""
 
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -13,6 +14,7 @@ VERBS = {
     "generate": "infill, continue or transform text with a model",
     "plot": "draw and compare runs",
     "audit": "show what the model sees: examples, lengths, rates, fill",
+    "bench": "compile every kernel configuration for every architecture, or tune them on this GPU",
     "doctor": "check this machine and a configuration; print the memory plan",
 }
 
@@ -47,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from fat5.errors import FAT5Error
 
+    # Threads that spin while they wait starve each other on a busy machine: a step then takes ten times as long
+    # (docs/lab-log.md). It must be said before torch loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return import_module(f"fat5.cli.{verb}").main(rest) or 0
     except FAT5Error as error:

@@ -48,6 +48,7 @@ def parse(
         prog=f"fat5 {verb}",
         description=(signature.__doc__ or "").split("\n\n")[0],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -120,6 +121,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
             )
         except OSError as error:
             raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"damaged: {str(error).splitlines()[0]}", where=where, hint="restore it, or save it again"
+            ) from error
         if info["missing_keys"]:
             raise CheckpointError(
                 f"lacks {len(info['missing_keys'])} tensors, {min(info['missing_keys'])} among them",

@@ -1,9 +1,6 @@
 """Gated GELU, the feed-forward activation of T5 v1.1 (Shazeer 2020), with the tanh form of GELU."""
 
 import math
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,17 +23,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up, elementwise; both of one shape, which is the result's."""
     if gate.shape != up.shape:
         raise ValueError(f"up: expected the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}")
-    if gate.is_cuda and _triton_available():
-        return import_module("fat5.ops.triton_geglu").geglu_triton(gate, up)
     chunked = (
         gate.device.type == "cpu" and gate.dtype == up.dtype == torch.float32 and not torch.compiler.is_compiling()
     )
     return _ChunkedGEGLU.apply(gate, up) if chunked else _GEGLU.apply(gate, up)
-
-
-@lru_cache(maxsize=1)
-def _triton_available() -> bool:
-    return find_spec("triton") is not None and find_spec("fat5.ops.triton_geglu") is not None
 
 
 class _GEGLU(torch.autograd.Function):

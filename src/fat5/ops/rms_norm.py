@@ -1,8 +1,5 @@
 """RMSNorm as T5 has it: no mean, no bias, statistics in float32 (Zhang & Sennrich 2019)."""
 
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,14 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if x.is_cuda and _triton_available():
-        return import_module("fat5.ops.triton_rms_norm").rms_norm_triton(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
-
-
-@lru_cache(maxsize=1)
-def _triton_available() -> bool:
-    return find_spec("triton") is not None and find_spec("fat5.ops.triton_rms_norm") is not None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "CheckpointStore": "checkpoint",
     "DataConfig": "config",
-    "DenoiserConfig": "config",
     "Evaluation": "evaluation",
     "ModelConfig": "config",
     "NonFiniteError": "guards",
@@ -29,7 +28,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from fat5.train.checkpoint import CheckpointStore
     from fat5.train.checkpoint_files import verify_checkpoint
-    from fat5.train.config import DataConfig, DenoiserConfig, ModelConfig, PretrainConfig, SourceConfig
+    from fat5.train.config import DataConfig, ModelConfig, PretrainConfig, SourceConfig
     from fat5.train.evaluation import Evaluation, evaluate, unigram_entropy
     from fat5.train.guards import NonFiniteError
     from fat5.train.metrics import read_rows
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointStore",
     "DataConfig",
-    "DenoiserConfig",
     "Evaluation",
     "ModelConfig",
     "NonFiniteError",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fat5.data import BatchConfig, MixtureOfDenoisers
+from fat5.data import BatchConfig, DenoiserConfig, MixtureOfDenoisers
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train.precision import PrecisionName
@@ -20,22 +20,6 @@ class SourceConfig:
     """Folder made by `fat5 prepare`"""
     weight: float = 1.0
     """Relative share of the tokens seen in training"""
-
-
-@dataclass
-class DenoiserConfig:
-    """One row of a mixture written out in the YAML."""
-
-    mu: float
-    """Mean span length; where r is 0, the prefix kept is a mu-th of the text"""
-    r: float
-    """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
-    max_spans: int | str | None = None
-    """Most spans of a text: a number, or max_token_length for no limit but the text's"""
-    prefix: str | None = None
-    """Mode token in front of the inputs ([R], [S], [X]), or none"""
-    proportion: float = 1.0
-    """Relative share of the examples"""
 
 
 @dataclass

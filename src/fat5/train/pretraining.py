@@ -45,7 +45,7 @@ class RunData:
     identity: dict[str, Any]
     """Hashes of the tokenizer and of each source's manifest"""
     tokens_dropped: int
-    """Documents of fewer than 2 tokens, which no denoiser can corrupt: at most a token each"""
+    """Tokens of documents below 2 tokens, which no denoiser can corrupt: at most one each"""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def open_data(config: PretrainConfig) -> RunData:
     validation = list(validation_batches(held_out, mixture, info, batch, eval_tokens=config.eval_tokens))
     manifests = [hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() for folder in folders]
     identity = {"tokenizer": info.sha256, "vocab_size": info.vocab_size, "manifests": manifests, "weights": weights}
-    return RunData(loader, validation, mixture.names(), tokenizer, info, identity, sum(loader.stream.short_documents))
+    return RunData(loader, validation, mixture.names(), tokenizer, info, identity, sum(loader.stream.short_tokens))
 
 
 def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
