@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from fat5.cli.parsing import parse
-from fat5.data import BatchConfig
+from fat5.data import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
-from fat5.train import DataConfig, DenoiserConfig, ModelConfig, PretrainConfig, SourceConfig
+from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig
 from fat5.train.scoring import EvaluateConfig
 
 CLASSES = [

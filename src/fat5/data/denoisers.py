@@ -161,21 +161,18 @@ class Denoiser:
 
 @dataclass
 class DenoiserConfig:
-    """One row of a mixture written out in YAML.
-
-    Args:
-        mu: mean span length; where r is 0, the prefix kept is a mu-th of the text.
-        r: corruption rate; 0 is the sequential denoiser, which needs max_spans 1.
-        max_spans: most spans of a text: a number, or max_token_length for no limit but the text's.
-        prefix: mode token in front of the inputs ([R], [S], [X]), or none.
-        proportion: relative share of the examples.
-    """
+    """One row of a mixture written out in YAML."""
 
     mu: float
+    """Mean span length; where r is 0, the prefix kept is a mu-th of the text"""
     r: float
+    """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
     max_spans: int | str | None = None
+    """Most spans of a text: a number, or max_token_length for no limit but the text's"""
     prefix: str | None = None
+    """Mode token in front of the inputs ([R], [S], [X]), or none"""
     proportion: float = 1.0
+    """Relative share of the examples"""
 
 
 class MixtureOfDenoisers:
