@@ -79,7 +79,7 @@ def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
         if line.startswith("fat5 "):
             words = shlex.split(line)[1:]
             assert words[0] in VERBS, line
-            if ELSEWHERE.search(line) and words[0] != "doctor" or "--help" in words:
+            if (ELSEWHERE.search(line) and words[0] != "doctor") or "--help" in words:
                 assert_parses(words, monkeypatch)
             else:
                 code = main([words[0], *words[1:], *smaller(words)])
@@ -136,7 +136,7 @@ def smaller(words: list[str]) -> list[str]:
     return [part for key, value in kept.items() for part in (f"--{key}", value)]
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """Raised in place of the work."""
 
 
@@ -151,11 +151,11 @@ def assert_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stop(*args: object, **kwargs: object) -> None:
         real(*args, **kwargs)  # type: ignore[arg-type]
-        raise Parsed
+        raise ParsedError
 
     with monkeypatch.context() as patch:
         patch.setattr(parsing, "parse", stop)
         if hasattr(module, "parse"):
             patch.setattr(module, "parse", stop)
-        with pytest.raises(Parsed):
+        with pytest.raises(ParsedError):
             main(words)
