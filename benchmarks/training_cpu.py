@@ -2,10 +2,8 @@
 padded batches.
 
 Both train the demo model on the same French UL2 examples with the same optimizer, one optimizer step a pack. The
-stock model
-gets each pack's examples in dynamically padded batches, in the order of the stream or sorted by length. A useful
-token is an
-encoder token of a document or a target; padding does not count.
+stock model gets each pack's examples in dynamically padded batches, in the order of the stream or sorted by length. A
+useful token is an encoder token of a document or a target; padding does not count.
 
 python benchmarks/training_cpu.py [--packs 4] [--batch-size 16] [--compiled] [--profile]
 """

@@ -64,8 +64,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs'
-        width, and
-        q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""
+        width, and q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""
         config = self.config
         factor, width = config.initializer_factor, config.d_model
 

@@ -252,8 +252,7 @@ def run_rows(
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
 
     A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
-    run as
-    they are, and so does everything with a memory whose mask has holes.
+    run as they are, and so does everything with a memory whose mask has holes.
     """
     shape = (rows.shape[0], rows.shape[1])
     padding = Padding.of(mask, shape, rows.device)

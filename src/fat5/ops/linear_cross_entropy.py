@@ -59,8 +59,7 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and
-        sums are
-        in float32, the gradient of `weight` is accumulated in float32.
+        sums are in float32, the gradient of `weight` is accumulated in float32.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -51,13 +51,11 @@ def attention(
         scale: multiplies q k^T; 1.0 is T5's.
         dropout_p: dropout of the attention weights, in [0, 1); the mask is counter-based (dropout.py).
         cu_seqlens_q, cu_seqlens_k: int32 (N+1,), non-decreasing, from 0: document n holds rows cu[n]..cu[n+1]. Rows
-            at or
-            after the last value belong to no document: zeros out, zero gradients.
+            at or after the last value belong to no document: zeros out, zero gradients.
         max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths; needed with cu_seqlens.
         key_padding_mask: (B, Lk) bool, batched only; True = attend.
         backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and
-            the
-            reference elsewhere; they agree up to rounding.
+            the reference elsewhere; they agree up to rounding.
 
     Returns:
         Of q's shape and dtype. A query with no visible key gives zeros.

@@ -4,14 +4,11 @@ cpu_kernels.py.
 Two ideas make it fast (docs/attention.md, "On the CPU"):
 
 - PyTorch's fused CPU kernel adds a mask it reads through strides. A relative bias is constant along diagonals, and
-with the
-  queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a strided
-  view with
-  strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and no L x L bias
-  exists.
+  with the queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a
+  strided view with strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and
+  no L x L bias exists.
 - Where the bias needs a gradient, the backward runs in tiles of plain PyTorch that stay in cache, with dS at hand.
-dS is
-  written into a skewed buffer, so that summing its anti-diagonals is summing columns (decision 0030).
+  dS is written into a skewed buffer, so that summing its anti-diagonals is summing columns (decision 0030).
 """
 
 from collections.abc import Iterator
@@ -209,9 +206,8 @@ _attention.register_autograd(_gradients, setup_context=_save)
 class Walk:
     """One call as a sequence of parts, each a block of queries and the contiguous keys it may see.
 
-    Inside, every tensor has its tokens before its heads, (B, L, H, D) or (T, H, D), and when the bias is a vector
-    (or the
-    call causal, a bias of 0 and -inf) its queries are in reverse order.
+    Inside, every tensor has its tokens before its heads, (B, L, H, D) or (T, H, D), and when the bias is a vector (or
+    the call causal, a bias of 0 and -inf) its queries are in reverse order.
     """
 
     cu_seqlens_q: Tensor | None

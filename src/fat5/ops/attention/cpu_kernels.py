@@ -29,8 +29,7 @@ class Mask:
     Args:
         added: broadcasts to (B, H, Lq, Lk); None adds nothing.
         antidiagonal: whether `added` is a vector bias, constant where row + key is (rows are in reverse order). Only
-            other
-            masks, and those with holes, may leave a row with nothing to see.
+            other masks, and those with holes, may leave a row with nothing to see.
         holes: whether keys are left out by the caller.
     """
 
@@ -170,8 +169,7 @@ def _tiles(
     """One document tile by tile: five batched matrix products each, and dS at hand for the bias.
 
     Shapes without batch: (H, Lq, D), (H, Lk, D), (H, Lq); q and lse in base 2. Adds to `grads` and to `grad_bias`,
-    which is (H, Lq + Lk - 1),
-    entry i + j for row i and key j, or of the dense bias's shape.
+    which is (H, Lq + Lk - 1), entry i + j for row i and key j, or of the dense bias's shape.
     """
     heads, rows_total, keys_total = q.shape[0], q.shape[1], k.shape[1]
     grad_q, grad_k, grad_v = grads
@@ -211,8 +209,7 @@ def _softmax_(scores: Tensor, added: Tensor | None, lse: Tensor, whole: bool) ->
     """Scores (base 2) to attention weights in place; `whole` when every key of the rows is there.
 
     Whole rows are normalised by their own sum, which is exact where the rounding of the stored log-sum-exp is not.
-    Parts of
-    rows have only that: exp2 costs half of exp, which is why scores come in base 2.
+    Parts of rows have only that: exp2 costs half of exp, which is why scores come in base 2.
     """
     if not whole:
         if added is not None:

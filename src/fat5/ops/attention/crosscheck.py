@@ -1,9 +1,8 @@
 """The same attention through PyTorch's own SDPA and FlexAttention, with the bias made dense: cross-checks, not fast
 paths.
 
-Neither knows packed documents, dropout by counters, or rows that see nothing: packed inputs run document by
-document, and
-dropout is refused.
+Neither knows packed documents, dropout by counters, or rows that see nothing: packed inputs run document by document,
+and dropout is refused.
 """
 
 from collections.abc import Callable

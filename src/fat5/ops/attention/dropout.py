@@ -1,10 +1,9 @@
 """Counter-based dropout: the fate of an attention weight is a pure function of (seed, document, head, row, column).
 
-Philox4x32-10 (Salmon et al., SC 2011), key = the two halves of a 64-bit seed, counter = (column, row, head, document);
-the first output word w keeps the weight iff w >= p * 2^32. Row and column count inside the document (inside the
-batch row
-in the padded layout), so that the mask is the same however documents are packed or padded, and forward and backward can
-both draw it again.
+Philox4x32-10 (Salmon et al., SC 2011), key = the two halves of a 64-bit seed, counter = (column, row, head,
+document); the first output word w keeps the weight iff w >= p * 2^32. Row and column count inside the document
+(inside the batch row in the padded layout), so that the mask is the same however documents are packed or padded, and
+forward and backward can both draw it again.
 """
 
 import torch
