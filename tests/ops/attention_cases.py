@@ -1,4 +1,4 @@
-"""Attention problems for the kernel tests, the float64 answer, and what plain PyTorch makes of them in their own precision."""
+"""Attention problems for the kernel tests, the float64 answer, and what plain PyTorch makes of them."""
 
 from dataclasses import dataclass, field, replace
 
@@ -118,7 +118,7 @@ def draw(case: Case, device: torch.device) -> Inputs:
 def gradients(
     attend, inputs: Inputs, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """out and the gradients of q, k, v and bias by `attend(q, k, v, bias, **options)`, in another dtype if one is named."""
+    """out and the gradients of q, k, v and bias by `attend(q, k, v, bias, **options)`, in the dtype named."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     if dtype is None:
         leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]

@@ -1,6 +1,6 @@
 """The Triton backend: host side of the kernels, registered with torch.library as one forward and one backward op.
 
-triton_forward.py, triton_backward.py and triton_bias_gradient.py hold the kernels, triton_launch.py their configurations.
+Kernels: triton_forward.py, triton_backward.py, triton_bias_gradient.py; their configurations: triton_launch.py.
 """
 
 import os
@@ -14,12 +14,12 @@ from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
 from fat5.ops.attention.triton_bias_gradient import band_kernel, bins_kernel, dense_gradient_kernel, diagonal_kernel
 from fat5.ops.attention.triton_forward import forward_kernel
-from fat5.ops.attention.triton_launch import Launch, configuration, run
+from fat5.ops.attention.triton_launch import Launch, band_configuration, configuration, run
 from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_kernel
 
-MAX_HEAD_DIM = 128
-LOG2E = 1.4426950408889634
-WORK_LIST_CHUNK = 256
+MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
+# Of the head dimension, in the bias gradients: larger ones spill.
+FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
 # Enough programs for two waves of the largest GPUs, so that the band kernel's few offsets fill the machine.
 BAND_PROGRAMS = 1024
 
@@ -93,7 +93,7 @@ def attention_forward(
         programs,
         (
             *(*inputs, out, lse, starts, *map(problem.strides, (q, k, v, out)), problem.lse_strides, bias_strides),
-            *(problem.mask_strides, shape, problem.scale2, problem.threshold, problem.keep_scale),
+            *(problem.mask_strides, *shape, problem.scale2, problem.threshold, problem.keep_scale),
         ),
         problem.constants(launch),
         launch,
@@ -142,7 +142,7 @@ def attention_backward(
         (
             *(*inputs, out, grad_out, lse, exponent, delta, grad_q, far_sums, starts),
             *(*map(problem.strides, (q, k, v, out, grad_out, grad_q)), problem.lse_strides, bias_strides),
-            *(problem.mask_strides, shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+            *(problem.mask_strides, *shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
         ),
         problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
         rows,
@@ -156,7 +156,7 @@ def attention_backward(
         (
             *(*inputs, grad_out, exponent, delta, grad_k, grad_v, starts),
             *(*map(problem.strides, (q, k, v, grad_out, grad_k, grad_v)), problem.lse_strides, bias_strides),
-            *(problem.mask_strides, shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
+            *(problem.mask_strides, *shape, problem.scale2, scale, problem.threshold, problem.keep_scale),
         ),
         problem.constants(columns),
         columns,
@@ -171,7 +171,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, dropout_p, bias_needs_grad):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, dropout_p, bias_needs_grad):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     bias = dense if vector is None else vector
     grad_bias = lse.new_empty(0) if bias is None or not bias_needs_grad else bias.new_empty(bias.shape)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
@@ -188,8 +188,7 @@ def _vector_gradient(
     if R == 0:
         # One number for all keys changes no softmax.
         return grad_vector.zero_()
-    band = configuration("band", q.device, q.shape[-1], q.dtype)
-    assert rows.block_m % band.block_m == 0 and rows.block_n % band.block_n == 0 and band.block_m % band.block_n == 0
+    band = band_configuration(q.device, q.shape[-1], q.dtype, rows)
     lowest = -((R + rows.block_n + rows.block_m - band.block_m - 2) // band.block_n)
     highest = (R + rows.block_m + rows.block_n - band.block_n - 2) // band.block_n
     if causal:
@@ -201,7 +200,7 @@ def _vector_gradient(
     slots = programs // problem.heads
     splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * offsets)))
     partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
-    constants = problem.constants(band) | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
+    constants = problem.constants(band) | problem.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
     del constants["BIAS"]
     inputs, bias_strides = problem.inputs(band)
     run(
@@ -209,7 +208,7 @@ def _vector_gradient(
         problem.heads * offsets * splits,
         (
             *(*inputs, grad_out, exponent, delta, partial, starts, *map(problem.strides, (q, k, v, grad_out))),
-            *(problem.lse_strides, bias_strides, problem.mask_strides, shape, slots, splits, lowest),
+            *(problem.lse_strides, bias_strides, problem.mask_strides, *shape, slots, splits, lowest),
             *(problem.scale2, problem.threshold, problem.keep_scale),
         ),
         constants,
@@ -236,12 +235,13 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
     """In the shape and dtype of the dense bias, summed in fp32."""
     q, k, v, dense = problem.q, problem.k, problem.v, problem.dense
     assert dense is not None
-    grad_dense = dense.new_empty(dense.shape)
+    grad_dense, (rows, columns) = dense.new_empty(dense.shape), dense.shape[2:]
     launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype)
-    rows, columns = dense.shape[2:]
     documents = problem.num_documents if problem.packed else q.shape[0]
     sizes = (documents, dense.shape[0], dense.shape[1], rows, columns)
-    constants = problem.constants(launch) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
+    constants = (
+        problem.constants(launch) | problem.chunk(DENSE_CHUNK) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
+    )
     del constants["BIAS"]
     inputs, bias_strides = problem.inputs(launch)
     run(
@@ -250,7 +250,7 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
         (
             *(*inputs, grad_out, exponent, delta, grad_dense, problem.starts(None)),
             *(*map(problem.strides, (q, k, v, grad_out)), problem.lse_strides, bias_strides, grad_dense.stride()),
-            *(problem.mask_strides, problem.shape(0), sizes, problem.scale2, problem.threshold, problem.keep_scale),
+            *(problem.mask_strides, *problem.shape(0), sizes, problem.scale2, problem.threshold, problem.keep_scale),
         ),
         constants,
         launch,
@@ -300,7 +300,8 @@ class _Problem:
 
     def inputs(self, launch: Launch) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """q, k, v, bias, key mask and seed as a kernel takes them, and the bias's strides."""
-        bias, strides = self.q, (0, 0, 0, 0)
+        bias = self.q
+        strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.vector is not None:
             # Over scale, its end values repeated on either side, from distance 0 on.
             padding = launch.block_m + launch.block_n
@@ -368,6 +369,11 @@ class _Problem:
             "DROPOUT": self.dropout,
             "PRECISION": "tf32x3" if exact else "tf32",
         }
+
+    def chunk(self, most: int = MAX_HEAD_DIM) -> dict[str, int]:
+        """How much of the head dimension a bias gradient takes at a time."""
+        whole = max(16, triton.next_power_of_2(self.q.shape[-1]))
+        return {"CHUNK_D": min(whole, FLOAT32_CHUNK if self.q.dtype == torch.float32 else most)}
 
 
 def _lse_shape(q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]:

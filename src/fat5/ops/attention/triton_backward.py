@@ -1,7 +1,8 @@
 """The backward kernels: dQ by tiles of queries, then dK and dV by tiles of keys. No atomics, so bit-equal every time.
 
-Weights P = exp2(scores - lse), dP = dO V^T (dropout applied), delta = rowsum(dO * O), dS = P * (dP - delta). The dQ pass
-runs first; it also leaves delta, and the sums of dS over the tiles that lie wholly beyond the reach of a relative bias.
+Weights P = exp2(scores - lse), dP = dO V^T (dropout applied), delta = rowsum(dO * O), dS = P * (dP - delta). The dQ
+pass runs first; it also leaves delta, and the sums of dS over the tiles that lie wholly beyond the reach of a relative
+bias.
 """
 
 import triton
@@ -11,6 +12,7 @@ from fat5.ops.attention.triton_tiles import (
     LOG2E,
     NO_BIAS,
     RELATIVE,
+    SHAPE,
     at_document,
     attended_keys,
     bias_of,
@@ -33,20 +35,23 @@ RIGHT: tl.constexpr = tl.constexpr(2)
 BY_DISTANCE: tl.constexpr = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["shape", "threshold"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold"])
 def query_gradient_kernel(
     Q, K, V, Bias, KeyMask, Seed, Out, GradOut, Lse, Exponent, Delta, GradQ, FarSums, starts,
-    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, lse_strides, bias_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
+    q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, lse_strides, bias_strides,
+    mask_strides, heads, query_rows, key_rows, num_documents, tiles, reach, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     FAR_SUMS: tl.constexpr,
 ):  # fmt: skip
     """GradQ; Exponent and Delta (as Lse) fp32; FarSums (programs, 2) fp32: dS summed over far-left and far-right tiles.
 
     Exponent is the log-sum-exp in base 2, +inf for a query that sees nothing, so that its weights come out as 0.
-    A tile is far when all its distances saturate: n0 + BLOCK_N - 1 - m0 <= -R, or n0 - (m0 + BLOCK_M - 1) >= R. The band
-    kernel leaves out exactly these tiles.
+    A tile is far when all its distances saturate: n0 + BLOCK_N - 1 - m0 <= -R, or n0 - (m0 + BLOCK_M - 1) >= R. The
+    band kernel leaves out exactly these tiles.
     """
+    shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     program = tl.program_id(0)
     head, slot = head_and_slot(program, shape, PACKED)
     document, block, batch, query_start, query_length, key_start, key_length = locate(
@@ -102,8 +107,10 @@ def query_gradient_kernel(
         if not CAUSAL:
             far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
         dq, left, right = _pull(
-            dq, left, right, queries, exponent - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, 0, near,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, LEFT if FAR_SUMS else NOWHERE,
+            dq, left, right, queries, exponent - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile,
+            scale, keep_scale, 0, near,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+            LEFT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
         dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, near, far_right,
@@ -111,12 +118,15 @@ def query_gradient_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
         dq, left, right = _pull(
-            dq, left, right, queries, exponent - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile, scale, keep_scale, far_right, whole,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, RIGHT if FAR_SUMS else NOWHERE,
+            dq, left, right, queries, exponent - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile,
+            scale, keep_scale, far_right, whole,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+            RIGHT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
         dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, whole, stop,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, BY_DISTANCE if FAR_SUMS else NOWHERE,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+        BY_DISTANCE if FAR_SUMS else NOWHERE,
     )  # fmt: skip
 
     if FAR_SUMS:
@@ -130,7 +140,8 @@ def query_gradient_kernel(
 def _pull(
     dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys first..stop give to dQ; a far stretch's bias is already taken off `exponent`."""
@@ -166,18 +177,21 @@ def _pull(
     return dq, left, right
 
 
-@triton.jit(do_not_specialize=["shape", "threshold"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold"])
 def key_gradient_kernel(
     Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, GradK, GradV, starts,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, lse_strides, bias_strides, mask_strides, shape, scale, raw_scale, threshold, keep_scale,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, lse_strides, bias_strides,
+    mask_strides, heads, query_rows, key_rows, num_documents, tiles, reach, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV; the work list counts tiles of keys. Scores are held transposed, (keys, queries).
 
     Keys beyond the document give rubbish rows that are never stored, so only causality needs a mask; queries beyond it
     weigh nothing because their exponent reads as +inf.
     """
+    shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
     document, block, batch, query_start, query_length, key_start, key_length = locate(
         slot, starts, shape, PACKED, False, True
@@ -223,7 +237,8 @@ def key_gradient_kernel(
         if not CAUSAL:
             near = tl.minimum(stop, tl.maximum(n0 - R + 1, 0) // BLOCK_M * BLOCK_M)
             dk, dv = _push(
-                dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale, keep_scale, first, near,
+                dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale,
+                keep_scale, first, near,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
             )  # fmt: skip
         far_left = tl.maximum(near, tl.minimum(stop, (n0 + BLOCK_N + R + BLOCK_M - 2) // BLOCK_M * BLOCK_M))
@@ -233,7 +248,8 @@ def key_gradient_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE:
         dk, dv = _push(
-            dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, keep_scale, far_left, stop,
+            dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, keep_scale,
+            far_left, stop,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
         )  # fmt: skip
 

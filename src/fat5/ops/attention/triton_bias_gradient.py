@@ -1,8 +1,8 @@
 """The gradient of the bias: of a relative vector by walking diagonals, of a dense one in its own broadcast shape.
 
-All tiles (m0, n0) with the same n0 - m0 share one pattern of distances, so a program that owns such an offset can add its
-tiles of dS element by element in registers, in fp32, and store once; summing the diagonals of the stored tile is then a
-small reduction. Every sum has a fixed order: the gradient is the same to the bit each time.
+All tiles (m0, n0) with the same n0 - m0 share one pattern of distances, so a program that owns such an offset can add
+its tiles of dS element by element in registers, in fp32, and store once; summing the diagonals of the stored tile is
+then a small reduction. Every sum has a fixed order: the gradient is the same to the bit each time.
 """
 
 import triton
@@ -10,16 +10,19 @@ import triton.language as tl
 
 from fat5.ops.attention.triton_tiles import (
     DENSE,
+    LOG2E,
     RELATIVE,
+    SHAPE,
     at_document,
     bias_of,
+    dense_tile,
     dot,
     kept_tile,
     load_rows,
     locate,
     mask_of,
+    relative_tile,
     round_to,
-    score_tile,
     visible_tile,
 )
 
@@ -27,23 +30,43 @@ from fat5.ops.attention.triton_tiles import (
 @triton.jit
 def _score_gradient(
     queries, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(M, N) fp32: dS of one tile, unrounded; 0 wherever there is no query, no key, or no right to look.
 
-    The tile may lie outside the document (n0 < 0, or lengths of 0): then all of it is 0.
+    The tile may lie outside the document (n0 < 0, or lengths of 0): then all of it is 0. Each operand is used once, so
+    the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for TF32) need not be held whole.
     """
     rows = m0 + tl.arange(0, BLOCK_M)
-    q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    scores = score_tile(q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
+    if BIAS == RELATIVE:
+        scores = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False)
+    else:
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d0 in tl.static_range(0, BLOCK_D, CHUNK_D):
+        q = load_rows(
+            queries[0] + d0 * query_strides[0][3], query_strides[0], m0, query_length,
+            BLOCK_M, HEAD_DIM - d0, CHUNK_D, True,
+        )  # fmt: skip
+        k = load_rows(
+            keys[0] + d0 * key_strides[0][3], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True
+        )
+        scores = dot(q, tl.trans(k), scores, PRECISION)
+        grad_out = load_rows(
+            queries[1] + d0 * query_strides[1][3], query_strides[1], m0, query_length,
+            BLOCK_M, HEAD_DIM - d0, CHUNK_D, True,
+        )  # fmt: skip
+        v = load_rows(
+            keys[1] + d0 * key_strides[1][3], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True
+        )
+        grad_weights = dot(grad_out, tl.trans(v), grad_weights, PRECISION)
+    if BIAS == DENSE:
+        scores += dense_tile(bias, m0, n0, query_length, key_length, BLOCK_M, BLOCK_N, False) * (LOG2E / scale)
     visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
     exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
     weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - exponent[:, None])
-    grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
     if DROPOUT:
         grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
     delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
@@ -54,22 +77,25 @@ def _score_gradient(
     return grad_scores
 
 
-@triton.jit(do_not_specialize=["shape", "threshold", "slots", "splits", "lowest"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold", "slots", "splits", "lowest"])
 def band_kernel(
     Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, Partial, starts,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, mask_strides,
-    shape, slots, splits, lowest, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR_M: tl.constexpr,
+    heads, query_rows, key_rows, num_documents, tiles, reach, slots, splits, lowest, scale, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAR_M: tl.constexpr,
     FAR_N: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset * BLOCK_N.
+    """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset *
+    BLOCK_N.
 
     A program takes every `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called
     far are its business. `lowest` is the offset of index 0.
     """
+    shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     program = tl.program_id(0)
-    heads, query_rows, key_rows, num_documents, tiles, R = shape
+    R = reach
     split = program % splits
     head = program // splits % heads
     index = program // splits // heads
@@ -99,8 +125,11 @@ def band_kernel(
                 at_document(V, v_strides, batch, head, key_start),
             )
             total += _score_gradient(
-                queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask, m0, n0, query_length, key_length,
-                scale, keep_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask, m0, n0, query_length,
+                key_length,
+                scale, keep_scale, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK,
+                DROPOUT,
+                PRECISION,
             )  # fmt: skip
     queries_in_tile = tl.arange(0, BLOCK_M)
     keys_in_tile = tl.arange(0, BLOCK_N)
@@ -116,15 +145,16 @@ def diagonal_kernel(
 ):
     """Diagonals (heads, width) fp32: Partial summed over splits and over the cells of one distance.
 
-    Program (head, strip) owns BLOCK_N distances, the first of them (strip - OVERLAP + 1) * BLOCK_N beyond the lowest offset.
+    Program (head, strip) owns BLOCK_N distances, the first of them (strip - OVERLAP + 1) * BLOCK_N beyond the lowest
+    offset.
     """
     head = tl.program_id(0)
     strip = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
-    # Strip s lies under the tiles s - OVERLAP + 1 .. s; in the tile `step` after the first, lane t of row i is column t + i
-    # less `step` tiles.
+    # Strip s lies under the tiles s - OVERLAP + 1 .. s; in the tile `step` after the first, lane t of row i is column t
+    # + i less `step` tiles.
     for index in range(tl.maximum(strip - OVERLAP + 1, 0), tl.minimum(strip + 1, offsets)):
         column = lane[None, :] + rows[:, None] - (index - strip + OVERLAP - 1) * BLOCK_N
         inside = (column >= 0) & (column < BLOCK_N)
@@ -138,7 +168,8 @@ def diagonal_kernel(
 def bins_kernel(
     Diagonals, FarSums, GradVector, width, lowest_distance, far_rows, far_tiles, heads, R, CHUNK: tl.constexpr
 ):
-    """GradVector (heads, 2R+1) fp32: the diagonals as bins; the two end bins also take what lies beyond, and the far tiles.
+    """GradVector (heads, 2R+1) fp32: the diagonals as bins; the two end bins also take what lies beyond, and the far
+    tiles.
 
     FarSums (far_rows, heads, far_tiles, 2) comes from the dQ pass.
     """
@@ -166,22 +197,24 @@ def bins_kernel(
         tl.store(GradVector + head * (2 * R + 1) + chunk + lane, value, mask=chunk + lane < 2 * R + 1)
 
 
-@triton.jit(do_not_specialize=["shape", "threshold", "sizes"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold", "sizes"])
 def dense_gradient_kernel(
     Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, GradDense, starts,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, grad_dense_strides, mask_strides,
-    shape, sizes, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_ROW: tl.constexpr,
-    ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    heads, query_rows, key_rows, num_documents, tiles, reach, sizes, scale, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradDense, in the bias's own shape: a program owns a tile of it and adds up every dS tile that was broadcast from it.
+    """GradDense, in the bias's own shape: a program owns a tile of it and adds up every dS tile that was broadcast from
+    it.
 
-    sizes = (documents, bias documents, bias heads, rows, columns); ONE_ROW and ONE_COLUMN say that the bias has a single
-    row or column, so that the program also runs over all queries or all keys.
+    sizes = (documents, bias documents, bias heads, rows, columns); ONE_ROW and ONE_COLUMN say that the bias has a
+    single row or column, so that the program also runs over all queries or all keys.
     """
     documents, bias_documents, bias_heads, bias_rows, bias_columns = sizes
-    heads, query_rows, key_rows, num_documents, tiles, R = shape
     program = tl.program_id(0)
     across = tl.cdiv(bias_columns, BLOCK_N)
     down = tl.cdiv(bias_rows, BLOCK_M)
@@ -199,7 +232,7 @@ def dense_gradient_kernel(
         stop_m = tl.cdiv(query_length, BLOCK_M) if ONE_ROW else tl.minimum(tile_m + 1, tl.cdiv(query_length, BLOCK_M))
         stop_n = tl.cdiv(key_length, BLOCK_N) if ONE_COLUMN else tl.minimum(tile_n + 1, tl.cdiv(key_length, BLOCK_N))
         for head in range(bias_head, heads, bias_heads):
-            bias = bias_of(Bias, bias_strides, R, head, document)
+            bias = bias_of(Bias, bias_strides, reach, head, document)
             mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
@@ -216,7 +249,7 @@ def dense_gradient_kernel(
                     total += _score_gradient(
                         queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask,
                         block_m * BLOCK_M, block_n * BLOCK_N, query_length, key_length, scale, keep_scale,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DENSE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                        HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, DENSE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
                     )  # fmt: skip
     here = at_document(GradDense, grad_dense_strides, bias_document, bias_head, 0)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

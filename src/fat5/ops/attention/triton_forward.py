@@ -11,6 +11,7 @@ from fat5.ops.attention.triton_tiles import (
     LN2,
     NO_BIAS,
     RELATIVE,
+    SHAPE,
     at_document,
     attended_keys,
     bias_of,
@@ -27,18 +28,20 @@ from fat5.ops.attention.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["shape", "threshold"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold"])
 def forward_kernel(
     Q, K, V, Bias, KeyMask, Seed, Out, Lse, starts,
     q_strides, k_strides, v_strides, out_strides, lse_strides, bias_strides, mask_strides,
-    shape, scale, threshold, keep_scale,
+    heads, query_rows, key_rows, num_documents, tiles, reach, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out (as Q) and Lse (documents, heads, rows) fp32, natural logarithm, -inf where a query sees no key.
 
     `scale` carries log2(e); a weight is dropped where its random word is below `threshold`.
     """
+    shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)
     document, block, batch, query_start, query_length, key_start, key_length = locate(
         slot, starts, shape, PACKED, CAUSAL
@@ -79,7 +82,8 @@ def forward_kernel(
         if not CAUSAL:
             far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
         acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, 0, near,
+            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, 0,
+            near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, normaliser, maximum = _attend(
@@ -88,7 +92,8 @@ def forward_kernel(
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
         acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale, far_right, whole,
+            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale,
+            far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, normaliser, maximum = _attend(
@@ -110,7 +115,8 @@ def forward_kernel(
 def _attend(
     acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, constant, scale, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first..stop to the running softmax; `constant` is the bias of a far stretch."""
     m0, query_length, key_length = tile

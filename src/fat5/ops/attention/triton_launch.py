@@ -1,7 +1,8 @@
-"""Which tile, how many warps and how deep a pipeline each kernel runs with, by architecture, head dimension and element size.
+"""Which tile, how many warps and how deep a pipeline each kernel runs with, by architecture, head dimension and element
+size.
 
-`fat5 bench kernels --autotune` measures and rewrites launch_table.py on a machine with a GPU; `fat5 bench kernels --static`
-proves for every row of it that nothing spills and everything fits.
+`fat5 bench kernels --autotune` measures and rewrites launch_table.py on a machine with a GPU; `fat5 bench kernels
+--static` proves for every row of it that nothing spills and everything fits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fat5.ops.attention.launch_table import TABLE
+from fat5.ops.attention.launch_table import DEFAULTS, TUNED
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "band", "dense_gradient")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -53,22 +54,30 @@ _recorder: list[Recorded] | None = None
 _recorder_runs = False
 
 
+_assumed_architecture: int | None = None
+
+
 def configuration(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
-    """The table's row for this device; an architecture that it does not know gets the row that fits everywhere."""
-    return _overrides.get(kernel) or table_row(kernel, architecture(device), head_dim, dtype.itemsize)
+    """The table's row for this device."""
+    arch = _assumed_architecture or architecture(device)
+    return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize)
 
 
 def table_row(kernel: str, arch: int, head_dim: int, element_size: int) -> Launch:
-    """`arch` is 10 * major + minor of the compute capability."""
-    width = 64 if head_dim <= 64 else 128
-    return Launch(*TABLE[(kernel, known_architecture(arch), width, 4 if element_size > 2 else 2)])
+    """`arch` is 10 * major + minor of the compute capability; one without rows of its own gets those that fit
+    everywhere."""
+    width, size = 64 if head_dim <= 64 else 128, 4 if element_size > 2 else 2
+    return Launch(*TUNED.get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
 
 
-def known_architecture(arch: int) -> int:
-    """The architecture whose rows serve `arch`; sm_86's ask least of shared memory (99 KB) and use mma.sync only."""
-    if arch in ARCHITECTURES:
-        return arch
-    return {87: 80, 103: 100}.get(arch, 86)
+def band_configuration(device: torch.device, head_dim: int, dtype: torch.dtype, rows: Launch) -> Launch:
+    """The band kernel's row, its tile cut to lie evenly in a tile of the dQ pass (`rows`) and in itself.
+
+    Sides are powers of two, so the smaller divides the larger.
+    """
+    band = configuration("band", device, head_dim, dtype)
+    block_m = min(band.block_m, rows.block_m)
+    return band._replace(block_m=block_m, block_n=min(band.block_n, rows.block_n, block_m))
 
 
 @lru_cache(maxsize=16)
@@ -108,6 +117,17 @@ def overridden(**launches: Launch) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+@contextmanager
+def assumed_architecture(arch: int) -> Iterator[None]:
+    """Inside, the table's rows for `arch` are taken whatever the device: for compiling ahead of time."""
+    global _assumed_architecture
+    before, _assumed_architecture = _assumed_architecture, arch
+    try:
+        yield
+    finally:
+        _assumed_architecture = before
 
 
 @contextmanager

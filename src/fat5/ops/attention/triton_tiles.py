@@ -24,6 +24,9 @@ import triton.language as tl
 NO_BIAS: tl.constexpr = tl.constexpr(0)  # nothing, or the one number of a far stretch of a relative bias
 RELATIVE: tl.constexpr = tl.constexpr(1)
 DENSE: tl.constexpr = tl.constexpr(2)
+# The numbers of `shape`, which kernels take one by one: Triton specialises the elements of a tuple whatever it is told,
+# and would compile again for each length that is, or is not, a multiple of 16.
+SHAPE = ("heads", "query_rows", "key_rows", "num_documents", "tiles", "reach")
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # The interpreter multiplies bfloat16 as the integers it stores them in, and truncates where hardware rounds to even.
@@ -36,8 +39,8 @@ def work_list_kernel(
 ):
     """Writes Work[slot] = (document, block), the longest documents first; slots left over get document -1.
 
-    One program a document; document number `num_documents` stands for the rows after the last one, which belong to nobody
-    and must still be written (zeros). A document's first slot is the number of tiles of all that go before it.
+    One program a document; document number `num_documents` stands for the rows after the last one, which belong to
+    nobody and must still be written (zeros). A document's first slot is the number of tiles of all that go before it.
     """
     document = tl.program_id(0)
     tiles = _tiles_of(Starts, document, total, num_documents, BLOCK)
@@ -81,10 +84,12 @@ def head_and_slot(program, shape, PACKED: tl.constexpr):
 
 @triton.jit
 def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr, BY_KEYS: tl.constexpr = False):
-    """Of a work slot: document (-1: nothing to do), block, batch row, then start and length of its queries and its keys.
+    """Of a work slot: document (-1: nothing to do), block, batch row, then start and length of its queries and its
+    keys.
 
-    In the padded layout slots count the tiles of a batch row, then the batch rows. BY_KEYS says that the slots are tiles of
-    keys: the rows after the last document are then listed as keys without queries, otherwise as queries without keys.
+    In the padded layout slots count the tiles of a batch row, then the batch rows. BY_KEYS says that the slots are
+    tiles of keys: the rows after the last document are then listed as keys without queries, otherwise as queries
+    without keys.
     """
     work, starts_q, starts_k = starts
     heads, query_rows, key_rows, num_documents, tiles, R = shape
@@ -198,10 +203,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def relative_tile(bias, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(M, N), or (N, M) when TRANSPOSED, fp32: the relative bias over scale, for the accumulator of q k^T to start from.
+    """(M, N), or (N, M) when TRANSPOSED, fp32: the relative bias over scale, for the accumulator of q k^T to start
+    from.
 
-    The vector is padded with its end values by BLOCK_M + BLOCK_N on either side, so that only a scalar is clamped and each
-    element's address is one register plus a constant.
+    The vector is padded with its end values by BLOCK_M + BLOCK_N on either side, so that only a scalar is clamped and
+    each element's address is one register plus a constant.
     """
     queries = tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_N)
@@ -213,8 +219,8 @@ def relative_tile(bias, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TR
     if INTERPRETED:
         return tl.load(pointers)
     else:
-        # A tl.load would be staged through shared memory as if it were an operand; as an elementwise instruction it is done
-        # where the accumulator lives, a handful of neighbouring addresses a warp, all in the L1 cache.
+        # A tl.load would be staged through shared memory as if it were an operand; as an elementwise instruction it is
+        # done where the accumulator lives, a handful of neighbouring addresses a warp, all in the L1 cache.
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -225,21 +231,23 @@ def dense_tile(
     bias, m0, n0, query_length, key_length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
     """(M, N), or (N, M) when TRANSPOSED, fp32: a dense bias; 0 outside the document."""
-    queries = m0 + tl.arange(0, BLOCK_M)
-    keys = n0 + tl.arange(0, BLOCK_N)
-    at_query = tl.cast(queries, tl.int64) * bias[2]
-    at_key = tl.cast(keys, tl.int64) * bias[3]
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    # The tile's corner in 64 bits; inside it 32 are enough, and half the registers.
+    corner = bias[0] + tl.cast(m0, tl.int64) * bias[2] + tl.cast(n0, tl.int64) * bias[3]
     if TRANSPOSED:
-        inside = (keys < key_length)[:, None] & (queries < query_length)[None, :]
-        return tl.load(bias[0] + at_key[:, None] + at_query[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (n0 + columns < key_length)[:, None] & (m0 + rows < query_length)[None, :]
+        at = columns[:, None] * bias[3] + rows[None, :] * bias[2]
     else:
-        inside = (queries < query_length)[:, None] & (keys < key_length)[None, :]
-        return tl.load(bias[0] + at_query[:, None] + at_key[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (m0 + rows < query_length)[:, None] & (n0 + columns < key_length)[None, :]
+        at = rows[:, None] * bias[2] + columns[None, :] * bias[3]
+    return tl.load(corner + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def score_tile(
-    q, k, bias, m0, n0, query_length, key_length, scale, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, bias, m0, n0, query_length, key_length, scale, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(M, N), or (N, M) when TRANSPOSED: q k^T + bias / scale; times scale they are base-2 scores."""

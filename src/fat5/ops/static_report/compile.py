@@ -34,7 +34,8 @@ class Resources(NamedTuple):
 
 
 class _AheadOfTime:
-    """Stands in for Triton's driver: it knows an architecture and has no device, which is all that compiling asks for."""
+    """Stands in for Triton's driver: it knows an architecture and has no device, which is all that compiling asks
+    for."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

@@ -31,8 +31,9 @@ REACH = 91
 
 
 def launches(problem: Problem, **launch: Launch) -> list[Recorded]:
-    """The attention kernels of one forward and backward, recorded over small CPU tensors; `launch` overrides the table."""
-    heads, length = 4, 256
+    """The attention kernels of one forward and backward, recorded over small CPU tensors; `launch` overrides the
+    table."""
+    heads, length = 16, 256
     if problem.packed:
         q, k, v = (torch.zeros(2 * length, heads, problem.head_dim, dtype=problem.dtype) for _ in range(3))
         starts = torch.tensor([0, length, 2 * length], dtype=torch.int32)

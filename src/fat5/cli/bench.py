@@ -1,0 +1,112 @@
+"""`fat5 bench kernels --static | --autotune`: what the kernels were compiled to, or the best configurations for this
+GPU."""
+
+import os
+import time
+from importlib.util import find_spec
+from typing import Any
+
+from fat5.errors import ConfigurationError
+
+FLAGS = ("--static", "--autotune", "--quick")
+
+
+def bench(
+    what: list[str],
+    static: bool = False,
+    autotune: bool = False,
+    architectures: list[int] | None = None,
+    quick: bool = False,
+    workers: int = 0,
+    seconds: float = 300.0,
+) -> int:
+    """Compile or tune the attention kernels.
+
+    Args:
+        what: `kernels`.
+        static: compile every shipped configuration (no GPU needed); exit code 1 where one spills or does not fit.
+        autotune: measure every candidate on this GPU and rewrite the launch table of the installed package.
+        architectures: for static: 10 * major + minor of the compute capabilities; all known ones when left out.
+        quick: for static: one head dimension, one dtype, one kind of problem.
+        workers: for static: processes; one a core when 0.
+        seconds: for autotune: no measurement starts after this long.
+    """
+    if what != ["kernels"] or static == autotune:
+        raise ConfigurationError("say what to do", hint="fat5 bench kernels --static, or fat5 bench kernels --autotune")
+    if find_spec("triton") is None:
+        raise ConfigurationError("the triton package is not installed", hint="pip install 'fat5[gpu]'")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ConfigurationError("TRITON_INTERPRET=1 is set, which compiles nothing", hint="Unset it")
+    return _static(architectures, quick, workers) if static else _autotune(seconds)
+
+
+def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
+    from fat5.ops.static_report.report import LIMITS, report
+
+    architectures = architectures or list(LIMITS)
+    unknown = [arch for arch in architectures if arch not in LIMITS]
+    if unknown:
+        known = ", ".join(map(str, LIMITS))
+        raise ConfigurationError(f"no limits are known of sm_{unknown[0]}", where="architectures", hint=f"Of {known}")
+    start = time.perf_counter()
+    print(
+        "arch   kernel         head dtype    problem                        tile, warps, stages  registers  spill  "
+        "shared KB (limit)  occupancy  matrix instructions  GFLOP    MB  roofline us"
+    )
+    count, faults = 0, []
+    for row in report(architectures, quick, workers=workers):
+        count += 1
+        print(_line(row), flush=True)
+        if row.fault:
+            faults.append(row)
+    print(f"{count} kernels compiled in {time.perf_counter() - start:.0f} s, {len(faults)} at fault")
+    return 1 if faults else 0
+
+
+def _line(row: Any) -> str:
+    from fat5.ops.static_report.report import LIMITS
+
+    dtype = str(row.problem.dtype).removeprefix("torch.")
+    launch = f"{row.launch.block_m}x{row.launch.block_n}, {row.launch.num_warps}, {row.launch.num_stages}"
+    head = f"sm_{row.arch:<4}{row.kernel:15}{row.problem.head_dim:4} {dtype:9}{row.problem.label():30} {launch:>19}"  #
+    tail = f"  <- {row.fault}" if row.fault else ""
+    if row.found is None:
+        return head + tail
+    found = row.found
+    used = next((f"{n} {name}" for n, name in ((found.wgmma, "wgmma"), (found.tcgen05, "tcgen05")) if n), "")
+    shared = f"{found.shared_bytes / 1024:.0f} ({LIMITS[row.arch].shared_a_block >> 10})"
+    return (
+        f"{head} {found.registers:10} {found.stack_bytes:6} {shared:>18} {row.occupancy():10.0%} "
+        f"{used or f'{found.mma} mma':>20} {row.flops() / 1e9:6.0f} {row.bytes() / 1e6:5.0f} "
+        f"{row.roofline() * 1e6:12.0f}{tail}"
+    )
+
+
+def _autotune(seconds: float) -> int:
+    from pathlib import Path
+
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            "tuning measures on a GPU, and PyTorch sees none here", hint="`fat5 bench kernels --static` needs none"
+        )
+    from fat5.ops.attention import launch_table
+    from fat5.ops.attention.triton_tuning import tune, write_table
+
+    counts = tune(time.perf_counter() + seconds, note=print)
+    write_table(Path(launch_table.__file__), launch_table.TUNED)
+    print(f"{counts['tuned']} rows measured, {counts['left']} left as they were; wrote {launch_table.__file__}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; a bare flag means true."""
+    from fat5.cli.parsing import parse
+
+    words = [f"{word}=true" if word in FLAGS and not _has_value(argv, n) else word for n, word in enumerate(argv)]
+    return bench(**parse(bench, words, "bench", positional={"what": "*"}))
+
+
+def _has_value(argv: list[str], n: int) -> bool:
+    return n + 1 < len(argv) and argv[n + 1].lower() in ("true", "false")

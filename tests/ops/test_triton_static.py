@@ -1,0 +1,93 @@
+"""What the compiler makes of the shipped kernels, without a GPU; in processes of their own, since this one
+interprets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fat5.ops.attention.launch_table import DEFAULTS, TUNED
+from fat5.ops.attention.triton_launch import ARCHITECTURES, KERNELS, Launch, band_configuration, table_row
+from fat5.ops.static_report.compile import Resources
+from fat5.ops.static_report.problems import Problem
+from fat5.ops.static_report.report import LIMITS, Row, fault
+
+CAUSAL = Problem(64, torch.bfloat16, "relative", causal=True)
+FITTING = Resources(128, 0, 64 << 10, 128, 8, 0, 0)
+
+
+def bench(*words: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fat5.cli.main", "bench", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ptxas comes in Triton's Linux wheel")
+def test_hopper_configurations_neither_spill_nor_overflow() -> None:
+    done = bench("kernels", "--static", "--quick", "--architectures", "[90]", "--workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("wgmma") == 4
+    assert "4 kernels compiled" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_configuration_on_every_architecture() -> None:
+    done = bench("kernels", "--static")
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "<-" in line) + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "found", "said"),
+    [
+        (90, FITTING, ""),
+        (90, FITTING._replace(stack_bytes=8), "spills 8 bytes"),
+        (86, FITTING._replace(shared_bytes=100 << 10), "shared memory 102400 over 101376"),
+        (90, FITTING._replace(wgmma=0, mma=64), "no wgmma"),
+        (80, FITTING._replace(wgmma=0, mma=64), ""),
+        (80, FITTING._replace(wgmma=0), "no matrix instruction"),
+    ],
+)
+def test_faults_are_named(arch: int, found: Resources, said: str) -> None:
+    assert fault(arch, "forward", CAUSAL, found).startswith(said)
+    assert bool(fault(arch, "forward", CAUSAL, found)) == bool(said)
+
+
+def test_occupancy_and_roofline_by_hand() -> None:
+    # 128 registers a thread and 128 threads: four blocks by registers, three by 65 KB each of 228 KB: 384 of 2,048
+    # threads.
+    row = Row(90, "forward", Problem(64, torch.bfloat16, "none"), Launch(64, 64, 4, 3), FITTING, "")
+    assert row.occupancy() == 384 / 2048
+    # Two products of 16,384 x 1,024 x 2,048, at 989 TFLOP/s.
+    assert row.flops() == 4 * 16384 * 1024 * 2048
+    assert row.roofline() == pytest.approx(4 * 16384 * 1024 * 2048 / 989e12)
+
+
+def test_every_architecture_and_size_has_a_row() -> None:
+    assert set(LIMITS) == set(ARCHITECTURES)
+    for kernel in KERNELS:
+        for head_dim in (1, 64, 65, 128):
+            for size in (2, 4):
+                # 75 and 120 are of no table: they get the row that fits everywhere.
+                for arch in (*ARCHITECTURES, 0, 75, 120):
+                    assert min(table_row(kernel, arch, head_dim, size)) >= 1
+    sides = [side for row in (*DEFAULTS.values(), *TUNED.values()) for side in row[:2]]
+    assert all(side & (side - 1) == 0 for side in sides), "tiles have sides that are powers of two"
+
+
+def test_band_tile_is_cut_to_the_query_gradient_tile() -> None:
+    cut = band_configuration(torch.device("cpu"), 64, torch.bfloat16, Launch(16, 32, 4, 1))
+    assert (cut.block_m, cut.block_n) == (16, 16)
+
+
+def test_command_says_what_it_needs() -> None:
+    if not torch.cuda.is_available():
+        done = bench("kernels", "--autotune")
+        assert done.returncode == 2
+        assert "PyTorch sees none" in done.stderr
+    done = bench("kernels")
+    assert done.returncode == 2
+    assert "--static" in done.stderr
