@@ -1,4 +1,4 @@
-"""How the GPU benchmarks measure: CUDA graph replay, medians, FLOPs counted, one CSV with the fields of measure.py."""
+"""What the GPU benchmarks share: rates of a forward and its backward, one compact CSV with the fields of measure.py."""
 
 import csv
 import sys
@@ -10,53 +10,14 @@ import numpy as np
 import torch
 
 import measure
+from fat5.ops.attention.triton_timing import stage_seconds
 
-# Long enough that the clock settles, short enough that a suite of hundreds of points ends in minutes.
-MILLISECONDS_A_POINT = 60.0
-
-
-def seconds(call: Callable[[], object], graph: bool = True) -> np.ndarray:
-    """Seconds a call, over several replays of a CUDA graph of calls (or over plain calls where it cannot be captured)."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    captured = _captured(call) if graph else None
-    replay = call if captured is None else captured.replay
-    once = _timed(replay, 1)[0]
-    rounds = int(min(max(MILLISECONDS_A_POINT / 1e3 / max(once, 1e-6), 5), 200))
-    return _timed(replay, rounds)
-
-
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph
-
-
-def _timed(call: Callable[[], object], rounds: int) -> np.ndarray:
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for start, stop in marks:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return np.array([start.elapsed_time(stop) / 1e3 for start, stop in marks])
+Setup = Callable[[], tuple[Callable[[], torch.Tensor], list[torch.Tensor], torch.Tensor]]
+"""Makes a call, the leaves whose gradients it owes, and the gradient of its output."""
 
 
 class Results:
-    """Rows as measure.py has them, printed as they come and written after every section."""
+    """Rows as measure.py has them, written after every section; machine and versions stand in the first row only."""
 
     def __init__(self, output_dir: Path, question: str) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +33,49 @@ class Results:
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, measure.FIELDS)
             writer.writeheader()
-            writer.writerows(row | stamp for row in self.rows)
+            for n, row in enumerate(self.rows):
+                writer.writerow(row | stamp if n == 0 else row)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+    def line(self, case: str, providers: dict[str, Setup], teraflops: float, deadline: float) -> None:
+        """Measures the providers one after another, and prints `provider forward/backward TFLOP/s peak GB` for each.
+
+        `teraflops` is what one unit of Lq * Lk * D over all heads comes to: 4 of them forward, 10 backward.
+        """
+        print(f"{case:20}", end="", flush=True)
+        for provider, setup in providers.items():
+            if time.perf_counter() > deadline:
+                print("  out of time", end="")
+                break
+            try:
+                forward, backward, peak = self._rates(setup, teraflops)
+            except Exception as failure:
+                what = f"{type(failure).__name__} {str(failure)[:70]!r}"
+                print(f"  {provider} {what}", end="", flush=True)
+                continue
+            self.add(case, provider, "forward", forward, "TFLOP/s")
+            self.add(case, provider, "backward", backward, "TFLOP/s")
+            self.add(case, provider, "peak memory", peak, "GB")
+            print(f"  {provider} {np.median(forward):.0f}/{np.median(backward):.0f} {peak:.1f}", end="", flush=True)
+        print(flush=True)
+
+    def _rates(self, setup: Setup, teraflops: float) -> tuple[np.ndarray, np.ndarray, float]:
+        call, leaves, grad_out = setup()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(call(), leaves, grad_out)
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+        out: list[torch.Tensor] = []
+
+        def forward() -> None:
+            out[:] = [call()]
+
+        def backward() -> None:
+            torch.autograd.grad(out.pop(), leaves, grad_out)
+
+        taken = stage_seconds(forward, backward)
+        return 4 * teraflops / taken[:, 0], 10 * teraflops / taken[:, 1], peak
