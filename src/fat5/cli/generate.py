@@ -42,13 +42,14 @@ def main(argv: list[str]) -> int:
     config = GenerateConfig(**parse(GenerateConfig, argv, "generate", positional={"prompts": "*"}))
     if not config.model:
         raise ConfigurationError("no model", hint="Say which with --model DIR; `fat5 demo` makes one")
-    folder = model_folder(config.model)
     texts = list(read_prompts(config.prompts, config.input))
     if not texts:
         raise DataError("no prompt", hint=f"Give one: fat5 generate --model {config.model} 'Le noyau ___ est libre.'")
     from fat5.data import load_tokenizer
     from fat5.model import load_model
+    from fat5.train.scoring import model_folder
 
+    folder = model_folder(Path(config.model))
     answers = complete(
         load_model(folder, device=config.device),
         load_tokenizer(folder),
@@ -66,21 +67,6 @@ def main(argv: list[str]) -> int:
     else:
         _write(Path(config.output), "\n".join(lines) + "\n")
     return 0
-
-
-def model_folder(model: str) -> Path:
-    """The folder that holds the model: `model` itself, or `model/` inside a run.
-
-    Raises:
-        ConfigurationError: neither holds a config.json.
-    """
-    folder = Path(model)
-    for candidate in (folder, folder / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ConfigurationError(
-        "no model here (no config.json)", where=model, hint="Give a model's or a finished run's folder"
-    )
 
 
 def read_prompts(words: list[str], file: str | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from fat5.model.configuration import POSITION_ENCODINGS, PRESETS, FAT5Config
-from fat5.model.loading import load_model
+from fat5.model.loading import load_model, quiet
 from fat5.model.seq2seq import FAT5ForConditionalGeneration, PackedLMOutput
 
 AutoConfig.register("fat5", FAT5Config, exist_ok=True)
@@ -16,4 +16,5 @@ __all__ = [
     "FAT5ForConditionalGeneration",
     "PackedLMOutput",
     "load_model",
+    "quiet",
 ]

@@ -1,8 +1,11 @@
 """Loading a trained model for use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from fat5.errors import ConfigurationError
 from fat5.model.seq2seq import FAT5ForConditionalGeneration
@@ -26,5 +29,18 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
-    model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    with quiet():
+        model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers draws no bars of its own, which would break a log or an error's one line."""
+    drew = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drew:
+            logging.enable_progress_bar()

@@ -63,8 +63,7 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
     """T5 with a language-model head.
 
     Forward takes either padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or,
-    when
-    `cu_seqlens` is given, packed documents for training. Parameters bear the names and shapes of
+    when `cu_seqlens` is given, packed documents for training. Parameters bear the names and shapes of
     T5ForConditionalGeneration.
     """
 

@@ -19,7 +19,7 @@ import torch
 
 from fat5.data import PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
-from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.optim import build_optimizer
 from fat5.train.checkpoint import Choice, read_trainer_state
 from fat5.train.checkpoint_files import verify_checkpoint
@@ -242,7 +242,8 @@ def export(model: FAT5ForConditionalGeneration, tokenizer: Path, target: Path) -
     for leftover in (partial_folder, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    model.save_pretrained(partial_folder)
+    with quiet():
+        model.save_pretrained(partial_folder)
     for file in sorted(tokenizer.iterdir()):
         if file.is_file():
             shutil.copyfile(file, partial_folder / file.name)

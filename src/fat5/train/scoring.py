@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
-from fat5.model import FAT5ForConditionalGeneration
+from fat5.model import load_model
 from fat5.train.checkpoint import CheckpointStore
 from fat5.train.checkpoint_files import MANIFEST, verify_checkpoint
 from fat5.train.config import read_config
@@ -74,17 +73,13 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=config.eval_tokens))
     weights = model_folder(folder)
     _check_tokenizer(weights, info)
-    try:
-        model = FAT5ForConditionalGeneration.from_pretrained(weights, dtype=precision.weight_dtype)
-    except SafetensorError as error:
-        raise CheckpointError(f"model.safetensors is not a safetensors file ({error})", where=weights) from error
+    model = load_model(weights, device=device, dtype=precision.weight_dtype)
     if model.config.vocab_size < info.vocab_size:
         raise TokenizerError(
             f"the model has {model.config.vocab_size:,} token ids and the data {info.vocab_size:,}",
             where=weights,
             hint="Prepare the data with the model's tokenizer",
         )
-    model.to(device)
     scores = evaluate(model, model, batches, mixture.names(), precision)
     row = scores.row(0)
     facts = {key: row[key] for key in ("loss", "accuracy", "tokens", "by_denoiser")}
@@ -108,7 +103,7 @@ def model_folder(folder: Path) -> Path:
         return folder / "model"
     choice = CheckpointStore(folder / "checkpoints").choose()
     if choice is None:
-        raise CheckpointError("holds no model and no checkpoint", where=folder)
+        raise CheckpointError("holds no model and no checkpoint", where=folder, hint="Give a run or model folder")
     return choice.folder
 
 

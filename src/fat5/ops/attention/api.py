@@ -43,8 +43,7 @@ def attention(
 
     Args:
         q, k, v: batched, q (B, H, Lq, D) and k, v (B, H, Lk, D); or packed (when cu_seqlens are given), q (Tq, H, D)
-            and
-            k, v (Tk, H, D). Any strides, one floating-point dtype.
+            and k, v (Tk, H, D). Any strides, one floating-point dtype.
         bias: None, a `RelativeBias`, or a dense tensor: batched, broadcasting to (B, H, Lq, Lk); packed, of shape
             (1|N, 1|H, max_seqlen_q, max_seqlen_k), indexed by the positions inside each document.
         causal: query i sees keys 0..i of its document (top-left aligned).

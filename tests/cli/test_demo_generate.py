@@ -1,0 +1,159 @@
+"""`fat5 demo` at width 32 keeps its contract, and `fat5 generate` works on what it leaves, and refuses what it must."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fat5.cli.main import main
+
+TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
+SMALL = {
+    "tokenizer.vocab_size": "1024",
+    "pretrain.model.preset": "fat5-demo",
+    "pretrain.model.overrides": TINY,
+    "pretrain.data.max_tokens": "64",
+    "pretrain.data.encoder_tokens": "512",
+    "pretrain.data.decoder_tokens": "384",
+    "pretrain.data.packs_per_step": "1",
+    "pretrain.data.num_workers": "0",
+    "pretrain.steps": "4",
+    "pretrain.eval_tokens": "256",
+}
+FLAGS = [word for key, value in SMALL.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "d"
+    assert main(["demo", "--output_dir", str(folder), *FLAGS]) == 0
+    return folder
+
+
+def test_the_summary_holds_what_was_promised(demo: Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
+    numbers = ["parameters", "seconds", "train_tokens", "tokens_per_second", "val_loss_first", "val_loss_last"]
+    numbers += ["encoder_fill", "decoder_fill", "tokens_dropped", "unigram_entropy", "demo_seconds"]
+    assert all(isinstance(summary[key], int | float) for key in numbers)
+    assert summary["tokens_dropped"] == 0
+    assert len(summary["val_loss_by_denoiser"]) == 7
+    assert len(summary["samples"]) == 5
+    assert all(sample["prompt"] and "completion" in sample for sample in summary["samples"])
+
+
+def test_the_other_files_are_there(demo: Path) -> None:
+    assert (demo / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_stock_transformers_load_the_model_without_fat5(demo: Path) -> None:
+    code = f"""
+import sys
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+model, info = AutoModelForSeq2SeqLM.from_pretrained({str(demo / "model")!r}, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained({str(demo / "model")!r})
+assert type(model).__name__ == "T5ForConditionalGeneration", type(model)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+ids = tokenizer("[R] Le noyau<extra_id_0>.", return_tensors="pt")
+print(model.generate(**ids, max_new_tokens=4).shape)
+sys.exit("fat5" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_again_it_trains_no_further(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (demo / "metrics.jsonl").read_text()
+    assert main(["demo", "--output_dir", str(demo), *FLAGS]) == 0
+    assert (demo / "metrics.jsonl").read_text() == before
+    assert "unigram entropy" in capsys.readouterr().out
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["demo", "--output_dir", str(tmp_path), *FLAGS]) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_vocabulary_that_cannot_be_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output_dir", str(tmp_path / "d"), *FLAGS, "--tokenizer.vocab_size", "70000"]) == 2
+    err = capsys.readouterr().err
+    assert "65,536" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "d" / "tokenizer").exists()
+
+
+def test_prompts_from_words_file_and_standard_input(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", str(demo), "--max_new_tokens", "3", "--json_lines", "true"]
+    prompts = ["Le noyau ___ est libre.", "Pour installer"]
+    assert main(["generate", *flags, *prompts]) == 0
+    words = capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    assert main(["generate", *flags, "--input", str(tmp_path / "prompts.txt")]) == 0
+    assert capsys.readouterr().out == words
+    stdin = io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["generate", *flags, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == words
+    assert [json.loads(line)["prompt"] for line in words.splitlines()] == prompts
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["generate", *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_bad_prompts_get_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(demo)]
+    empty, junk, huge = tmp_path / "empty.txt", tmp_path / "junk.txt", tmp_path / "huge.txt"
+    empty.write_text("\n \n")
+    junk.write_bytes(b"bon\n\xff\xfe\x00")
+    huge.write_bytes(b"a" * 1_500_000)
+    assert "no prompt" in refused([*model, "--input", str(empty)], capsys)
+    assert "junk.txt:2: not UTF-8" in refused([*model, "--input", str(junk)], capsys)
+    assert "huge.txt:1: a line of over 1 MB" in refused([*model, "--input", str(huge)], capsys)
+    assert "cannot be read" in refused([*model, "--input", str(tmp_path / "none.txt")], capsys)
+    assert "one of the two" in refused([*model, "--input", str(empty), "word"], capsys)
+    assert "nothing to fill in" in refused([*model, "--mode", "infill", "no blank"], capsys)
+    assert "cannot be written" in refused([*model, "--output", str(tmp_path / "no" / "out"), "a ___"], capsys)
+
+
+def test_bad_models_get_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model" in refused(["a ___"], capsys)
+    assert "holds no model" in refused(["--model", str(tmp_path), "a ___"], capsys)
+
+    evil = tmp_path / "evil"
+    shutil.copytree(demo / "model", evil)
+    (evil / "model.safetensors").unlink()
+    (evil / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    assert "pickle" in refused(["--model", str(evil), "a ___"], capsys)
+
+    cut = tmp_path / "cut"
+    shutil.copytree(demo / "model", cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged" in refused(["--model", str(cut), "a ___"], capsys)
+
+    mute = tmp_path / "mute"
+    shutil.copytree(demo / "model", mute)
+    (mute / "tokenizer.json").write_bytes(pickle.dumps({"a": 1}))
+    assert "pickle" in refused(["--model", str(mute), "a ___"], capsys)
+
+    other = tmp_path / "other"
+    shutil.copytree(demo / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    assert "bert" in refused(["--model", str(other), "a ___"], capsys)
