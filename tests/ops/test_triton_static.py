@@ -1,5 +1,4 @@
-"""What the compiler makes of the shipped kernels, without a GPU; in processes of their own, since this one
-interprets."""
+"""What the compiler makes of the shipped kernels, without a GPU, in processes of their own: this one interprets."""
 
 import os
 import subprocess
@@ -49,6 +48,8 @@ def test_every_configuration_on_every_architecture() -> None:
         (90, FITTING._replace(wgmma=0, mma=64), "no wgmma"),
         (80, FITTING._replace(wgmma=0, mma=64), ""),
         (80, FITTING._replace(wgmma=0), "no matrix instruction"),
+        (100, FITTING._replace(stack_bytes=32), ""),
+        (100, FITTING._replace(stack_bytes=40), "spills 40 bytes"),
     ],
 )
 def test_faults_are_named(arch: int, found: Resources, said: str) -> None:

@@ -16,7 +16,7 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("dense_gradient", 128, 2): (64, 32, 8, 1),
     ("forward", 64, 4): (32, 32, 4, 1),
     ("query_gradient", 64, 4): (16, 32, 4, 1),
-    ("key_gradient", 64, 4): (32, 32, 8, 1),
+    ("key_gradient", 64, 4): (16, 32, 4, 1),
     ("band", 64, 4): (16, 16, 4, 1),
     ("dense_gradient", 64, 4): (16, 16, 4, 1),
     ("forward", 128, 4): (16, 16, 4, 1),

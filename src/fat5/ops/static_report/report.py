@@ -44,6 +44,9 @@ PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradient": 4, "band": 2, "de
 TENSORS = {"forward": 4, "query_gradient": 6, "key_gradient": 6, "band": 4, "dense_gradient": 4}
 # Exact fp32 at head dimension 128 with a dense bias: no smaller tile exists, and nothing trains with it.
 TOLERATED_SPILLS = {("query_gradient", 128, torch.float32, "dense"): 96}
+# On Blackwell the compiler calls functions around tensor memory and keeps a few registers on the stack across them: two
+# or three stores a call in the machine code, far below the limit of registers.
+CALL_FRAMES = {100: 32}
 
 
 class Row(NamedTuple):
@@ -144,7 +147,10 @@ def _row(arch: int, kernel: str, problem: Problem, recorded: Recorded) -> Row:
 
 def fault(arch: int, kernel: str, problem: Problem, found: Resources) -> str:
     """What is wrong with a compiled kernel, or nothing."""
-    tolerated = TOLERATED_SPILLS.get((kernel, problem.head_dim, problem.dtype, problem.bias), 0)
+    tolerated = TOLERATED_SPILLS.get(
+        (kernel, problem.head_dim, problem.dtype, problem.bias),
+        CALL_FRAMES.get(arch, 0) if found.registers < 240 else 0,
+    )
     if found.stack_bytes > tolerated:
         return f"spills {found.stack_bytes} bytes a thread"
     limit = LIMITS[arch].shared_a_block
