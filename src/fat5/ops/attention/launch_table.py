@@ -22,7 +22,7 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("forward", 128, 4): (16, 16, 4, 1),
     ("query_gradient", 128, 4): (16, 16, 4, 1),
     ("key_gradient", 128, 4): (16, 16, 4, 1),
-    ("band", 128, 4): (16, 16, 4, 1),
+    ("band", 128, 4): (16, 16, 8, 1),
     ("dense_gradient", 128, 4): (16, 16, 4, 1),
 }
 
