@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from fat5.errors import FAT5Error
 
-    # Threads that spin while they wait starve each other on a busy machine: a step then takes ten times as long
-    # (docs/lab-log.md). It must be said before torch loads OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that wait spin by default, and starve each other on a busy machine; a short spin costs nothing on a
+    # quiet one (docs/lab-log.md). It must be said before torch loads OpenMP.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return import_module(f"fat5.cli.{verb}").main(rest) or 0
     except FAT5Error as error:
