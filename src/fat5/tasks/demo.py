@@ -104,7 +104,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
         load_model(run.model),
         load_tokenizer(run.model),
         prompts,
-        decoding=Decoding(max_new_tokens=24, repetition_penalty=1.3),
+        decoding=Decoding(max_new_tokens=24, sample=True, temperature=0.8, top_k=20, repetition_penalty=1.2),
     )
     summary["samples"] = [asdict(answer) for answer in answers]
     summary["demo_seconds"] = round(time.perf_counter() - began, 1)
