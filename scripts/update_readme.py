@@ -86,7 +86,8 @@ def benchmark_part() -> str:
     for name, metric, word, says, target in FIGURES:
         for row in read(name):
             if row["metric"].startswith(metric) and word in row["case"] + row["provider"]:
-                lines.append(f"| {says} | {row['case']} | {row['p20']} | **{row['p50']}** | {row['p80']} | {target} |")
+                p20, p50, p80 = (_figure(row[key]) for key in ("p20", "p50", "p80"))
+                lines.append(f"| {says} | {row['case']}: {row['provider']} | {p20} | **{p50}** | {p80} | {target} |")
                 machines.add(f"{row['machine']}; {row['versions']}")
     where = "; ".join(sorted(machines))
     return "\n".join(
@@ -124,6 +125,11 @@ def _replace(text: str, name: str, content: str) -> str:
     if count != 1:
         raise SystemExit(f"README.md: expected one part {name!r}, found {count}")
     return found
+
+
+def _figure(text: str) -> str:
+    value = float(text)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _cell(text: str) -> str:
