@@ -87,9 +87,8 @@ def benchmark_part() -> str:
         for row in read(name):
             if row["metric"].startswith(metric) and word in row["case"] + row["provider"]:
                 p20, p50, p80 = (_figure(row[key]) for key in ("p20", "p50", "p80"))
-                lines.append(
-                    f"| {says} | {row['case']}: {row['provider']}, {row['metric']} | {p20} | **{p50}** | {p80} | {target} |"
-                )
+                what = f"{row['case']}: {row['provider']}, {row['metric']}"
+                lines.append(f"| {says} | {what} | {p20} | **{p50}** | {p80} | {target} |")
                 machines.add(f"{row['machine']}; {row['versions']}")
     where = "; ".join(sorted(machines))
     return "\n".join(
