@@ -72,6 +72,8 @@ def test_urls_drop_by_blocklist(tmp_path: Path, tokenizer: str) -> None:
 
 
 def test_urls_need_their_column(tmp_path: Path, tokenizer: str) -> None:
+    for package in ("ahocorasick", "tldextract"):
+        pytest.importorskip(package, reason="waits on datatrove[processing]")
     with pytest.raises(DataError, match="no column 'url'"):
         prepared(tmp_path, tokenizer, [{"text": "sans adresse"}], ["urls"])
     assert not (tmp_path / "out").exists()

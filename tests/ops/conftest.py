@@ -1,14 +1,9 @@
-"""Kernels run in Triton's interpreter where there is no GPU; every tensor that an op allocates starts as NaN."""
+"""Every tensor that an op allocates starts as NaN, so that what a kernel forgets to write shows."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated, so it must stand before the first import of the kernels.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
