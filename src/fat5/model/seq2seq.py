@@ -116,6 +116,8 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument that the layout needs is missing.
         """
+        if ignored.get("output_attentions"):
+            raise ValueError("output_attentions: attention weights are never formed here, expected False or None")
         if cu_seqlens is not None:
             packed = dict(
                 input_ids=input_ids, labels=labels, max_seqlen=max_seqlen,
