@@ -125,8 +125,13 @@ class PackedBatch:
         return int(self.decoder_cu_seqlens[-1])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The batch with its tensors on a device."""
-        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
+        """The batch with its tensors on a device.
+
+        To a GPU they go through page-locked memory: from any other, a copy first waits for all that the GPU has to do.
+        """
+        to_gpu = torch.device(device).type == "cuda" and self.input_ids.device.type == "cpu"
+        tensors = (self.pin_memory() if to_gpu else self)._tensors()
+        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors})
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, for copies that overlap with compute."""

@@ -132,16 +132,26 @@ def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, An
     )
 
 
-def _trainer(
-    config: PretrainConfig, run: RunDirectory, model: FAT5ForConditionalGeneration, data: RunData, device: torch.device
-) -> Trainer:
+def step_runner(config: PretrainConfig, model: FAT5ForConditionalGeneration, device: torch.device) -> StepRunner:
+    """What makes the steps of a run: the model on its device, in training mode, compiled if asked for, its optimizer.
+
+    Args:
+        config: its precision is resolved.
+        model: moved to `device`, its weights to the precision's dtype.
+    """
     precision = Precision(config.precision, device)
     model.to(device=device, dtype=precision.weight_dtype).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    runner = StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
+    return StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
+
+
+def _trainer(
+    config: PretrainConfig, run: RunDirectory, model: FAT5ForConditionalGeneration, data: RunData, device: torch.device
+) -> Trainer:
+    runner = step_runner(config, model, device)
     parameters = model.num_parameters()
     size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters:,}"
     title = f"{config.model.preset}, {size} parameters, {config.model.position_encoding} positions"
@@ -151,7 +161,7 @@ def _trainer(
         model=model,
         runner=runner,
         loader=data.loader,
-        evaluation=partial(evaluate, forward, model, data.validation, data.names, precision),
+        evaluation=partial(evaluate, runner.forward, model, data.validation, data.names, runner.precision),
         configuration=comparable(config, data.identity),
         model_config=_model_config_text(model),
         plot=LivePlot(partial(draw_run, run.metrics, run.plot, title, unigram_entropy(data.validation))),

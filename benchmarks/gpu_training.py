@@ -1,0 +1,174 @@
+"""Training on a GPU: the trainer's own step by preset, tokens/s, MFU, peak memory, and where the time goes.
+
+    PYTHONPATH=src python3 benchmarks/gpu_training.py --output_dir results [--sections profile,eager] [--seconds 500]
+
+Runs unattended: a section that fails prints its traceback and the next one goes on; every figure is printed and written
+to OUTPUT_DIR/gpu_training.csv at once, the kernels of a step to OUTPUT_DIR/profile.txt. `--toy` runs the same code at a
+size that a CPU can do. A useful token is an encoder token of a document or a target. MFU holds the operations of
+`fat5.train.flops` against the dense bf16 peak of the data sheet.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpu_measure import Results
+from gpu_profile import IDLE, profile_step
+from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, steady, synchronize, tokens
+
+MIXED = {"512": 512, "1024": None}
+"""Name of a mix of documents, and the length of all of them; None draws lengths from 50 to 1,024."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--sections", default="profile", help=f"which, in order: {', '.join(SECTIONS)}")
+    parser.add_argument("--presets", default="fat5-small,fat5-base,fat5-large")
+    parser.add_argument("--seconds", type=float, default=500.0, help="nothing new starts after this")
+    parser.add_argument("--measured", type=float, default=5.0, help="seconds of steady steps a figure")
+    parser.add_argument("--tokens", type=int, default=32768, help="encoder and decoder budget; halved until it fits")
+    parser.add_argument("--examples", type=int, help="most documents of a micro-batch; a sixteenth of its tokens")
+    parser.add_argument("--optimizer", default="adamw_scale")
+    parser.add_argument(
+        "--precision", default="auto", help="auto, bf16, bf16-pure, fp16 or fp32, as in `fat5 pretrain`"
+    )
+    parser.add_argument("--cuda_graphs", action="store_true", help="record the compiled step in CUDA graphs")
+    parser.add_argument("--toy", action="store_true", help="the demo preset at a few hundred tokens")
+    options = parser.parse_args()
+    if options.toy:
+        options.presets, options.tokens, options.measured = "fat5-demo", 256, 0.5
+    results = Results(options.output_dir, "gpu_training")
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    say(f"{device}, torch {torch.__version__}, python {sys.version.split()[0]}")
+    for name in options.sections.split(","):
+        say(f"== {name} ({results.elapsed():.0f} s)")
+        with going_on():
+            SECTIONS[name](results, options)
+        results.write()
+    say(f"wrote {results.path} after {results.elapsed():.0f} s")
+
+
+def profile(results: Results, options: argparse.Namespace) -> None:
+    """The compiled step of each preset."""
+    for preset in options.presets.split(","):
+        with going_on():
+            measure_preset(results, options, preset, compiled=True)
+
+
+def eager(results: Results, options: argparse.Namespace) -> None:
+    """The same without compilation."""
+    for preset in options.presets.split(","):
+        with going_on():
+            measure_preset(results, options, preset, compiled=False)
+
+
+def measure_preset(results: Results, options: argparse.Namespace, preset: str, compiled: bool) -> None:
+    """One preset on each mix of documents, at the largest budget that fits; both mixes share one compilation."""
+    shape = Shape.of(options.tokens, 128 if options.toy else 1024)
+    while True:
+        if results.elapsed() > options.seconds:
+            say(f"{preset}: not run, out of time")
+            return
+        try:
+            _measure(results, options, preset, shape, compiled)
+            return
+        except torch.cuda.OutOfMemoryError:
+            say(f"{preset}: {shape.encoder:,} + {shape.decoder:,} tokens do not fit")
+        free()
+        shape = shape.halved()
+
+
+def _measure(results: Results, options: argparse.Namespace, preset: str, shape: Shape, compiled: bool) -> None:
+    if options.examples:
+        shape = Shape(shape.encoder, shape.decoder, options.examples, shape.longest)
+    provider = "fat5 " + ("CUDA graphs" if options.cuda_graphs and compiled else "compiled" if compiled else "eager")
+    case = Case.of(
+        preset,
+        precision=options.precision,
+        optimizer=options.optimizer,
+        compiled=compiled,
+        cuda_graphs=options.cuda_graphs and compiled,
+    )
+    started = False
+    for mix, length in MIXED.items():
+        length = min(length, shape.longest) if length else None
+        batches = [batch(shape, documents(shape, length, seed), seed) for seed in range(4)]
+        name = f"{preset} {mix}"
+        if not started:
+            taken, loss = first_step(case, batches[0])
+            results.add(name, provider, "first step", taken, "s")
+            say(f"{name}: {case.runner.precision.name}, first step {taken:.1f} s, loss {loss:.3f}")
+            started = True
+        timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
+        useful, flops = (float(np.mean([of(b) for b in batches])) for of in (tokens, case.flops))
+        rate, mfu = useful / timing.seconds, flops / timing.seconds / case.peak()
+        memory = timing.memory / 2**30
+        results.add(name, provider, "useful tokens/s", rate, "tokens/s")
+        results.add(name, provider, "MFU", mfu, "ratio")
+        results.add(name, provider, "step", timing.seconds, "s")
+        results.add(name, provider, "host busy", timing.host, "s")
+        results.add(name, provider, "peak memory", memory, "GiB")
+        results.write()
+        say(
+            f"{name} {provider}: {np.median(rate):,.0f} tokens/s, MFU {np.median(mfu):.1%}, step "
+            f"{np.median(timing.seconds) * 1e3:.1f} ms (host {np.median(timing.host) * 1e3:.1f}), "
+            f"{useful:,.0f} of {shape.encoder + shape.decoder:,} tokens, peak {memory:.1f} GiB, {len(rate)} steps"
+        )
+        with going_on():
+            explain(results, name, provider, lambda b=batches[1]: case.step(90, b), float(np.median(timing.seconds)))
+
+
+def explain(results: Results, name: str, provider: str, step: Callable[[], object], seconds: float) -> None:
+    """Profiles a step; idle is the steady step's time that no kernel fills."""
+    found = profile_step(step, synchronize)
+    busy = sum(taken for kind, taken in found.classes.items() if kind != IDLE)
+    found.classes[IDLE] = max(0.0, seconds * 1e3 - busy)
+    found.milliseconds = max(busy, seconds * 1e3)
+    for kind, taken in found.classes.items():
+        results.add(name, provider, f"time in {kind}", taken / 1e3, "s")
+    results.write()
+    text = found.text(f"{name} {provider}")
+    with results.path.with_name("profile.txt").open("a") as file:
+        file.write(text + "\n\n")
+    say("\n".join(text.splitlines()[:24]))
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def free() -> None:
+    """Gives back what the last model held, its compiled code too."""
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """A failure inside is printed, not raised, and leaves no memory behind; out of memory passes."""
+    began = time.perf_counter()
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:
+        traceback.print_exc(limit=8)
+        say(f"failed after {time.perf_counter() - began:.0f} s")
+    free()
+
+
+SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {"profile": profile, "eager": eager}
+
+if __name__ == "__main__":
+    main()
