@@ -1,7 +1,10 @@
 """What the GPU training benchmarks train: synthetic packed batches, the trainer's own step, and its timing."""
 
+import gc
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -179,3 +182,29 @@ def steady(step: Callable[[int], StepResult], budget: float, most: int = 60) -> 
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def free(compiled: bool = True) -> None:
+    """Gives back what the last model held, its compiled code too."""
+    if compiled:
+        torch._dynamo.reset()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def going_on(out_of_memory: bool = False) -> Iterator[None]:
+    """A failure inside is printed, not raised; out of memory passes unless told: a smaller case may follow."""
+    began = time.perf_counter()
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, torch.cuda.OutOfMemoryError) and not out_of_memory:
+            raise
+        traceback.print_exc(limit=8)
+        say(f"failed after {time.perf_counter() - began:.0f} s")

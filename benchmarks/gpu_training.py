@@ -9,12 +9,8 @@ size that a CPU can do. A useful token is an encoder token of a document or a ta
 """
 
 import argparse
-import gc
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +18,9 @@ import torch
 
 from gpu_measure import Results
 from gpu_profile import IDLE, profile_step
-from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, steady, synchronize, tokens
+from gpu_run import long, pretrain
+from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, free, going_on, say, steady, synchronize, tokens
+from gpu_stock import encoder, hf
 
 MIXED = {"512": 512, "1024": None}
 """Name of a mix of documents, and the length of all of them; None draws lengths from 50 to 1,024."""
@@ -42,17 +40,28 @@ def main() -> None:
         "--precision", default="auto", help="auto, bf16, bf16-pure, fp16 or fp32, as in `fat5 pretrain`"
     )
     parser.add_argument("--cuda_graphs", action="store_true", help="record the compiled step in CUDA graphs")
+    parser.add_argument("--stock_preset", default="fat5-base", help="preset of the sections hf, long and pretrain")
+    parser.add_argument("--stock_rows", type=int, default=32, help="hf: rows of a padded batch; halved until it fits")
+    parser.add_argument("--stock_eager", action="store_true", help="hf, encoder: compile neither side")
+    parser.add_argument("--long_compiled", action="store_true", help="long: compile, once for each length")
+    parser.add_argument("--shards", type=Path, default=Path(".whl/data/shards"), help="pretrain: from gpu_shards.py")
+    parser.add_argument("--run_seconds", type=float, default=300.0, help="pretrain: stopped after this")
+    parser.add_argument(
+        "--run_rate", type=float, default=250e3, help="pretrain: tokens/s that its steps are planned by"
+    )
+    parser.add_argument("--run_steps", type=int, help="pretrain: steps of the run, instead of run_rate")
     parser.add_argument("--toy", action="store_true", help="the demo preset at a few hundred tokens")
     options = parser.parse_args()
     if options.toy:
-        options.presets, options.tokens, options.measured = "fat5-demo", 256, 0.5
+        options.presets, options.tokens, options.measured, options.stock_rows = "fat5-demo", 256, 0.5, 2
     results = Results(options.output_dir, "gpu_training")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     say(f"{device}, torch {torch.__version__}, python {sys.version.split()[0]}")
     for name in options.sections.split(","):
         say(f"== {name} ({results.elapsed():.0f} s)")
-        with going_on():
+        with going_on(out_of_memory=True):
             SECTIONS[name](results, options)
+        free()
         results.write()
     say(f"wrote {results.path} after {results.elapsed():.0f} s")
 
@@ -60,15 +69,17 @@ def main() -> None:
 def profile(results: Results, options: argparse.Namespace) -> None:
     """The compiled step of each preset."""
     for preset in options.presets.split(","):
-        with going_on():
+        with going_on(out_of_memory=True):
             measure_preset(results, options, preset, compiled=True)
+        free()
 
 
 def eager(results: Results, options: argparse.Namespace) -> None:
     """The same without compilation."""
     for preset in options.presets.split(","):
-        with going_on():
+        with going_on(out_of_memory=True):
             measure_preset(results, options, preset, compiled=False)
+        free()
 
 
 def measure_preset(results: Results, options: argparse.Namespace, preset: str, compiled: bool) -> None:
@@ -123,7 +134,7 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             f"{np.median(timing.seconds) * 1e3:.1f} ms (host {np.median(timing.host) * 1e3:.1f}), "
             f"{useful:,.0f} of {shape.encoder + shape.decoder:,} tokens, peak {memory:.1f} GiB, {len(rate)} steps"
         )
-        with going_on():
+        with going_on(out_of_memory=True):
             explain(results, name, provider, lambda b=batches[1]: case.step(90, b), float(np.median(timing.seconds)))
 
 
@@ -142,33 +153,14 @@ def explain(results: Results, name: str, provider: str, step: Callable[[], objec
     say("\n".join(text.splitlines()[:24]))
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-def free() -> None:
-    """Gives back what the last model held, its compiled code too."""
-    torch._dynamo.reset()
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def going_on() -> Iterator[None]:
-    """A failure inside is printed, not raised, and leaves no memory behind; out of memory passes."""
-    began = time.perf_counter()
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception:
-        traceback.print_exc(limit=8)
-        say(f"failed after {time.perf_counter() - began:.0f} s")
-    free()
-
-
-SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {"profile": profile, "eager": eager}
+SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
+    "profile": profile,
+    "eager": eager,
+    "hf": hf,
+    "long": long,
+    "encoder": encoder,
+    "pretrain": pretrain,
+}
 
 if __name__ == "__main__":
     main()

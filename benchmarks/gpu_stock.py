@@ -1,0 +1,253 @@
+"""Stock transformers on a GPU, beside FAT5 in one run: T5 trained on padded batches, umT5's encoder."""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import T5Config, T5ForConditionalGeneration, UMT5Config, UMT5EncoderModel
+
+from fat5.data import PackedBatch
+from fat5.data.padded import pad, unpack
+from fat5.model import FAT5Config
+from fat5.optim import OptimizerConfig, build_optimizer
+from fat5.train.step import StepResult
+from gpu_measure import Results
+from gpu_step import (
+    DEVICE,
+    VOCABULARY,
+    Case,
+    Shape,
+    Timing,
+    batch,
+    documents,
+    first_step,
+    free,
+    going_on,
+    say,
+    steady,
+    synchronize,
+    tokens,
+)
+
+ROUNDS = 2
+"""Each provider is measured in turn, so often."""
+
+
+def hf(results: Results, options: argparse.Namespace) -> None:
+    """The same examples through stock T5 (sdpa, compiled, autocast as ours) on dynamically padded batches."""
+    preset = "fat5-demo" if options.toy else options.stock_preset
+    shape = Shape.of(options.tokens, 128 if options.toy else 1024)
+    ours = Case.of(preset, precision=options.precision, optimizer=options.optimizer, compiled=not options.stock_eager)
+    rows = options.stock_rows
+    stock = StockStep(ours, options.optimizer)
+    for mix in ("512", "1024"):
+        length = min(512, shape.longest) if mix == "512" else None
+        packed = [batch(shape, documents(shape, length, seed), seed) for seed in range(4)]
+        if results.elapsed() > options.seconds:
+            say(f"{mix}: not run, out of time")
+            return
+        if not options.stock_eager:
+            # One shape is compiled as it is, lengths that differ as a graph that takes any.
+            stock.forward = torch.compile(stock.model, dynamic=length is None)
+        taken, loss = first_step(ours, packed[0])
+        say(f"{preset} {mix}: fat5 first step {taken:.1f} s, loss {loss:.4f}")
+        while True:
+            try:
+                groups = [stock.batches(one, rows) for one in packed]
+                started = time.perf_counter()
+                losses = [stock.step(group).read()[0] for group in groups]
+                break
+            except torch.cuda.OutOfMemoryError:
+                say(f"{preset} {mix}: {rows} rows do not fit beside ours")
+            stock.optimizer.zero_grad(set_to_none=True)
+            free(compiled=False)
+            rows //= 2
+        say(f"{preset} {mix}: hf first steps {time.perf_counter() - started:.1f} s, losses {np.round(losses, 4)}")
+        _compare(results, options, f"{preset} {mix}", ours, packed, stock, groups, rows)
+
+
+def _compare(
+    results: Results,
+    options: argparse.Namespace,
+    name: str,
+    ours: Case,
+    packed: list[PackedBatch],
+    stock: "StockStep",
+    groups: list[list[dict[str, Tensor]]],
+    rows: int,
+) -> None:
+    useful = float(np.mean([tokens(one) for one in packed]))
+    provider = f"hf sdpa, padded, {rows} rows" + (", eager" if options.stock_eager else "")
+    steps: dict[str, Callable[[int], StepResult]] = {
+        "fat5 beside hf": lambda n: ours.step(n, packed[n % 4]),
+        provider: lambda n: stock.step(groups[n % 4]),
+    }
+    timings: dict[str, list[Timing]] = {key: [] for key in steps}
+    for _ in range(ROUNDS):
+        for key, step in steps.items():
+            timings[key].append(steady(step, options.measured))
+    rates = {key: useful / np.concatenate([t.seconds for t in found]) for key, found in timings.items()}
+    padded = sum(one["input_ids"].numel() + one["labels"].numel() for group in groups for one in group) / len(groups)
+    for key, rate in rates.items():
+        results.add(name, key, "useful tokens/s", rate, "tokens/s")
+        say(f"{name} {key}: {np.median(rate):,.0f} useful tokens/s (p20 {np.percentile(rate, 20):,.0f})")
+    mine, theirs = rates.values()
+    ratio = float(np.median(mine) / np.median(theirs))
+    results.add(name, f"fat5 / {provider}", "speed-up", ratio, "ratio")
+    results.add(name, provider, "peak memory of both models", timings[provider][0].memory / 2**30, "GiB")
+    results.add(name, provider, "useful share of its tokens", useful / padded, "ratio")
+    results.write()
+    say(
+        f"{name}: {ratio:.2f} times the useful tokens/s of {provider}, {useful / padded:.0%} of whose tokens are useful"
+    )
+
+
+class StockStep:
+    """A training step of T5ForConditionalGeneration as the trainer makes it: same weights, autocast, optimizer."""
+
+    def __init__(self, ours: Case, optimizer: str) -> None:
+        self.precision = ours.runner.precision
+        with torch.device(DEVICE):
+            self.model = T5ForConditionalGeneration(_stock_config(ours.model.config))
+        # Stock T5 ties its head to its embeddings whatever the configuration says.
+        self.model.lm_head.weight = torch.nn.Parameter(torch.empty_like(self.model.lm_head.weight))
+        self.model.to(self.precision.weight_dtype).load_state_dict(ours.model.state_dict())
+        self.model.train()
+        self.forward: Callable[..., Any] = self.model
+        self.weights = list(self.model.parameters())
+        self.optimizer = build_optimizer(OptimizerConfig(name=optimizer), self.model)  # type: ignore[arg-type]
+
+    def batches(self, packed: PackedBatch, rows: int) -> list[dict[str, Tensor]]:
+        """The examples in dynamically padded batches of `rows`, in page-locked memory."""
+        examples = unpack(packed)
+        found = []
+        for first in range(0, len(examples), rows):
+            inputs, labels = zip(*examples[first : first + rows])
+            padded = pad(inputs, labels, 0)
+            found.append({k: v.pin_memory() if DEVICE.type == "cuda" else v for k, v in padded.items()})
+        return found
+
+    def step(self, group: list[dict[str, Tensor]]) -> StepResult:
+        """One optimizer step over all batches of `group`; the loss is the mean over all their targets."""
+        targets = sum(int((one["labels"] != -100).sum()) for one in group)
+        losses = []
+        for one in group:
+            share = int((one["labels"] != -100).sum()) / targets
+            inputs = {key: value.to(DEVICE, non_blocking=True) for key, value in one.items()}
+            with self.precision.autocast():
+                loss = self.forward(**inputs, use_cache=False).loss * share
+            loss.backward()
+            losses.append(loss.detach())
+        norm = get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        clip_grads_with_norm_(self.weights, 1.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        numbers = torch.stack([torch.stack(losses).sum(), norm])
+        if DEVICE.type != "cuda":
+            return StepResult(numbers, None)
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return StepResult(host, None, ready)
+
+
+def _stock_config(ours: FAT5Config) -> T5Config:
+    keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "dropout_rate")
+    return T5Config(
+        **{key: getattr(ours, key) for key in keys},
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        attn_implementation="sdpa",
+    )
+
+
+def encoder(results: Results, options: argparse.Namespace) -> None:
+    """An umT5-XXL-shaped encoder, random bf16 weights, 512 tokens a prompt: stock sdpa and FAT5, eager and compiled."""
+    try:
+        from fat5 import accelerate
+    except ImportError:
+        say("fat5.accelerate is not there: not run")
+        return
+    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=VOCABULARY)
+    length, counts = 512, (1, 8, 32)
+    if options.toy:
+        sizes, length, counts = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=512), 64, (2,)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE), torch.inference_mode(False):
+            stock = UMT5EncoderModel(UMT5Config(**sizes, dropout_rate=0.0, attn_implementation="sdpa")).eval()  # type: ignore[arg-type]
+    finally:
+        torch.set_default_dtype(before)
+    ours = copy.deepcopy(stock)
+    ours = accelerate(ours) or ours
+    say(f"{sum(p.numel() for p in stock.parameters()) / 1e9:.2f}B parameters, {stock.dtype}")
+    providers: dict[str, Callable[..., object]] = {"hf sdpa": stock, "fat5": ours}
+    if not options.stock_eager:
+        providers |= {"hf sdpa compiled": torch.compile(stock), "fat5 compiled": torch.compile(ours)}
+    for count in counts:
+        for padded in (False, True):
+            if results.elapsed() > options.seconds:
+                say("out of time")
+                return
+            inputs = _prompts(count, length, padded, sizes["vocab_size"])
+            name = f"umt5-xxl encoder {count}x{length}" + (" padded" if padded else "")
+            with going_on(out_of_memory=True):
+                _encode(results, options, name, providers, inputs)
+
+
+def _prompts(count: int, length: int, padded: bool, vocabulary: int) -> dict[str, Tensor]:
+    """Rows of `length` tokens, or of an eighth of it to all, padded."""
+    generator = np.random.default_rng(count)
+    lengths = generator.integers(length // 8, length + 1, count) if padded else np.full(count, length)
+    lengths[0] = length
+    mask = torch.from_numpy((np.arange(length) < lengths[:, None]).astype(np.int64))
+    ids = torch.from_numpy(generator.integers(3, vocabulary, (count, length))) * mask
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def _encode(
+    results: Results,
+    options: argparse.Namespace,
+    name: str,
+    providers: dict[str, Callable[..., object]],
+    inputs: dict[str, Tensor],
+) -> None:
+    kept = inputs["attention_mask"].bool()
+    outputs: dict[str, Tensor] = {}
+    times: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        for key, call in providers.items():
+            try:
+                for _ in range(3):
+                    outputs[key] = call(**inputs).last_hidden_state[kept].float()  # type: ignore[attr-defined]
+                synchronize()
+                times[key] = []
+            except Exception as failure:
+                say(f"{name} {key}: {type(failure).__name__} {str(failure)[:300]}")
+        started = time.perf_counter()
+        while min(map(len, times.values())) < 3 or time.perf_counter() - started < options.measured:
+            for key in times:
+                synchronize()
+                begun = time.perf_counter()
+                providers[key](**inputs)
+                synchronize()
+                times[key].append(time.perf_counter() - begun)
+    reference = outputs["hf sdpa"]
+    for key, taken in times.items():
+        error = float((outputs[key] - reference).norm() / reference.norm())
+        rate = int(kept.sum()) / np.array(taken)
+        results.add(name, key, "time", np.array(taken), "s")
+        results.add(name, key, "useful tokens/s", rate, "tokens/s")
+        results.add(name, key, "difference from hf sdpa", error, "ratio")
+        say(f"{name} {key}: {np.median(taken) * 1e3:.2f} ms, {np.median(rate):,.0f} tokens/s, differs by {error:.2e}")
+    results.write()
