@@ -3,16 +3,19 @@
 """
 
 from fat5.ops.attention import BACKENDS, RelativeBias, attention
+from fat5.ops.choice import use_kernels
 from fat5.ops.geglu import geglu
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
-from fat5.ops.rms_norm import rms_norm
+from fat5.ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "BACKENDS",
     "RelativeBias",
+    "add_rms_norm",
     "attention",
     "geglu",
     "linear_cross_entropy",
     "rms_norm",
     "token_statistics",
+    "use_kernels",
 ]

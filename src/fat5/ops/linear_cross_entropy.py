@@ -1,12 +1,18 @@
 """The output projection and its cross-entropy in one operation, chunk by chunk: the logits never exist whole.
 
 The gradient is computed in the forward pass, while a chunk's probabilities are at hand, so that each chunk is projected
-once. Only reduction="none" projects again in backward, since each row then has its own upstream gradient.
+once. Only reduction="none" projects again in backward, since each row then has its own upstream gradient. The matrix
+products are the library's; what stands between them is plain PyTorch, or one Triton kernel that turns a chunk of logits
+into its gradient in place (choice.py).
 """
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fat5.ops.choice import uses_triton
 
 # Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an
 # accelerator.
@@ -119,6 +125,31 @@ def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.to(torch.promote_types(dtype, torch.float32))
 
 
+def _chunk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_scale: Tensor | None,
+    z_loss: float,
+    label_smoothing: float,
+    ignore_index: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Each row's loss, and d(sum of row_scale * loss) / d logits in weight's dtype; a row_scale of None is ones."""
+    if uses_triton("linear_cross_entropy", weight):
+        from fat5.ops.triton_cross_entropy import cross_entropy_
+
+        logits = hidden.to(weight.dtype) @ weight.t()
+        loss = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+        cross_entropy_(logits, labels, loss, row_scale, z_loss, label_smoothing, ignore_index, gradient)
+        return loss, logits if gradient else None
+    part = _Chunk(_logits(hidden, weight, weight.dtype), labels, z_loss, label_smoothing, ignore_index)
+    if not gradient:
+        return part.loss, None
+    scale = part.valid if row_scale is None else row_scale.to(part.valid.dtype)
+    return part.loss, part.gradient(scale).to(weight.dtype)
+
+
 class _Chunk:
     """One chunk's losses, and its logits turned in place into the gradient of the loss."""
 
@@ -170,22 +201,39 @@ def _summed(
         grad_weight = torch.zeros_like(weight if with_gradients else weight[:0], dtype=compute)
         narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            part = _Chunk(_logits(hidden[rows], narrow, dtype), labels[rows], z_loss, label_smoothing, ignore_index)
-            total += part.loss.sum()
-            if with_gradients:
-                _accumulate(part.gradient(part.valid), hidden, narrow, rows, grad_hidden, grad_weight)
+            settings = (z_loss, label_smoothing, ignore_index, with_gradients)
+            loss, grad_logits = _chunk_loss(hidden[rows], narrow, labels[rows], None, *settings)
+            total += loss.sum()
+            if grad_logits is not None:
+                _accumulate(grad_logits, hidden[rows], narrow, grad_hidden[rows], grad_weight)
         return total, grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _accumulate(
-    grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor
-) -> None:
-    grad_logits = grad_logits.to(weight.dtype)
-    grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
-    if grad_weight.dtype == grad_logits.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden[rows].to(weight.dtype))
+def _accumulate(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+    """grad_hidden = grad_logits @ weight; grad_weight += grad_logits.T @ hidden, summed in grad_weight's dtype."""
+    hidden = hidden.to(weight.dtype)
+    if grad_hidden.dtype == weight.dtype and grad_hidden.is_contiguous():
+        torch.mm(grad_logits, weight, out=grad_hidden)
     else:
-        grad_weight += grad_logits.t() @ hidden[rows].to(weight.dtype)
+        grad_hidden.copy_(grad_logits @ weight)
+    if grad_weight.dtype == grad_logits.dtype:
+        grad_weight.addmm_(grad_logits.t(), hidden)
+    elif grad_weight.is_cuda and _adds_in_float32(grad_weight.device, hidden.dtype):
+        torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=torch.float32, out=grad_weight)
+    else:
+        grad_weight += grad_logits.t() @ hidden
+
+
+@lru_cache(maxsize=8)
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds a product of narrow matrices to a float32 one in one call: some versions refuse."""
+    one = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, one.t(), one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 @_summed.register_fake
@@ -226,9 +274,10 @@ def _per_token(
     """Each token's loss, (T,)."""
     with torch.autocast(hidden.device.type, enabled=False):
         loss = torch.zeros(labels.shape, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            logits = _logits(hidden[rows], weight, dtype)
-            loss[rows] = _Chunk(logits, labels[rows], z_loss, label_smoothing, ignore_index).loss
+            settings = (z_loss, label_smoothing, ignore_index, False)
+            loss[rows] = _chunk_loss(hidden[rows], narrow, labels[rows], None, *settings)[0]
         return loss
 
 
@@ -255,8 +304,10 @@ def _per_token_backward(
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=compute)
         narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            part = _Chunk(_logits(hidden[rows], narrow, dtype), labels[rows], z_loss, label_smoothing, ignore_index)
-            _accumulate(part.gradient(grad[rows].to(compute)), hidden, narrow, rows, grad_hidden, grad_weight)
+            settings = (z_loss, label_smoothing, ignore_index, True)
+            _, grad_logits = _chunk_loss(hidden[rows], narrow, labels[rows], grad[rows], *settings)
+            assert grad_logits is not None
+            _accumulate(grad_logits, hidden[rows], narrow, grad_hidden[rows], grad_weight)
         return grad_hidden, grad_weight.to(weight.dtype)
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fat5.ops.choice import uses_triton
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least; returns x's dtype."""
@@ -25,9 +27,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         Of x's shape and dtype; statistics and products are in float32 at least.
     """
+    _check(x, weight)
+    if uses_triton("rms_norm", x, weight):
+        from fat5.ops import triton_rms_norm
+
+        if triton_rms_norm.serves(x):
+            return triton_rms_norm.rms_norm_forward(x, weight, eps)[0]
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """A residual addition and the RMSNorm after it: (hidden + update, rms_norm(hidden + update, weight, eps)).
+
+    Args:
+        hidden: (..., d) floating point, the residual stream.
+        update: of hidden's shape; the sum has the promoted dtype, and is rounded to it before it is normalised.
+        weight: (d,). eps: added to the mean square.
+    """
+    _check(hidden, weight)
+    if update.shape != hidden.shape:
+        raise ValueError(f"update: expected the shape of hidden, {tuple(hidden.shape)}, got {tuple(update.shape)}")
+    if uses_triton("add_rms_norm", hidden, update, weight):
+        from fat5.ops import triton_rms_norm
+
+        if triton_rms_norm.serves(hidden):
+            return triton_rms_norm.add_rms_norm_forward(hidden, update, weight, eps)[:2]
+    total = hidden + update
+    return total, _RMSNorm.apply(total, weight, eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,0 +1,397 @@
+"""The fused operations on a GPU: plain PyTorch, the same compiled, our Triton kernels, Liger's where installed.
+
+    PYTHONPATH=src python3 benchmarks/gpu_fused.py --output_dir results [--seconds 110] [--sections check,loss,tune]
+
+Runs unattended: a section that fails says so and the next one goes on. First the errors against float64, then times:
+CUDA events around enqueued work, the L2 cache flushed before each round, medians. 16,384 tokens, bfloat16. A line says
+for each provider `forward/backward microseconds, share of what this card's copy bandwidth (or matrix product) allows`.
+What wins goes into ON_CUDA of fat5/ops/choice.py, and tile sizes into the constants of fat5/ops/triton_*.py.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, use_kernels
+from fat5.ops.attention.triton_launch import Launch
+from fat5.ops.attention.triton_timing import seconds, stage_seconds
+from fat5.ops.geglu import geglu_reference
+from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
+from fat5.ops.rms_norm import rms_norm_reference
+from gpu_measure import Results
+
+TOKENS, VOCABULARY, TYPE = 16_384, 32_768, torch.bfloat16
+WIDTHS = ((512, 2048), (768, 3072), (1024, 4096))
+"""d_model and d_ff of small, base and large."""
+Z_LOSS = 1e-4
+# Of one measurement; the host's share comes on top.
+BUDGET = 0.03
+
+
+class Case(NamedTuple):
+    """One operation at one size: its inputs, its providers, and what a perfect run of it would move or multiply."""
+
+    name: str
+    inputs: Callable[[], list[Tensor]]
+    providers: dict[str, Callable[..., Any]]
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    flops: float = 0.0
+    """Of forward and backward together: the loss computes its gradients in its forward."""
+
+
+class Ceilings(NamedTuple):
+    """What this card gives a large copy (bytes a second, read and written) and a large matrix product (FLOP/s)."""
+
+    bandwidth: float
+    flops: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=110.0, help="no section starts, and loops end, after this")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order")
+    options = parser.parse_args()
+    results = Results(options.output_dir, "gpu_fused")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}", flush=True)
+    limits = ceilings(results)
+    for name in options.sections.split(","):
+        left = options.seconds - results.elapsed()
+        if left < 3:
+            print(f"== {name}: not run, out of time")
+            continue
+        print(f"== {name} ({results.elapsed():.0f} s)", flush=True)
+        try:
+            SECTIONS[name](results, limits, time.perf_counter() + left)
+        except Exception:
+            print()
+            traceback.print_exc(limit=6)
+        results.write()
+        torch.cuda.empty_cache()
+    print(f"wrote {results.path} after {results.elapsed():.0f} s")
+
+
+def ceilings(results: Results) -> Ceilings:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=TYPE) for _ in range(2))
+    rate = 2 * 8192**3 / seconds(lambda: a @ b, BUDGET)
+    source, target = (torch.empty(2**30, device="cuda", dtype=torch.uint8).random_() for _ in range(2))
+    bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source), BUDGET)
+    results.add("ceiling", "torch", "bf16 matrix product", rate / 1e12, "TFLOP/s")
+    results.add("ceiling", "torch", "copy", bandwidth / 1e12, "TB/s")
+    print(
+        f"matrix product {np.median(rate) / 1e12:.0f} TFLOP/s, copy {np.median(bandwidth) / 1e12:.2f} TB/s", flush=True
+    )
+    return Ceilings(float(np.median(bandwidth)), float(np.median(rate)))
+
+
+# --- correctness
+
+
+def check(results: Results, limits: Ceilings, deadline: float) -> None:
+    """Error against float64 over that of plain PyTorch in the same precision, output and worst gradient: 2 and 3 are
+    allowed.
+    """
+    rows, width, labels = 1000, 768, torch.randint(0, 5000, (1000,), device="cuda")
+    labels[::7] = -100
+    loss = dict(z_loss=0.1, label_smoothing=0.1)
+    x, y, scale = (_normal(*shape, dtype=torch.float32) for shape in ((rows, width), (rows, width), (width,)))
+    weight = _normal(5000, width, dtype=torch.float32) * 0.05
+    checks: list[tuple[str, list[Tensor], Callable, dict[str, Callable]]] = [
+        ("rms_norm", [x, scale], _rms_norm_plain, _with_liger(_ours(rms_norm), "rms_norm")),
+        ("add_rms_norm", [x, y, scale], _add_rms_norm_plain, _with_liger(_ours(add_rms_norm), "add_rms_norm")),
+        ("geglu", [4 * x, y], geglu_reference, _with_liger(_ours(geglu), "geglu")),
+        (
+            "linear_cross_entropy",
+            [x, weight],
+            partial(_labelled, partial(linear_cross_entropy_reference, **loss), labels),
+            {
+                "triton": _ours(partial(_labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
+                "plain": _plain(partial(_labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
+            },
+        ),
+    ]  # fmt: skip
+    for name, inputs, reference, providers in checks + _later_checks():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            exact = _results(reference, [t.double() for t in inputs])
+            usual = _results(reference, [t.to(dtype) for t in inputs])
+            print(f"{name:21} {str(dtype)[6:]:9}", end="")
+            for provider, call in providers.items():
+                try:
+                    found = _results(call, [t.to(dtype) for t in inputs])
+                    ratios = [
+                        ((got.double() - want).norm() / ((mild.double() - want).norm() + 1e-7 * want.norm())).item()
+                        for got, mild, want in zip(found, usual, exact, strict=True)
+                    ]
+                except Exception as failure:
+                    print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="")
+                    continue
+                outputs = len(found) - len(inputs)
+                worst = (max(ratios[:outputs]), max(ratios[outputs:]))
+                good = worst[0] <= 2 and worst[1] <= 3
+                results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, forward", worst[0], "ratio")
+                results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, gradient", worst[1], "ratio")
+                print(f"  {provider} {worst[0]:.2f}/{worst[1]:.2f}{'' if good else ' WRONG'}", end="")
+            print(flush=True)
+
+
+def _later_checks() -> list[tuple[str, list[Tensor], Callable, dict[str, Callable]]]:
+    return []
+
+
+def _results(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """Outputs, then gradients for the same upstream in every precision."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outs = _outputs(call(*leaves))
+    torch.manual_seed(1)
+    upstream = [torch.randn(out.shape, device="cuda", dtype=torch.float32).to(out) for out in outs]
+    return [*(out.detach().clone() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
+
+
+# --- speed
+
+
+def norms(results: Results, limits: Ceilings, deadline: float) -> None:
+    """RMSNorm of the residual stream, alone and with the addition before it."""
+    for width, _ in WIDTHS:
+        one = TOKENS * width * TYPE.itemsize
+        inputs = partial(_tensors, (TOKENS, width), (width,))
+        providers = _with_liger(_candidates(rms_norm), "rms_norm")
+        _measure(results, Case(f"rms_norm d{width}", inputs, providers, 2 * one, 3 * one), limits, deadline)
+        inputs = partial(_tensors, (TOKENS, width), (TOKENS, width), (width,))
+        providers = _with_liger(_candidates(add_rms_norm), "add_rms_norm")
+        _measure(results, Case(f"add_rms_norm d{width}", inputs, providers, 4 * one, 4 * one), limits, deadline)
+
+
+def gated(results: Results, limits: Ceilings, deadline: float) -> None:
+    """Gated GELU of the feed-forward layer."""
+    for _, width in WIDTHS:
+        one = TOKENS * width * TYPE.itemsize
+        inputs = partial(_tensors, (TOKENS, width), (TOKENS, width))
+        providers = _with_liger(_candidates(geglu), "geglu")
+        _measure(results, Case(f"geglu ff{width}", inputs, providers, 3 * one, 5 * one), limits, deadline)
+
+
+def loss(results: Results, limits: Ceilings, deadline: float) -> None:
+    """The output projection and its cross-entropy: with whole logits, in chunks of plain PyTorch, in chunks with our
+    kernel (by rows a chunk), Liger's. The share is of a bare matrix product's rate, over forward and backward.
+    """
+    for width, _ in (WIDTHS[1], WIDTHS[0], WIDTHS[2]):
+        labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
+
+        def by(call: Callable, labels: Tensor = labels, **options: Any) -> Callable:
+            return partial(_labelled, partial(call, z_loss=Z_LOSS, **options), labels)
+
+        providers: dict[str, Callable] = {
+            "whole logits": by(linear_cross_entropy_reference),
+            "whole logits compiled": torch.compile(by(linear_cross_entropy_reference), dynamic=False),
+            "chunks plain": _plain(by(linear_cross_entropy)),
+            "triton": _ours(by(linear_cross_entropy)),
+        }
+        if width == 768:
+            for rows in (512, 1024, 2048, 8192, 16384):
+                providers[f"triton {rows} rows"] = _ours(by(linear_cross_entropy, chunk_size=rows))
+        providers = _with_liger(providers, "linear_cross_entropy", labels)
+        inputs = partial(_loss_inputs, width)
+        case = Case(f"linear_cross_entropy d{width}", inputs, providers, flops=6.0 * TOKENS * width * VOCABULARY)
+        _measure(results, case, limits, deadline)
+
+
+def tune(results: Results, limits: Ceilings, deadline: float) -> None:
+    """Tile sizes of our kernels at the sizes of base: microseconds forward/backward for each."""
+    from fat5.ops import triton_cross_entropy, triton_geglu, triton_rms_norm
+
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
+    lce = partial(_labelled, partial(linear_cross_entropy, z_loss=Z_LOSS), labels)
+    trials: list[tuple[str, Callable, Callable, Any, dict[str, tuple]]] = [
+        ("linear_cross_entropy", lce, partial(_loss_inputs, 768), triton_cross_entropy,
+         {"BLOCK": (4096, 2048, 8192, 16384), "WARPS": (8, 4, 16)}),
+        ("rms_norm", rms_norm, partial(_tensors, (TOKENS, 768), (768,)), triton_rms_norm,
+         {"FORWARD_TILE": (1024, 2048, 4096, 8192), "WARPS": (4, 8)}),
+        ("rms_norm", rms_norm, partial(_tensors, (TOKENS, 768), (768,)), triton_rms_norm,
+         {"BACKWARD_TILE": (1024, 2048, 4096), "PROGRAMS_A_PROCESSOR": (2, 4, 8), "WARPS": (4, 8)}),
+        ("geglu", geglu, partial(_tensors, (TOKENS, 3072), (TOKENS, 3072)), triton_geglu,
+         {"LAUNCH": tuple(Launch(1, n, w, 1) for n in (512, 1024, 2048, 4096) for w in (4, 8))}),
+    ]  # fmt: skip
+    for name, call, inputs, module, constants in trials:
+        for values in _product(constants):
+            if time.perf_counter() > deadline:
+                print("out of time")
+                return
+            with _constants(module, values):
+                label = " ".join(
+                    f"{key} {value if np.isscalar(value) else value[1:3]}" for key, value in values.items()
+                )
+                try:
+                    taken, _ = _taken(_ours(call), inputs())
+                except Exception as failure:
+                    print(f"{name:21} {label}: {type(failure).__name__} {str(failure)[:70]!r}", flush=True)
+                    continue
+            results.add(f"tune {name}", label, "forward", taken[:, 0], "s")
+            results.add(f"tune {name}", label, "backward", taken[:, 1], "s")
+            forward, backward = np.median(taken, axis=0) * 1e6
+            print(f"{name:21} {label}: {forward:.0f}/{backward:.0f}", flush=True)
+
+
+def _product(constants: dict[str, tuple]) -> Iterator[dict[str, Any]]:
+    values: list[dict[str, Any]] = [{}]
+    for key, choices in constants.items():
+        values = [{**value, key: choice} for value in values for choice in choices]
+    yield from values
+
+
+@contextmanager
+def _constants(module: Any, values: dict[str, Any]) -> Iterator[None]:
+    before = {key: getattr(module, key) for key in values}
+    try:
+        for key, value in values.items():
+            setattr(module, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(module, key, value)
+
+
+def _measure(results: Results, case: Case, limits: Ceilings, deadline: float) -> None:
+    print(f"{case.name:26}", end="", flush=True)
+    for provider, call in case.providers.items():
+        if time.perf_counter() > deadline:
+            print("  out of time", end="")
+            break
+        try:
+            taken, peak = _taken(call, case.inputs())
+        except Exception as failure:
+            print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="", flush=True)
+            continue
+        stages = {"forward": taken[:, 0], "backward": taken[:, 1], "both": taken.sum(1)}
+        for stage, values in stages.items():
+            results.add(case.name, provider, stage, values, "s")
+        results.add(case.name, provider, "peak memory", peak, "GB")
+        for stage, moved in (("forward", case.forward_bytes), ("backward", case.backward_bytes)):
+            if moved:
+                results.add(case.name, provider, f"{stage} bandwidth", moved / stages[stage] / 1e9, "GB/s")
+        if case.flops:
+            share = case.flops / stages["both"] / limits.flops
+            results.add(case.name, provider, "rate", case.flops / stages["both"] / 1e12, "TFLOP/s")
+        else:
+            share = (case.forward_bytes + case.backward_bytes) / stages["both"] / limits.bandwidth
+        results.add(case.name, provider, "share of roofline", share, "ratio")
+        times = "/".join(f"{np.median(stages[stage]) * 1e6:.0f}" for stage in ("forward", "backward"))
+        print(
+            f"  {provider} {times} {np.median(share):.0%}{f' {peak:.2f} GB' if case.flops else ''}", end="", flush=True
+        )
+    print(flush=True)
+
+
+def _taken(call: Callable, inputs: list[Tensor]) -> tuple[np.ndarray, float]:
+    """(rounds, 2) seconds of forward and backward, and the peak memory in GB beyond what the inputs hold."""
+    leaves = [x.requires_grad_() for x in inputs]
+    outs = _outputs(call(*leaves))
+    upstream = [torch.randn_like(out) if out.dim() else torch.ones_like(out) for out in outs]
+    torch.autograd.grad(outs, leaves, upstream)
+    del outs
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(_outputs(call(*leaves)), leaves, upstream)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+    kept: list[list[Tensor]] = []
+    taken = stage_seconds(
+        lambda: kept.append(_outputs(call(*leaves))),
+        lambda: torch.autograd.grad(kept.pop(), leaves, upstream),
+        budget=BUDGET,
+    )
+    return taken, peak
+
+
+# --- providers
+
+
+def _outputs(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _normal(*shape: int, dtype: torch.dtype = TYPE) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def _tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [_normal(*shape) for shape in shapes]
+
+
+def _loss_inputs(width: int) -> list[Tensor]:
+    return [_normal(TOKENS, width), _normal(VOCABULARY, width) * width**-0.5]
+
+
+def _labelled(call: Callable, labels: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    return call(hidden, weight, labels)
+
+
+def _rms_norm_plain(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm_reference(x, weight, 1e-6)
+
+
+def _add_rms_norm_plain(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x + update, rms_norm_reference(x + update, weight, 1e-6)
+
+
+def _candidates(call: Callable) -> dict[str, Callable]:
+    return {"plain": _plain(call), "compiled": _plain(torch.compile(call, dynamic=False)), "triton": _ours(call)}
+
+
+def _ours(call: Callable) -> Any:
+    return partial(_under, "triton", call)
+
+
+def _plain(call: Callable) -> Any:
+    return partial(_under, "plain", call)
+
+
+def _under(setting: str, call: Callable, *inputs: Tensor) -> Any:
+    use_kernels(setting)
+    return call(*inputs)
+
+
+def _with_liger(providers: Any, name: str, labels: Tensor | None = None) -> dict[str, Callable]:
+    """The providers, and Liger's of that name if it is installed."""
+    found = providers if isinstance(providers, dict) else {"triton": providers}
+    with suppress(ImportError):
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        def added(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            normal, total = LigerFusedAddRMSNormFunction.apply(x, update, weight, 1e-6, 0.0, "gemma", False)
+            return total, normal
+
+        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+            arguments = (labels, None, None, -100, Z_LOSS, 0.0, "mean", None, False, torch.float32)
+            return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, *arguments)[0]
+
+        # Casting "gemma" is all in float32, as T5's; in_place=False leaves the upstream gradient as it is.
+        liger = {
+            "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "gemma", False),
+            "add_rms_norm": added,
+            "geglu": LigerGELUMulFunction.apply,
+            "linear_cross_entropy": loss,
+        }
+        found = {**found, "liger": liger[name]}
+    return found
+
+
+SECTIONS = {"check": check, "norms": norms, "gated": gated, "loss": loss, "tune": tune}
+
+if __name__ == "__main__":
+    main()

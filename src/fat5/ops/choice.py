@@ -1,0 +1,92 @@
+"""One switch for the fused operations: plain PyTorch (which torch.compile fuses) or our Triton kernels.
+
+    FAT5_KERNELS=auto                      Triton on CUDA where ON_CUDA says so, plain PyTorch elsewhere (the default)
+    FAT5_KERNELS=triton | plain            all operations so
+    FAT5_KERNELS=geglu=triton,rms_norm=plain   some; the rest as under auto
+
+`use_kernels` takes the same words from Python. Attention has a `backend` argument of its own.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fat5.errors import ConfigurationError
+
+# What "auto" means on a CUDA device. Inductor fuses the plain forms under torch.compile, so a kernel stands here only
+# where it wins a measurement (benchmarks/gpu_fused.py), or memory: docs/decisions/0060-one-switch-for-fused-kernels.md.
+ON_CUDA = {
+    "rms_norm": "plain",
+    "add_rms_norm": "plain",
+    "geglu": "plain",
+    "rotary": "plain",
+    "linear_cross_entropy": "triton",
+    "adamw_scale": "plain",
+}
+CHOICES = ("auto", "plain", "triton")
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_INSTALLED = find_spec("triton") is not None
+_wanted: dict[str, str] = {}
+_setting = "auto"
+
+
+def use_kernels(setting: str) -> str:
+    """Says which implementation the fused operations run with, from here on; returns the setting before.
+
+    Args:
+        setting: "auto", "plain" or "triton", or a list such as "geglu=triton,rms_norm=plain" (module docstring).
+
+    Raises:
+        ConfigurationError: no such operation or choice.
+    """
+    global _setting
+    wanted: dict[str, str] = {}
+    for part in setting.split(","):
+        name, equals, choice = part.strip().rpartition("=")
+        names = [name] if equals else list(ON_CUDA)
+        if choice not in CHOICES or not set(names) <= set(ON_CUDA):
+            raise ConfigurationError(
+                f"{part.strip()!r} is no choice of kernels",
+                where="FAT5_KERNELS",
+                hint=f"Say {', '.join(CHOICES)}, or OPERATION=CHOICE of {', '.join(ON_CUDA)}",
+            )
+        wanted |= dict.fromkeys(names, choice)
+    before, _setting = _setting, setting
+    _wanted.clear()
+    _wanted.update(wanted)
+    return before
+
+
+def uses_triton(operation: str, *tensors: Tensor) -> bool:
+    """Whether a call of `operation` on these tensors goes to its Triton kernel.
+
+    Raises:
+        ConfigurationError: Triton was asked for, and cannot serve these tensors.
+    """
+    wanted = _wanted.get(operation, "auto")
+    if wanted == "plain" or (wanted == "auto" and (ON_CUDA[operation] == "plain" or not tensors[0].is_cuda)):
+        return False
+    reason = unsupported(*tensors)
+    if reason and wanted == "triton":
+        raise ConfigurationError(
+            f"{operation} was asked for as a Triton kernel: {reason}", where="FAT5_KERNELS", hint="Say auto"
+        )
+    return not reason
+
+
+def unsupported(*tensors: Tensor) -> str:
+    """Why the kernels cannot serve these tensors, or nothing."""
+    if not _TRITON_INSTALLED:
+        return "the triton package is not installed"
+    for x in tensors:
+        if not x.is_cuda and not _INTERPRETED:
+            return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got one on {x.device}"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it serves float32, bfloat16 and float16, got {x.dtype}"
+    return ""
+
+
+use_kernels(os.environ.get("FAT5_KERNELS", "auto"))
