@@ -17,6 +17,8 @@ import yaml
 from gpu_measure import Results
 from gpu_step import DEVICE, Case, Shape, batch, first_step, free, going_on, say, steady, tokens
 
+STARTING = 120
+"""Seconds until a run's first step: two compilations, of the step and of the evaluation."""
 GRACE = 60
 """Seconds a run gets to end by itself after it was told to."""
 
@@ -111,17 +113,17 @@ def _run(
 
 def _config(options: argparse.Namespace, work: Path, preset: str, precision: str, steps: int) -> dict[str, Any]:
     toy = options.toy
-    budget = 1024 if toy else 16384
-    planned = steps or int(options.run_seconds * options.run_rate / (4 * 2 * budget))
+    encoder, decoder, packs = (1024, 768, 1) if toy else (16384, 11776, 4)
+    planned = steps or int((options.run_seconds - STARTING) * options.run_rate / (packs * (encoder + decoder)))
     return {
         "output_dir": str(work),
         "model": {"preset": preset, "overrides": {"dropout_rate": 0.1, "z_loss": 1e-4}},
         "data": {
             "sources": [{"path": str(options.shards)}],
             "max_tokens": 256 if toy else 1024,
-            "encoder_tokens": budget,
-            "decoder_tokens": 768 if toy else 11776,
-            "packs_per_step": 1 if toy else 4,
+            "encoder_tokens": encoder,
+            "decoder_tokens": decoder,
+            "packs_per_step": packs,
             "packs_per_micro_batch": 1 if toy else 2,
             "num_workers": 0 if toy else 4,
         },

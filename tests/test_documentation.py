@@ -116,16 +116,19 @@ def test_the_readme_lists_every_verb() -> None:
         assert f"`fat5 {verb}`" in readme
 
 
-def test_the_figures_of_the_readme_come_from_files() -> None:
+@pytest.mark.parametrize(
+    ("name", "page"), [("update_readme", "README.md"), ("update_performance", "docs/performance.md")]
+)
+def test_figures_come_from_files(name: str, page: str) -> None:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script.render(readme) == readme, "run python scripts/update_readme.py"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert script.render(text) == text, f"run python scripts/{name}.py"
 
 
 def smaller(words: list[str]) -> list[str]:

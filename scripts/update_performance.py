@@ -1,0 +1,319 @@
+"""Writes the figures of docs/performance.md, and its plot, from benchmarks/results/h200-*.csv.
+
+    python scripts/update_performance.py
+
+The part between `<!-- NAME:begin … -->` and `<!-- NAME:end -->` is replaced; nothing there is typed by hand. A figure
+whose file is not there is said to be not measured, and a target that is missed is said to be missed.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+SPLIT = ROOT / "docs" / "images" / "h200-time-split.png"
+LOSS = ROOT / "docs" / "images" / "h200-loss.png"
+
+COMPILED = "fat5 compiled"
+MIXES = {"512": "512 tokens", "1024": "50 to 1,024"}
+MFU_TARGETS = {"fat5-small": 0.35, "fat5-base": 0.45, "fat5-large": 0.55}
+SMALL_RATE, STOCK_RATIO, CONTEXT = 800e3, 3.0, 65536
+FORWARD_SHARE, BACKWARD_SHARE, SDPA_RATIO = 0.85, 0.75, 3.0
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+ABSENT = "Not measured yet."
+CLASSES = [
+    "GEMM",
+    "attention forward",
+    "attention backward",
+    "attention bias gradient",
+    "attention work list",
+    "cross-entropy GEMM",
+    "cross-entropy",
+    "norm, elementwise (fused)",
+    "optimizer",
+    "gradient norm and clip",
+    "idle",
+]
+"""In the order of the bars; what else there is goes last, together."""
+
+Figures = dict[tuple[str, str, str], float]
+
+
+def main() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    split = splits()
+    if split:
+        draw(split)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def render(page: str) -> str:
+    """The page with its generated parts made anew from the files."""
+    parts: dict[str, Callable[[], str]] = {
+        "targets": targets,
+        "training": training,
+        "split": split_table,
+        "stock": stock,
+        "context": context,
+        "attention": attention,
+        "encoder": encoder,
+        "learning": learning,
+        "counters": counters,
+        "where": where,
+    }
+    for name, part in parts.items():
+        pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
+        content = part()
+        page, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", page, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{PAGE.name}: expected one part {name!r}, found {count}")
+    return page
+
+
+def targets() -> str:
+    """G1 to G4: asked, measured, met or missed."""
+    lines = ["| target | asked | measured | |", "|---|---|---|---|"]
+    trained, beside, contexts, kernels = figures("profile"), figures("hf"), figures("long"), figures("attention")
+    for causal in ("", " causal"):
+        for stage, share in (("forward", FORWARD_SHARE), ("backward", BACKWARD_SHARE)):
+            found = [_share(kernels, f"D{d} L{n}{causal}", stage) for d in (64, 128) for n in LENGTHS]
+            least = min((value for value in found if value), default=None)
+            what = f"G1 attention {stage}{causal}, of the same kernel without bias, least of L ≥ 1k"
+            lines.append(_verdict(what, f"≥ {share:.0%}", least, share, "{:.0%}"))
+    faster = [_over_sdpa(kernels, f"D{d} L{n}") for d in (64, 128) for n in LENGTHS]
+    least = min((value for value in faster if value), default=None)
+    lines.append(_verdict("G1 over SDPA with a learned bias, least of L ≥ 1k", "≥ 3×", least, SDPA_RATIO, "{:.1f}×"))
+    for preset, target in MFU_TARGETS.items():
+        for mix in MIXES:
+            reached = trained.get((f"{preset} {mix}", COMPILED, "MFU"))
+            lines.append(
+                _verdict(f"G2 MFU of {preset}, documents of {MIXES[mix]}", f"≥ {target:.0%}", reached, target, "{:.1%}")
+            )
+    for mix in MIXES:
+        rate = trained.get((f"fat5-small {mix}", COMPILED, "useful tokens/s"))
+        lines.append(
+            _verdict(f"G2 tokens/s of fat5-small, documents of {MIXES[mix]}", "≥ 800k", rate, SMALL_RATE, "{:,.0f}")
+        )
+    ratios = [value for (case, _, metric), value in beside.items() if metric == "speed-up" and "base" in case]
+    lines.append(
+        _verdict("G3 over stock T5, base, worse mix", "≥ 3×", min(ratios, default=None), STOCK_RATIO, "{:.2f}×")
+    )
+    lengths = [_length(case) for case, _, metric in contexts if metric == "useful tokens/s" and "base" in case]
+    longest = max(lengths, default=None)
+    lines.append(_verdict("G4 longest context of base, tokens", "≥ 65,536", longest, CONTEXT, "{:,.0f}"))
+    return "\n".join(lines)
+
+
+def training() -> str:
+    """Tokens/s, MFU, step, host, memory and first step of every case and provider."""
+    found = figures("profile")
+    if not found:
+        return ABSENT
+    lines = [
+        "| case | how | tokens/s | MFU | step, ms | host busy, ms | peak, GiB | first step, s |",
+        "|---|---|" + "---|" * 6,
+    ]
+    first = {(case.split()[0], how): value for (case, how, metric), value in found.items() if metric == "first step"}
+    for case, how in _cases(found, "MFU"):
+        rate, mfu, step, host, memory = (
+            found[case, how, metric] for metric in ("useful tokens/s", "MFU", "step", "host busy", "peak memory")
+        )
+        lines.append(
+            f"| {case} | {how} | {rate:,.0f} | {mfu:.1%} | {step * 1e3:.1f} | {host * 1e3:.1f} | {memory:.1f} "
+            f"| {first.get((case.split()[0], how), float('nan')):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def splits() -> dict[str, dict[str, float]]:
+    """Case → class → seconds of the compiled step."""
+    found: dict[str, dict[str, float]] = {}
+    for (case, how, metric), value in figures("profile").items():
+        if how == COMPILED and metric.startswith("time in "):
+            kind = metric.removeprefix("time in ")
+            own = found.setdefault(case, {})
+            kind = kind if kind in CLASSES else "other"
+            own[kind] = own.get(kind, 0.0) + value
+    return found
+
+
+def split_table() -> str:
+    """Milliseconds by class."""
+    split = splits()
+    if not split:
+        return ABSENT
+    lines = [f"| class, ms of a step | {' | '.join(split)} |", "|---" * (len(split) + 1) + "|"]
+    for kind in [*CLASSES, "other"]:
+        if any(kind in own for own in split.values()):
+            cells = [
+                f"{own.get(kind, 0) * 1e3:.1f} ({own.get(kind, 0) / sum(own.values()):.0%})" for own in split.values()
+            ]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![Share of a step by class](images/{SPLIT.name})"])
+
+
+def draw(split: dict[str, dict[str, float]]) -> None:
+    """One bar a case, its classes stacked as shares of the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 0.6 * len(split) + 2.2))
+    left = [0.0] * len(split)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for index, kind in enumerate([*CLASSES, "other"]):
+        shares = [100 * own.get(kind, 0.0) / sum(own.values()) for own in split.values()]
+        if any(shares):
+            axes.barh(list(split), shares, left=left, label=kind, color=colours[index], height=0.7)
+            left = [a + b for a, b in zip(left, shares)]
+    axes.invert_yaxis()
+    axes.set_xlabel("share of a training step, %")
+    axes.set_xlim(0, 100)
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(split) - 0.08), frameon=False, fontsize=8)
+    figure.savefig(SPLIT, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def stock() -> str:
+    """Ours beside stock T5 on the same examples."""
+    found = figures("hf")
+    if not found:
+        return ABSENT
+    lines = ["| case | how | useful tokens/s |", "|---|---|---|"]
+    lines += [
+        f"| {c} | {how} | {found[c, how, 'useful tokens/s']:,.0f} |" for c, how in _cases(found, "useful tokens/s")
+    ]
+    lines += [f"| {c} | {how} | **{found[c, how, 'speed-up']:.2f}×** |" for c, how in _cases(found, "speed-up")]
+    return "\n".join(lines)
+
+
+def context() -> str:
+    """The longest documents."""
+    found = figures("long")
+    if not found:
+        return ABSENT
+    lines = ["| one document of | how | tokens/s | MFU | peak, GiB |", "|---|---|---|---|---|"]
+    for case, how in _cases(found, "MFU"):
+        rate, mfu, memory = (found[case, how, metric] for metric in ("useful tokens/s", "MFU", "peak memory"))
+        lines.append(
+            f"| {_length(case):,} + {_length(case):,} tokens | {how} | {rate:,.0f} | {mfu:.1%} | {memory:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def attention() -> str:
+    """G1 by case: TFLOP/s with bias, and what it is of the kernel without one and of SDPA."""
+    found = figures("attention")
+    lines = [
+        "| case | forward | backward | of no bias, forward | backward | over SDPA with a learned bias |",
+        "|---" * 6 + "|",
+    ]
+    for case, how in _cases(found, "backward"):
+        if how != "fat5 bias":
+            continue
+        shares = [_share(found, case, stage) for stage in ("forward", "backward")]
+        cells = [f"{share:.0%}" if share else "–" for share in shares]
+        faster = _over_sdpa(found, case)
+        rates = [f"{found[case, how, stage]:.0f}" for stage in ("forward", "backward")]
+        lines.append(f"| {case} | {' | '.join([*rates, *cells, f'{faster:.1f}×' if faster else '–'])} |")
+    product, copied = (found["ceiling", "torch", what] for what in ("bf16 matrix product", "copy"))
+    ceilings = f"Measured in the same run: a matrix product of 8,192³ {product:.0f} TFLOP/s, a copy {copied:.2f} TB/s."
+    return "\n".join([*lines, "", ceilings])
+
+
+def encoder() -> str:
+    """An XXL-shaped encoder."""
+    found = {key: value for key, value in figures("long").items() if "encoder" in key[0]}
+    if not found:
+        return ABSENT
+    lines = ["| prompts | how | ms | useful tokens/s | differs from stock by |", "|---|---|---|---|---|"]
+    for case, how in _cases(found, "time"):
+        taken, rate = found[case, how, "time"], found[case, how, "useful tokens/s"]
+        error = found[case, how, "difference from hf sdpa"]
+        lines.append(f"| {case} | {how} | {taken * 1e3:.2f} | {rate:,.0f} | {error:.1e} |")
+    return "\n".join(lines)
+
+
+def learning() -> str:
+    """What the runs of `fat5 pretrain` logged."""
+    found = figures("pretrain")
+    if not found:
+        return ABSENT
+    lines = ["| run | quantity | value |", "|---|---|---|"]
+    lines += [f"| {case} | {metric.replace('_', ' ')} | {value:,.4g} |" for (case, _, metric), value in found.items()]
+    return "\n".join([*lines, *(["", f"![Loss of the base preset](images/{LOSS.name})"] if LOSS.exists() else [])])
+
+
+def counters() -> str:
+    """Nsight Compute's figures, a column a kernel."""
+    path = RESULTS / "h200-counters.csv"
+    if not path.exists():
+        return ABSENT
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    heads = list(dict.fromkeys((row["case"], row["kernel"]) for row in rows))
+    cells = {(row["case"], row["kernel"], row["metric"]): f"{row['value']} {row['unit']}".strip() for row in rows}
+    lines = [f"| | {' | '.join(' '.join(head) for head in heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        lines.append(f"| {metric} | {' | '.join(cells.get((*head, metric), '') for head in heads)} |")
+    return "\n".join(lines)
+
+
+def where() -> str:
+    """Machine, versions and command of each file."""
+    lines = []
+    for path in sorted(RESULTS.glob("h200-*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            stamp = next(csv.DictReader(file), {})
+        if stamp.get("machine"):
+            lines.append(
+                f"- `{path.name}`: {stamp['machine']}; {stamp['versions']}; {stamp['date']}; `{stamp['command']}`"
+            )
+    return "\n".join(lines)
+
+
+def figures(name: str) -> Figures:
+    """(case, provider, metric) → median, of one result file; nothing if it is not there."""
+    path = RESULTS / f"h200-{name}.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["case"], row["provider"], row["metric"]): float(row["p50"]) for row in csv.DictReader(file)}
+
+
+def _cases(found: Figures, metric: str) -> list[tuple[str, str]]:
+    return [(case, how) for case, how, of in found if of == metric]
+
+
+def _share(found: Figures, case: str, stage: str) -> float | None:
+    ours, plain = (found.get((case, how, stage)) for how in ("fat5 bias", "fat5 no bias"))
+    return ours / plain if ours and plain else None
+
+
+def _over_sdpa(found: Figures, case: str) -> float | None:
+    """Forward and backward together: 4 and 10 operations each, over their rates."""
+    times = []
+    for how in ("sdpa learned bias", "fat5 bias"):
+        forward, backward = (found.get((case, how, stage)) for stage in ("forward", "backward"))
+        if not forward or not backward:
+            return None
+        times.append(4 / forward + 10 / backward)
+    return times[0] / times[1]
+
+
+def _length(case: str) -> int:
+    return int(case.split()[-1])
+
+
+def _verdict(what: str, asked: str, value: float | None, target: float, form: str) -> str:
+    if value is None:
+        return f"| {what} | {asked} | not measured | |"
+    return f"| {what} | {asked} | {form.format(value)} | {'met' if value >= target else '**missed**'} |"
+
+
+if __name__ == "__main__":
+    main()
