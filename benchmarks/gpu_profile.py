@@ -31,7 +31,7 @@ CLASSES = [
     (r"cross_entropy|softmax|nll_loss", CROSS_ENTROPY),
     (r"embedding|index_put|indexing_backward|sort|index_select|gather|scatter", "embedding, indexing"),
     (r"multi_tensor|lpnorm", "gradient norm and clip"),
-    (r"^triton_", "norm, elementwise (fused)"),
+    (r"^triton_|rms_norm|geglu", "norm, elementwise (fused)"),
     (r"memcpy|memset|copy_", "copy"),
     (r"elementwise|reduce|at::native|aten::|fat5::", "elementwise (not fused)"),
 ]

@@ -9,6 +9,7 @@ size that a CPU can do. A useful token is an encoder token of a document or a ta
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,8 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
     if options.examples:
         shape = Shape(shape.encoder, shape.decoder, options.examples, shape.longest)
     provider = "fat5 " + ("CUDA graphs" if options.cuda_graphs and compiled else "compiled" if compiled else "eager")
+    kernels = os.environ.get("FAT5_KERNELS", "auto")
+    provider += "" if kernels == "auto" else f", kernels {kernels}"
     case = Case.of(
         preset,
         precision=options.precision,
