@@ -4,6 +4,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -224,30 +225,78 @@ def _encode(
 ) -> None:
     kept = inputs["attention_mask"].bool()
     outputs: dict[str, Tensor] = {}
-    times: dict[str, list[float]] = {}
     with torch.inference_mode():
         for key, call in providers.items():
             try:
                 for _ in range(3):
                     outputs[key] = call(**inputs).last_hidden_state[kept].float()  # type: ignore[attr-defined]
-                synchronize()
-                times[key] = []
             except Exception as failure:
                 say(f"{name} {key}: {type(failure).__name__} {str(failure)[:300]}")
-        started = time.perf_counter()
-        while min(map(len, times.values())) < 3 or time.perf_counter() - started < options.measured:
-            for key in times:
-                synchronize()
-                begun = time.perf_counter()
-                providers[key](**inputs)
-                synchronize()
-                times[key].append(time.perf_counter() - begun)
+        times = _in_turn({key: partial(providers[key], **inputs) for key in outputs}, options.measured)
     reference = outputs["hf sdpa"]
     for key, taken in times.items():
         error = float((outputs[key] - reference).norm() / reference.norm())
-        rate = int(kept.sum()) / np.array(taken)
-        results.add(name, key, "time", np.array(taken), "s")
+        rate = int(kept.sum()) / taken
+        results.add(name, key, "time", taken, "s")
         results.add(name, key, "useful tokens/s", rate, "tokens/s")
         results.add(name, key, "difference from hf sdpa", error, "ratio")
         say(f"{name} {key}: {np.median(taken) * 1e3:.2f} ms, {np.median(rate):,.0f} tokens/s, differs by {error:.2e}")
     results.write()
+
+
+def decode(results: Results, options: argparse.Namespace) -> None:
+    """Greedy decoding of stock T5, bf16: 8 prompts of 128 tokens, 128 new ones; stock generate and FAT5's loop."""
+    try:
+        from fat5.model.decoding import Decoder
+    except ImportError:
+        say("fat5.model.decoding is not there: not run")
+        return
+    preset, length, new = ("fat5-demo", 16, 8) if options.toy else (options.stock_preset, 128, 128)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(_stock_config(FAT5Config.preset(preset, vocab_size=VOCABULARY)))
+    model = model.to(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32).eval()
+    # Every row writes all its tokens, so that every provider does the same work.
+    model.generation_config.eos_token_id = None
+    inputs = _prompts(8, length, True, VOCABULARY)
+    decoder, how = Decoder(model), {"max_new_tokens": new, "do_sample": False}
+    providers: dict[str, Callable[[], Tensor]] = {
+        "hf generate": lambda: model.generate(**inputs, **how),
+        "fat5 decoding": lambda: decoder.generate(**inputs, **how, eos_token_id=[]),
+    }
+    if DEVICE.type == "cuda":
+        providers |= {
+            "hf generate, static cache, compiled": lambda: model.generate(
+                **inputs, **how, cache_implementation="static"
+            ),
+            "fat5 decoding, CUDA graph": lambda: decoder.generate(**inputs, **how, eos_token_id=[], cuda_graph=True),
+        }
+    written: dict[str, Tensor] = {}
+    for key, call in providers.items():
+        with going_on(out_of_memory=True):
+            begun = time.perf_counter()
+            written[key] = call().cpu()
+            say(f"{key}: first call {time.perf_counter() - begun:.1f} s")
+    times = _in_turn({key: providers[key] for key in written}, options.measured)
+    name, stock = f"{preset} greedy 8x{new}", written["hf generate"]
+    for key, taken in times.items():
+        same = float((written[key] == stock).float().mean()) if written[key].shape == stock.shape else 0.0
+        rate = 8 * new / taken
+        results.add(name, key, "new tokens/s", rate, "tokens/s")
+        results.add(name, key, "tokens equal to hf generate", same, "ratio")
+        say(f"{name} {key}: {np.median(rate):,.0f} new tokens/s, {same:.1%} of tokens as hf generate's")
+    results.write()
+
+
+def _in_turn(providers: dict[str, Callable[[], object]], budget: float) -> dict[str, np.ndarray]:
+    """Seconds of each, one after another, at least three times and for about `budget` seconds in all."""
+    times: dict[str, list[float]] = {key: [] for key in providers}
+    started, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - started < budget:
+        rounds += 1
+        for key, call in providers.items():
+            synchronize()
+            begun = time.perf_counter()
+            call()
+            synchronize()
+            times[key].append(time.perf_counter() - begun)
+    return {key: np.array(taken) for key, taken in times.items()}

@@ -21,7 +21,7 @@ from gpu_measure import Results
 from gpu_profile import IDLE, profile_step
 from gpu_run import long, pretrain
 from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, free, going_on, say, steady, synchronize, tokens
-from gpu_stock import encoder, hf
+from gpu_stock import decode, encoder, hf
 
 MIXED = {"512": 512, "1024": None}
 """Name of a mix of documents, and the length of all of them; None draws lengths from 50 to 1,024."""
@@ -162,6 +162,7 @@ SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "hf": hf,
     "long": long,
     "encoder": encoder,
+    "decode": decode,
     "pretrain": pretrain,
 }
 

@@ -60,6 +60,7 @@ def render(page: str) -> str:
         "context": context,
         "attention": attention,
         "encoder": encoder,
+        "decoding": decoding,
         "learning": learning,
         "counters": counters,
         "where": where,
@@ -235,6 +236,18 @@ def encoder() -> str:
         taken, rate = found[case, how, "time"], found[case, how, "useful tokens/s"]
         error = found[case, how, "difference from hf sdpa"]
         lines.append(f"| {case} | {how} | {taken * 1e3:.2f} | {rate:,.0f} | {error:.1e} |")
+    return "\n".join(lines)
+
+
+def decoding() -> str:
+    """Greedy decoding."""
+    found = {key: value for key, value in figures("long").items() if "greedy" in key[0]}
+    if not found:
+        return ABSENT
+    lines = ["| case | how | new tokens/s | tokens as stock's |", "|---|---|---|---|"]
+    for case, how in _cases(found, "new tokens/s"):
+        same = found[case, how, "tokens equal to hf generate"]
+        lines.append(f"| {case} | {how} | {found[case, how, 'new tokens/s']:,.0f} | {same:.1%} |")
     return "\n".join(lines)
 
 
