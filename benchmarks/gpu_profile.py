@@ -63,7 +63,7 @@ class Profile:
         for kind, taken in sorted(self.classes.items(), key=lambda item: -item[1]):
             lines.append(f"  {taken:9.2f} ms {taken / self.milliseconds:6.1%} {launches[kind]:5} x  {kind}")
         waits = ", ".join(f"{name} x{count}" for name, count in self.waits.most_common(6))
-        lines.append(f"  host waits or allocates: {waits or 'never'}")
+        lines.append(f"  host waits or allocates (one cudaDeviceSynchronize is the profiler's): {waits or 'never'}")
         total: Counter[tuple[str, str]] = Counter()
         count: Counter[tuple[str, str]] = Counter()
         for kernel in self.kernels:

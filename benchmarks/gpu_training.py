@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gpu_measure import Results
+from gpu_products import products
 from gpu_profile import IDLE, profile_step
 from gpu_run import long, pretrain
 from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, free, going_on, say, steady, synchronize, tokens
@@ -163,6 +164,7 @@ SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "long": long,
     "encoder": encoder,
     "decode": decode,
+    "products": products,
     "pretrain": pretrain,
 }
 

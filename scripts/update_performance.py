@@ -153,6 +153,10 @@ def split_table() -> str:
                 f"{own.get(kind, 0) * 1e3:.1f} ({own.get(kind, 0) / sum(own.values()):.0%})" for own in split.values()
             ]
             lines.append(f"| {kind} | {' | '.join(cells)} |")
+    alone = {case: value for (case, _, of), value in figures("profile").items() if of == "matrix products of a step"}
+    if alone:
+        each = ", ".join(f"{preset} {value * 1e3:.1f} ms" for preset, value in alone.items())
+        lines += ["", f"The same matrix products one by one, without anything between them: {each}."]
     return "\n".join([*lines, "", f"![Share of a step by class](images/{SPLIT.name})"])
 
 
