@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, use_kernels
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
 from fat5.ops.attention.triton_launch import Launch
 from fat5.ops.attention.triton_timing import seconds, stage_seconds
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
+from fat5.ops.rotary import rotary_reference
+from fat5.optim import AdamWScale
 from gpu_measure import Results
 
 TOKENS, VOCABULARY, TYPE = 16_384, 32_768, torch.bfloat16
@@ -105,6 +108,8 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
     rows, width, labels = 1000, 768, torch.randint(0, 5000, (1000,), device="cuda")
     labels[::7] = -100
     loss = dict(z_loss=0.1, label_smoothing=0.1)
+    turned = torch.randn(rows, 32, device="cuda")
+    angles = {"cos": turned.cos(), "sin": turned.sin()}
     x, y, scale = (_normal(*shape, dtype=torch.float32) for shape in ((rows, width), (rows, width), (width,)))
     weight = _normal(5000, width, dtype=torch.float32) * 0.05
     checks: list[tuple[str, list[Tensor], Callable, dict[str, Callable]]] = [
@@ -120,8 +125,14 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
                 "plain": _plain(partial(_labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
             },
         ),
-    ]  # fmt: skip
-    for name, inputs, reference, providers in checks + _later_checks():
+        (
+            "rotary",
+            [x.view(rows, 12, 64)],
+            partial(rotary_reference, **angles),
+            {"triton": _ours(partial(rotary, **angles))},
+        ),
+    ]
+    for name, inputs, reference, providers in checks:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             exact = _results(reference, [t.double() for t in inputs])
             usual = _results(reference, [t.to(dtype) for t in inputs])
@@ -143,10 +154,38 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
                 results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, gradient", worst[1], "ratio")
                 print(f"  {provider} {worst[0]:.2f}/{worst[1]:.2f}{'' if good else ' WRONG'}", end="")
             print(flush=True)
+    _check_step(results)
 
 
-def _later_checks() -> list[tuple[str, list[Tensor], Callable, dict[str, Callable]]]:
-    return []
+def _check_step(results: Results) -> None:
+    """Three optimizer steps: the same errors for weights with their compensation added."""
+    torch.manual_seed(0)
+    shapes = [(1,), (768,), (300, 70), (1000, 768)]
+    weights = [0.3 * torch.randn(shape, device="cuda") for shape in shapes]
+    grads = [[torch.randn_like(w) for w in weights] for _ in range(3)]
+
+    def trained(dtype: torch.dtype, rounded: torch.dtype, **how: Any) -> list[Tensor]:
+        parameters = [torch.nn.Parameter(w.to(rounded).to(dtype, copy=True)) for w in weights]
+        optimizer = AdamWScale(parameters, weight_decay=0.1, **how)
+        for step in grads:
+            for parameter, grad in zip(parameters, step, strict=True):
+                parameter.grad = grad.to(rounded).to(dtype)
+            optimizer.step()
+        lost = (optimizer.state[p].get("compensation", torch.zeros((), device="cuda")) for p in parameters)
+        return [p.detach().double() + c.double() for p, c in zip(parameters, lost, strict=True)]
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        exact = trained(torch.float64, dtype, foreach=False, fused=False)
+        usual = trained(dtype, dtype, foreach=False, fused=False)
+        use_kernels("triton")
+        found = trained(dtype, dtype)
+        worst = max(
+            ((got - want).norm() / ((mild - want).norm() + 1e-7 * want.norm())).item()
+            for got, mild, want in zip(found, usual, exact, strict=True)
+        )
+        case = f"adamw_scale {str(dtype)[6:]}"
+        results.add(case, "triton", "error over plain, forward", worst, "ratio")
+        print(f"{'adamw_scale':21} {str(dtype)[6:]:9}  triton {worst:.2f}{'' if worst <= 2 else ' WRONG'}", flush=True)
 
 
 def _results(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
@@ -182,6 +221,72 @@ def gated(results: Results, limits: Ceilings, deadline: float) -> None:
         _measure(results, Case(f"geglu ff{width}", inputs, providers, 3 * one, 5 * one), limits, deadline)
 
 
+def turned(results: Results, limits: Ceilings, deadline: float) -> None:
+    """Rotary embedding of queries and keys of width 64."""
+    for width, _ in WIDTHS:
+        angles = torch.randn(TOKENS, 32, device="cuda")
+        cos, sin = angles.cos(), angles.sin()
+
+        def both(q: Tensor, k: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> tuple[Tensor, Tensor]:
+            return rotary(q, cos, sin), rotary(k, cos, sin)
+
+        one = TOKENS * width * TYPE.itemsize
+        shape = (TOKENS, width // 64, 64)
+        providers = _with_liger(_candidates(both), "rotary", angles=(cos, sin))
+        case = Case(f"rotary d{width}", partial(_tensors, shape, shape), providers, 4 * one, 4 * one)
+        _measure(results, case, limits, deadline)
+
+
+def optimizer(results: Results, limits: Ceilings, deadline: float) -> None:
+    """A step of all weights of fat5-base: device time, and the host's time to enqueue it. Bytes count each tensor
+    once: weights, moments and compensations in and out, gradients in.
+    """
+    with torch.device("meta"):
+        shapes = [p.shape for p in FAT5ForConditionalGeneration(FAT5Config.preset("fat5-base")).parameters()]
+    elements = sum(shape.numel() for shape in shapes)
+    for dtype, moved in ((torch.float32, 28), (torch.bfloat16, 26)):
+        name = f"adamw_scale {str(dtype)[6:]} {elements / 1e6:.0f}M"
+        print(f"{name:26}", end="", flush=True)
+        providers: dict[str, tuple[str, Callable]] = {
+            "torch AdamW fused": ("plain", partial(torch.optim.AdamW, fused=True)),
+            "plain": ("plain", AdamWScale),
+            "foreach": ("plain", partial(AdamWScale, foreach=True)),
+            "triton": ("triton", AdamWScale),
+        }
+        for provider, (setting, make) in providers.items():
+            if time.perf_counter() > deadline:
+                print("  out of time", end="")
+                break
+            try:
+                use_kernels(setting)
+                parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in shapes]
+                for parameter in parameters:
+                    parameter.grad = torch.randn_like(parameter)
+                own = make(parameters, lr=1e-3)
+                own.step()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before, start = torch.cuda.memory_allocated(), time.perf_counter()
+                own.step()
+                host = time.perf_counter() - start
+                torch.cuda.synchronize()
+                peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+                taken = seconds(own.step, 3 * BUDGET)
+            except Exception as failure:
+                print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="", flush=True)
+                continue
+            share = moved * elements / taken / limits.bandwidth
+            results.add(name, provider, "step", taken, "s")
+            results.add(name, provider, "host", host, "s")
+            results.add(name, provider, "bandwidth", moved * elements / taken / 1e9, "GB/s")
+            results.add(name, provider, "share of roofline", share, "ratio")
+            results.add(name, provider, "peak memory", peak, "GB")
+            times = f"{np.median(taken) * 1e6:.0f} (host {host * 1e6:.0f}) {np.median(share):.0%} {peak:.2f} GB"
+            print(f"  {provider} {times}", end="", flush=True)
+            del own, parameters
+        print(flush=True)
+
+
 def loss(results: Results, limits: Ceilings, deadline: float) -> None:
     """The output projection and its cross-entropy: with whole logits, in chunks of plain PyTorch, in chunks with our
     kernel (by rows a chunk), Liger's. The share is of a bare matrix product's rate, over forward and backward.
@@ -209,10 +314,12 @@ def loss(results: Results, limits: Ceilings, deadline: float) -> None:
 
 def tune(results: Results, limits: Ceilings, deadline: float) -> None:
     """Tile sizes of our kernels at the sizes of base: microseconds forward/backward for each."""
-    from fat5.ops import triton_cross_entropy, triton_geglu, triton_rms_norm
+    from fat5.ops import triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary
 
     labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
     lce = partial(_labelled, partial(linear_cross_entropy, z_loss=Z_LOSS), labels)
+    angles = torch.randn(TOKENS, 32, device="cuda")
+    turn = partial(rotary, cos=angles.cos(), sin=angles.sin())
     trials: list[tuple[str, Callable, Callable, Any, dict[str, tuple]]] = [
         ("linear_cross_entropy", lce, partial(_loss_inputs, 768), triton_cross_entropy,
          {"BLOCK": (4096, 2048, 8192, 16384), "WARPS": (8, 4, 16)}),
@@ -222,6 +329,8 @@ def tune(results: Results, limits: Ceilings, deadline: float) -> None:
          {"BACKWARD_TILE": (1024, 2048, 4096), "PROGRAMS_A_PROCESSOR": (2, 4, 8), "WARPS": (4, 8)}),
         ("geglu", geglu, partial(_tensors, (TOKENS, 3072), (TOKENS, 3072)), triton_geglu,
          {"LAUNCH": tuple(Launch(1, n, w, 1) for n in (512, 1024, 2048, 4096) for w in (4, 8))}),
+        ("rotary", turn, partial(_tensors, (TOKENS, 12, 64)), triton_rotary,
+         {"TILE": (512, 1024, 2048), "WARPS": (4, 8)}),
     ]  # fmt: skip
     for name, call, inputs, module, constants in trials:
         for values in _product(constants):
@@ -363,7 +472,9 @@ def _under(setting: str, call: Callable, *inputs: Tensor) -> Any:
     return call(*inputs)
 
 
-def _with_liger(providers: Any, name: str, labels: Tensor | None = None) -> dict[str, Callable]:
+def _with_liger(
+    providers: Any, name: str, labels: Tensor | None = None, angles: tuple[Tensor, ...] = ()
+) -> dict[str, Callable]:
     """The providers, and Liger's of that name if it is installed."""
     found = providers if isinstance(providers, dict) else {"triton": providers}
     with suppress(ImportError):
@@ -371,6 +482,9 @@ def _with_liger(providers: Any, name: str, labels: Tensor | None = None) -> dict
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         from liger_kernel.ops.geglu import LigerGELUMulFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        whole_angles = [torch.cat([part, part], dim=-1)[None] for part in angles]
 
         def added(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             normal, total = LigerFusedAddRMSNormFunction.apply(x, update, weight, 1e-6, 0.0, "gemma", False)
@@ -380,18 +494,31 @@ def _with_liger(providers: Any, name: str, labels: Tensor | None = None) -> dict
             arguments = (labels, None, None, -100, Z_LOSS, 0.0, "mean", None, False, torch.float32)
             return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, *arguments)[0]
 
+        def turned(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+            rows = [x[None].transpose(1, 2) for x in (q, k)]
+            return tuple(x.transpose(1, 2)[0] for x in LigerRopeFunction.apply(*rows, *whole_angles))
+
         # Casting "gemma" is all in float32, as T5's; in_place=False leaves the upstream gradient as it is.
         liger = {
             "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "gemma", False),
             "add_rms_norm": added,
             "geglu": LigerGELUMulFunction.apply,
+            "rotary": turned,
             "linear_cross_entropy": loss,
         }
         found = {**found, "liger": liger[name]}
     return found
 
 
-SECTIONS = {"check": check, "norms": norms, "gated": gated, "loss": loss, "tune": tune}
+SECTIONS = {
+    "check": check,
+    "norms": norms,
+    "gated": gated,
+    "loss": loss,
+    "optimizer": optimizer,
+    "rotary": turned,
+    "tune": tune,
+}
 
 if __name__ == "__main__":
     main()

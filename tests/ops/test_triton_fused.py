@@ -13,11 +13,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fat5.errors import ConfigurationError
-from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, use_kernels
+from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
 from fat5.ops.choice import ON_CUDA, uses_triton
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
+from fat5.ops.rotary import rotary_reference
 
 BRAIN, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [SINGLE, BRAIN, HALF]
@@ -154,6 +155,57 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(extent, device=HERE, dtype=x.dtype).index_put((index.expand(like.shape),), x)
 
 
+def angles(*shape: int) -> tuple[Tensor, Tensor]:
+    turned = draw(*shape, scale=3.0)
+    return turned.cos(), turned.sin()
+
+
+# Leading dimensions, heads, head dimension, half of what rotates.
+ROTATIONS = [
+    ((5,), 3, 16, 8),
+    ((2, 7), 2, 20, 5),
+    ((1,), 1, 2, 1),
+    ((3,), 2, 9, 3),
+    ((0,), 2, 8, 4),
+    ((3,), 0, 8, 4),
+    ((4,), 2, 8, 0),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("leading", "heads", "width", "half"), ROTATIONS)
+def test_rotary(leading, heads, width, half, dtype):
+    cos, sin = angles(*leading, half)
+    x = draw(*leading, heads, width, dtype=dtype)
+    assert_as_good(lambda x: rotary(x, cos, sin), lambda x: rotary_reference(x, cos, sin), [x])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_rotary_of_a_view_and_of_shared_angles():
+    cos, sin = angles(6, 4)
+    both = draw(2, 6, 24)
+    for view in (
+        lambda x: x[..., 12:].unflatten(-1, (1, 12)),
+        lambda x: x.unflatten(-1, (3, 8)).transpose(-1, -2).transpose(-1, -2),
+        lambda x: x.unflatten(-1, (8, 3)).transpose(-1, -2),
+    ):
+        assert_as_good(
+            lambda x, v=view: rotary(v(x), cos, sin), lambda x, v=view: rotary_reference(v(x), cos, sin), [both]
+        )
+
+
+def test_rotary_turns_back_and_says_what_does_not_fit():
+    from fat5.ops.triton_rotary import rotary_forward
+
+    (cos, sin), x = angles(5, 4), draw(5, 2, 10)
+    assert largest(rotary_forward(rotary(x, cos, sin), cos, sin, True) - x) < 4 * FLOOR[SINGLE]
+    cos.requires_grad_()
+    assert torch.autograd.grad(rotary(x, cos, sin).sum(), cos)[0].any(), "learned angles get their gradient"
+    with pytest.raises(ValueError, match=r"^cos, sin"):
+        rotary(x, *angles(5, 6))
+
+
 LOSSES = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)]
 
 
@@ -233,20 +285,23 @@ def test_any_shape(rows, width, dtype):
 def test_registered_as_torch_expects():
     from fat5.ops.triton_geglu import geglu_forward
     from fat5.ops.triton_rms_norm import add_rms_norm_forward, rms_norm_forward
+    from fat5.ops.triton_rotary import rotary_forward
 
     x, weight = (draw(*shape).requires_grad_() for shape in ((5, 8), (8,)))
     torch.library.opcheck(rms_norm_forward, (x, weight, 1e-6))
     torch.library.opcheck(add_rms_norm_forward, (x, x.detach().requires_grad_(), weight, 1e-6))
     torch.library.opcheck(geglu_forward, (x, x.detach().requires_grad_()))
+    torch.library.opcheck(rotary_forward, (draw(5, 2, 9).requires_grad_(), *angles(5, 4), False))
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "linear_cross_entropy"])
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "rotary", "linear_cross_entropy"])
 def test_compiles_without_a_graph_break(operation):
-    labels = torch.tensor([3, -100, 1, 0], device=HERE)
+    labels, turned = torch.tensor([3, -100, 1, 0], device=HERE), angles(4, 2)
     calls = {
         "rms_norm": lambda x, w: rms_norm(2 * x, w[0]) + 1,
         "add_rms_norm": lambda x, w: add_rms_norm(2 * x, x, w[0]),
         "geglu": lambda x, w: geglu(2 * x, x * w[0]) + 1,
+        "rotary": lambda x, w: rotary((2 * x).view(4, 2, 4), *turned) * w[0].view(2, 4),
         "linear_cross_entropy": lambda x, w: linear_cross_entropy(2 * x, w, labels),
     }
     call = calls[operation]

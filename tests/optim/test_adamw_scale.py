@@ -212,7 +212,7 @@ def test_found_inf_is_refused_where_it_would_be_ignored():
     optimizer = AdamWScale([parameter], foreach=True)
     optimizer.found_inf = torch.ones(())
     parameter.grad = torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match="fused path only"):
+    with pytest.raises(RuntimeError, match="fused and Triton paths only"):
         optimizer.step()
     assert torch.equal(parameter, torch.ones(2, 2))
 

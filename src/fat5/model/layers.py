@@ -9,7 +9,6 @@ from transformers.activations import ACT2FN
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
 from fat5.model.layout import Layout
-from fat5.model.positions import rotate
 from fat5.ops import RelativeBias
 
 
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows."""
         query = self._heads(self.q(hidden))
         if rotation is not None:
-            query = rotate(query, rotation)
+            query = ops.rotary(query, *rotation)
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
         key_layout = layout if memory_layout is None else memory_layout
         dropout_p = self.dropout if self.training else 0.0
@@ -85,7 +84,7 @@ class Attention(nn.Module):
             return kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
         key, value = self._heads(self.k(source)), self._heads(self.v(source))
         if rotation is not None:
-            key = rotate(key, rotation)
+            key = ops.rotary(key, *rotation)
         if cache is not None:
             side = cache.cross_attention_cache if crosses else cache.self_attention_cache
             key, value = (

@@ -90,14 +90,6 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """x (..., H, D) turned by cos, sin (..., n/2), n <= D; the other dimensions stay."""
-    cos, sin = (part[..., None, :].to(x.dtype) for part in rotation)
-    half = cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     half = (width + 1) // 2
     frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)

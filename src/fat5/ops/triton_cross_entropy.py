@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fat5.ops.attention.triton_launch import Launch, run
+from fat5.ops.attention.triton_tiles import round_to
 
 BLOCK, WARPS = 4096, 8
 
@@ -73,7 +74,7 @@ def cross_entropy_kernel(
                 column = first + columns
                 x = tl.load(start + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
                 grad = share * tl.exp(x - lse) - everywhere - tl.where(column == label, there, 0.0)
-                tl.store(start + column, grad.to(Logits.dtype.element_ty), mask=column < vocabulary)
+                tl.store(start + column, round_to(grad, Logits.dtype.element_ty), mask=column < vocabulary)
 
 
 def cross_entropy_(

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fat5.ops.attention.triton_launch import Launch, run
+from fat5.ops.attention.triton_tiles import round_to
 
 LAUNCH = Launch(1, 1024, 4, 1)
 # 2 sqrt(2/pi), and the cubic share: gelu(x) = x sigmoid(SLOPE2 (x + CUBIC x^3)).
@@ -37,7 +38,7 @@ def geglu_forward_kernel(Gate, Up, Out, gate_stride, up_stride, columns, blocks,
     gate = tl.load(Gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     share, _, _ = _share(gate)
-    tl.store(Out + row * columns + column, (gate * share * up).to(Out.dtype.element_ty), mask=mask)
+    tl.store(Out + row * columns + column, round_to(gate * share * up, Out.dtype.element_ty), mask=mask)
 
 
 # `columns` is specialised on: knowing it as a multiple of 16 keeps masked loads 16 bytes wide.
@@ -55,8 +56,8 @@ def geglu_backward_kernel(
     up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     share, rest, held = _share(gate)
     slope = share + held * share * rest * SLOPE2 * (1.0 + 3.0 * CUBIC * held * held)
-    tl.store(GradGate + row * columns + column, (grad * up * slope).to(GradGate.dtype.element_ty), mask=mask)
-    tl.store(GradUp + row * columns + column, (grad * gate * share).to(GradUp.dtype.element_ty), mask=mask)
+    tl.store(GradGate + row * columns + column, round_to(grad * up * slope, GradGate.dtype.element_ty), mask=mask)
+    tl.store(GradUp + row * columns + column, round_to(grad * gate * share, GradUp.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("fat5::triton_geglu", mutates_args=())

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fat5.ops.attention.triton_launch import Launch, run
+from fat5.ops.attention.triton_tiles import round_to
 
 # Elements of a tile: enough bytes in flight to keep HBM busy, few enough not to spill.
 FORWARD_TILE, BACKWARD_TILE, WARPS = 4096, 2048, 4
@@ -34,13 +35,13 @@ def rms_norm_forward_kernel(
     x = tl.load(X + wide * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(Update + wide * update_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(Sum.dtype.element_ty)
+        rounded = round_to(x, Sum.dtype.element_ty)
         tl.store(Sum + dense, rounded, mask=mask)
         x = rounded.to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / WIDTH + eps)
     weight = tl.load(Weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     out = x * inverse[:, None] * weight[None, :]
-    tl.store(Out + dense, out.to(Out.dtype.element_ty), mask=mask)
+    tl.store(Out + dense, round_to(out, Out.dtype.element_ty), mask=mask)
     tl.store(Inverse + row, inverse, mask=row < rows)
 
 
@@ -68,7 +69,7 @@ def rms_norm_backward_kernel(
         result = inverse * (scaled - normal * along)
         if ADD:
             result += tl.load(GradSum + wide * sum_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(GradX + wide * WIDTH + column[None, :], result.to(GradX.dtype.element_ty), mask=mask)
+        tl.store(GradX + wide * WIDTH + column[None, :], round_to(result, GradX.dtype.element_ty), mask=mask)
     tl.store(Partial + program * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
 

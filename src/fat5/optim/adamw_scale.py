@@ -9,8 +9,9 @@ with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) (Loshchilov and H
 Stern 2018, section 8). T5's matrices have very unequal sizes; the scale lets one learning rate serve them all.
 The weight decay λ is decoupled and not scaled.
 
-Three implementations of the same arithmetic: single tensor (the specification), foreach (few kernels for many
-tensors), and fused (one pass a tensor, float32 only). None of them reads a device value on the host.
+Four implementations of the same arithmetic: single tensor (the specification), foreach (few kernels for many
+tensors), fused (one pass a tensor, float32 only), and Triton (three launches for all tensors of a group, any precision
+and Kahan; fat5.ops.choice says when). None of them reads a device value on the host.
 """
 
 import math
@@ -38,8 +39,9 @@ class AdamWScale(torch.optim.Optimizer):
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; a step multiplies the weights by 1 − lr·weight_decay.
-        foreach: many tensors a kernel. None: whenever the fused path does not apply.
-        fused: one pass a tensor, for float32 weights and moments without Kahan. None: wherever it applies.
+        foreach: many tensors a kernel. None: whenever neither Triton nor the fused path applies.
+        fused: one pass a tensor, for float32 weights and moments without Kahan. None: wherever it applies and Triton
+            was not chosen.
         kahan: keep the rounding error of each weight and add it back at the next step. None: for bf16 and fp16 weights.
         state_dtype: dtype of the first moment. None: float32 for bf16 and fp16 weights, else that of the weight. The
             second moment is never narrower than float32: it moves by 1 − β₂ = 0.1% a step, less than bf16 can resolve.
@@ -80,7 +82,7 @@ class AdamWScale(torch.optim.Optimizer):
     @property
     def skips_on_device(self) -> bool:
         """True if a step honours `self.found_inf` (a float32 scalar on the device; non-zero leaves all untouched)."""
-        return all(self._uses_fused(weight) for weight in self._weights())
+        return all(self._counts_on_device(weight) for weight in self._weights())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -91,12 +93,17 @@ class AdamWScale(torch.optim.Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None and weight.numel()]
+            triton = [weight for weight in weights if self._uses_triton(weight)]
             fused = [weight for weight in weights if self._uses_fused(weight)]
-            rest = [weight for weight in weights if not self._uses_fused(weight)]
+            rest = [weight for weight in weights if not self._counts_on_device(weight)]
             if found_inf is not None and rest:
-                raise RuntimeError("found_inf is honoured by the fused path only; check the flag before step()")
+                raise RuntimeError(
+                    "found_inf is honoured by the fused and Triton paths only; check the flag before step()"
+                )
             for weight in weights:
                 self._prepare(weight)
+            for alike in _alike(triton, self.state):
+                _triton_step(alike, self.state, group, found_inf)
             _fused_step(fused, self.state, group, found_inf)
             if self._foreach is False:
                 for weight in rest:
@@ -112,7 +119,7 @@ class AdamWScale(torch.optim.Optimizer):
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, weight in zip(saved_ids, self._weights(), strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                device = torch.device("cpu") if key == "step" and not self._uses_fused(weight) else weight.device
+                device = torch.device("cpu") if key == "step" and not self._counts_on_device(weight) else weight.device
                 self.state[weight][key] = value.detach().to(device, copy=True)
 
     def _weights(self) -> Iterator[Tensor]:
@@ -131,15 +138,31 @@ class AdamWScale(torch.optim.Optimizer):
 
     def _uses_fused(self, weight: Tensor) -> bool:
         if self._fused is None:
-            return not self._foreach and self._foreach is None and self._can_fuse(weight)
+            return self._foreach is None and self._can_fuse(weight) and not self._uses_triton(weight)
         return self._fused
+
+    def _uses_triton(self, weight: Tensor) -> bool:
+        # A sharded weight is of another type: its RMS is that of all its shards.
+        if self._fused is not None or self._foreach is not None or type(weight) not in (Tensor, torch.nn.Parameter):
+            return False
+        if not weight.is_contiguous() or (weight.grad is not None and not weight.grad.is_contiguous()):
+            return False
+        from fat5.ops.choice import uses_triton
+
+        return self._moment_dtype(weight) != torch.float64 and uses_triton("adamw_scale", weight)
+
+    def _counts_on_device(self, weight: Tensor) -> bool:
+        """These kernels need the count beside the weight; elsewhere a host count spares a synchronisation."""
+        return self._uses_fused(weight) or self._uses_triton(weight)
 
     def _prepare(self, weight: Tensor) -> None:
         state = self.state[weight]
+        beside = weight.device if self._counts_on_device(weight) else torch.device("cpu")
         if state:
+            # Moves only when the path has changed since the last step.
+            state["step"] = state["step"].to(beside)
             return
-        # The fused kernel needs the count beside the weight; elsewhere a host count spares a synchronisation.
-        state["step"] = torch.zeros((), device=weight.device if self._uses_fused(weight) else "cpu")
+        state["step"] = torch.zeros((), device=beside)
         state["exp_avg"] = torch.zeros_like(
             weight, dtype=self._moment_dtype(weight), memory_format=torch.preserve_format
         )
@@ -250,6 +273,27 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
+def _triton_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """The same for weights of one device and one set of dtypes, in three launches."""
+    from fat5.ops.triton_adamw_scale import adamw_scale_
+
+    states = [state[weight] for weight in weights]
+    adamw_scale_(
+        weights,
+        [weight.grad for weight in weights],
+        [own["exp_avg"] for own in states],
+        [own["exp_avg_sq"] for own in states],
+        [own["compensation"] for own in states if "compensation" in own],
+        [own["step"] for own in states],
+        found_inf,
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        MIN_SCALE,
+    )
+
+
 def _decay(weights: list[Tensor], rate: float, found_inf: Tensor | None) -> None:
     if found_inf is None:
         torch._foreach_mul_(weights, 1 - rate)
@@ -263,12 +307,7 @@ def _bias_corrections(step: float, beta1: float, beta2: float) -> tuple[float, f
 
 def _buckets(weights: list[Tensor], state: Any) -> Iterator[list[Tensor]]:
     """Weights that share device, dtypes and count, at most about BUCKET_ELEMENTS at a time."""
-    alike: dict[tuple[Any, ...], list[Tensor]] = {}
-    for weight in weights:
-        own = state[weight]
-        key = (weight.device, weight.dtype, own["exp_avg"].dtype, own["step"].item(), "compensation" in own)
-        alike.setdefault(key, []).append(weight)
-    for members in alike.values():
+    for members in _alike(weights, state, by_count=True):
         bucket: list[Tensor] = []
         held = 0
         for weight in members:
@@ -278,3 +317,13 @@ def _buckets(weights: list[Tensor], state: Any) -> Iterator[list[Tensor]]:
             bucket.append(weight)
             held += weight.numel()
         yield bucket
+
+
+def _alike(weights: list[Tensor], state: Any, by_count: bool = False) -> list[list[Tensor]]:
+    """Weights that share device and dtypes, and their count where it is on the host."""
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+    for weight in weights:
+        own = state[weight]
+        key = (weight.device, weight.dtype, weight.grad.dtype, own["exp_avg"].dtype, "compensation" in own)  # type: ignore[union-attr]
+        alike.setdefault((*key, own["step"].item()) if by_count else key, []).append(weight)
+    return list(alike.values())
