@@ -8,16 +8,31 @@ __version__ = "0.1.0"
 # Each name is imported when first used, so that `import fat5` stays light and needs neither a GPU nor Triton.
 _HOMES = {
     "FAT5Config": "fat5.model",
+    "FAT5EncoderModel": "fat5.model",
     "FAT5ForConditionalGeneration": "fat5.model",
+    "FAT5ForQuestionAnswering": "fat5.model",
+    "FAT5ForSequenceClassification": "fat5.model",
+    "FAT5ForTokenClassification": "fat5.model",
 }
 
 if TYPE_CHECKING:
     from fat5 import data, errors, model, ops, optim, train
-    from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+    from fat5.model import (
+        FAT5Config,
+        FAT5EncoderModel,
+        FAT5ForConditionalGeneration,
+        FAT5ForQuestionAnswering,
+        FAT5ForSequenceClassification,
+        FAT5ForTokenClassification,
+    )
 
 __all__ = [
     "FAT5Config",
+    "FAT5EncoderModel",
     "FAT5ForConditionalGeneration",
+    "FAT5ForQuestionAnswering",
+    "FAT5ForSequenceClassification",
+    "FAT5ForTokenClassification",
     "data",
     "errors",
     "model",

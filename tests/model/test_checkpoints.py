@@ -53,8 +53,8 @@ def test_misshapen_tensor(saved):
 
 def test_pickle_is_refused(saved):
     (saved / "model.safetensors").unlink()
-    torch.save({}, saved / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*refused"):
+    torch.save({}, saved / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt.*refused"):
         load_model(saved)
 
 

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import T5Config
+from transformers import MT5Config, T5Config, UMT5Config
 
 from fat5.errors import CheckpointError, ConfigurationError
+from fat5.model.flash_t5 import translate_configuration
 
+FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
+HEAD_FORMS = (None, "encoder", "encoder-decoder")
+DEFAULT_FORM = {"FAT5ForSequenceClassification": "encoder", "FAT5ForQuestionAnswering": "encoder-decoder"}
 POSITION_ENCODINGS = ("t5", "alibi", "rope", "fire", "absolute", "none")
 
 # T5 v1.1 in form: gated GELU, untied embeddings, no dropout in pretraining.
@@ -33,6 +37,10 @@ class FAT5Config(T5Config):
             rotary_scaling: positions are divided by it (linear interpolation).
         absolute_kind: "learned" or "sinusoidal"; max_positions: rows of the learned table.
         fire_width: hidden units of FIRE's network.
+        family: "t5" (v1.0, v1.1, FLAN, ByT5), "mt5" or "umt5", whose every layer has a bias table of its own. It is
+            the model_type under which stock classes read what `save_pretrained` writes.
+        head_form: what classification and question answering read: "encoder", "encoder-decoder" (the form of the
+            stock classes), or None for the class's own default.
 
     Raises:
         ConfigurationError: a value that cannot work, naming the key.
@@ -51,13 +59,17 @@ class FAT5Config(T5Config):
     absolute_kind: str = "learned"
     max_positions: int = 4096
     fire_width: int = 32
+    family: str = "t5"
+    head_form: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Stock T5 reads `tie_word_embeddings` as "scale the output by d_model^-0.5" and then forgets it; here it
-        # also says
-        # whether the output projection is the embedding.
+        # also says whether the output projection is the embedding.
         tied = kwargs.get("tie_word_embeddings")
         kwargs.setdefault("decoder_start_token_id", 0 if self.pad_token_id is None else self.pad_token_id)
+        _one_of("family", self.family, tuple(FAMILIES))
+        if self.family != "t5":
+            kwargs.setdefault("scale_decoder_outputs", _stock_scales(self.family, tied))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = tied is not False
         self.validate()
@@ -66,6 +78,7 @@ class FAT5Config(T5Config):
         """Checks every key that FAT5 reads."""
         _one_of("position_encoding", self.position_encoding, POSITION_ENCODINGS)
         _one_of("absolute_kind", self.absolute_kind, ("learned", "sinusoidal"))
+        _one_of("head_form", self.head_form, HEAD_FORMS)
         sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "fire_width")
         for key in (*sizes, "max_positions", "relative_attention_max_distance"):
             if getattr(self, key) < 1:
@@ -102,42 +115,84 @@ class FAT5Config(T5Config):
         """Dropout of the attention weights."""
         return float(self.dropout_rate if self.attention_dropout_rate is None else self.attention_dropout_rate)
 
+    @property
+    def bias_in_every_layer(self) -> bool:
+        """Whether each layer has a bias table (umT5), rather than the first one for all."""
+        return self.family == "umt5"
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in transformers; a T5 folder is a FAT5 configuration, any other family is refused."""
+        """As in transformers; a folder of T5's families is a FAT5 configuration, any other is refused."""
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        family = found.get("model_type", "t5")
-        if family not in ("t5", "fat5"):
+        found_type = found.get("model_type", "t5")
+        if found_type == "flash_t5":
+            found = translate_configuration(found, pretrained_model_name_or_path)
+        elif found_type in FAMILIES:
+            family = found.get("family", found_type) if found_type == "t5" else found_type
+            # What the file leaves out has the family's defaults, which are not T5's.
+            stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
+            stock.pop("tie_word_embeddings", None)
+            found = stock | found | {"family": family}
+            classes = found.get("architectures") or [""]
+            if classes[0].endswith(("T5ForSequenceClassification", "T5ForQuestionAnswering")):
+                found.setdefault("head_form", "encoder-decoder")
+        elif found_type != "fat5":
             raise CheckpointError(
-                f"holds a model of type {family!r}, not t5 or fat5",
+                f"holds a model of type {found_type!r}, not {', '.join(FAMILIES)}, fat5 or flash_t5",
                 where=pretrained_model_name_or_path,
-                hint="give a folder written by FAT5, or a T5 checkpoint",
+                hint="give a folder written by FAT5, or a checkpoint of the T5 family",
             )
         return found | {"model_type": "fat5"}, kwargs
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes config.json; with T5 positions it is a stock T5 configuration, readable without FAT5."""
+        """Writes config.json; where a stock class computes the same, it is that class's configuration."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        if self.position_encoding != "t5":
-            return
         path = Path(save_directory) / "config.json"
         written = json.loads(path.read_text())
+        classes = written.get("architectures") or []
+        if not self._is_stock(classes[0] if classes else ""):
+            # Stock T5Config drops the first of these and reads the second; here as there both are said.
+            written["scale_decoder_outputs"] = self.scale_decoder_outputs
+            path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+            return
         default = FAT5Config()
         for key in _ADDED_KEYS:
             if key in written and written[key] == getattr(default, key):
                 del written[key]
-        written["model_type"] = "t5"
-        if written.get("architectures"):
-            written["architectures"] = [name.replace("FAT5", "T5", 1) for name in written["architectures"]]
-        # Stock T5Config drops the first of these and reads the second; together they say everything to both.
+        # Families have different defaults: nothing that a stock class reads is left to them.
+        for key in T5Config.__annotations__.keys() - {"model_type", "keys_to_ignore_at_inference", "attribute_map"}:
+            written.setdefault(key, getattr(self, key))
+        written.pop("family", None)
+        written["model_type"] = self.family
+        written["architectures"] = [name.replace("FAT5", _CLASS_PREFIX[self.family], 1) for name in classes] or None
         written["tie_word_embeddings"] = self.tie_word_embeddings
         written["scale_decoder_outputs"] = self.scale_decoder_outputs
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
+    def _is_stock(self, class_name: str) -> bool:
+        """Whether the stock class of this family and name computes what ours does."""
+        if self.position_encoding != "t5":
+            return False
+        if self.family != "t5" and self.scale_decoder_outputs != _stock_scales(self.family, self.tie_word_embeddings):
+            return False
+        if class_name not in DEFAULT_FORM:
+            return True
+        return (self.head_form or DEFAULT_FORM[class_name]) == "encoder-decoder"
+
 
 _ADDED_KEYS = tuple(key for key in FAT5Config.__annotations__ if key != "model_type")
+_CLASS_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 
 
-def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def _stock_scales(family: str, tied: bool | None) -> bool:
+    """Whether the installed stock class multiplies the decoder's output by d_model^-0.5 (decision 0070)."""
+    return family == "umt5" and bool(UMT5Config(tie_word_embeddings=tied is not False).tie_word_embeddings)
+
+
+def _only_known(found: dict[str, Any], family: Any) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key in family.__annotations__}
+
+
+def _one_of(key: str, value: object, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
-        raise ConfigurationError(f"expected one of {', '.join(allowed)}, got {value!r}", where=key)
+        raise ConfigurationError(f"expected one of {', '.join(map(str, allowed))}, got {value!r}", where=key)

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
 from fat5.model.layout import Layout
+from fat5.model.rows import Trace
 from fat5.ops import RelativeBias
 
 
@@ -21,7 +23,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return ops.rms_norm(hidden, self.weight, self.eps)
+        # Behind a float32 wo the hidden states of a float16 model are float32; its projections want float16.
+        weight = self.weight
+        if weight.dtype != hidden.dtype and weight.dtype in (torch.float16, torch.bfloat16):
+            return ops.rms_norm(hidden, weight.to(hidden.dtype), self.eps).to(weight.dtype)
+        return ops.rms_norm(hidden, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -51,8 +57,12 @@ class Attention(nn.Module):
         causal: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows."""
+        """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows.
+
+        `weights` receives the attention weights (B, H, Lq, Lk), which are formed only then, and only of rows.
+        """
         query = self._heads(self.q(hidden))
         if rotation is not None:
             query = ops.rotary(query, *rotation)
@@ -65,6 +75,12 @@ class Attention(nn.Module):
                 cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=key_layout.cu_seqlens,
                 max_seqlen_q=layout.max_seqlen, max_seqlen_k=key_layout.max_seqlen,
             )  # fmt: skip
+        elif weights is not None:
+            formed = ops.attention_weights(
+                query.transpose(1, 2), key.transpose(1, 2), bias=bias, causal=causal, key_padding_mask=key_layout.mask
+            )
+            weights.append(F.dropout(formed, dropout_p))
+            out = (weights[-1].to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2)
         else:
             rows = ops.attention(
                 query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias=bias, causal=causal,
@@ -93,6 +109,10 @@ class Attention(nn.Module):
             if crosses:
                 cache.is_updated[self.layer] = True
         return key, value
+
+
+class HeadProjection(nn.Linear):
+    """A projection of a head: with a bias, and initialised as such."""
 
 
 class SelfAttentionLayer(nn.Module):
@@ -132,7 +152,7 @@ class FeedForward(nn.Module):
         self.act = ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.wo(self.dropout(self.act(self.wi(hidden))))
+        return _project_safely(self.wo, self.dropout(self.act(self.wi(hidden))))
 
 
 class GatedFeedForward(nn.Module):
@@ -149,7 +169,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.wi_0(hidden), self.wi_1(hidden)
         gated = ops.geglu(gate, up) if self.act is None else self.act(gate) * up
-        return self.wo(self.dropout(gated))
+        return _project_safely(self.wo, self.dropout(gated))
 
 
 class FeedForwardLayer(nn.Module):
@@ -186,8 +206,38 @@ class Block(nn.Module):
         memory: Tensor | None = None,
         memory_layout: Layout | None = None,
         cache: Any = None,
+        trace: Trace | None = None,
     ) -> Tensor:
-        hidden = self.layer[0](hidden, layout, bias=bias, causal=causal, rotation=rotation, cache=cache)
+        own, across = (None, None) if trace is None else (trace.attentions, trace.cross_attentions)
+        hidden = _clamp(
+            self.layer[0](hidden, layout, bias=bias, causal=causal, rotation=rotation, cache=cache, weights=own)
+        )
         if self.is_decoder and memory is not None:
-            hidden = self.layer[1](hidden, layout, memory=memory, memory_layout=memory_layout, cache=cache)
-        return self.layer[-1](hidden)
+            hidden = _clamp(
+                self.layer[1](hidden, layout, memory=memory, memory_layout=memory_layout, cache=cache, weights=across)
+            )
+        return _clamp(self.layer[-1](hidden))
+
+
+def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
+    """wo(hidden). T5's overflow float16 here: a float32 wo (`_keep_in_fp32_modules`) computes in float32, under
+    float16 autocast too.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        with torch.autocast(device, enabled=False):
+            return wo(hidden.to(wo.weight.dtype))
+    if wo.weight.dtype == torch.float32 and hidden.dtype == torch.float16:
+        hidden = hidden.float()
+    return wo(hidden)
+
+
+def _clamp(hidden: Tensor) -> Tensor:
+    """float16 hidden states kept finite, as stock T5 does: to its largest number, or 1000 below once one was
+    infinite.
+    """
+    if hidden.dtype != torch.float16:
+        return hidden
+    largest = torch.finfo(torch.float16).max
+    bound = torch.where(torch.isinf(hidden).any(), largest - 1000, largest).to(hidden.dtype)
+    return hidden.clamp(min=-bound, max=bound)

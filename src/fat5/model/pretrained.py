@@ -1,19 +1,19 @@
 """What every FAT5 model shares: initialisation, tied weights, safe loading and saving."""
 
-from pathlib import Path
+import logging
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from fat5.errors import CheckpointError
 from fat5.model.configuration import FAT5Config
-from fat5.model.layers import Attention, FeedForward, GatedFeedForward, RMSNorm
+from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.positions import AbsolutePositions, Fire
+from fat5.model.weight_files import readable, transformers_quiet, weight_source
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+logger = logging.getLogger(__name__)
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
@@ -36,6 +36,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
     ]
 
+    # T5's feed-forward overflows float16; bfloat16 reaches as far as float32.
+    _keep_in_fp32_modules: ClassVar = ["wo"]
+    _head_weights: ClassVar[tuple[str, ...]] = ()
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The embeddings of both stacks are always the shared one; the output projection only if the configuration
         ties it.
@@ -47,6 +51,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
 
     def _has(self, parameter: str) -> bool:
         return hasattr(self, parameter.split(".")[0])
+
+    def wants_dict(self, return_dict: bool | None) -> bool:
+        """Whether forward answers with a ModelOutput rather than a tuple."""
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared  # type: ignore[return-value]
@@ -87,6 +95,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
         elif isinstance(module, FeedForward):
             normal(module.wi, width**-0.5)
             normal(module.wo, config.d_ff**-0.5)
+        elif isinstance(module, HeadProjection):
+            normal(module, module.in_features**-0.5)
+            init.zeros_(module.bias)
         elif isinstance(module, AbsolutePositions):
             if module.learned:
                 normal(module.embedding, 1.0)
@@ -103,30 +114,31 @@ class FAT5PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for FAT5 and stock T5 folders, from safetensors only and completely.
+        """As in transformers, for folders of FAT5, of stock T5, mT5 and umT5, and of the first FAT5 (flash_t5).
+
+        Complete or not at all: safetensors, or a pytorch_model.bin read with weights_only=True. Weights of a head that
+        the checkpoint lacks are initialised and named in one line.
 
         Raises:
-            CheckpointError: the folder has no safetensors, or a tensor is missing or misshapen.
+            CheckpointError: damaged or unsafe files, or a tensor that is missing, misshapen, or has no place here.
         """
         where = pretrained_model_name_or_path
-        if where is not None and kwargs.get("state_dict") is None:
-            _refuse_pickles(where)
-            kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
+        if kwargs.get("weights_only") is False:
+            raise CheckpointError("weights_only=False would run what a pickle holds, and is refused", where=where)
+        with readable(where), transformers_quiet():
+            if where is not None and kwargs.get("state_dict") is None:
+                kwargs |= weight_source(where, args, kwargs)
+            given = None if "state_dict" in kwargs else where
             model, info = super().from_pretrained(
-                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                given, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except OSError as error:
-            raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
-        except SafetensorError as error:
+        fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
+        missing = sorted(set(info["missing_keys"]) - fresh)
+        if missing:
             raise CheckpointError(
-                f"damaged: {str(error).splitlines()[0]}", where=where, hint="restore it, or save it again"
-            ) from error
-        if info["missing_keys"]:
-            raise CheckpointError(
-                f"lacks {len(info['missing_keys'])} tensors, {min(info['missing_keys'])} among them",
+                f"lacks {len(missing)} tensors, {missing[0]} among them",
                 where=where,
                 hint="the checkpoint is incomplete or of another architecture",
             )
@@ -137,23 +149,17 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 where=where,
                 hint="config.json does not belong to these weights",
             )
+        extra = sorted(info["unexpected_keys"])
+        if extra:
+            raise CheckpointError(
+                f"holds {len(extra)} tensors that {cls.__name__} has no place for, {extra[0]} among them",
+                where=where,
+                hint="config.json does not belong to these weights, or they are of another architecture",
+            )
+        if fresh:
+            names = ", ".join(sorted(fresh))
+            logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, names)
         # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
         if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
             model.config.tie_word_embeddings = False
         return (model, info) if wants_info else model
-
-
-def _refuse_pickles(where: Any) -> None:
-    folder = Path(where)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            "is a pickle, which can run code when read, and is refused",
-            where=pickles[0],
-            hint="save it again as safetensors (model.save_pretrained of transformers does)",
-        )
-    raise CheckpointError(
-        "holds no *.safetensors file", where=folder, hint="give the folder that save_pretrained wrote"
-    )

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers import GenerationMixin
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from fat5 import ops
-from fat5.model.layout import Layout, Padding, document_positions, shift_right
-from fat5.model.pretrained import FAT5PreTrainedModel
-from fat5.model.stack import Stack
+from fat5.model.encoder_decoder import EncoderDecoder
+from fat5.model.layout import Layout, document_positions, shift_right
 
 
 @dataclass
@@ -31,35 +30,7 @@ class PackedLMOutput(ModelOutput):
     token_correct: Tensor | None = None
 
 
-class Encoder(Stack):
-    """The encoder stack, also callable on padded rows as transformers' generation does."""
-
-    main_input_name = "input_ids"
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        layout: Layout | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-        every_layer: list[Tensor] | None = None,
-        **ignored: Any,
-    ) -> Any:
-        """Packed with `layout`: hidden states (T, d). On rows: a BaseModelOutput with (B, L, d), zeros at padding."""
-        if layout is not None and input_ids is not None:
-            return super().forward(input_ids, layout, every_layer=every_layer)
-        rows = input_ids if inputs_embeds is None else inputs_embeds
-        if rows is None:
-            raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
-        kept: list[Tensor] | None = [] if output_hidden_states else None
-        hidden, packing = run_rows(super().forward, rows, attention_mask, every_layer=kept)
-        states = None if kept is None else tuple(packing(x) for x in kept)
-        return BaseModelOutput(last_hidden_state=packing(hidden), hidden_states=states)
-
-
-class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
+class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
     """T5 with a language-model head.
 
     Forward takes either padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or,
@@ -67,19 +38,13 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
     T5ForConditionalGeneration.
     """
 
+    # Trainer may hand `num_items_in_batch` over.
+    accepts_loss_kwargs = True
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Encoder(config, is_decoder=False)
-        self.decoder = Stack(config, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_encoder(self, modality: str | None = None) -> Encoder:
-        return self.encoder
-
-    def get_decoder(self) -> Stack:
-        return self.decoder
 
     def forward(
         self,
@@ -93,6 +58,9 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
@@ -100,24 +68,19 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
         decoder_max_seqlen: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         per_token: bool = False,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **ignored: Any,
     ) -> Any:
         """Padded rows as in transformers' T5, or packed documents.
 
         Packed (`cu_seqlens` given): input_ids (T,) and labels (U,) int64, cu_seqlens and decoder_cu_seqlens int32
-        (N+1,),
-        max_seqlen and decoder_max_seqlen ints that bound the documents' lengths. Decoder inputs are the labels shifted
-        right inside each document; labels of -100 do not count. Returns a `PackedLMOutput`; no logits are made.
+        (N+1,), max_seqlen and decoder_max_seqlen ints that bound the documents' lengths. Decoder inputs are the labels
+        shifted right inside each document; labels of -100 do not count. Returns a `PackedLMOutput`; no logits are made.
 
         The loss is the sum over the labels that count, divided by `num_items_in_batch`, or by their number.
+        `output_attentions` forms the weights in quadratic memory, as the plain formula does; the default never does.
 
         Raises:
-            ValueError: an argument that the layout needs is missing.
+            ValueError: an argument that the layout needs is missing, or one that it cannot serve is given.
         """
-        if ignored.get("output_attentions"):
-            raise ValueError("output_attentions: attention weights are never formed here, expected False or None")
         if cu_seqlens is not None:
             packed = dict(
                 input_ids=input_ids, labels=labels, max_seqlen=max_seqlen,
@@ -126,54 +89,30 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
             for name, value in packed.items():
                 if value is None:
                     raise ValueError(f"{name}: packed training needs it beside cu_seqlens, got None")
+            rows_only = dict(
+                attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask, encoder_outputs=encoder_outputs,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+                decoder_inputs_embeds=decoder_inputs_embeds, output_attentions=output_attentions or None,
+                output_hidden_states=output_hidden_states or None,
+            )  # fmt: skip
+            for name, value in rows_only.items():
+                if value is not None:
+                    raise ValueError(f"{name}: packed training (cu_seqlens) takes none; give padded rows")
             return self._packed_forward(cu_seqlens, **packed, items=num_items_in_batch, per_token=per_token)  # type: ignore[arg-type]
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                output_hidden_states=bool(output_hidden_states),
-            )
-        memory = encoder_outputs[0]
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        rows = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        if rows is None:
-            raise ValueError(
-                "decoder_input_ids: expected decoder_input_ids, decoder_inputs_embeds or labels, got none of them"
-            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        kept: list[Tensor] | None = [] if output_hidden_states else None
-        if past_key_values is not None:
-            hidden = self._decode_with_cache(
-                rows, decoder_attention_mask, memory, attention_mask, past_key_values, kept
-            )
-            states = None if kept is None else tuple(kept)
-        else:
-            hidden, packing = run_rows(
-                self.decoder, rows, decoder_attention_mask, every_layer=kept, memory=memory, memory_mask=attention_mask
-            )
-            hidden = packing(hidden)
-            states = None if kept is None else tuple(packing(x) for x in kept)
-        logits = self.lm_head(self._scaled(hidden))
+        outputs = self.run(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.lm_head(self._scaled(outputs.last_hidden_state))
         loss = None if labels is None else self._loss_of_logits(logits, labels, num_items_in_batch)
-        output = Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            decoder_hidden_states=states,
-            encoder_last_hidden_state=memory,
-            encoder_hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
-        )
-        return output.to_tuple() if return_dict is False else output
-
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """(B, U) labels to decoder inputs, shifted right."""
-        positions = torch.arange(labels.shape[1], device=labels.device)[None]
-        return shift_right(labels, positions, *self._start_and_pad())
+        named = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        output = Seq2SeqLMOutput(loss=loss, logits=logits, **named)
+        return output if self.wants_dict(return_dict) else output.to_tuple()
 
     def _packed_forward(
         self,
@@ -199,30 +138,6 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
             output["token_loss"], output["token_correct"] = ops.token_statistics(hidden, self.lm_head.weight, labels)
         return output
 
-    def _decode_with_cache(
-        self,
-        rows: Tensor,
-        mask: Tensor | None,
-        memory: Tensor,
-        memory_mask: Tensor | None,
-        cache: Any,
-        every_layer: list[Tensor] | None,
-    ) -> Tensor:
-        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows."""
-        if mask is not None:
-            mask = mask.bool()
-            if mask.dim() != 2 or bool(mask.all()):
-                mask = None
-        # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
-        for side in (cache.self_attention_cache, cache.cross_attention_cache):
-            if type(side) is DynamicCache and side.layers:
-                side.layers.extend(type(side.layers[0])() for _ in range(len(self.decoder.block) - len(side.layers)))
-        layout = Layout(None, rows.shape[1], mask)
-        memory_layout = Layout(None, memory.shape[1], None if memory_mask is None else memory_mask.bool())
-        return self.decoder(
-            rows, layout, memory=memory, memory_layout=memory_layout, cache=cache, every_layer=every_layer
-        )
-
     def _scaled(self, hidden: Tensor) -> Tensor:
         """T5 v1.0 ties its output to its embeddings and scales; v1.1 does neither."""
         return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
@@ -234,44 +149,6 @@ class FAT5ForConditionalGeneration(FAT5PreTrainedModel, GenerationMixin):
         if self.config.z_loss > 0.0:
             total = total + self.config.z_loss * (torch.logsumexp(flat, dim=-1).square() * (targets != -100)).sum()
         return total / _items(targets, items)
-
-    def _start_and_pad(self) -> tuple[int, int]:
-        pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0
-        start = self.config.decoder_start_token_id
-        return (pad if start is None else start), pad
-
-
-def run_rows(
-    stack: Any,
-    rows: Tensor,
-    mask: Tensor | None,
-    *,
-    every_layer: list[Tensor] | None = None,
-    memory: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-) -> tuple[Tensor, Any]:
-    """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
-
-    A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
-    run as they are, and so does everything with a memory whose mask has holes.
-    """
-    shape = (rows.shape[0], rows.shape[1])
-    padding = Padding.of(mask, shape, rows.device)
-    how: dict[str, Any] = {"every_layer": every_layer}
-    if memory is not None:
-        memory_padding = Padding.of(memory_mask, (memory.shape[0], memory.shape[1]), rows.device)
-        if memory_padding is None:
-            padding = None
-        elif padding is not None:
-            how |= {"memory": memory_padding.pack(memory), "memory_layout": memory_padding.layout}
-        if padding is None:
-            kept = None if memory_mask is None else memory_mask.bool()
-            how |= {"memory": memory, "memory_layout": Layout(None, memory.shape[1], kept)}
-    if padding is not None:
-        return stack(padding.pack(rows), padding.layout, **how), padding.pad
-    tokens = None if mask is None else mask.bool()
-    keep = torch.ones(shape, dtype=torch.bool, device=rows.device) if tokens is None else tokens
-    return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x.dtype)
 
 
 def _items(labels: Tensor, items: Tensor | int | None) -> Tensor | int:

@@ -9,6 +9,7 @@ from fat5.model.configuration import FAT5Config
 from fat5.model.layers import Block, RMSNorm
 from fat5.model.layout import Layout
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
+from fat5.model.rows import Trace
 from fat5.ops import RelativeBias
 
 
@@ -26,7 +27,10 @@ class Stack(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         learned = config.position_encoding == "t5"
-        self.block = nn.ModuleList([Block(config, i, is_decoder, learned and i == 0) for i in range(layers)])
+        self.own_bias = learned and config.bias_in_every_layer
+        self.block = nn.ModuleList(
+            [Block(config, i, is_decoder, learned and (i == 0 or self.own_bias)) for i in range(layers)]
+        )
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
         if config.position_encoding == "fire":
@@ -47,7 +51,7 @@ class Stack(nn.Module):
         memory: Tensor | None = None,
         memory_layout: Layout | None = None,
         cache: Any = None,
-        every_layer: list[Tensor] | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Hidden states of every token, normalised.
 
@@ -56,7 +60,7 @@ class Stack(nn.Module):
             layout: of the tokens.
             memory, memory_layout: the encoder's hidden states, for a decoder.
             cache: an EncoderDecoderCache; rows only. Its length is the position of the first token.
-            every_layer: receives the hidden states before each block and after the last.
+            trace: receives the hidden states before each block and after the last, and of rows the attention weights.
         """
         hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         offset = 0 if cache is None else cache.get_seq_length()
@@ -69,25 +73,35 @@ class Stack(nn.Module):
                 hidden = hidden + self.absolute(positions).to(hidden.dtype)
             else:
                 rotation = self.rotary(positions)
-        bias, causal = self._bias(layout, cache, offset, tokens)
+        # One bias for all blocks, or one a block, each with where it comes from.
+        sources = range(len(self.block)) if self.own_bias else [0]
+        biases = [self._bias(layout, cache, offset, tokens, source) for source in sources]
+        causal = self.is_decoder and cache is None
         hidden = self.dropout(hidden)
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.block:
-            if every_layer is not None:
-                every_layer.append(hidden)
+        trace = Trace() if trace is None else trace
+        checkpointing = (
+            self.gradient_checkpointing and self.training and torch.is_grad_enabled() and trace.attentions is None
+        )
+        for number, block in enumerate(self.block):
+            if trace.hidden is not None:
+                trace.hidden.append(hidden)
+            bias = biases[number if self.own_bias else 0]
             arguments = (hidden, layout, bias, rotation, causal, memory, memory_layout, cache)
-            hidden = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+            if checkpointing:
+                hidden = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden = block(*arguments, trace)
         hidden = self.dropout(self.final_layer_norm(hidden))
-        if every_layer is not None:
-            every_layer.append(hidden)
+        if trace.hidden is not None:
+            trace.hidden.append(hidden)
         return hidden
 
     def _bias(
-        self, layout: Layout, cache: Any, offset: Any, tokens: Tensor
-    ) -> tuple[RelativeBias | Tensor | None, bool]:
-        """What attention adds to the scores, and whether attention is to hide the future itself."""
+        self, layout: Layout, cache: Any, offset: Any, tokens: Tensor, source: int
+    ) -> RelativeBias | Tensor | None:
+        """What attention adds to the scores; with a cache it hides the future too, which attention does without."""
         if cache is None:
-            return self._relative_bias(layout.max_seqlen), self.is_decoder
+            return self._relative_bias(layout.max_seqlen, source)
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
         # decoding.
         length = tokens.shape[1]
@@ -98,16 +112,16 @@ class Stack(nn.Module):
         if self.config.position_encoding == "fire":
             bias = self.fire(length, capacity, offset)
         else:
-            relative = self._relative_bias(capacity)
+            relative = self._relative_bias(capacity, source)
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
             bias = torch.zeros(1, 1, length, capacity, device=tokens.device)
-        return bias.masked_fill(hidden, float("-inf")), False
+        return bias.masked_fill(hidden, float("-inf"))
 
-    def _relative_bias(self, max_length: int) -> RelativeBias | Tensor | None:
+    def _relative_bias(self, max_length: int, source: int) -> RelativeBias | Tensor | None:
         config = self.config
         if config.position_encoding == "t5":
-            table = self.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr, index]
+            table = self.block[source].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr, index]
             return RelativeBias.from_table(
                 table, bidirectional=not self.is_decoder, max_distance=config.relative_attention_max_distance
             )

@@ -2,7 +2,7 @@
 (docs/attention.md).
 """
 
-from fat5.ops.attention import BACKENDS, RelativeBias, attention
+from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
 from fat5.ops.choice import use_kernels
 from fat5.ops.geglu import geglu
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
@@ -14,6 +14,7 @@ __all__ = [
     "RelativeBias",
     "add_rms_norm",
     "attention",
+    "attention_weights",
     "geglu",
     "linear_cross_entropy",
     "rms_norm",

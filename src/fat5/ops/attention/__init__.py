@@ -7,5 +7,6 @@ same problem through PyTorch's own SDPA and FlexAttention; api.py validates and 
 
 from fat5.ops.attention.api import BACKENDS, attention
 from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.reference import attention_weights
 
-__all__ = ["BACKENDS", "RelativeBias", "attention"]
+__all__ = ["BACKENDS", "RelativeBias", "attention", "attention_weights"]

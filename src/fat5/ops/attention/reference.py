@@ -68,6 +68,35 @@ def _one(
     visible: Tensor | None,
 ) -> Tensor:
     """One document: q (1, H, Lq, D), k and v (1, H, Lk, D), `visible` (Lk,) bool."""
+    weights = _weights(q, k, bias, causal, scale, visible)
+    if dropout_p > 0.0 and seed is not None:
+        keep = keep_mask(seed, dropout_p, document, q.shape[1], range(q.shape[2]), range(k.shape[2]))
+        weights = weights * keep[None].to(weights.dtype) / (1.0 - dropout_p)
+    return (weights @ v.to(weights.dtype)).to(q.dtype)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: RelativeBias | Tensor | None = None,
+    causal: bool = False,
+    scale: float = 1.0,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias, masked): the weights (B, H, Lq, Lk) themselves, in float32 at least.
+
+    Quadratic memory: for looking at. Arguments as in `fat5.ops.attention`, rows only; a query that sees no key gets
+    zeros.
+    """
+    visible = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    return _weights(q, k, bias, causal, scale, visible)
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: RelativeBias | Tensor | None, causal: bool, scale: float, visible: Tensor | None
+) -> Tensor:
+    """(B, H, Lq, Lk); `visible` is bool and broadcasts to that."""
     query_length, key_length = q.shape[2], k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
@@ -83,8 +112,4 @@ def _one(
     # A row that sees nothing is all -inf, whose softmax is NaN forward and backward: let it see everything, then
     # zero it.
     blind = hidden.all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(hidden, 0.0)
-    if dropout_p > 0.0 and seed is not None:
-        keep = keep_mask(seed, dropout_p, document, q.shape[1], range(query_length), range(key_length))
-        weights = weights * keep[None].to(compute) / (1.0 - dropout_p)
-    return (weights @ v.to(compute)).to(q.dtype)
+    return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(hidden, 0.0)

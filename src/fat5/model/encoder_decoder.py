@@ -1,0 +1,154 @@
+"""The encoder with its decoder, on padded rows as transformers' callers give them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
+from transformers.utils import ModelOutput
+
+from fat5.model.encoder import Encoder
+from fat5.model.layout import Layout, shift_right
+from fat5.model.pretrained import FAT5PreTrainedModel
+from fat5.model.rows import Trace, run_rows
+from fat5.model.stack import Stack
+
+
+class EncoderDecoder(FAT5PreTrainedModel):
+    """Shared embeddings, encoder and decoder: what every model with a decoder is built on."""
+
+    def __init__(self, config: Any, has_decoder: bool = True) -> None:
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config, is_decoder=False)
+        if has_decoder:
+            self.decoder = Stack(config, is_decoder=True)
+
+    def get_encoder(self, modality: str | None = None) -> Encoder:
+        return self.encoder
+
+    def get_decoder(self) -> Stack:
+        return self.decoder
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        encoder_outputs: Any,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        decoder_inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> Seq2SeqModelOutput:
+        """Encoder, unless its outputs are given, then decoder; last_hidden_state (B, U, d) is the decoder's."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+                output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            )  # fmt: skip
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            parts = encoder_outputs.to_tuple() if isinstance(encoder_outputs, ModelOutput) else encoder_outputs
+            encoder_outputs = BaseModelOutput(*parts[:3])
+        memory = encoder_outputs.last_hidden_state
+        rows = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        if rows is None:
+            raise ValueError(
+                "decoder_input_ids: expected decoder_input_ids, decoder_inputs_embeds or labels, got none of them"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        trace = Trace.of(output_hidden_states, output_attentions)
+        if past_key_values is not None:
+            hidden = self._decode_with_cache(
+                rows, decoder_attention_mask, memory, attention_mask, past_key_values, trace
+            )
+            states, attentions, cross_attentions = trace.padded(lambda x: x)
+        else:
+            hidden, back = run_rows(
+                self.decoder, rows, decoder_attention_mask, trace=trace, memory=memory, memory_mask=attention_mask
+            )
+            hidden = back(hidden)
+            states, attentions, cross_attentions = trace.padded(back)
+        return Seq2SeqModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            decoder_hidden_states=states,
+            decoder_attentions=attentions,
+            cross_attentions=cross_attentions,
+            encoder_last_hidden_state=memory,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """(B, U) labels to decoder inputs, shifted right."""
+        positions = torch.arange(labels.shape[1], device=labels.device)[None]
+        return shift_right(labels, positions, *self._start_and_pad())
+
+    def _decode_with_cache(
+        self,
+        rows: Tensor,
+        mask: Tensor | None,
+        memory: Tensor,
+        memory_mask: Tensor | None,
+        cache: Any,
+        trace: Trace,
+    ) -> Tensor:
+        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows."""
+        if mask is not None:
+            mask = mask.bool()
+            if mask.dim() != 2 or bool(mask.all()):
+                mask = None
+        # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
+        for side in (cache.self_attention_cache, cache.cross_attention_cache):
+            if type(side) is DynamicCache and side.layers:
+                side.layers.extend(type(side.layers[0])() for _ in range(len(self.decoder.block) - len(side.layers)))
+        layout = Layout(None, rows.shape[1], mask)
+        memory_layout = Layout(None, memory.shape[1], None if memory_mask is None else memory_mask.bool())
+        return self.decoder(rows, layout, memory=memory, memory_layout=memory_layout, cache=cache, trace=trace)
+
+    def _start_and_pad(self) -> tuple[int, int]:
+        pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0
+        start = self.config.decoder_start_token_id
+        return (pad if start is None else start), pad
+
+
+class FAT5Model(EncoderDecoder):
+    """The encoder-decoder without a head, as transformers' T5Model."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Padded rows as in transformers' T5Model; last_hidden_state is the decoder's (B, U, d)."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        outputs = self.run(
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
+            inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        return outputs if self.wants_dict(return_dict) else outputs.to_tuple()

@@ -1,0 +1,229 @@
+"""Heads that classify: a text, or each of its tokens.
+
+Each reads padded rows as the stock class of its name, or packed documents (`cu_seqlens`) where it has no decoder, and
+loads from a seq2seq checkpoint, whose decoder and output projection an encoder leaves aside.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from fat5.errors import DataError
+from fat5.model.encoder import NOT_OF_AN_ENCODER, FAT5EncoderModel
+from fat5.model.encoder_decoder import FAT5Model
+from fat5.model.layers import HeadProjection
+from fat5.model.layout import shift_right
+from fat5.model.pretrained import FAT5PreTrainedModel
+
+
+class ClassificationHead(nn.Module):
+    """out_proj(tanh(dense(x))) with dropout before each."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = HeadProjection(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = HeadProjection(config.d_model, config.num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(hidden)))))
+
+
+class _Headed(FAT5PreTrainedModel):
+    """What the heads share: their form, and the initialisation of their weights."""
+
+    # Without this Trainer would take a division of the loss for granted that these losses do not make.
+    accepts_loss_kwargs = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.get_input_embeddings()  # type: ignore[union-attr, operator]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.set_input_embeddings(value)  # type: ignore[union-attr, operator]
+
+
+class FAT5ForSequenceClassification(_Headed):
+    """A label, or a number, for each text.
+
+    By default (`head_form` None or "encoder") the mean of the encoder's hidden states over the tokens of the text; with
+    head_form "encoder-decoder" stock T5ForSequenceClassification: the decoder reads the text too, and its hidden state
+    at the text's last EOS is taken.
+    """
+
+    _head_weights: ClassVar = ("classification_head.",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.has_decoder = config.head_form == "encoder-decoder"
+        self.num_labels = config.num_labels
+        self.transformer = FAT5Model(config) if self.has_decoder else FAT5EncoderModel(config)
+        self.classification_head = ClassificationHead(config)
+        if not self.has_decoder:
+            self._keys_to_ignore_on_load_unexpected = NOT_OF_AN_ENCODER  # type: ignore[misc]
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Any:
+        """logits (B, num_labels), or (N, num_labels) for N packed documents; the loss as in transformers, by
+        `problem_type`.
+
+        Raises:
+            ValueError: an argument that this form cannot serve.
+            DataError: encoder-decoder form, and the rows do not all have one number, at least 1, of EOS tokens.
+        """
+        asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        if self.has_decoder:
+            refuse_given("head_form 'encoder-decoder'", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            if input_ids is None:
+                raise ValueError("input_ids: the encoder-decoder form finds EOS in them, got None")
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = shifted(input_ids, self.config)
+            run = self.transformer(
+                input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+                inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds,
+                use_cache=use_cache and labels is None, return_dict=True, **asked,
+            )  # fmt: skip
+            logits = self.classification_head(self._at_last_eos(run.last_hidden_state, input_ids))
+            loss = None if labels is None else _classification_loss(logits, labels, self.config)
+            named = {key: value for key, value in run.items() if key != "last_hidden_state"}
+            seq2seq = Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **named)
+            return seq2seq if self.wants_dict(return_dict) else seq2seq.to_tuple()
+        refuse_given(
+            "head_form 'encoder'", decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds, use_cache=use_cache or None,
+        )  # fmt: skip
+        run = self.transformer(
+            input_ids, attention_mask, inputs_embeds, return_dict=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+            **asked,
+        )  # fmt: skip
+        logits = self.classification_head(_mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens))
+        loss = None if labels is None else _classification_loss(logits, labels, self.config)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=run.hidden_states, attentions=run.attentions
+        )
+        return output if self.wants_dict(return_dict) else output.to_tuple()
+
+    def _at_last_eos(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        is_eos = input_ids == self.config.eos_token_id
+        counts = is_eos.sum(dim=1)
+        if bool((counts != counts[0]).any()) or int(counts[0]) == 0:
+            raise DataError(
+                "texts with unlike numbers of EOS, or none",
+                where="input_ids",
+                hint="end each text with one EOS token, which marks where the decoder is read",
+            )
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.where(is_eos, place, -1).amax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class FAT5ForTokenClassification(_Headed):
+    """A label for each token, from the encoder, as transformers' T5ForTokenClassification."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = NOT_OF_AN_ENCODER
+    _head_weights: ClassVar = ("classifier.",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = FAT5EncoderModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = HeadProjection(config.d_model, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Any:
+        """logits (B, L, num_labels), or (T, num_labels) packed; labels of -100 do not count."""
+        run = self.transformer(
+            input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, True,
+            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(run.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.reshape(-1, self.num_labels), labels.to(logits.device).reshape(-1))
+        output = TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=run.hidden_states, attentions=run.attentions
+        )
+        return output if self.wants_dict(return_dict) else output.to_tuple()
+
+
+def refuse_given(form: str, **given: Any) -> None:
+    """Raises ValueError for an argument that a head of this form cannot serve."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: a head with {form} takes none")
+
+
+def shifted(input_ids: Tensor, config: Any) -> Tensor:
+    """The text as its own decoder input, one to the right."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    return shift_right(input_ids, positions, start, config.pad_token_id)
+
+
+def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(B, L, d) with a mask, or (T, d) packed, to the mean over each text's tokens, summed in float32."""
+    if cu_seqlens is None:
+        kept = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.bool().float()
+        total, count = (hidden.float() * kept[..., None]).sum(dim=1), kept.sum(dim=1)
+    else:
+        documents = len(cu_seqlens) - 1
+        row = torch.arange(hidden.shape[0], device=hidden.device, dtype=cu_seqlens.dtype)
+        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+        # Rows behind the last document go to one more, which is dropped.
+        sums = hidden.new_zeros(documents + 1, hidden.shape[1], dtype=torch.float32)
+        total = sums.index_add(0, owner, hidden.float())[:documents]
+        count = cu_seqlens.diff().float()
+    return (total / count.clamp(min=1)[:, None]).to(hidden.dtype)
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
+    """By `problem_type`, which unless given follows from the labels: one output is a regression, whole numbers are
+    classes, others are several labels at once.
+    """
+    labels = labels.to(logits.device)
+    kind = config.problem_type
+    if kind is None:
+        whole = labels.dtype in (torch.long, torch.int)
+        several = "single_label_classification" if whole else "multi_label_classification"
+        kind = "regression" if config.num_labels == 1 else several
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits.reshape(-1, config.num_labels), labels.reshape(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

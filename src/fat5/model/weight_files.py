@@ -1,0 +1,130 @@
+"""The files that hold a model's weights: which are read, how they are translated, what is said when they cannot be."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import logging
+
+from fat5.errors import CheckpointError
+from fat5.model.configuration import FAT5Config
+from fat5.model.flash_t5 import translate_tensors
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of transformers' from_pretrained that make it read the weights of `where` safely.
+
+    A folder with safetensors is read from those alone, one with pytorch_model.bin with weights_only=True. The tensors
+    of a flash_t5 folder are read here and handed over under T5's names.
+
+    Raises:
+        CheckpointError: a folder with neither; other pickles are refused by name.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        return {}
+    if kwargs.get("subfolder"):
+        folder = folder / kwargs["subfolder"]
+    config = args[0] if args else kwargs.get("config")
+    if isinstance(config, str | Path):
+        config = None
+    named = kwargs.get("variant") is not None
+    safe = any(folder.glob("*.safetensors")) or (folder / _WEIGHTS[1]).is_file()
+    if not safe and not named and not any((folder / name).is_file() for name in _WEIGHTS):
+        _refuse(folder)
+    how: dict[str, Any] = {"use_safetensors": safe}
+    if not safe:
+        how["weights_only"] = True
+    if config is None:
+        config = FAT5Config.from_pretrained(
+            where, **({"subfolder": kwargs["subfolder"]} if "subfolder" in kwargs else {})
+        )
+    scale = getattr(config, "flash_t5_attention_scale", None)
+    if scale is None:
+        return how
+    tensors = translate_tensors(_read(folder), scale)
+    if "lm_head.weight" not in tensors:
+        config.tie_word_embeddings = config.scale_decoder_outputs = True
+    del config.flash_t5_attention_scale
+    return {"state_dict": tensors, "config": config}
+
+
+@contextmanager
+def readable(where: Any) -> Iterator[None]:
+    """Inside, what a damaged or missing file makes others raise becomes one CheckpointError."""
+    again = "restore it, or save it again"
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+        raise CheckpointError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{_binary(where)} is a pickle that holds more than tensors, which can run code when read, and is refused",
+            where=where,
+            hint="save it again as safetensors (model.save_pretrained of transformers does)",
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise CheckpointError(f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again) from error
+
+
+@contextmanager
+def transformers_quiet() -> Iterator[None]:
+    """Inside, transformers prints no warnings of its own: what they would tell is checked and said here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refuse(folder: Path) -> None:
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "is a pickle, which can run code when read, and is refused",
+            where=pickles[0],
+            hint="save it again as safetensors (model.save_pretrained of transformers does)",
+        )
+    raise CheckpointError(
+        "holds no model.safetensors and no pytorch_model.bin",
+        where=folder,
+        hint="give the folder that save_pretrained wrote",
+    )
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, from one file or from shards."""
+    tensors: dict[str, Tensor] = {}
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        else:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _binary(where: Any) -> str:
+    found = sorted(Path(where).glob("*.bin"))
+    return found[0].name if found else "its .bin file"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,155 @@
+"""What is compared between a stock model and FAT5 from its folder: each check returns the largest relative difference.
+
+The tests assert that each is within tolerance; benchmarks/parity.py writes them down.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stock import difference, fat5_like, gradient_difference, packed, rows
+from torch import Tensor
+
+SOURCE = ("input_ids", "attention_mask")
+
+
+def logits(stock: Any, side: str = "right") -> float:
+    """Padded rows, with labels of -100 among them."""
+    batch = rows(side)
+    return difference(fat5_like(stock)(**batch).logits, stock(**batch).logits)
+
+
+def logits_padded_left(stock: Any) -> float:
+    return logits(stock, "left")
+
+
+def loss(stock: Any) -> float:
+    batch = rows()
+    return difference(fat5_like(stock)(**batch).loss[None], stock(**batch).loss[None])
+
+
+def gradients(stock: Any) -> float:
+    """Of every parameter, from padded rows."""
+    return _gradients(stock, lambda ours, batch: ours(**batch).loss)
+
+
+def packed_loss(stock: Any) -> float:
+    """Documents packed, against the same rows padded."""
+    batch = rows()
+    return difference(fat5_like(stock)(**packed(batch)).loss[None], stock(**batch).loss[None])
+
+
+def packed_gradients(stock: Any) -> float:
+    return _gradients(stock, lambda ours, batch: ours(**packed(batch)).loss)
+
+
+def packed_alone(stock: Any) -> float:
+    """Each packed document's losses, against those of the stock model on the document alone."""
+    batch = rows()
+    got = fat5_like(stock)(**packed(batch), per_token=True).token_loss
+    alone = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
+        target = labels[labels != -100]
+        out = stock(input_ids=ids[mask.bool()][None], labels=target[None]).logits[0]
+        alone.append(torch.nn.functional.cross_entropy(out.float(), target, reduction="none"))
+    want = torch.cat(alone)
+    return difference(got[: len(want)], want)
+
+
+def checkpointed_gradients(stock: Any) -> float:
+    """gradient_checkpointing_enable(), packed."""
+
+    def run(ours: Any, batch: dict[str, Tensor]) -> Tensor:
+        ours.gradient_checkpointing_enable()
+        assert ours.is_gradient_checkpointing
+        return ours(**packed(batch)).loss
+
+    return _gradients(stock, run)
+
+
+def inputs_embeds(stock: Any) -> float:
+    """Embeddings in place of ids, on both sides."""
+    batch, inputs = rows(), torch.randint(2, 99, (3, 9))
+    given = {
+        "inputs_embeds": stock.shared(batch["input_ids"]), "attention_mask": batch["attention_mask"],
+        "decoder_inputs_embeds": stock.shared(inputs), "use_cache": False,
+    }  # fmt: skip
+    return difference(fat5_like(stock)(**given).logits, stock(**given).logits)
+
+
+def decoder_mask(stock: Any) -> float:
+    """decoder_attention_mask that hides the first tokens of a row."""
+    given, kept = _with_decoder_mask()
+    return difference(fat5_like(stock)(**given).logits[kept], stock(**given).logits[kept])
+
+
+def hidden_states(stock: Any) -> float:
+    """output_hidden_states, every layer of both stacks, at the tokens."""
+    batch = rows()
+    kept = batch["attention_mask"].bool()
+    want, got = stock(**batch, output_hidden_states=True), fat5_like(stock)(**batch, output_hidden_states=True)
+    pairs = [(g[kept], w[kept]) for g, w in _pairs(got.encoder_hidden_states, want.encoder_hidden_states)]
+    pairs += _pairs(got.decoder_hidden_states, want.decoder_hidden_states)
+    return max(difference(g, w) for g, w in pairs)
+
+
+def attentions(stock: Any) -> float:
+    """output_attentions: self-attention of both stacks and cross-attention, and the logits beside them."""
+    given, kept = _with_decoder_mask()
+    source = given["attention_mask"].bool()
+    stock.set_attn_implementation("eager")
+    want, got = stock(**given, output_attentions=True), fat5_like(stock)(**given, output_attentions=True)
+    worst = difference(got.logits[kept], want.logits[kept])
+    for name, seen in (("encoder_attentions", source), ("decoder_attentions", kept), ("cross_attentions", kept)):
+        for g, w in _pairs(getattr(got, name), getattr(want, name)):
+            worst = max(worst, difference(g.transpose(1, 2)[seen], w.transpose(1, 2)[seen]))
+    return worst
+
+
+def way_back(stock: Any) -> float:
+    """The logits of the stock class from the folder that FAT5 saves."""
+    from tempfile import TemporaryDirectory
+
+    batch = rows()
+    with TemporaryDirectory() as folder:
+        fat5_like(stock).save_pretrained(folder)
+        back, info = type(stock).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return difference(back(**batch).logits, stock(**batch).logits)
+
+
+CHECKS: dict[str, Callable[[Any], float]] = {
+    "logits": logits,
+    "logits, padded left": logits_padded_left,
+    "loss": loss,
+    "gradients": gradients,
+    "packed: loss": packed_loss,
+    "packed: each document alone": packed_alone,
+    "packed: gradients": packed_gradients,
+    "packed: gradients, checkpointed": checkpointed_gradients,
+    "inputs_embeds": inputs_embeds,
+    "decoder_attention_mask": decoder_mask,
+    "output_hidden_states": hidden_states,
+    "output_attentions": attentions,
+    "saved by FAT5, read by stock": way_back,
+}
+
+
+def _gradients(stock: Any, run: Callable[[Any, dict[str, Tensor]], Tensor]) -> float:
+    batch, ours = rows(), fat5_like(stock)
+    stock(**batch).loss.backward()
+    run(ours, batch).backward()
+    return gradient_difference(stock, ours)
+
+
+def _with_decoder_mask() -> tuple[dict[str, Any], Tensor]:
+    batch, mask = rows(), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    given = {key: batch[key] for key in SOURCE}
+    given |= {"decoder_input_ids": torch.randint(2, 99, (3, 9)), "decoder_attention_mask": mask, "use_cache": False}
+    return given, mask.bool()
+
+
+def _pairs(got: Any, want: Any) -> list[tuple[Tensor, Tensor]]:
+    assert len(got) == len(want) > 0
+    return list(zip(got, want))
