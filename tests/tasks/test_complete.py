@@ -116,6 +116,29 @@ def test_beam_search_runs_and_differs_from_sampling(model: FAT5ForConditionalGen
 
 
 @pytest.mark.parametrize(
+    "how",
+    [{}, {"num_beams": 3}, {"sample": True, "top_p": 0.9}, {"repetition_penalty": 1.4}],
+    ids=["greedy", "beam", "sample", "penalty"],
+)
+def test_both_loops_write_the_same(
+    model: FAT5ForConditionalGeneration, tokenizer: Tokenizer, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Le ___ est long, très long.", "Un serveur ___ vite.", "Le ___."]
+    settings = {"max_new_tokens": 12, "batch_size": 2, **how}
+    stock = complete(model, tokenizer, prompts, decoding=Decoding(loop="stock", **settings))
+    monkeypatch.setattr(model, "generate", None)
+    assert complete(model, tokenizer, prompts, decoding=Decoding(**settings)) == stock
+
+
+def test_sampling_among_beams_goes_to_stock(model: FAT5ForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    assert complete(model, tokenizer, ["Le ___."], decoding=Decoding(max_new_tokens=4, num_beams=2, sample=True))
+    with pytest.raises(ConfigurationError, match="loop"):
+        Decoding(num_beams=2, sample=True, loop="fat5")
+    with pytest.raises(ConfigurationError, match="does not serve a Scripted"):
+        complete(Scripted([]), tokenizer, ["Le ___."], decoding=Decoding(loop="fat5"))
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("max_new_tokens", 0),
@@ -127,9 +150,10 @@ def test_beam_search_runs_and_differs_from_sampling(model: FAT5ForConditionalGen
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("temperature", float("nan")),
+        ("loop", "fast"),
     ],
 )
-def test_a_number_out_of_range_names_its_key(key: str, value: float) -> None:
+def test_a_number_out_of_range_names_its_key(key: str, value: float | str) -> None:
     with pytest.raises(ConfigurationError, match=key):
         Decoding(**{key: value})
 

@@ -1,18 +1,21 @@
 """Prompts in, completions out: fill the blanks of a text, continue it, or hand it to the model as it is."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError
+from fat5.model.decoding import Decoder
+from fat5.model.decoding_step import Models
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
 MODES = ("auto", "infill", "continue", "text")
+LOOPS = ("auto", "fat5", "stock")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Decoding:
     """Prompts run together"""
     seed: int = 0
     """Of the sampling"""
+    loop: Literal["auto", "fat5", "stock"] = "auto"
+    """fat5 is our decoding loop, stock the generate of transformers; auto is ours wherever it serves"""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
@@ -68,9 +73,15 @@ class Decoding:
             raise ConfigurationError(f"{self.top_k} is below 0", where="top_k", hint="0 keeps all")
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"{self.top_p} is not in (0, 1]", where="top_p", hint="1 keeps all")
+        if self.loop not in LOOPS:
+            raise ConfigurationError(f"no loop {self.loop!r}", where="loop", hint=f"Choose one of {', '.join(LOOPS)}")
+        if self.loop == "fat5" and self.num_beams > 1 and self.sample:
+            raise ConfigurationError(
+                "our decoding loop does not sample among beams", where="loop", hint="Use --loop stock, or one of the two"
+            )
 
     def strategy(self) -> dict[str, Any]:
-        """Keyword arguments of stock `generate`."""
+        """Keyword arguments of stock `generate` and of ours."""
         chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": self.num_beams,
@@ -91,7 +102,7 @@ def complete(
     mode_token: str | None = None,
     decoding: Decoding | None = None,
 ) -> list[Completion]:
-    """Completes each prompt with stock `generate`; answers come in the order of the prompts.
+    """Completes each prompt; answers come in the order of the prompts.
 
     Args:
         model: a FAT5 or stock T5 model with `generate`.
@@ -103,7 +114,7 @@ def complete(
         decoding: greedy by default.
 
     Raises:
-        ConfigurationError: an unknown mode or mode token.
+        ConfigurationError: an unknown mode or mode token, or a model that our decoding loop, asked for, cannot serve.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
     decoding = decoding or Decoding()
@@ -117,12 +128,13 @@ def complete(
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][1]), reverse=True)
     answers: dict[int, Completion] = {}
     device = next(model.parameters()).device
+    write = _writer(model, decoding)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
         for batch in _batches(order, decoding.batch_size):
             input_ids, attention_mask = _pad([encoded[i][1] for i in batch], tokenizer.info.pad_id)
             with torch.inference_mode():
-                outputs = model.generate(
+                outputs = write(
                     input_ids=input_ids.to(device),
                     attention_mask=attention_mask.to(device),
                     eos_token_id=tokenizer.info.eos_id,
@@ -132,6 +144,18 @@ def complete(
             for i, row in zip(batch, outputs.tolist()):
                 answers[i] = _decode(tokenizer, prompts[i], encoded[i][0], row[1:])
     return [answers[i] for i in range(len(prompts))]
+
+
+def _writer(model: Any, decoding: Decoding) -> Callable[..., torch.Tensor]:
+    """Our decoding loop's `generate` or the model's own."""
+    serves = isinstance(model, Models)
+    if decoding.loop == "fat5" and not serves:
+        raise ConfigurationError(
+            f"our decoding loop does not serve a {type(model).__name__}", where="loop", hint="Use --loop stock"
+        )
+    if decoding.loop == "stock" or not serves or (decoding.sample and decoding.num_beams > 1):
+        return model.generate  # type: ignore[no-any-return]
+    return Decoder(model).generate
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None) -> tuple[str, list[int]]:

@@ -1,0 +1,322 @@
+"""One step of a decoder on (rows, d): what the decoding loop (decoding.py) repeats for each token.
+
+What costs in decoding is reading weights and calling functions, so this is what a step does about it:
+
+- On the CPU, weights are held in oneDNN's blocked layout, which multiplies a few rows two to three times as fast as
+  the plain one, and takes GELU, gate and residual along (decision 0075).
+- Keys and values of the memory are computed once; those of the decoder go to fixed places in memory of fixed size. The
+  keys attended grow by `WINDOW` at a time, so that shapes hold still from step to step.
+- The bias is a row of T5's vector.
+- Beams never copy the cache: each beam remembers at which place its ancestor wrote, and the others' places are hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration, UMT5ForConditionalGeneration
+from transformers.activations import ACT2FN
+
+from fat5.model.positions import rotate
+from fat5.model.seq2seq import FAT5ForConditionalGeneration
+from fat5.ops import RelativeBias
+
+# Keys attended are a multiple of this.
+WINDOW = 32
+# The rows that packed weights are laid out for; any number of rows may come.
+TYPICAL_ROWS = 8
+
+Models = (
+    FAT5ForConditionalGeneration,
+    T5ForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
+
+
+class Projection:
+    """One or more bias-free linear layers over the same input, their outputs side by side.
+
+    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is.
+    """
+
+    def __init__(self, *layers: Any) -> None:
+        self.layers = layers
+        self.packed: Tensor | None = None
+        if torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (rows, d) to (rows, outputs)."""
+        if self.packed is None:
+            # As T5 does it: an output layer kept in float32 gets its input in float32.
+            return torch.cat([layer(_cast(x, layer)) for layer in self.layers], dim=-1)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """gelu_tanh(self(x))."""
+        if self.packed is None:
+            return F.gelu(self(x), approximate="tanh")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "gelu", [], "tanh")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """self(x) * factor."""
+        if self.packed is None:
+            return self(x) * factor
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, None, "mul")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """self(x) + residual."""
+        if self.packed is None:
+            return self(x) + residual
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, None, "add")
+
+
+class DecoderWeights:
+    """The decoder of a model, its projections ready for few rows.
+
+    Raises:
+        TypeError: `model` is none of `Models`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, Models):
+            raise TypeError(
+                f"model: expected a FAT5 or T5 model for conditional generation, got {type(model).__name__}"
+            )
+        config = model.config
+        self.decoder, self.heads, self.width = model.decoder, config.num_heads, config.d_kv
+        self.encoding = getattr(config, "position_encoding", "t5")
+        self.max_distance = config.relative_attention_max_distance
+        self.scale = config.d_model**-0.5 if _scales_output(model) else None
+        self.layers = [LayerWeights(block.layer, config) for block in model.decoder.block]
+        self.lm_head = Projection(model.lm_head)
+
+    def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What the biases of layer i are read from, or None where they are the layer's before.
+
+        (H, 2 capacity - 1), indexed by distance + capacity - 1, with the future hidden; of FIRE, whose bias is no
+        function of the distance, (H, capacity, capacity).
+        """
+        attention = self.decoder.block[i].layer[0].SelfAttention
+        if self.encoding == "t5":
+            if not attention.has_relative_attention_bias:
+                return None
+            table = attention.relative_attention_bias.weight
+            relative = RelativeBias.from_table(table, bidirectional=False, max_distance=self.max_distance)
+        elif i > 0:
+            return None
+        elif self.encoding == "fire":
+            hidden = torch.ones(capacity, capacity, dtype=torch.bool, device=device).triu(1)
+            return self.decoder.fire(capacity, capacity)[0].masked_fill(hidden, float("-inf")).to(dtype)
+        elif self.encoding == "alibi":
+            relative = RelativeBias.alibi(self.heads, max(capacity - 1, 1), device=device)
+        else:
+            relative = RelativeBias(torch.zeros(self.heads, 1, device=device))
+        past = relative.dense(1, capacity, capacity - 1)[0, :, 0]
+        return F.pad(past, (0, capacity - 1), value=float("-inf")).to(dtype)
+
+
+class LayerWeights:
+    """One block's."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
+        self.norms = [part.layer_norm for part in layer]
+        self.query_key_value, self.output = Projection(own.q, own.k, own.v), Projection(own.o)
+        self.memory_query, self.memory_output = Projection(across.q), Projection(across.o)
+        # Of many rows at once, and once: no need to lay them out.
+        self.memory_key, self.memory_value = across.k, across.v
+        self.gated = hasattr(dense, "wi_0")
+        self.inner = Projection(dense.wi_0 if self.gated else dense.wi)
+        self.gate = Projection(dense.wi_1) if self.gated else None
+        self.outer = Projection(dense.wo)
+        self.activation = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
+
+    def feed_forward(self, normed: Tensor, hidden: Tensor) -> Tensor:
+        """hidden + wo(act(wi_0 x) * wi_1 x)."""
+        inner = self.inner.gelu(normed) if self.activation is None else self.activation(self.inner(normed))
+        return self.outer.plus(inner if self.gate is None else self.gate.times(normed, inner), hidden)
+
+
+class Step:
+    """A decoder at work on one batch: `self(tokens, position)` gives the logits of the next tokens.
+
+    Args:
+        weights: of the decoder.
+        memory: (B, Lm, d), the encoder's output; memory_mask: (B, Lm), non-zero = a token.
+        capacity: tokens each row may write.
+        beams: rows an item, n.
+    """
+
+    def __init__(
+        self, weights: DecoderWeights, memory: Tensor, memory_mask: Tensor | None, capacity: int, beams: int
+    ) -> None:
+        self.weights, self.capacity, self.beams = weights, capacity, beams
+        self.items, self.heads, self.width = len(memory), weights.heads, weights.width
+        self.memory_keys = [self._memory_heads(layer.memory_key(memory)) for layer in weights.layers]
+        self.memory_values = [self._memory_heads(layer.memory_value(memory)) for layer in weights.layers]
+        dtype, device = self.memory_keys[0].dtype, memory.device
+        self.memory_bias: Tensor | None = None
+        if memory_mask is not None and not bool(memory_mask.bool().all()):
+            hidden = torch.zeros(memory_mask.shape, dtype=dtype, device=device)
+            hidden.masked_fill_(~memory_mask.bool(), torch.finfo(dtype).min)
+            self.memory_bias = hidden.repeat_interleave(self.heads, dim=0)[:, None]
+        places = (len(weights.layers), self.items, self.heads, capacity, beams, self.width)
+        self.keys, self.values = (torch.zeros(places, dtype=dtype, device=device) for _ in range(2))
+        self.slots = torch.arange(beams, device=device)
+        # (B, n, capacity): where in each place the beam's ancestor wrote.
+        self.ancestors = self.slots[None, :, None].repeat(self.items, 1, capacity)
+        self.times = torch.arange(capacity, device=device)
+        self.biases = [weights.bias_table(i, capacity, dtype, device) for i in range(len(weights.layers))]
+        if weights.encoding == "absolute":
+            weights.decoder.absolute.check(capacity)
+
+    def __call__(self, tokens: Tensor, position: int) -> Tensor:
+        """The logits (B * n, V) float32 that follow `tokens` (B * n,) at `position`; keys and values are kept."""
+        return self.run(tokens, torch.tensor([position], device=tokens.device), self.window(position))
+
+    def window(self, position: int) -> int:
+        """How many places a step at `position` looks at."""
+        return min(self.capacity, (position // WINDOW + 1) * WINDOW)
+
+    def run(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
+        """The same with the position on the device, (1,) int64, so that a graph can be replayed."""
+        weights = self.weights
+        hidden = weights.decoder.embed_tokens(tokens)
+        rotation = None
+        if weights.encoding == "absolute":
+            hidden = hidden + weights.decoder.absolute(position).to(hidden.dtype)
+        elif weights.encoding == "rope":
+            rotation = weights.decoder.rotary(position)
+        if self.beams > 1:
+            self.ancestors.index_copy_(2, position, self.slots[None, :, None].expand(self.items, -1, 1))
+        bias = None
+        for i, layer in enumerate(weights.layers):
+            table = self.biases[i]
+            bias = self._bias(table, position, window) if table is not None else bias
+            own = self._attend_self(i, layer, _norm(layer.norms[0], hidden), position, window, bias, rotation)
+            hidden = _finite(layer.output.plus(own, hidden))
+            query = layer.memory_query(_norm(layer.norms[1], hidden)).unflatten(1, (self.heads, self.width))
+            across = self._weighed(query, self.memory_keys[i], self.memory_values[i], self.memory_bias)
+            hidden = _finite(layer.memory_output.plus(across, hidden))
+            hidden = _finite(layer.feed_forward(_norm(layer.norms[2], hidden), hidden))
+        hidden = _norm(weights.decoder.final_layer_norm, hidden)
+        return weights.lm_head(hidden if weights.scale is None else hidden * weights.scale).float()
+
+    def reorder(self, sources: Tensor) -> None:
+        """Beam j goes on from beam `sources[:, j]`, (B, n)."""
+        self.ancestors.copy_(self.ancestors.gather(1, sources[..., None].expand_as(self.ancestors)))
+
+    def graphed(self) -> Callable[[Tensor, int], Tensor]:
+        """This, as a CUDA graph for each window, replayed with tokens and position copied in."""
+        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        device = self.times.device
+        token_buffer = torch.zeros(self.items * self.beams, dtype=torch.long, device=device)
+        position_buffer = torch.zeros(1, dtype=torch.long, device=device)
+
+        def step(tokens: Tensor, position: int) -> Tensor:
+            token_buffer.copy_(tokens)
+            position_buffer.fill_(position)
+            window = self.window(position)
+            if window not in graphs:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    # Warm-up; it writes what the replay will write again.
+                    self.run(token_buffer, position_buffer, window)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    logits = self.run(token_buffer, position_buffer, window)
+                graphs[window] = (graph, logits)
+            graph, logits = graphs[window]
+            graph.replay()
+            return logits.clone()
+
+        return step
+
+    def _attend_self(
+        self,
+        i: int,
+        layer: LayerWeights,
+        normed: Tensor,
+        position: Tensor,
+        window: int,
+        bias: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        query, key, value = layer.query_key_value(normed).unflatten(1, (3, self.heads, self.width)).unbind(1)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        for kept, new in ((self.keys[i], key), (self.values[i], value)):
+            kept.index_copy_(2, position, new.unflatten(0, (self.items, self.beams)).transpose(1, 2)[:, :, None])
+        keys, values = (
+            kept[i].view(-1, self.capacity * self.beams, self.width)[:, : window * self.beams]
+            for kept in (self.keys, self.values)
+        )
+        return self._weighed(query, keys, values, bias)
+
+    def _weighed(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of query (B * n, H, D) on keys and values (B * H, L, D); bias (B * H, 1|n, L)."""
+        query = query.unflatten(0, (self.items, self.beams)).transpose(1, 2).reshape(-1, self.beams, self.width)
+        keys = keys.transpose(1, 2)
+        scores = torch.bmm(query, keys) if bias is None else torch.baddbmm(bias, query, keys)
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), values).view(self.items, self.heads, self.beams, self.width)
+        return mixed.transpose(1, 2).reshape(-1, self.heads * self.width)
+
+    def _memory_heads(self, projected: Tensor) -> Tensor:
+        """(B, Lm, H * D) to (B * H, Lm, D)."""
+        heads = projected.unflatten(2, (self.heads, self.width)).transpose(1, 2)
+        return heads.reshape(-1, projected.shape[1], self.width)
+
+    def _bias(self, table: Tensor, position: Tensor, window: int) -> Tensor:
+        """(B * H, 1|n, window * n): the bias of each place, -inf where it is the future's or another beam's."""
+        if table.dim() == 3:
+            row = table.index_select(1, position)[:, 0, :window]
+        else:
+            row = table.index_select(1, self.times[:window] + (self.capacity - 1) - position)
+        if self.beams == 1:
+            return row.repeat(self.items, 1)[:, None]
+        mine = self.ancestors[:, None, :, :window, None] == self.slots
+        bias = torch.where(mine, row[None, :, None, :, None], float("-inf"))
+        return bias.reshape(self.items * self.heads, self.beams, window * self.beams)
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer) is not nn.Linear or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+
+
+def _cast(x: Tensor, layer: Any) -> Tensor:
+    weight = getattr(layer, "weight", None)
+    return x.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else x
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    weight = norm.weight
+    if weight.dtype == torch.float32 == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(weight.dtype) * weight
+
+
+def _finite(hidden: Tensor) -> Tensor:
+    """float16 overflows in T5's feed-forward; the reference clamps."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    limit = torch.finfo(torch.float16).max - 1000
+    return hidden.clamp(-limit, limit)
+
+
+def _scales_output(model: Any) -> bool:
+    """Whether hidden states are divided by the root of their width before the output projection."""
+    if isinstance(model, MT5ForConditionalGeneration):
+        return False
+    if isinstance(model, UMT5ForConditionalGeneration):
+        return bool(model.config.tie_word_embeddings)
+    return bool(model.config.scale_decoder_outputs)

@@ -1,0 +1,150 @@
+"""Our decoding loop writes the tokens of stock `generate`: greedy, sampling, beams, each family, each position encoding."""
+
+from functools import partial
+
+import pytest
+import torch
+from stock import SIZES, fat5_like, rows, t5_v1_0, t5_v1_1
+from transformers import MT5Config, MT5ForConditionalGeneration, T5EncoderModel, UMT5Config, UMT5ForConditionalGeneration
+
+from fat5.model import POSITION_ENCODINGS, FAT5Config, FAT5ForConditionalGeneration
+from fat5.model.decoding import Decoder, generate
+
+# Past WINDOW keys, so that the window grows, and past the reach of the bias.
+LENGTH = 130
+HOW = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.5},
+    "sample": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
+    "sample-all": {"do_sample": True, "top_k": 0},
+    "beam": {"num_beams": 3},
+    "beam-penalty": {"num_beams": 4, "repetition_penalty": 1.3},
+}
+MODES = pytest.mark.parametrize("how", list(HOW.values()), ids=list(HOW))
+
+
+def mt5() -> MT5ForConditionalGeneration:
+    return MT5ForConditionalGeneration(MT5Config(**SIZES, feed_forward_proj="gated-gelu"))
+
+
+def umt5() -> UMT5ForConditionalGeneration:
+    return UMT5ForConditionalGeneration(UMT5Config(**SIZES, feed_forward_proj="gated-gelu"))
+
+
+def prompts(side: str = "right") -> dict[str, torch.Tensor]:
+    """The same each time."""
+    torch.manual_seed(11)
+    return {key: value for key, value in rows(side).items() if key != "labels"}
+
+
+def assert_same_tokens(want: torch.Tensor, got: torch.Tensor, end: int = 1) -> None:
+    """Up to and with each row's end; stock beam search pads with the end when padding is 0."""
+    assert got.shape == want.shape
+    for mine, theirs in zip(got.tolist(), want.tolist()):
+        stop = theirs.index(end) + 1 if end in theirs else len(theirs)
+        assert mine[:stop] == theirs[:stop]
+        assert not any(mine[stop:])
+
+
+def compare(stock, model, how, side="right", length=LENGTH):
+    batch = prompts(side)
+    torch.manual_seed(5)
+    want = stock.generate(**batch, max_new_tokens=length, **how)
+    torch.manual_seed(5)
+    got = generate(model, **batch, max_new_tokens=length, **how)
+    assert_same_tokens(want, got)
+
+
+@MODES
+@pytest.mark.parametrize("family", [t5_v1_1, t5_v1_0, mt5, umt5], ids=["v1.1", "v1.0", "mt5", "umt5"])
+def test_stock_models(family, how):
+    stock = family().eval()
+    compare(stock, stock, how)
+
+
+@MODES
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_our_model(how, side):
+    stock = t5_v1_1().eval()
+    compare(stock, fat5_like(stock).eval(), how, side)
+
+
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_every_position_encoding(encoding, how):
+    model = FAT5ForConditionalGeneration(FAT5Config(**SIZES, position_encoding=encoding)).eval()
+    compare(model, model, how, length=40)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+@pytest.mark.parametrize("ends", [1, 2], ids=["one-end", "two-ends"])
+def test_rows_end_at_different_times(how, ends):
+    stock, batch = t5_v1_1().eval(), prompts()
+    free = stock.generate(**batch, max_new_tokens=12, eos_token_id=98, repetition_penalty=3.0, **how)
+    lengths = set()
+    for place in range(2, 12):
+        # Ends that some row does write, on its way.
+        how["eos_token_id"] = free[place % 3, place - ends + 1 : place + 1].tolist()
+        want, got = (
+            write(**batch, max_new_tokens=12, repetition_penalty=3.0, **how).tolist()
+            for write in (stock.generate, partial(generate, stock))
+        )
+        assert len(got[0]) == len(want[0])
+        for mine, theirs in zip(got, want):
+            stop = next((i for i, token in enumerate(theirs) if i and token in how["eos_token_id"]), 12) + 1
+            assert mine[:stop] == theirs[:stop]
+            assert not any(mine[stop:])
+            lengths.add(stop)
+    assert len(lengths) > 2
+
+
+def test_a_generator_is_the_seed():
+    model, batch = t5_v1_1().eval(), prompts()
+    torch.manual_seed(7)
+    want = model.generate(**batch, max_new_tokens=20, do_sample=True)
+    before = torch.get_rng_state()
+    got = generate(model, **batch, max_new_tokens=20, do_sample=True, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(got, want)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_are_no_plain_linear_are_called():
+    model, batch = t5_v1_1().eval(), prompts()
+    plain = generate(model, **batch, max_new_tokens=20)
+    for name in ("q", "o"):
+        layer = getattr(model.decoder.block[0].layer[0].SelfAttention, name)
+        layer.register_forward_hook(lambda module, inputs, output: output * 3.0)
+    want = model.generate(**batch, max_new_tokens=20)
+    got = generate(model, **batch, max_new_tokens=20)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, plain)
+
+
+def test_half_precision_follows_stock():
+    # A few steps, since bfloat16 soon ties.
+    model, batch = t5_v1_1().eval().bfloat16(), prompts()
+    want = model.generate(**batch, max_new_tokens=4)
+    assert torch.equal(generate(model, **batch, max_new_tokens=4), want)
+
+
+def test_what_cannot_be_is_refused():
+    model = t5_v1_1().eval()
+    with pytest.raises(TypeError, match="T5EncoderModel"):
+        Decoder(T5EncoderModel(model.config))
+    decoder = Decoder(model)
+    with pytest.raises(ValueError, match="num_beams"):
+        decoder.generate(**prompts(), max_new_tokens=3, num_beams=2, do_sample=True)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        decoder.generate(**prompts(), max_new_tokens=0)
+    with pytest.raises(ValueError, match="cuda_graph"):
+        decoder.generate(**prompts(), max_new_tokens=3, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a GPU")
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_cuda_graphs_replay_the_same_tokens(how):
+    model = t5_v1_1().eval().cuda()
+    batch = {key: value.cuda() for key, value in prompts().items()}
+    want = generate(model, **batch, max_new_tokens=LENGTH, **how)
+    assert torch.equal(generate(model, **batch, max_new_tokens=LENGTH, cuda_graph=True, **how), want)
