@@ -61,9 +61,7 @@ def measure_case(name: str, repeats: int) -> list[dict[str, object]]:
     seconds = measure.interleaved(providers, repeats=repeats, warmup=0)
     case = f"{name} B{batch} L{length} N{new}"
     rows = [measure.row(case, provider, "generation", values, "s") for provider, values in seconds.items()]
-    rows.append(
-        measure.row(case, "fat5 loop", "speed", batch * new / seconds["fat5 loop"], "tokens/s")
-    )
+    rows.append(measure.row(case, "fat5 loop", "speed", batch * new / seconds["fat5 loop"], "tokens/s"))
     ratio = seconds["stock generate"] / seconds["fat5 loop"]
     rows.append(measure.row(case, "stock / fat5", "speed-up", ratio, "ratio"))
     rows.append(measure.row(case, "stock = fat5", "rows with the same tokens", np.array([same]), "share"))

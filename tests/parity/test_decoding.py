@@ -1,11 +1,17 @@
-"""Our decoding loop writes the tokens of stock `generate`: greedy, sampling, beams, each family, each position encoding."""
+"""Our decoding loop writes the tokens of stock `generate`: each mode, each family, each position encoding."""
 
 from functools import partial
 
 import pytest
 import torch
 from stock import SIZES, fat5_like, rows, t5_v1_0, t5_v1_1
-from transformers import MT5Config, MT5ForConditionalGeneration, T5EncoderModel, UMT5Config, UMT5ForConditionalGeneration
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from fat5.model import POSITION_ENCODINGS, FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.decoding import Decoder, generate
@@ -84,14 +90,14 @@ def test_rows_end_at_different_times(how, ends):
     lengths = set()
     for place in range(2, 12):
         # Ends that some row does write, on its way.
-        how["eos_token_id"] = free[place % 3, place - ends + 1 : place + 1].tolist()
+        stops = free[place % 3, place - ends + 1 : place + 1].tolist()
         want, got = (
-            write(**batch, max_new_tokens=12, repetition_penalty=3.0, **how).tolist()
+            write(**batch, max_new_tokens=12, repetition_penalty=3.0, eos_token_id=stops, **how).tolist()
             for write in (stock.generate, partial(generate, stock))
         )
         assert len(got[0]) == len(want[0])
         for mine, theirs in zip(got, want):
-            stop = next((i for i, token in enumerate(theirs) if i and token in how["eos_token_id"]), 12) + 1
+            stop = next((i for i, token in enumerate(theirs) if i and token in stops), 12) + 1
             assert mine[:stop] == theirs[:stop]
             assert not any(mine[stop:])
             lengths.add(stop)

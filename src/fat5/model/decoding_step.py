@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration, UMT5ForConditionalGeneration
 from transformers.activations import ACT2FN
 
-from fat5.model.positions import rotate
 from fat5.model.seq2seq import FAT5ForConditionalGeneration
-from fat5.ops import RelativeBias
+from fat5.ops import RelativeBias, rotary
 
 # Keys attended are a multiple of this.
 WINDOW = 32
@@ -88,7 +87,8 @@ class DecoderWeights:
                 f"model: expected a FAT5 or T5 model for conditional generation, got {type(model).__name__}"
             )
         config = model.config
-        self.decoder, self.heads, self.width = model.decoder, config.num_heads, config.d_kv
+        self.decoder: Any = model.decoder
+        self.heads, self.width = config.num_heads, config.d_kv
         self.encoding = getattr(config, "position_encoding", "t5")
         self.max_distance = config.relative_attention_max_distance
         self.scale = config.d_model**-0.5 if _scales_output(model) else None
@@ -251,7 +251,7 @@ class Step:
     ) -> Tensor:
         query, key, value = layer.query_key_value(normed).unflatten(1, (3, self.heads, self.width)).unbind(1)
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query, key = rotary(query, *rotation), rotary(key, *rotation)
         for kept, new in ((self.keys[i], key), (self.values[i], value)):
             kept.index_copy_(2, position, new.unflatten(0, (self.items, self.beams)).transpose(1, 2)[:, :, None])
         keys, values = (

@@ -9,8 +9,6 @@ import torch
 
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError
-from fat5.model.decoding import Decoder
-from fat5.model.decoding_step import Models
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
@@ -77,7 +75,9 @@ class Decoding:
             raise ConfigurationError(f"no loop {self.loop!r}", where="loop", hint=f"Choose one of {', '.join(LOOPS)}")
         if self.loop == "fat5" and self.num_beams > 1 and self.sample:
             raise ConfigurationError(
-                "our decoding loop does not sample among beams", where="loop", hint="Use --loop stock, or one of the two"
+                "our decoding loop does not sample among beams",
+                where="loop",
+                hint="Use --loop stock, or one of the two",
             )
 
     def strategy(self) -> dict[str, Any]:
@@ -148,6 +148,10 @@ def complete(
 
 def _writer(model: Any, decoding: Decoding) -> Callable[..., torch.Tensor]:
     """Our decoding loop's `generate` or the model's own."""
+    # Here, since it brings transformers along, which `fat5 generate --help` can do without.
+    from fat5.model.decoding import Decoder
+    from fat5.model.decoding_step import Models
+
     serves = isinstance(model, Models)
     if decoding.loop == "fat5" and not serves:
         raise ConfigurationError(
