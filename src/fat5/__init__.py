@@ -13,6 +13,7 @@ _HOMES = {
     "FAT5ForQuestionAnswering": "fat5.model",
     "FAT5ForSequenceClassification": "fat5.model",
     "FAT5ForTokenClassification": "fat5.model",
+    "accelerate": "fat5.model",
 }
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         FAT5ForQuestionAnswering,
         FAT5ForSequenceClassification,
         FAT5ForTokenClassification,
+        accelerate,
     )
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "FAT5ForQuestionAnswering",
     "FAT5ForSequenceClassification",
     "FAT5ForTokenClassification",
+    "accelerate",
     "data",
     "errors",
     "model",

@@ -33,3 +33,7 @@ class CheckpointError(FAT5Error, ValueError):
 
 class RunDirectoryError(FAT5Error):
     """A run directory is in use, or holds something else."""
+
+
+class UnsupportedModelError(FAT5Error, TypeError):
+    """A model is of a kind that cannot be served."""

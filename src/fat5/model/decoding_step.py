@@ -91,7 +91,7 @@ class DecoderWeights:
         self.heads, self.width = config.num_heads, config.d_kv
         self.encoding = getattr(config, "position_encoding", "t5")
         self.max_distance = config.relative_attention_max_distance
-        self.scale = config.d_model**-0.5 if _scales_output(model) else None
+        self.scale = config.d_model**-0.5 if scales_output(model) else None
         self.layers = [LayerWeights(block.layer, config) for block in model.decoder.block]
         self.lm_head = Projection(model.lm_head)
 
@@ -313,7 +313,7 @@ def _finite(hidden: Tensor) -> Tensor:
     return hidden.clamp(-limit, limit)
 
 
-def _scales_output(model: Any) -> bool:
+def scales_output(model: Any) -> bool:
     """Whether hidden states are divided by the root of their width before the output projection."""
     if isinstance(model, MT5ForConditionalGeneration):
         return False
