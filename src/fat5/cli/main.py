@@ -12,6 +12,7 @@ VERBS = {
     "pretrain": "pretrain an encoder-decoder on token shards with the UL2 mixture",
     "evaluate": "loss and accuracy of a model, by denoiser",
     "generate": "infill, continue or transform text with a model",
+    "convert": "to stock transformers, CTranslate2 or ONNX, with proof that the copy computes the same",
     "plot": "draw and compare runs",
     "audit": "show what the model sees: examples, lengths, rates, fill",
     "bench": "compile every kernel configuration for every architecture, or tune them on this GPU",

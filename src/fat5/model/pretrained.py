@@ -131,9 +131,16 @@ class FAT5PreTrainedModel(PreTrainedModel):
             if where is not None and kwargs.get("state_dict") is None:
                 kwargs |= weight_source(where, args, kwargs)
             given = None if "state_dict" in kwargs else where
-            model, info = super().from_pretrained(
-                given, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            try:
+                model, info = super().from_pretrained(
+                    given, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            except NotImplementedError as error:  # embeddings that both were left out, being misshapen, are compared
+                raise CheckpointError(
+                    "the tensors are of another shape than the configuration wants",
+                    where=where,
+                    hint="config.json does not belong to these weights",
+                ) from error
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:

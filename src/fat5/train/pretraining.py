@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fat5.data import PackedLoader, Source, load_tokenizer, open_shards, validation_batches
+from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.optim import build_optimizer
@@ -26,6 +26,7 @@ from fat5.train.checkpoint_files import verify_checkpoint
 from fat5.train.compare import check_changes
 from fat5.train.config import PretrainConfig
 from fat5.train.evaluation import evaluate, unigram_entropy
+from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
 from fat5.train.plots import LivePlot, draw_run
 from fat5.train.precision import Precision, resolve_precision
 from fat5.train.run_directory import RunDirectory, write_atomically
@@ -44,6 +45,8 @@ class RunData:
     info: Any
     identity: dict[str, Any]
     """Hashes of the tokenizer and of each source's manifest"""
+    manifests: list[Manifest]
+    """What each source holds"""
     tokens_dropped: int
     """Tokens of documents below 2 tokens, which no denoiser can corrupt: at most one each"""
 
@@ -92,7 +95,9 @@ def open_data(config: PretrainConfig) -> RunData:
     validation = list(validation_batches(held_out, mixture, info, batch, eval_tokens=config.eval_tokens))
     manifests = [hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() for folder in folders]
     identity = {"tokenizer": info.sha256, "vocab_size": info.vocab_size, "manifests": manifests, "weights": weights}
-    return RunData(loader, validation, mixture.names(), tokenizer, info, identity, sum(loader.stream.short_tokens))
+    held = [source.shards.manifest for source in train]
+    short = sum(loader.stream.short_tokens)
+    return RunData(loader, validation, mixture.names(), tokenizer, info, identity, held, short)
 
 
 def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
@@ -217,7 +222,6 @@ def _choose(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> Choi
 
 def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGeneration, data: RunData) -> dict[str, Any]:
     """The model folder, the last drawing, and summary.json, which is written last."""
-    export(model, data.tokenizer, run.model)
     trainer.plot.finish()
     progress = trainer.progress
     first, last = progress.first_evaluation, progress.last_evaluation
@@ -241,13 +245,26 @@ def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGenera
         "precision": trainer.runner.precision.name,
         "device": str(trainer.runner.device),
     }
+    plot = run.plot if run.plot.is_file() else None
+    training = training_section(trainer.config.to_dict(), summary, data.manifests, plot is not None)
+    export(model, data.tokenizer, run.model, training, plot)
     write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     trainer.events.write("finished", step=progress.step)
     return summary
 
 
-def export(model: FAT5ForConditionalGeneration, tokenizer: Path, target: Path) -> None:
-    """Writes a folder that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load; the old one stands until this is whole."""
+def export(
+    model: FAT5ForConditionalGeneration, tokenizer: Path, target: Path, training: str = "", plot: Path | None = None
+) -> None:
+    """Writes a folder that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load, with its card; the old one stands until
+    this is whole.
+
+    Args:
+        model: to save.
+        tokenizer: folder whose files are copied.
+        target: the folder.
+        training: section of the card on the training; plot: a picture that it shows.
+    """
     partial_folder, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     for leftover in (partial_folder, old):
         if leftover.exists():
@@ -257,6 +274,18 @@ def export(model: FAT5ForConditionalGeneration, tokenizer: Path, target: Path) -
     for file in sorted(tokenizer.iterdir()):
         if file.is_file():
             shutil.copyfile(file, partial_folder / file.name)
+    if plot is not None:
+        shutil.copyfile(plot, partial_folder / PLOT)
+    stock = json.loads((partial_folder / "config.json").read_text())["model_type"] != "fat5"
+    facts = CardFacts(
+        name=target.absolute().parent.name,
+        kind="ForConditionalGeneration",
+        config=model.config,
+        parameters=model.num_parameters(),
+        target="hf" if stock else "fat5",
+        training=training,
+    )
+    write_card(partial_folder, facts)
     if target.exists():
         os.rename(target, old)
     os.rename(partial_folder, target)

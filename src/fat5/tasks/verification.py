@@ -1,0 +1,98 @@
+"""Whether two models compute the same: random examples, the outputs of each, and their difference."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fat5.errors import CheckpointError
+from fat5.model import FAT5Config
+
+# Both sides compute in float32 and add in another order: at 12+12 layers they differ by some 1e-6 of the largest
+# output, and by more where layers are many. A tensor in a wrong place moves it by 1e-2 and more.
+TOLERANCE = 1e-5
+# Documents of unequal length in one batch: one longer than the 128 tokens where T5's buckets end, one of a word.
+LENGTHS = (160, 75, 23, 3)
+DECODER_LENGTH = 16
+
+
+@dataclass
+class Comparison:
+    """How far two models' outputs lie apart.
+
+    Args:
+        what: which outputs.
+        difference: the largest, relative to the largest output.
+        tolerance: what it may be.
+    """
+
+    what: str
+    difference: float
+    tolerance: float = TOLERANCE
+
+    def require(self, where: object) -> "Comparison":
+        """Itself.
+
+        Raises:
+            CheckpointError: the difference is above the tolerance, or not a number.
+        """
+        if not self.difference <= self.tolerance:
+            raise CheckpointError(
+                f"the converted model computes something else: {self.what} differ by {self.difference:.1e} of the "
+                f"largest, tolerance {self.tolerance:.0e}; nothing was written",
+                where=where,
+                hint="Report this as an issue of FAT5, with the model's config.json",
+            )
+        return self
+
+
+def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
+    """Examples like text: frequent tokens are frequent, each ends in EOS, the shorter are padded on the right.
+
+    Returns:
+        input_ids and attention_mask (4, 160), decoder_input_ids (4, 16), all int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    longest = config.max_positions if config.position_encoding == "absolute" else LENGTHS[0]
+    lengths = [min(length, longest) for length in LENGTHS]
+    pad, eos = config.pad_token_id or 0, config.eos_token_id
+    first = min(3, config.vocab_size - 1)
+
+    def draw(*shape: int) -> Tensor:
+        # The cube of a uniform number: as with Zipf's law, a few tokens make most of the text.
+        share = torch.rand(shape, generator=generator).pow(3)
+        return first + (share * (config.vocab_size - first)).long().clamp(max=config.vocab_size - first - 1)
+
+    input_ids, mask = draw(len(lengths), lengths[0]), torch.zeros(len(lengths), lengths[0], dtype=torch.long)
+    input_ids[input_ids == eos] = first
+    for row, length in enumerate(lengths):
+        if isinstance(eos, int):
+            input_ids[row, length - 1] = eos
+        input_ids[row, length:] = pad
+        mask[row, :length] = 1
+    decoder_input_ids = draw(len(lengths), min(DECODER_LENGTH, longest))
+    decoder_input_ids[:, 0] = config.decoder_start_token_id
+    return {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
+
+
+@torch.no_grad()
+def outputs(model: Any, kind: str, examples: dict[str, Tensor]) -> Tensor:
+    """What a model of this kind computes of the examples, at tokens and not at padding, as one vector."""
+    decodes = kind in ("ForConditionalGeneration", "Model")
+    given = {key: value for key, value in examples.items() if decodes or key != "decoder_input_ids"}
+    if decodes:
+        given["use_cache"] = False  # type: ignore[assignment]
+    result = model(**given)
+    names = {"EncoderModel": ["last_hidden_state"], "Model": ["last_hidden_state"]}
+    names["ForQuestionAnswering"] = ["start_logits", "end_logits"]
+    keep = examples["attention_mask"].bool()
+    found = [result[name].float() for name in names.get(kind, ["logits"])]
+    return torch.cat([(x[keep] if x.shape[:2] == keep.shape else x).flatten() for x in found])
+
+
+def compare(got: Tensor, want: Tensor, what: str) -> Comparison:
+    """The largest difference, relative to the largest entry of `want`."""
+    if got.shape != want.shape:
+        return Comparison(f"{what} (of shape {tuple(got.shape)} for {tuple(want.shape)})", float("nan"))
+    return Comparison(what, float((got - want).abs().max() / want.abs().max()))

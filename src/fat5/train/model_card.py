@@ -1,0 +1,224 @@
+"""The model card: the README.md of a saved folder, as the Hugging Face hub reads it.
+
+write_card(folder, facts)          training_section(...)  what a run can tell of its training
+read_card(folder)                  what a card already there says, for the card of a converted copy
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fat5.model import FAT5Config
+
+CARD = "README.md"
+PLOT = "loss.png"
+_BEGIN, _END = "<!-- fat5:training:begin -->", "<!-- fat5:training:end -->"
+# The card of a large model has some 100 kB; what is much longer is not one.
+_LARGEST_CARD = 1 << 20
+
+
+@dataclass
+class CardFacts:
+    """What a card tells.
+
+    Args:
+        name: its title.
+        kind: the class's name without its family: ForConditionalGeneration, EncoderModel, …
+        config: of the model; parameters: their number.
+        target: hf (stock transformers reads it), fat5, ctranslate2 or onnx: how it is loaded.
+        license: an identifier that the hub knows; None where nobody said.
+        training: the section of a run, from `training_section`; "" where nothing is known.
+        languages: codes, where known.
+        conversion: lines of the report of a conversion.
+        converted_from: the source's name; source_card: whether the source had a card of its own, kept beside this one.
+        tokenizer: whether the folder holds one.
+    """
+
+    name: str
+    kind: str
+    config: FAT5Config
+    parameters: int
+    target: str = "hf"
+    license: str | None = None
+    training: str = ""
+    languages: list[str] = field(default_factory=list)
+    conversion: list[str] = field(default_factory=list)
+    converted_from: str = ""
+    source_card: bool = False
+    tokenizer: bool = True
+
+
+@dataclass
+class FoundCard:
+    """What a folder's card says: licence and languages of its front matter, FAT5's section on training, its plot.
+
+    `foreign` is True for a card that FAT5 did not write.
+    """
+
+    license: str | None = None
+    languages: list[str] = field(default_factory=list)
+    training: str = ""
+    plot: Path | None = None
+    foreign: bool = False
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Writes README.md: front matter, how to load without FAT5, what the model is, training, conversion, licence."""
+    config = facts.config
+    front: dict[str, Any] = {
+        "library_name": {"ctranslate2": "ctranslate2", "onnx": "onnx"}.get(facts.target, "transformers"),
+        "license": facts.license or "unknown",
+        "tags": ["t5", "fat5", "encoder-decoder" if config.is_encoder_decoder else "encoder"],
+    }
+    if facts.kind == "ForConditionalGeneration" and facts.target != "onnx":
+        front["pipeline_tag"] = "text2text-generation"
+    if facts.languages:
+        front["language"] = facts.languages
+    layers = f"{config.num_layers} encoder layers"
+    if facts.kind != "EncoderModel":
+        layers += f", {config.num_decoder_layers} decoder layers"
+    tied = "tied to" if config.tie_word_embeddings else "apart from"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {facts.name}",
+        f"A T5-family model of {facts.parameters:,} parameters, written by [FAT5](https://github.com/fat5/fat5).",
+        "## How to load it",
+        _loading(facts),
+        "## The model",
+        f"{layers}, width {config.d_model}, {config.num_heads} heads of {config.d_kv}, feed-forward {config.d_ff} "
+        f"({config.feed_forward_proj}), {config.position_encoding} positions, {config.vocab_size:,} token ids, output "
+        f"{tied} the embeddings.",
+        _tokenizer(facts),
+    ]
+    if facts.training:
+        parts.append(f"{_BEGIN}\n{facts.training}\n{_END}")
+    if facts.conversion:
+        report = "\n".join(line for line in facts.conversion if not line.startswith("file "))
+        kept = " Its own card is kept as [SOURCE_README.md](SOURCE_README.md)." if facts.source_card else ""
+        parts += ["## Conversion", f"From `{facts.converted_from}` by `fat5 convert`.{kept}", f"```text\n{report}\n```"]
+    parts += ["## Licence", _license(facts)]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path) -> FoundCard:
+    """What the card of a folder says; nothing where there is none or it cannot be read."""
+    path = folder / CARD
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
+            return FoundCard()
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return FoundCard()
+    front = _front_matter(text)
+    license, language = front.get("license"), front.get("language")
+    languages = [language] if isinstance(language, str) else [str(one) for one in language or []]
+    training = re.search(f"{re.escape(_BEGIN)}\n(.*)\n{re.escape(_END)}", text, re.DOTALL)
+    plot = folder / PLOT
+    return FoundCard(
+        license=license if isinstance(license, str) and license != "unknown" else None,
+        languages=languages,
+        training=training[1] if training else "",
+        plot=plot if training and plot.is_file() else None,
+        foreign="[FAT5](https://github.com/fat5/fat5)" not in text,
+    )
+
+
+def training_section(config: dict[str, Any], summary: dict[str, Any], sources: list[Any], plot: bool) -> str:
+    """The section of a pretraining run.
+
+    Args:
+        config: of the run, as its config.yaml holds it.
+        summary: as its summary.json will hold it.
+        sources: the `Manifest` of each prepared folder.
+        plot: whether loss.png lies beside the card.
+    """
+    data, optimizer, schedule = config["data"], config["optimizer"], config["schedule"]
+    mixture = data["mixture"] if isinstance(data["mixture"], str) else "a list of its own"
+    lines = [
+        "## Training",
+        f"Pretrained by `fat5 pretrain` for {summary['steps']:,} steps with the `{mixture}` mixture of denoisers: "
+        f"{summary['train_tokens']:,} encoder and decoder tokens from {summary['raw_tokens']:,} tokens of text, in "
+        f"{summary['seconds']:,.0f} seconds on {summary['device']} ({summary['precision']}).",
+        "| data | training documents | training tokens | validation tokens | share |\n|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {source.name} | {source.documents('train'):,} | {source.tokens('train'):,} | "
+            f"{source.tokens('validation'):,} | {chosen['weight']:g} |"
+            for source, chosen in zip(sources, data["sources"], strict=True)
+        ),
+        f"Optimizer {optimizer['name']}, learning rate {optimizer['lr']:g} ({schedule['name']}, "
+        f"{schedule['warmup_steps']:,} steps of warm-up), seed {config['seed']}, packs of {data['encoder_tokens']:,} "
+        f"encoder and {data['decoder_tokens']:,} decoder tokens, {data['packs_per_step']} a step.",
+        f"Validation loss {summary['val_loss_first']:.4f} → **{summary['val_loss_last']:.4f}** nats a token (accuracy "
+        f"{summary['val_accuracy_last']:.1%}); the unigram entropy of the same targets is "
+        f"{summary['unigram_entropy']:.4f}.",
+        "| denoiser | validation loss |\n|---|---|\n"
+        + "\n".join(f"| {name} | {loss:.4f} |" for name, loss in summary["val_loss_by_denoiser"].items()),
+    ]
+    if plot:
+        lines.append(f"![Loss, rate and throughput]({PLOT})")
+    return "\n\n".join(lines)
+
+
+def _loading(facts: CardFacts) -> str:
+    if facts.target == "ctranslate2":
+        return (
+            "With `pip install ctranslate2 transformers`, and nothing of FAT5:\n\n```python\nimport ctranslate2\n"
+            "from transformers import AutoTokenizer\n\n"
+            'translator = ctranslate2.Translator("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            'tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("TEXT"))\n'
+            "result = translator.translate_batch([tokens], beam_size=1)[0].hypotheses[0]\n"
+            "print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result)))\n```"
+        )
+    if facts.target == "onnx":
+        return (
+            "With `pip install onnxruntime transformers`, and nothing of FAT5:\n\n```python\n"
+            "from onnxruntime import InferenceSession\nfrom transformers import AutoTokenizer\n\n"
+            'session = InferenceSession("FOLDER/model.onnx")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            'batch = tokenizer(["TEXT"], padding=True, return_tensors="np")\n'
+            '(hidden,) = session.run(None, {key: batch[key] for key in ("input_ids", "attention_mask")})\n```\n\n'
+            "`hidden` is (batch, length, width), zeros at padding; batch and length are free."
+        )
+    family = {"mt5": "MT5", "umt5": "UMT5"}.get(facts.config.family, "T5")
+    auto = {
+        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+        "EncoderModel": f"{family}EncoderModel" if facts.target == "hf" else "AutoModelForTextEncoding",
+        "Model": "AutoModel",
+    }.get(facts.kind, f"AutoModel{facts.kind}")
+    needs = "With stock `transformers`, and nothing of FAT5:"
+    extra = ""
+    if facts.target != "hf":
+        needs = "Its computation is not stock T5's, so it needs `pip install fat5`:"
+        extra = "import fat5.model  # registers the model with transformers\n"
+    return (
+        f"{needs}\n\n```python\n{extra}from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )
+
+
+def _tokenizer(facts: CardFacts) -> str:
+    if not facts.tokenizer:
+        return "The folder holds no tokenizer."
+    return "The tokenizer is in this folder; `AutoTokenizer` loads it."
+
+
+def _license(facts: CardFacts) -> str:
+    if facts.license:
+        return f"`{facts.license}`. The terms of the text it was trained on may bind its use as well."
+    return (
+        "Nobody has said under which licence these weights are. Whoever publishes them says so here and in `license:` "
+        "above, after looking at the terms of the text they were trained on."
+    )
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    if match is None or len(match[1]) > 1 << 16 or re.search(r"[&*]\w", match[1]):  # no aliases: they expand
+        return {}
+    try:
+        front = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return front if isinstance(front, dict) else {}
