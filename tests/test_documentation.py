@@ -24,6 +24,7 @@ PAGES = [
     "README.md",
     "docs/demo.md",
     "docs/generate.md",
+    "docs/convert.md",
     "docs/doctor.md",
     "docs/another-language.md",
     "docs/training.md",
@@ -95,7 +96,7 @@ def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
             raise AssertionError(f"{page}: nobody runs {line!r}")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/generate.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/generate.md", "docs/convert.md"])
 def test_snippets_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
