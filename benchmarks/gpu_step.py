@@ -102,21 +102,20 @@ class Case:
         optimizer: str = "adamw_scale",
         compiled: bool = True,
         checkpointing: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         vocabulary: int = VOCABULARY,
     ) -> "Case":
         config = PretrainConfig(
             optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]
             precision=resolve_precision(precision, DEVICE),  # type: ignore[arg-type]
-            compile=compiled and not cuda_graphs,
+            compile=compiled,
+            cuda_graphs="auto" if cuda_graphs else False,
             gradient_checkpointing=checkpointing,
         )
         torch.manual_seed(0)
         with torch.device(DEVICE):
             model = FAT5ForConditionalGeneration(FAT5Config.preset(preset, vocab_size=vocabulary))
         runner = step_runner(config, model, DEVICE)
-        if cuda_graphs:
-            runner.forward = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
         return cls(config, model, runner)
 
     def step(self, number: int, packed: PackedBatch) -> StepResult:

@@ -9,6 +9,7 @@ size that a CPU can do. A useful token is an encoder token of a document or a ta
 """
 
 import argparse
+import fcntl
 import os
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="auto", help="auto, bf16, bf16-pure, fp16 or fp32, as in `fat5 pretrain`"
     )
-    parser.add_argument("--cuda_graphs", action="store_true", help="record the compiled step in CUDA graphs")
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="launch a compiled step's kernels one by one")
     parser.add_argument("--stock_preset", default="fat5-base", help="preset of the sections hf, long and pretrain")
     parser.add_argument("--stock_rows", type=int, default=32, help="hf: rows of a padded batch; halved until it fits")
     parser.add_argument("--stock_eager", action="store_true", help="hf, encoder: compile neither side")
@@ -52,6 +53,9 @@ def main() -> None:
         "--run_rate", type=float, default=250e3, help="pretrain: tokens/s that its steps are planned by"
     )
     parser.add_argument("--run_steps", type=int, help="pretrain: steps of the run, instead of run_rate")
+    parser.add_argument(
+        "--turn", type=Path, help="a file to lock while steps are timed: processes may then compile side by side"
+    )
     parser.add_argument("--toy", action="store_true", help="the demo preset at a few hundred tokens")
     options = parser.parse_args()
     if options.toy:
@@ -103,7 +107,8 @@ def measure_preset(results: Results, options: argparse.Namespace, preset: str, c
 def _measure(results: Results, options: argparse.Namespace, preset: str, shape: Shape, compiled: bool) -> None:
     if options.examples:
         shape = Shape(shape.encoder, shape.decoder, options.examples, shape.longest)
-    provider = "fat5 " + ("CUDA graphs" if options.cuda_graphs and compiled else "compiled" if compiled else "eager")
+    provider = "fat5 compiled" if compiled else "fat5 eager"
+    provider += ", no CUDA graphs" if compiled and options.no_cuda_graphs else ""
     kernels = os.environ.get("FAT5_KERNELS", "auto")
     provider += "" if kernels == "auto" else f", kernels {kernels}"
     case = Case.of(
@@ -111,7 +116,7 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
         precision=options.precision,
         optimizer=options.optimizer,
         compiled=compiled,
-        cuda_graphs=options.cuda_graphs and compiled,
+        cuda_graphs=not options.no_cuda_graphs,
     )
     started = False
     for mix, length in MIXED.items():
@@ -123,6 +128,9 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             results.add(name, provider, "first step", taken, "s")
             say(f"{name}: {case.runner.precision.name}, first step {taken:.1f} s, loss {loss:.3f}")
             started = True
+            if options.turn:
+                options.held = options.turn.open("w")  # until the process ends
+                fcntl.flock(options.held, fcntl.LOCK_EX)
         timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
         useful, flops = (float(np.mean([of(b) for b in batches])) for of in (tokens, case.flops))
         rate, mfu = useful / timing.seconds, flops / timing.seconds / case.peak()

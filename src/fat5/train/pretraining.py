@@ -150,7 +150,15 @@ def step_runner(config: PretrainConfig, model: FAT5ForConditionalGeneration, dev
         model.gradient_checkpointing_enable()
     compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    return StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
+    possible = device.type == "cuda" and precision.scaler is None
+    graphs = compiled and possible if config.cuda_graphs == "auto" else config.cuda_graphs
+    if graphs and not possible:
+        raise ConfigurationError(
+            f"cuda_graphs is true, the run is in {precision.name} on {device.type}",
+            hint="CUDA graphs need a GPU, and fp16's loss scale stands outside of them: say auto",
+        )
+    optimizer = build_optimizer(config.optimizer, model)
+    return StepRunner(model, forward, optimizer, precision, config.gradient_clip, graphs)
 
 
 def _trainer(

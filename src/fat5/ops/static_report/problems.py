@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fat5.ops.attention.triton_attention import attention_backward, attention_forward
+from fat5.ops.attention.triton_attention import attention_backward, attention_forward, prepare
 from fat5.ops.attention.triton_launch import Launch, Recorded, overridden, recording
 
 
@@ -49,6 +49,8 @@ def launches(problem: Problem, **launch: Launch) -> list[Recorded]:
     inputs = (q, k, v, vector, dense, mask, seed, starts, starts)
     options = (problem.causal, 1.0, problem.dropout_p)
     with recording() as recorded, overridden(**launch):
-        out, lse = attention_forward(*inputs, *options)
-        attention_backward(torch.zeros_like(out), *inputs, out, lse, *options, problem.bias != "none")
+        padded, forward, *lists = prepare(q, k, vector, starts, starts, problem.causal, 1.0, True)
+        out, lse = attention_forward(*inputs, padded, forward, *lists, *options)
+        grad_out = torch.zeros_like(out)
+        attention_backward(grad_out, *inputs, padded, *lists, out, lse, *options, problem.bias != "none")
     return [one for one in recorded if one.launch is not None]
