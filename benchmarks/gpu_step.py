@@ -1,11 +1,13 @@
 """What the GPU training benchmarks train: synthetic packed batches, the trainer's own step, and its timing."""
 
+import fcntl
 import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,6 +115,9 @@ class Case:
             gradient_checkpointing=checkpointing,
         )
         torch.manual_seed(0)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         with torch.device(DEVICE):
             model = FAT5ForConditionalGeneration(FAT5Config.preset(preset, vocab_size=vocabulary))
         runner = step_runner(config, model, DEVICE)
@@ -148,7 +153,8 @@ def first_step(case: Case, packed: PackedBatch) -> tuple[float, float]:
 
 @dataclass
 class Timing:
-    """Steps of a steady run: seconds of each, seconds that the host was busy with each, peak memory in bytes."""
+    """Steps of a steady run: seconds of each, seconds that the host was busy with each, and the most bytes that PyTorch
+    held since its case began (recordings of CUDA graphs included)."""
 
     seconds: np.ndarray
     host: np.ndarray
@@ -160,8 +166,6 @@ def steady(step: Callable[[int], StepResult], budget: float, most: int = 60) -> 
 
     The first two are not counted.
     """
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     ends, host = [], []
     pending: StepResult | None = None
     started = time.perf_counter()
@@ -174,7 +178,7 @@ def steady(step: Callable[[int], StepResult], budget: float, most: int = 60) -> 
         pending = result
         ends.append(time.perf_counter())
     synchronize()
-    memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    memory = torch.cuda.max_memory_reserved() if DEVICE.type == "cuda" else 0
     return Timing(np.diff(ends)[1:], np.array(host[2:]), memory)
 
 
@@ -194,6 +198,17 @@ def free(compiled: bool = True) -> None:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """Inside, this process alone holds the lock of `file`, if there is one: others may compile, but not time."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -9,7 +9,6 @@ size that a CPU can do. A useful token is an encoder token of a document or a ta
 """
 
 import argparse
-import fcntl
 import os
 import sys
 from collections.abc import Callable
@@ -20,9 +19,23 @@ import torch
 
 from gpu_measure import Results
 from gpu_products import products
-from gpu_profile import IDLE, profile_step
+from gpu_profile import IDLE, Profile, profile_step
 from gpu_run import long, pretrain
-from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, free, going_on, say, steady, synchronize, tokens
+from gpu_step import (
+    DEVICE,
+    Case,
+    Shape,
+    batch,
+    documents,
+    first_step,
+    free,
+    going_on,
+    say,
+    steady,
+    synchronize,
+    tokens,
+    turn,
+)
 from gpu_stock import decode, encoder, hf
 
 MIXED = {"512": 512, "1024": None}
@@ -128,10 +141,9 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             results.add(name, provider, "first step", taken, "s")
             say(f"{name}: {case.runner.precision.name}, first step {taken:.1f} s, loss {loss:.3f}")
             started = True
-            if options.turn:
-                options.held = options.turn.open("w")  # until the process ends
-                fcntl.flock(options.held, fcntl.LOCK_EX)
-        timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
+        with turn(options.turn):
+            timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
+            found = profile_step(lambda b=batches[1]: case.step(90, b), synchronize)
         useful, flops = (float(np.mean([of(b) for b in batches])) for of in (tokens, case.flops))
         rate, mfu = useful / timing.seconds, flops / timing.seconds / case.peak()
         memory = timing.memory / 2**30
@@ -146,13 +158,11 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             f"{np.median(timing.seconds) * 1e3:.1f} ms (host {np.median(timing.host) * 1e3:.1f}), "
             f"{useful:,.0f} of {shape.encoder + shape.decoder:,} tokens, peak {memory:.1f} GiB, {len(rate)} steps"
         )
-        with going_on(out_of_memory=True):
-            explain(results, name, provider, lambda b=batches[1]: case.step(90, b), float(np.median(timing.seconds)))
+        explain(results, name, provider, found, float(np.median(timing.seconds)))
 
 
-def explain(results: Results, name: str, provider: str, step: Callable[[], object], seconds: float) -> None:
-    """Profiles a step; idle is the steady step's time that no kernel fills."""
-    found = profile_step(step, synchronize)
+def explain(results: Results, name: str, provider: str, found: Profile, seconds: float) -> None:
+    """Says where a profiled step's time goes; idle is the steady step's time that no kernel fills."""
     busy = sum(taken for kind, taken in found.classes.items() if kind != IDLE)
     found.classes[IDLE] = max(0.0, seconds * 1e3 - busy)
     found.milliseconds = max(busy, seconds * 1e3)

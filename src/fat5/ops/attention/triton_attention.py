@@ -22,8 +22,9 @@ MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
 # Two programs a processor of the largest GPUs, so that the band kernel's few offsets fill the machine.
 BAND_PROGRAMS = 264
-# Block offsets that a program of the band kernel serves with one load of its queries: as many tiles live in registers.
-BAND_GROUP = 5
+# Most block offsets that a program of the band kernel serves with one load of its queries: as many tiles live in
+# registers. float32, which takes its queries in chunks, has one a program.
+BAND_GROUP = 4
 # End values of a relative bias repeated on either side of its vector: no less than block_m + block_n of any launch.
 BIAS_PADDING = 256
 
@@ -320,11 +321,13 @@ def _vector_gradient(
     offsets = highest - lowest + 1
     starts, shape, programs = problem.tiles(band_list, problem.query_rows, band.block_m)
     slots = programs // problem.heads
-    group = min(offsets, BAND_GROUP)
-    groups = triton.cdiv(offsets, group)
+    groups = offsets if q.dtype == torch.float32 else triton.cdiv(offsets, BAND_GROUP)
+    group = triton.cdiv(offsets, groups)
     splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * groups)))
     partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
-    constants = problem.constants(band) | {"FAR_M": rows.block_m, "FAR_N": rows.block_n, "GROUP": group}
+    constants = (
+        problem.constants(band) | problem.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n, "GROUP": group}
+    )
     del constants["BIAS"]
     inputs, bias_strides = problem.inputs()
     run(

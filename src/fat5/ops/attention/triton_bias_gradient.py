@@ -11,6 +11,7 @@ import triton.language as tl
 from fat5.ops.attention.triton_tiles import (
     DENSE,
     LOG2E,
+    RELATIVE,
     SHAPE,
     at_document,
     bias_of,
@@ -38,7 +39,10 @@ def _score_gradient(
     Each operand is used once, so the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for
     TF32) need not be held whole.
     """
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BIAS == RELATIVE:
+        scores = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False)
+    else:
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for d0 in tl.static_range(0, BLOCK_D, CHUNK_D):
         q = load_rows(
@@ -98,7 +102,7 @@ def band_kernel(
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, mask_strides,
     heads, query_rows, key_rows, num_documents, tiles, reach, slots, splits, offsets, lowest,
     scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FAR_M: tl.constexpr, FAR_N: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,8 +110,8 @@ def band_kernel(
     """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset *
     BLOCK_N.
 
-    A program serves GROUP offsets, so that one load of the queries is used as often, and takes every `splits`-th slot
-    of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business. `lowest` is the
+    A program serves GROUP offsets (four at most), so that one load of the queries is used as often, and takes every
+    `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business. `lowest` is the
     offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
@@ -120,7 +124,6 @@ def band_kernel(
     total1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total3 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total4 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for slot in range(split, slots, splits):
         document, block, batch, query_start, query_length, key_start, key_length = locate(
             slot, starts, shape, PACKED, False
@@ -135,39 +138,40 @@ def band_kernel(
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
-            q = load_rows(queries[0], q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-            grad_out = load_rows(queries[1], grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-            exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
-            rows = (q, grad_out, exponent, delta)
+            rows = queries
+            if CHUNK_D == BLOCK_D:
+                q = load_rows(queries[0], q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                grad_out = load_rows(queries[1], grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
+                rows = (q, grad_out, exponent, delta)
+            query_strides = (q_strides, grad_out_strides)
             keys = (
                 at_document(K, k_strides, batch, head, key_start),
                 at_document(V, v_strides, batch, head, key_start),
             )
             key_strides = (k_strides, v_strides)
-            numbers = (m0, key_length, scale, keep_scale)
+            numbers = (m0, query_length, key_length, scale, keep_scale)
             total0 = _add_near(
-                total0, index, offsets, lowest, rows, keys, key_strides, bias, mask, numbers, HEAD_DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                total0, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
             if GROUP > 1:
                 total1 = _add_near(
-                    total1, index + 1, offsets, lowest, rows, keys, key_strides, bias, mask, numbers, HEAD_DIM,
-                    BLOCK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                    total1, index + 1, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
                 )  # fmt: skip
             if GROUP > 2:
                 total2 = _add_near(
-                    total2, index + 2, offsets, lowest, rows, keys, key_strides, bias, mask, numbers, HEAD_DIM,
-                    BLOCK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                    total2, index + 2, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
                 )  # fmt: skip
             if GROUP > 3:
                 total3 = _add_near(
-                    total3, index + 3, offsets, lowest, rows, keys, key_strides, bias, mask, numbers, HEAD_DIM,
-                    BLOCK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
-                )  # fmt: skip
-            if GROUP > 4:
-                total4 = _add_near(
-                    total4, index + 4, offsets, lowest, rows, keys, key_strides, bias, mask, numbers, HEAD_DIM,
-                    BLOCK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+                    total3, index + 3, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
                 )  # fmt: skip
     place = (offsets, splits, head, split)
     _store_total(Partial, total0, index, place, BLOCK_M, BLOCK_N)
@@ -177,20 +181,20 @@ def band_kernel(
         _store_total(Partial, total2, index + 2, place, BLOCK_M, BLOCK_N)
     if GROUP > 3:
         _store_total(Partial, total3, index + 3, place, BLOCK_M, BLOCK_N)
-    if GROUP > 4:
-        _store_total(Partial, total4, index + 4, place, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _add_near(
-    total, index, offsets, lowest, rows, keys, key_strides, bias, mask, numbers,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    total, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FAR_M: tl.constexpr, FAR_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS of the tile at one offset to `total`, if there is such a tile and the dQ pass left it to the band."""
-    q, grad_out, exponent, delta = rows
-    m0, key_length, scale, keep_scale = numbers
+    """Adds dS of the tile at one offset to `total`, if there is such a tile and the dQ pass left it to the band.
+
+    `rows` are the queries as loaded, or where to load them from when they are taken in chunks.
+    """
+    m0, query_length, key_length, scale, keep_scale = numbers
     R = bias[1]
     n0 = m0 + (lowest + index) * BLOCK_N
     far_m = m0 // FAR_M * FAR_M
@@ -198,14 +202,21 @@ def _add_near(
     far_n = n0 // FAR_N * FAR_N
     near = (far_n + FAR_N - 1 - far_m > -R) & (far_n - (far_m + FAR_M - 1) < R)
     if (index < offsets) & (n0 >= 0) & (n0 < key_length) & near:
-        k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        scores = dot(q, tl.trans(k), relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False), PRECISION)
-        grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
-        total += _difference(
-            scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
-            BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
-        )  # fmt: skip
+        if CHUNK_D == BLOCK_D:
+            q, grad_out, exponent, delta = rows
+            k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            scores = dot(q, tl.trans(k), relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False), PRECISION)
+            grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
+            total += _difference(
+                scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
+                BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+            )  # fmt: skip
+        else:
+            total += _score_gradient(
+                rows, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
+                HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+            )  # fmt: skip
     return total
 
 
