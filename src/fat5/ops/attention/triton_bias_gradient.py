@@ -111,8 +111,8 @@ def band_kernel(
     BLOCK_N.
 
     A program serves GROUP offsets (four at most), so that one load of the queries is used as often, and takes every
-    `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business. `lowest` is the
-    offset of index 0.
+    `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business.
+    `lowest` is the offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     program = tl.program_id(0)
