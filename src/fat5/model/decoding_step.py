@@ -78,7 +78,7 @@ class DecoderWeights:
     """The decoder of a model, its projections ready for few rows.
 
     Raises:
-        TypeError: `model` is none of `Models`.
+        TypeError: `model` is none of `Models`, or its weights are offloaded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,6 +86,8 @@ class DecoderWeights:
             raise TypeError(
                 f"model: expected a FAT5 or T5 model for conditional generation, got {type(model).__name__}"
             )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise TypeError("model: weights that a device_map put elsewhere are not served, expected all of them here")
         config = model.config
         self.decoder: Any = model.decoder
         self.heads, self.width = config.num_heads, config.d_kv
