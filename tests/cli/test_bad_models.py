@@ -1,4 +1,4 @@
-"""A model folder that is damaged, unsafe or of another kind: each verb that reads one says so in one line, exit code 2."""
+"""A model folder that is damaged, unsafe or of another kind: the verbs that read it say so in one line, exit code 2."""
 
 import json
 import pickle
@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
     "a pickle with a call": (bomb, "pickle that holds more than tensors"),
     "a truncated pickle": (cut_binary, "damaged: pytorch_model.bin"),
-    "another pickle": (lambda folder: (folder / "model.safetensors").rename(folder / "model.pt"), "model.pt: is a pickle"),
+    "another pickle": (lambda at: (at / "model.safetensors").rename(at / "model.pt"), "model.pt: is a pickle"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "holds"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
     "a tokenizer with more tokens than rows": (
