@@ -38,13 +38,14 @@ Models = (
 class Projection:
     """One or more bias-free linear layers over the same input, their outputs side by side.
 
-    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is.
+    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is, and
+    so is everything where `packs` is False.
     """
 
-    def __init__(self, *layers: Any) -> None:
+    def __init__(self, *layers: Any, packs: bool = True) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        if torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
+        if packs and torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
             weight = torch.cat([layer.weight.detach() for layer in layers])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
@@ -94,8 +95,10 @@ class DecoderWeights:
         self.encoding = getattr(config, "position_encoding", "t5")
         self.max_distance = config.relative_attention_max_distance
         self.scale = config.d_model**-0.5 if scales_output(model) else None
-        self.layers = [LayerWeights(block.layer, config) for block in model.decoder.block]
-        self.lm_head = Projection(model.lm_head)
+        # A float16 model has a float32 wo between hidden states of float16, which oneDNN does not take.
+        packs = {x.dtype for x in model.decoder.parameters() if x.is_floating_point()} == {torch.float32}
+        self.layers = [LayerWeights(block.layer, config, packs) for block in model.decoder.block]
+        self.lm_head = Projection(model.lm_head, packs=packs)
 
     def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the biases of layer i are read from, or None where they are the layer's before.
@@ -125,17 +128,17 @@ class DecoderWeights:
 class LayerWeights:
     """One block's."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, packs: bool) -> None:
         own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
         self.norms = [part.layer_norm for part in layer]
-        self.query_key_value, self.output = Projection(own.q, own.k, own.v), Projection(own.o)
-        self.memory_query, self.memory_output = Projection(across.q), Projection(across.o)
+        self.query_key_value, self.output = Projection(own.q, own.k, own.v, packs=packs), Projection(own.o, packs=packs)
+        self.memory_query, self.memory_output = Projection(across.q, packs=packs), Projection(across.o, packs=packs)
         # Of many rows at once, and once: no need to lay them out.
         self.memory_key, self.memory_value = across.k, across.v
         self.gated = hasattr(dense, "wi_0")
-        self.inner = Projection(dense.wi_0 if self.gated else dense.wi)
-        self.gate = Projection(dense.wi_1) if self.gated else None
-        self.outer = Projection(dense.wo)
+        self.inner = Projection(dense.wi_0 if self.gated else dense.wi, packs=packs)
+        self.gate = Projection(dense.wi_1, packs=packs) if self.gated else None
+        self.outer = Projection(dense.wo, packs=packs)
         self.activation = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def feed_forward(self, normed: Tensor, hidden: Tensor) -> Tensor:
