@@ -71,8 +71,9 @@ def test_a_trainer_stops_and_goes_on(tmp_path):
     folder, save = tmp_path / "b", dict(save_strategy="steps", save_steps=2)
     train(Trainer, TrainingArguments, fat5_like(stock), folder, data, max_steps=2, **save)
     settings = TrainingArguments(
-        str(folder), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, lr_scheduler_type="constant", seed=3,
-        logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no",
+        str(folder), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2,
+        lr_scheduler_type="constant", seed=3, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+        save_strategy="no",
     )  # fmt: skip
     trainer = Trainer(fat5_like(t5_v1_0()), settings, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))

@@ -294,7 +294,9 @@ class Step:
 def _is_plain(layer: Any) -> bool:
     if type(layer) is not nn.Linear or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    # A quantised weight may be of a class of its own that says it is float32.
+    weight = layer.weight
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _cast(x: Tensor, layer: Any) -> Tensor:
