@@ -113,6 +113,25 @@ def test_a_device_map_that_puts_blocks_on_the_disk(family, tmp_path):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for two GPUs")
+@pytest.mark.parametrize("family", ["v1.0", "v1.1", "umT5"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_device_map_over_two_gpus(family, side, tmp_path):
+    """Bias, layout and memory follow the hidden states from one device to the other."""
+    stock, batch = FAMILIES[family]().eval().cuda(), {name: x.cuda() for name, x in rows(side).items()}
+    stock.save_pretrained(tmp_path)
+    first = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "encoder.block.0", "decoder.block.0", "lm_head")
+    second = ("encoder.block.1", "encoder.block.2", "encoder.final_layer_norm", "decoder.block.1", "decoder.block.2")
+    places = dict.fromkeys(first, 0) | dict.fromkeys((*second, "decoder.final_layer_norm"), 1)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, device_map=places).eval()
+    assert {parameter.device.index for parameter in ours.parameters()} == {0, 1}
+    # Matrix products of the GPU may use TF32, in both.
+    assert difference(ours(**batch).logits.cuda(), stock(**batch).logits) <= 1e-3
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(ours.generate(**prompt, max_new_tokens=6), stock.generate(**prompt, max_new_tokens=6))
+
+
 def test_a_subfolder_and_a_variant(tmp_path):
     stock, batch = t5_v1_1().eval(), rows()
     stock.save_pretrained(tmp_path / "text_encoder", variant="fp16")
