@@ -154,7 +154,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
             raise CheckpointError(
                 f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}",
                 where=where,
-                hint="config.json does not belong to these weights",
+                hint="ignore_mismatched_sizes=True begins a head anew"
+                if cls._head_weights and name.startswith(cls._head_weights)
+                else "config.json does not belong to these weights",
             )
         extra = sorted(info["unexpected_keys"])
         if extra:
