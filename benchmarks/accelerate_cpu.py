@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # The design's bound on logits, relative; losses of both must agree to it before they are timed.
 TOLERANCE = 1e-5
-PROVIDERS = ["stock sdpa", "accelerated", "accelerated, fused loss"]
+PROVIDERS = ["stock sdpa", "accelerated", "attention alone", "accelerated, fused loss"]
 
 
 def stock_model(shape: str) -> T5ForConditionalGeneration:
@@ -54,9 +54,12 @@ def twin(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
 
 
 def providers(model: T5ForConditionalGeneration) -> dict[str, T5ForConditionalGeneration]:
+    attention_alone = twin(model)
+    attention_alone.set_attn_implementation("fat5")
     return {
         "stock sdpa": model,
         "accelerated": fat5.accelerate(twin(model)),
+        "attention alone": attention_alone,
         "accelerated, fused loss": fat5.accelerate(twin(model), fused_loss=True),
     }
 
@@ -115,7 +118,7 @@ def timings(shape: str, rows: int, repeats: int) -> list[dict[str, object]]:
         "training step": partial(_swap, partial(train, optimizer=optimizer), inputs),
     }
     for step, run in steps.items():
-        names = PROVIDERS if step == "training step" else PROVIDERS[:2]
+        names = PROVIDERS if step == "training step" else PROVIDERS[:3]
         seconds = measure.interleaved({name: partial(run, models[name]) for name in names}, repeats=repeats)
         case = f"{shape} {step}, B{rows} L50-512"
         for name, samples in seconds.items():
@@ -129,19 +132,20 @@ def _swap(step: Callable[..., Tensor], inputs: dict[str, Tensor], model: Any) ->
     return step(model, inputs)
 
 
-def memory(shape: str, length: int, threads: int) -> list[dict[str, object]]:
+def memory(shapes: dict[str, str], length: int, threads: int) -> list[dict[str, object]]:
+    """For each step, of the shape given for it."""
     found = []
-    for step in ("forward", "training step"):
+    for step, shape in shapes.items():
         case = f"{shape} {step}, B1 L{length}"
         peak = {}
-        for name in PROVIDERS[:2]:
+        for name in PROVIDERS[:3]:
             probing = ["--probe", name, step, "--shape", shape, "--memory-length", str(length)]
             command = [sys.executable, __file__, *probing, "--threads", str(threads)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             peak[name] = np.array([float(out.split()[-1])])
             found.append(measure.row(case, name, "peak memory", peak[name], "bytes"))
-        ratio = peak["stock sdpa"] / peak["accelerated"]
-        found.append(measure.row(case, "stock / accelerated", "memory", ratio, "ratio"))
+        for name in PROVIDERS[1:3]:
+            found.append(measure.row(case, f"stock / {name}", "memory", peak["stock sdpa"] / peak[name], "ratio"))
     return found
 
 
@@ -174,6 +178,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--shape", choices=list(SHAPES), default="flan-t5-base")
+    # A training step of stock FLAN-T5-base at 4,096 tokens wants some 24 GB.
+    parser.add_argument("--training-memory-shape", choices=list(SHAPES), default="flan-t5-small")
     parser.add_argument("--memory-length", type=int, default=4096)
     parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,7 +188,8 @@ def main() -> None:
         probe(*arguments.probe, arguments.shape, arguments.memory_length)
         return
     rows = timings(arguments.shape, arguments.rows, arguments.repeats)
-    rows += memory(arguments.shape, arguments.memory_length, arguments.threads)
+    shapes = {"forward": arguments.shape, "training step": arguments.training_memory_shape}
+    rows += memory(shapes, arguments.memory_length, arguments.threads)
     measure.save("accelerate_cpu", rows)
 
 
