@@ -22,6 +22,7 @@ from stock import (
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5EncoderModel
 
 import fat5
+from fat5.errors import CheckpointError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.decoding import Decoder
 
@@ -218,3 +219,31 @@ def test_weights_go_from_one_class_to_the_other_in_memory():
     assert str(ours.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
     other = T5ForConditionalGeneration(T5Config(**ours.config.to_dict()))
     assert str(other.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+
+
+def test_a_stock_configuration_is_named(tmp_path):
+    config, says = T5Config(**SIZES), r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_pretrained"
+    t5_v1_0().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=says):
+        FAT5ForConditionalGeneration(config)
+    with pytest.raises(TypeError, match=says):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
+def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):
+    """As the largest of the old checkpoints are stored."""
+    stock, batch, index = t5_v1_1().eval(), rows(), {}
+    stock.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for number in (1, 2):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 2]}
+        torch.save(part, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    torch.save({name: Path("/") for name in part}, tmp_path / file)
+    with pytest.raises(CheckpointError, match=r"one of its \.bin files is a pickle that holds more than tensors"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path)

@@ -136,7 +136,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _binary(where: Any) -> str:
     found = sorted(Path(where).glob("*.bin"))
-    return found[0].name if found else "its .bin file"
+    return found[0].name if len(found) == 1 else "one of its .bin files"
 
 
 def _last_line(error: BaseException) -> str:
