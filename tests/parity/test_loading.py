@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stock import (
+    ENCODERS,
     EVERY_FAMILY,
     FAMILIES,
     LOGITS_TOLERANCE,
@@ -150,6 +151,24 @@ def test_an_encoder_of_a_whole_model_is_saved_as_the_stock_encoder(tmp_path):
     kept = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("input_ids", "attention_mask")}
     assert difference(ours(**given)[0][kept], stock.eval()(**given)[0][kept]) <= LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]], ids="+".join
+)
+@pytest.mark.parametrize("family", ENCODERS.values(), ids=ENCODERS.keys())
+def test_embeddings_under_either_name(family, names, tmp_path):
+    """Text encoders of image generators are saved in each of these ways."""
+    stock, batch = family().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors.pop("shared.weight")
+    tensors |= {f"{name}.weight": table.clone() for name in names}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = fat5.FAT5EncoderModel.from_pretrained(tmp_path).eval()
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    kept = batch["attention_mask"].bool()
+    assert difference(ours(**given)[0][kept], stock(**given)[0][kept]) <= LOGITS_TOLERANCE
 
 
 def test_the_first_checkpoints_of_t5(tmp_path):
