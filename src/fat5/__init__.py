@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fat5.registration import register_with_transformers
+
 __version__ = "0.1.0"
 
 # Each name is imported when first used, so that `import fat5` stays light and needs neither a GPU nor Triton.
@@ -55,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+register_with_transformers()

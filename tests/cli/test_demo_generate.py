@@ -52,6 +52,28 @@ def test_the_other_files_are_there(demo: Path) -> None:
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
 
 
+def test_the_model_s_card_tells_its_training(demo: Path) -> None:
+    """Data, steps, losses, plot, and how it is loaded without FAT5; a converted copy keeps them."""
+    summary = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
+    copied = demo.parent / "copied"
+    assert main(["convert", str(demo), "--to", "fat5", "--output_dir", str(copied)]) == 0
+    for folder in (demo / "model", copied):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        told = [
+            "AutoModelForSeq2SeqLM.from_pretrained",
+            "for 4 steps",
+            "fr.jsonl.gz",
+            "![Loss, rate and throughput](loss.png)",
+        ]
+        told += [
+            f"{summary['val_loss_first']:.4f} → **{summary['val_loss_last']:.4f}**",
+            f"{summary['parameters']:,} par",
+        ]
+        told += [f"| {name} | {loss:.4f} |" for name, loss in summary["val_loss_by_denoiser"].items()]
+        assert [text for text in told if text not in card] == []
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_stock_transformers_load_the_model_without_fat5(demo: Path) -> None:
     code = f"""
 import sys

@@ -10,6 +10,8 @@ import torch
 from stock import difference, fat5_like, gradient_difference, packed, rows
 from torch import Tensor
 
+from fat5.model import FAT5EncoderModel
+
 SOURCE = ("input_ids", "attention_mask")
 
 
@@ -31,6 +33,20 @@ def loss(stock: Any) -> float:
 def gradients(stock: Any) -> float:
     """Of every parameter, from padded rows."""
     return _gradients(stock, lambda ours, batch: ours(**batch).loss)
+
+
+def gradients_padded_left(stock: Any) -> float:
+    return _gradients(stock, lambda ours, batch: ours(**batch).loss, "left")
+
+
+def padded_checkpointed_gradients(stock: Any) -> float:
+    """gradient_checkpointing_enable(), padded rows."""
+
+    def run(ours: Any, batch: dict[str, Tensor]) -> Tensor:
+        ours.gradient_checkpointing_enable()
+        return ours(**batch).loss
+
+    return _gradients(stock, run)
 
 
 def packed_loss(stock: Any) -> float:
@@ -123,6 +139,8 @@ CHECKS: dict[str, Callable[[Any], float]] = {
     "logits, padded left": logits_padded_left,
     "loss": loss,
     "gradients": gradients,
+    "gradients, padded left": gradients_padded_left,
+    "gradients, checkpointed": padded_checkpointed_gradients,
     "packed: loss": packed_loss,
     "packed: each document alone": packed_alone,
     "packed: gradients": packed_gradients,
@@ -135,8 +153,89 @@ CHECKS: dict[str, Callable[[Any], float]] = {
 }
 
 
-def _gradients(stock: Any, run: Callable[[Any, dict[str, Tensor]], Tensor]) -> float:
-    batch, ours = rows(), fat5_like(stock)
+# Of the encoder alone.
+
+
+def encoder_states(stock: Any, side: str = "right") -> float:
+    batch, kept = _source(side)
+    return difference(_encoder(stock)(**batch)[0][kept], stock(**batch)[0][kept])
+
+
+def encoder_states_padded_left(stock: Any) -> float:
+    return encoder_states(stock, "left")
+
+
+def encoder_gradients(stock: Any) -> float:
+    batch, kept = _source()
+    weight = torch.randn(int(kept.sum()), stock.config.d_model)
+    ours = _encoder(stock)
+    for model in (stock, ours):
+        (model(**batch)[0][kept] * weight).sum().backward()
+    return gradient_difference(stock, ours)
+
+
+def encoder_packed(stock: Any) -> float:
+    """Documents packed, against the same rows padded."""
+    batch, kept = _source()
+    documents = packed(batch | {"labels": torch.zeros(3, 1, dtype=torch.long)})
+    given = {key: documents[key] for key in ("input_ids", "cu_seqlens", "max_seqlen")}
+    return difference(_encoder(stock)(**given)[0][: kept.sum()], stock(**batch)[0][kept])
+
+
+def encoder_inputs_embeds(stock: Any) -> float:
+    batch, kept = _source()
+    batch["inputs_embeds"] = stock.shared(batch.pop("input_ids"))
+    return difference(_encoder(stock)(**batch)[0][kept], stock(**batch)[0][kept])
+
+
+def encoder_hidden_states(stock: Any) -> float:
+    batch, kept = _source()
+    want, got = (model(**batch, output_hidden_states=True).hidden_states for model in (stock, _encoder(stock)))
+    return max(difference(g[kept], w[kept]) for g, w in _pairs(got, want))
+
+
+def encoder_attentions(stock: Any) -> float:
+    batch, kept = _source()
+    stock.set_attn_implementation("eager")
+    want, got = (model(**batch, output_attentions=True).attentions for model in (stock, _encoder(stock)))
+    return max(difference(g.transpose(1, 2)[kept], w.transpose(1, 2)[kept]) for g, w in _pairs(got, want))
+
+
+def encoder_way_back(stock: Any) -> float:
+    from tempfile import TemporaryDirectory
+
+    batch, kept = _source()
+    with TemporaryDirectory() as folder:
+        _encoder(stock).save_pretrained(folder)
+        back, info = type(stock).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return difference(back.train(stock.training)(**batch)[0][kept], stock(**batch)[0][kept])
+
+
+# Named as those of a whole model, so that a table can show them side by side.
+ENCODER_CHECKS: dict[str, Callable[[Any], float]] = {
+    "logits": encoder_states,
+    "logits, padded left": encoder_states_padded_left,
+    "gradients": encoder_gradients,
+    "packed: each document alone": encoder_packed,
+    "inputs_embeds": encoder_inputs_embeds,
+    "output_hidden_states": encoder_hidden_states,
+    "output_attentions": encoder_attentions,
+    "saved by FAT5, read by stock": encoder_way_back,
+}
+
+
+def _encoder(stock: Any) -> Any:
+    return fat5_like(stock, FAT5EncoderModel)
+
+
+def _source(side: str = "right") -> tuple[dict[str, Tensor], Tensor]:
+    batch = {key: value for key, value in rows(side).items() if key in SOURCE}
+    return batch, batch["attention_mask"].bool()
+
+
+def _gradients(stock: Any, run: Callable[[Any, dict[str, Tensor]], Tensor], side: str = "right") -> float:
+    batch, ours = rows(side), fat5_like(stock)
     stock(**batch).loss.backward()
     run(ours, batch).backward()
     return gradient_difference(stock, ours)

@@ -11,8 +11,10 @@ from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     UMT5Config,
+    UMT5EncoderModel,
     UMT5ForConditionalGeneration,
 )
 
@@ -54,12 +56,22 @@ def byt5(**options: Any) -> T5ForConditionalGeneration:
     return t5_v1_1(**({"vocab_size": 384, "num_layers": 6, "num_decoder_layers": 2} | options))
 
 
+def encoder(**options: Any) -> T5EncoderModel:
+    """T5's encoder alone, gated."""
+    return T5EncoderModel(T5Config(**(SIZES | options), feed_forward_proj="gated-gelu")).train()
+
+
+def umt5_encoder(**options: Any) -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(**(SIZES | options))).train()
+
+
 def _untied(model: Any) -> Any:
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model.train()
 
 
 FAMILIES = {"v1.0": t5_v1_0, "v1.1": t5_v1_1, "mT5": mt5, "umT5": umt5, "ByT5": byt5}
+ENCODERS = {"T5 encoder": encoder, "umT5 encoder": umt5_encoder}
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 

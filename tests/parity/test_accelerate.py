@@ -390,14 +390,3 @@ def test_a_trainer_trains(tmp_path):
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
     assert after < before
-
-
-def test_import_is_light():
-    script = """
-import sys
-import fat5
-assert "transformers" not in sys.modules and "torch" not in sys.modules
-fat5.accelerate
-assert "transformers" in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from stock import SIZES, fat5_like, rows, t5_v1_0, t5_v1_1
+from generation import LOOP, prompts
+from stock import SIZES, fat5_like, t5_v1_0, t5_v1_1
 from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
@@ -18,15 +19,7 @@ from fat5.model.decoding import Decoder, generate
 
 # Past WINDOW keys, so that the window grows, and past the reach of the bias.
 LENGTH = 130
-HOW = {
-    "greedy": {},
-    "penalty": {"repetition_penalty": 1.5},
-    "sample": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
-    "sample-all": {"do_sample": True, "top_k": 0},
-    "beam": {"num_beams": 3},
-    "beam-penalty": {"num_beams": 4, "repetition_penalty": 1.3},
-}
-MODES = pytest.mark.parametrize("how", list(HOW.values()), ids=list(HOW))
+MODES = pytest.mark.parametrize("how", list(LOOP.values()), ids=list(LOOP))
 
 
 def mt5() -> MT5ForConditionalGeneration:
@@ -35,12 +28,6 @@ def mt5() -> MT5ForConditionalGeneration:
 
 def umt5() -> UMT5ForConditionalGeneration:
     return UMT5ForConditionalGeneration(UMT5Config(**SIZES, feed_forward_proj="gated-gelu"))
-
-
-def prompts(side: str = "right") -> dict[str, torch.Tensor]:
-    """The same each time."""
-    torch.manual_seed(11)
-    return {key: value for key, value in rows(side).items() if key != "labels"}
 
 
 def assert_same_tokens(want: torch.Tensor, got: torch.Tensor, end: int = 1) -> None:

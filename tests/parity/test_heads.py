@@ -142,6 +142,35 @@ def test_from_a_seq2seq_checkpoint(family, kind, tmp_path, caplog, capfd):
     assert difference(body.encoder(**batch).last_hidden_state[kept], want) <= LOGITS_TOLERANCE
 
 
+@EVERY_FAMILY
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForQuestionAnswering"])
+def test_with_a_decoder_from_a_seq2seq_checkpoint(family, kind, tmp_path):
+    """On request; what the stock class makes of the same folder, but for the head, which is new in both."""
+    family().save_pretrained(tmp_path)
+    cls = getattr(fat5.model, f"FAT5{kind}")
+    ours = cls.from_pretrained(tmp_path, head_form="encoder-decoder").eval()
+    prefix = {"mt5": "MT5", "umt5": "UMT5"}.get(ours.config.family, "T5")
+    stock = getattr(transformers, f"{prefix}{kind}").from_pretrained(tmp_path).eval()
+    heads = {name: parameter for name, parameter in stock.named_parameters() if name.startswith(cls._head_weights)}
+    assert bool(heads) == (kind != "Model")
+    for name, parameter in heads.items():
+        ours.get_parameter(name).data.copy_(parameter.data)
+    batch = source()
+    given = batch | ({"decoder_input_ids": batch["input_ids"]} if kind == "Model" else {})
+    kept = batch["attention_mask"].bool()
+    want, got = stock(**given)[0], ours(**given)[0]
+    at = kept if want.shape[:2] == kept.shape else slice(None)
+    assert difference(got[at], want[at]) <= LOGITS_TOLERANCE
+
+
+def test_a_head_of_another_size_is_begun_anew_on_request(tmp_path):
+    fat5.FAT5ForTokenClassification(FAT5Config(**SIZES, num_labels=3)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"classifier\..* ignore_mismatched_sizes=True begins a head anew"):
+        fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5)
+    ours = fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert ours(**source()).logits.shape[-1] == 5
+
+
 @pytest.mark.parametrize("position_encoding", ["t5", "alibi"])
 @pytest.mark.parametrize("form", ["encoder", "encoder-decoder"])
 @pytest.mark.parametrize("kind", ["EncoderModel", *HEADS])

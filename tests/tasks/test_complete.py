@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fat5.data import Tokenizer, load_tokenizer
+from fat5.data.tokenizer import added_token, byte_tokenizer
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
-from fat5.errors import ConfigurationError, DataError
+from fat5.errors import ConfigurationError, DataError, TokenizerError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.tasks import Decoding, complete
 
@@ -32,6 +33,7 @@ class Scripted(torch.nn.Linear):
 
     def __init__(self, rows: list[list[int]]) -> None:
         super().__init__(1, 1)
+        self.config = FAT5Config.preset("fat5-demo")
         self.rows, self.shown = rows, []
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -176,3 +178,22 @@ def test_special_names_in_a_prompt_are_text(tokenizer: Tokenizer, tmp_path: Path
     complete(model, tokenizer, ["un </s> et [X]"])
     assert info.eos_id not in model.shown[0][:-1]
     assert info.mode_ids["[X]"] not in model.shown[0]
+
+
+def test_a_tokenizer_without_mode_tokens_puts_none() -> None:
+    """As those of FLAN-T5, mT5 and ByT5, whose models have never seen one."""
+    own = Tokenizer(byte_tokenizer(), None, {})
+    sentinel = own.info.sentinel_ids[0]
+    for prompt, mode in (("Le ___.", "infill"), ("Le", "continue")):
+        model = Scripted([[sentinel, 70, own.info.eos_id]])
+        complete(model, own, [prompt], mode=mode)
+        assert model.shown == [[*own.encode("Le"), sentinel, *own.encode("." if mode == "infill" else ""), 1]]
+    with pytest.raises(ConfigurationError, match="Its tokenizer has none"):
+        complete(Scripted([]), own, ["Le ___."], mode_token="[R]")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(model: FAT5ForConditionalGeneration) -> None:
+    content = byte_tokenizer()
+    content["added_tokens"].append(added_token(5000, "<far>"))
+    with pytest.raises(TokenizerError, match=r"has 5,001 tokens, and the model only 1,024 rows"):
+        complete(model, Tokenizer(content, None, {}), ["Le ___."])

@@ -61,6 +61,9 @@ class Tokenizer:
         text: its bytes on disk, where it needs no change to be used; they are kept as they are.
         names: `pad`, `eos` and `unk` → token, where they differ from `<pad>`, `</s>`, `<unk>`.
         source: what to call it in an error.
+
+    Attributes:
+        own_size: ids in the file. own_modes: the mode tokens among them; those it lacks are added behind them.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class Tokenizer:
                 raise TokenizerError(
                     f"no {role} token {token!r}", where=source, hint="T5-family tokenizers have <pad>, </s> and <unk>"
                 )
+        # What the file itself holds; a T5 of others has no mode tokens, and its model has never seen those added here.
+        self.own_size = max(ids.values()) + 1
+        self.own_modes = tuple(mode for mode in MODES if mode in ids)
         sentinels = _sentinels(ids)
         if not sentinels:
             raise TokenizerError(

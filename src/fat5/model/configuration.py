@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import MT5Config, T5Config, UMT5Config
+from transformers.activations import ACT2FN
 
 from fat5.errors import CheckpointError, ConfigurationError
 from fat5.model.flash_t5 import translate_configuration
@@ -83,6 +84,12 @@ class FAT5Config(T5Config):
         for key in (*sizes, "max_positions", "relative_attention_max_distance"):
             if getattr(self, key) < 1:
                 raise ConfigurationError(f"expected at least 1, got {getattr(self, key)}", where=key)
+        gate, _, activation = self.feed_forward_proj.rpartition("-")
+        if gate not in ("", "gated") or activation not in ACT2FN:
+            raise ConfigurationError(
+                f"expected an activation of transformers, alone or after gated-, got {self.feed_forward_proj!r}",
+                where="feed_forward_proj",
+            )
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
             raise ConfigurationError(
                 f"expected an even number of at least 4, got {self.relative_attention_num_buckets}",

@@ -38,13 +38,14 @@ Models = (
 class Projection:
     """One or more bias-free linear layers over the same input, their outputs side by side.
 
-    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is.
+    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is, and
+    so is everything where `packs` is False.
     """
 
-    def __init__(self, *layers: Any) -> None:
+    def __init__(self, *layers: Any, packs: bool = True) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        if torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
+        if packs and torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
             weight = torch.cat([layer.weight.detach() for layer in layers])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
@@ -78,7 +79,7 @@ class DecoderWeights:
     """The decoder of a model, its projections ready for few rows.
 
     Raises:
-        TypeError: `model` is none of `Models`.
+        TypeError: `model` is none of `Models`, or its weights are offloaded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,14 +87,18 @@ class DecoderWeights:
             raise TypeError(
                 f"model: expected a FAT5 or T5 model for conditional generation, got {type(model).__name__}"
             )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise TypeError("model: weights that a device_map put elsewhere are not served, expected all of them here")
         config = model.config
         self.decoder: Any = model.decoder
         self.heads, self.width = config.num_heads, config.d_kv
         self.encoding = getattr(config, "position_encoding", "t5")
         self.max_distance = config.relative_attention_max_distance
         self.scale = config.d_model**-0.5 if scales_output(model) else None
-        self.layers = [LayerWeights(block.layer, config) for block in model.decoder.block]
-        self.lm_head = Projection(model.lm_head)
+        # A float16 model has a float32 wo between hidden states of float16, which oneDNN does not take.
+        packs = {x.dtype for x in model.decoder.parameters() if x.is_floating_point()} == {torch.float32}
+        self.layers = [LayerWeights(block.layer, config, packs) for block in model.decoder.block]
+        self.lm_head = Projection(model.lm_head, packs=packs)
 
     def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """What the biases of layer i are read from, or None where they are the layer's before.
@@ -123,17 +128,17 @@ class DecoderWeights:
 class LayerWeights:
     """One block's."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, packs: bool) -> None:
         own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
         self.norms = [part.layer_norm for part in layer]
-        self.query_key_value, self.output = Projection(own.q, own.k, own.v), Projection(own.o)
-        self.memory_query, self.memory_output = Projection(across.q), Projection(across.o)
+        self.query_key_value, self.output = Projection(own.q, own.k, own.v, packs=packs), Projection(own.o, packs=packs)
+        self.memory_query, self.memory_output = Projection(across.q, packs=packs), Projection(across.o, packs=packs)
         # Of many rows at once, and once: no need to lay them out.
         self.memory_key, self.memory_value = across.k, across.v
         self.gated = hasattr(dense, "wi_0")
-        self.inner = Projection(dense.wi_0 if self.gated else dense.wi)
-        self.gate = Projection(dense.wi_1) if self.gated else None
-        self.outer = Projection(dense.wo)
+        self.inner = Projection(dense.wi_0 if self.gated else dense.wi, packs=packs)
+        self.gate = Projection(dense.wi_1, packs=packs) if self.gated else None
+        self.outer = Projection(dense.wo, packs=packs)
         self.activation = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def feed_forward(self, normed: Tensor, hidden: Tensor) -> Tensor:
@@ -289,7 +294,9 @@ class Step:
 def _is_plain(layer: Any) -> bool:
     if type(layer) is not nn.Linear or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    # A quantised weight may be of a class of its own that says it is float32.
+    weight = layer.weight
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _cast(x: Tensor, layer: Any) -> Tensor:

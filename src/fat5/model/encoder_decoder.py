@@ -1,6 +1,6 @@
 """The encoder with its decoder, on padded rows as transformers' callers give them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,14 @@ class EncoderDecoder(FAT5PreTrainedModel):
         return (pad if start is None else start), pad
 
 
+# Weights of a seq2seq checkpoint that what has a decoder but no language-model head does not need.
+NOT_WITHOUT_A_HEAD = [*(EncoderDecoder._keys_to_ignore_on_load_unexpected or []), r"^lm_head\."]
+
+
 class FAT5Model(EncoderDecoder):
     """The encoder-decoder without a head, as transformers' T5Model."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

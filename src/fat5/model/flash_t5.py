@@ -1,7 +1,7 @@
 """Checkpoints of the first FAT5 (model_type: flash_t5): their keys and names, said in T5's.
 
 The formulas are T5's with a factor on the attention scores, which is folded into the query projections; so what is
-loaded is a plain T5, and is saved as one. Names and facts: docs/compatibility.md.
+loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: tests/parity/test_flash_t5.py.
 """
 
 import re
@@ -45,12 +45,21 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
         )
     activation = "gelu" if found.get("use_gelu_act", True) else "relu"
     gated = found.get("use_glu_mlp", True)
-    scale = found.get("attention_scale")
+    # Absent, T5's; null, what the old model makes of None: the root of the number of heads, not of their width.
+    scale = found.get("attention_scale", 1.0)
+    if scale is None:
+        scale = int(found.get("num_heads", 8)) ** -0.5
+    pad = found.get("pad_token_id")
     untouched = {key: value for key, value in found.items() if key not in _DROPPED}
     return untouched | {
         "feed_forward_proj": f"gated-{activation}" if gated else ("gelu_new" if activation == "gelu" else "relu"),
         "tie_word_embeddings": bool(found.get("tie_word_embeddings", False)),
-        "flash_t5_attention_scale": 1.0 if scale is None else float(scale),
+        "flash_t5_attention_scale": float(scale),
+        # The old model says False of itself, pads labels with -100 and leaves factors of its loss null.
+        "is_encoder_decoder": True,
+        "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
+        "z_loss": found.get("z_loss") or 0.0,
+        "label_smoothing": found.get("label_smoothing") or 0.0,
         "architectures": None,
     }
 
@@ -65,6 +74,9 @@ def translate_tensors(tensors: dict[str, Tensor], attention_scale: float) -> dic
         if name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")) and attention_scale != 1.0:
             tensor = (tensor.double() * attention_scale).to(tensor.dtype)
         translated[name] = tensor
+    for copied in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if copied in translated:
+            translated.setdefault("shared.weight", translated.pop(copied))
     return translated
 
 

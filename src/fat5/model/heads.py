@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 
 from fat5.errors import DataError
 from fat5.model.encoder import NOT_OF_AN_ENCODER, FAT5EncoderModel
-from fat5.model.encoder_decoder import FAT5Model
+from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, FAT5Model
 from fat5.model.layers import HeadProjection
 from fat5.model.layout import shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
@@ -57,6 +57,7 @@ class FAT5ForSequenceClassification(_Headed):
     at the text's last EOS is taken.
     """
 
+    _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
     _head_weights: ClassVar = ("classification_head.",)
 
     def __init__(self, config: Any) -> None:

@@ -112,6 +112,15 @@ class Attention(nn.Module):
         return key, value
 
 
+def bias_table(embedding: nn.Embedding, device: torch.device) -> Tensor:
+    """The (num_buckets, H) weights of a bucket table, wherever they lie: those that a device_map put on the disk or
+    into host memory come with a call.
+    """
+    if not embedding.weight.is_meta:
+        return embedding.weight
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
 class HeadProjection(nn.Linear):
     """A projection of a head: with a bias, and initialised as such."""
 

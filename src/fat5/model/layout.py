@@ -5,6 +5,7 @@ exit. Decoding with a cache runs on rows.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Layout:
     @property
     def packed(self) -> bool:
         return self.cu_seqlens is not None
+
+    def to(self, device: torch.device | str, **how: Any) -> "Layout":
+        """The same layout on another device, as accelerate asks for where a model is spread over several."""
+        starts, mask = (None if x is None else x.to(device, **how) for x in (self.cu_seqlens, self.mask))
+        return Layout(starts, self.max_seqlen, mask)
 
     def positions(self, tokens: Tensor) -> Tensor:
         """The position of each token in its document, shaped like `tokens`' leading dimensions: (T,) or (1, L)."""
@@ -91,4 +97,4 @@ class Padding:
         """(T, ...) to (B, L, ...), zeros where there is no token."""
         batch, length = self.shape
         rows = packed.new_zeros(batch * length, *packed.shape[1:])
-        return rows.index_copy(0, self.index, packed).view(batch, length, *packed.shape[1:])
+        return rows.index_copy(0, self.index.to(packed.device), packed).view(batch, length, *packed.shape[1:])

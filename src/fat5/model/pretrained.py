@@ -40,6 +40,14 @@ class FAT5PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules: ClassVar = ["wo"]
     _head_weights: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, config: Any) -> None:
+        if not isinstance(config, FAT5Config):
+            raise TypeError(
+                f"config: expected a FAT5Config, got a {type(config).__name__}; FAT5Config.from_pretrained(folder) "
+                "makes one of any T5's"
+            )
+        super().__init__(config)
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The embeddings of both stacks are always the shared one; the output projection only if the configuration
         ties it.
@@ -154,7 +162,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
             raise CheckpointError(
                 f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}",
                 where=where,
-                hint="config.json does not belong to these weights",
+                hint="ignore_mismatched_sizes=True begins a head anew"
+                if cls._head_weights and name.startswith(cls._head_weights)
+                else "config.json does not belong to these weights",
             )
         extra = sorted(info["unexpected_keys"])
         if extra:

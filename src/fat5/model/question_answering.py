@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, Seq2SeqQuestionAnsweringModelOutput
 
 from fat5.model.encoder import NOT_OF_AN_ENCODER, encode
-from fat5.model.encoder_decoder import EncoderDecoder
+from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, EncoderDecoder
 from fat5.model.heads import refuse_given, shifted
 from fat5.model.layers import HeadProjection
 
@@ -21,10 +21,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
 
     accepts_loss_kwargs = False
     _head_weights: ClassVar = ("qa_outputs.",)
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
-        *(EncoderDecoder._keys_to_ignore_on_load_unexpected or []),
-        r"^lm_head\.",
-    ]
+    _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, has_decoder=config.head_form != "encoder")

@@ -67,4 +67,4 @@ def run_rows(
         return stack(padding.pack(rows), padding.layout, **how), padding.pad
     tokens = None if mask is None else mask.bool()
     keep = torch.ones(shape, dtype=torch.bool, device=rows.device) if tokens is None else tokens
-    return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x.dtype)
+    return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fat5.model.configuration import FAT5Config
-from fat5.model.layers import Block, RMSNorm
+from fat5.model.layers import Block, RMSNorm, bias_table
 from fat5.model.layout import Layout
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
 from fat5.model.rows import Trace
@@ -79,7 +79,7 @@ class Stack(nn.Module):
                 rotation = self.rotary(positions)
         # One bias for all blocks, or one a block, each with where it comes from.
         sources = range(len(self.block)) if self.own_bias else [0]
-        biases = [self._bias(layout, cache, offset, tokens, source) for source in sources]
+        biases = [self._bias(layout, cache, offset, hidden, source) for source in sources]
         causal = self.is_decoder and cache is None
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
@@ -101,36 +101,37 @@ class Stack(nn.Module):
         return hidden
 
     def _bias(
-        self, layout: Layout, cache: Any, offset: Any, tokens: Tensor, source: int
+        self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int
     ) -> RelativeBias | Tensor | None:
         """What attention adds to the scores; with a cache it hides the future too, which attention does without."""
         if cache is None:
-            return self._relative_bias(layout.max_seqlen, source)
+            return self._relative_bias(layout.max_seqlen, source, hidden.device)
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
         # decoding.
-        length = tokens.shape[1]
+        length, device = hidden.shape[1], hidden.device
         capacity: int = cache.self_attention_cache.get_max_length() if _is_static(cache) else offset + length
-        queries = torch.arange(length, device=tokens.device)[:, None] + offset
-        hidden = torch.arange(capacity, device=tokens.device)[None, :] > queries
+        queries = torch.arange(length, device=device)[:, None] + offset
+        future = torch.arange(capacity, device=device)[None, :] > queries
         bias: Tensor | None = None
         if self.config.position_encoding == "fire":
             bias = self.fire(length, capacity, offset)
         else:
-            relative = self._relative_bias(capacity, source)
+            relative = self._relative_bias(capacity, source, device)
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
-            bias = torch.zeros(1, 1, length, capacity, device=tokens.device)
-        return bias.masked_fill(hidden, float("-inf"))
+            bias = torch.zeros(1, 1, length, capacity, device=device)
+        return bias.masked_fill(future, float("-inf"))
 
-    def _relative_bias(self, max_length: int, source: int) -> RelativeBias | Tensor | None:
+    def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
         config = self.config
         if config.position_encoding == "t5":
-            table = self.block[source].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr, index]
+            embedding = self.block[source].layer[0].SelfAttention.relative_attention_bias  # type: ignore[union-attr, index]
             return RelativeBias.from_table(
-                table, bidirectional=not self.is_decoder, max_distance=config.relative_attention_max_distance
+                bias_table(embedding, device),
+                bidirectional=not self.is_decoder,
+                max_distance=config.relative_attention_max_distance,
             )
         if config.position_encoding == "alibi":
-            device = self.embed_tokens.weight.device
             asymmetric = config.alibi_asymmetric and not self.is_decoder
             return RelativeBias.alibi(config.num_heads, max(max_length - 1, 1), asymmetric, device=device)
         if config.position_encoding == "fire":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
@@ -37,6 +38,7 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     config = args[0] if args else kwargs.get("config")
     if isinstance(config, str | Path):
         config = None
+    _check_index(folder)
     named = kwargs.get("variant") is not None
     safe = any(folder.glob("*.safetensors")) or (folder / _WEIGHTS[1]).is_file()
     if not safe and not named and not any((folder / name).is_file() for name in _WEIGHTS):
@@ -68,6 +70,8 @@ def readable(where: Any) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
+    except StrictDataclassError as error:
+        raise CheckpointError(f"config.json cannot be used: {_last_line(error)}", where=where, hint=again) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
         raise CheckpointError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
     except pickle.UnpicklingError as error:
@@ -91,6 +95,15 @@ def transformers_quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _check_index(folder: Path) -> None:
+    """An index of shards that is JSON and yet names no file is damaged too."""
+    for path in sorted(folder.glob("*.index.json")):
+        content = json.loads(path.read_text())
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            raise CheckpointError("damaged: names no file for each tensor", where=path, hint="restore it")
 
 
 def _refuse(folder: Path) -> None:
@@ -123,7 +136,11 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _binary(where: Any) -> str:
     found = sorted(Path(where).glob("*.bin"))
-    return found[0].name if found else "its .bin file"
+    return found[0].name if len(found) == 1 else "one of its .bin files"
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
 
 
 def _first_line(error: BaseException) -> str:

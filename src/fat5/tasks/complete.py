@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from fat5.data import Tokenizer
-from fat5.errors import ConfigurationError, DataError
+from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
@@ -110,19 +110,27 @@ def complete(
         prompts: texts. Blanks are `___` or `<extra_id_0>`, in the order they stand.
         mode: "infill" fills blanks, "continue" goes on after the text, "text" gives the text as it is (translation and
             other fine-tuned tasks); "auto" is infill where a prompt has a blank, else continue.
-        mode_token: put first; None takes [R] for infill and [S] for continue; "" puts none.
+        mode_token: put first; None takes [R] for infill and [S] for continue where the tokenizer has them, as those of
+            other T5s do not; "" puts none.
         decoding: greedy by default.
 
     Raises:
         ConfigurationError: an unknown mode or mode token, or a model that our decoding loop, asked for, cannot serve.
+        TokenizerError: more tokens than the model has rows for.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
     decoding = decoding or Decoding()
     if mode not in MODES:
         raise ConfigurationError(f"no mode {mode!r}", where="mode", hint=f"Choose one of {', '.join(MODES)}")
-    if mode_token and mode_token not in tokenizer.info.mode_ids:
-        known = ", ".join(tokenizer.info.mode_ids)
-        raise ConfigurationError(f"no mode token {mode_token!r}", where="mode_token", hint=f"Choose one of {known}")
+    if mode_token and mode_token not in tokenizer.own_modes:
+        known = f"Choose one of {', '.join(tokenizer.own_modes)}" if tokenizer.own_modes else "Its tokenizer has none"
+        raise ConfigurationError(f"no mode token {mode_token!r}", where="mode_token", hint=known)
+    if tokenizer.own_size > model.config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.own_size:,} tokens, and the model only {model.config.vocab_size:,} rows for "
+            "them",
+            hint="They do not belong together; give the model its own tokenizer",
+        )
     encoded = [_encode(tokenizer, prompt, mode, mode_token) for prompt in prompts]
     # Prompts of one length share a batch as far as may be: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][1]), reverse=True)
@@ -152,7 +160,7 @@ def _writer(model: Any, decoding: Decoding) -> Callable[..., torch.Tensor]:
     from fat5.model.decoding import Decoder
     from fat5.model.decoding_step import Models
 
-    serves = isinstance(model, Models)
+    serves = isinstance(model, Models) and not any(parameter.is_meta for parameter in model.parameters())
     if decoding.loop == "fat5" and not serves:
         raise ConfigurationError(
             f"our decoding loop does not serve a {type(model).__name__}", where="loop", hint="Use --loop stock"
@@ -171,6 +179,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None
     ids: list[int] = []
     if mode_token is None:
         mode_token = {"infill": "[R]", "continue": "[S]"}.get(mode, "")
+        mode_token = mode_token if mode_token in tokenizer.own_modes else ""
     if mode_token:
         ids.append(info.mode_ids[mode_token])
     if mode == "text":

@@ -191,7 +191,7 @@ def _loading(facts: CardFacts) -> str:
     extra = ""
     if facts.target != "hf":
         needs = "Its computation is not stock T5's, so it needs `pip install fat5`:"
-        extra = "import fat5.model  # registers the model with transformers\n"
+        extra = "import fat5  # registers the model with transformers\n"
     return (
         f"{needs}\n\n```python\n{extra}from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'

@@ -6,6 +6,7 @@ T5's buckets, ALiBi and any clamped learned bias have this form (docs/attention.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class RelativeBias:
     def max_distance(self) -> int:
         """R: distances beyond it share the value at R (or -R)."""
         return self.vector.shape[1] // 2
+
+    def to(self, device: torch.device | str, **how: Any) -> "RelativeBias":
+        """The same bias on another device, as accelerate asks for where a model is spread over several."""
+        return RelativeBias(self.vector.to(device, **how))
 
     @classmethod
     def from_table(cls, weight: Tensor, *, bidirectional: bool, max_distance: int) -> "RelativeBias":

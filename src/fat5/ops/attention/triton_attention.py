@@ -20,8 +20,8 @@ from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_
 MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 # Of the head dimension, in the bias gradients: larger ones spill.
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
-# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers, by
-# head dimension; float32, which takes its queries in chunks, has one.
+# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers,
+# by head dimension; float32, which takes its queries in chunks, has one.
 BAND_GROUP = {64: 3, 128: 1}
 # The programs it then needs to fill the largest GPUs: two a processor, twice as many of the small ones.
 BAND_PROGRAMS, SMALL_BAND_PROGRAMS = 264, 528

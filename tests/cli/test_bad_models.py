@@ -1,0 +1,154 @@
+"""A model folder that is damaged, unsafe or of another kind: the verbs that read it say so in one line, exit code 2."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+from fat5.cli.main import main
+
+KEY = "decoder.block.1.layer.1.EncDecAttention.k.weight"
+VOCABULARY = 384  # ByT5's tokens
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound ByT5."""
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    target = tmp_path / "model"
+    model.save_pretrained(target)
+    ByT5Tokenizer().save_pretrained(target)
+    return target
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def config(**keys: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return damage
+
+
+def cut(keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+    return damage
+
+
+def shards(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        model = T5ForConditionalGeneration.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="20KB")
+        change(folder)
+
+    return damage
+
+
+def no_second_shard(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def no_map(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+
+
+class Bomb:
+    """What a malicious pickle holds: a call."""
+
+    def __init__(self, crater: Path) -> None:
+        self.crater = crater
+
+    def __reduce__(self) -> Any:
+        return Path.mkdir, (self.crater,)
+
+
+def bomb(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": Bomb(folder / "crater")}))
+
+
+def cut_binary(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing tensor": (tensors(lambda t: t.pop(KEY)), f"lacks 1 tensors, {KEY}"),
+    "extra tensor": (tensors(lambda t: t.update({"encoder.extra": torch.zeros(2)})), "no place for, encoder.extra"),
+    "misshapen tensor": (tensors(lambda t: t.update({KEY: torch.zeros(3, 3)})), f"{KEY} has shape (3, 3)"),
+    "truncated file": (cut(0.9), "damaged"),
+    "truncated header": (cut(0.001), "damaged"),
+    "missing shard": (shards(no_second_shard), "model-00002-of"),
+    "index without a map": (shards(no_map), "names no file for each tensor"),
+    "another type of model": (config(model_type="bert"), "'bert'"),
+    "another width": (config(d_model=24), "shape"),
+    "a word for a number": (config(d_model="wide"), "d_model"),
+    "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
+    "a pickle with a call": (bomb, "pickle that holds more than tensors"),
+    "a truncated pickle": (cut_binary, "damaged: pytorch_model.bin"),
+    "another pickle": (lambda at: (at / "model.safetensors").rename(at / "model.pt"), "model.pt: is a pickle"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "holds"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "a tokenizer with more tokens than rows": (
+        lambda folder: [
+            tensors(lambda t: t.update({name: t[name][:300] for name in ("shared.weight", "lm_head.weight")}))(folder),
+            config(vocab_size=300)(folder),
+        ],
+        "384 tokens, and the model only 300 rows",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["generate", "convert"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(
+    case: str, verb: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, says = CASES[case]
+    damage(folder)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capsys.readouterr()
+    argv = {
+        "generate": ["generate", "--model", str(folder), "--mode", "text", "--max_new_tokens", "2", "Bonjour"],
+        "convert": ["convert", str(folder), "--to", "hf", "--output_dir", str(tmp_path / "made")],
+    }[verb]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"fat5 {verb}: ")
+    assert says in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (folder / "crater").exists()
+
+
+@pytest.mark.parametrize("verb", ["generate", "convert"])
+def test_a_pickle_of_tensors_alone_is_read(verb: str, folder: Path, tmp_path: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    how = ["--model", str(folder), "Bonjour ___"] if verb == "generate" else [str(folder), "--output_dir"]
+    assert main([verb, *how, *([str(tmp_path / "made")] if verb == "convert" else ["--max_new_tokens", "2"])]) == 0

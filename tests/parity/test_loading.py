@@ -1,0 +1,268 @@
+"""Loading and saving: every family, tied and not, sharded, in other dtypes, spread by a device_map; both directions."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stock import (
+    ENCODERS,
+    EVERY_FAMILY,
+    FAMILIES,
+    LOGITS_TOLERANCE,
+    SIZES,
+    difference,
+    fat5_like,
+    rows,
+    t5_v1_0,
+    t5_v1_1,
+)
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5EncoderModel
+
+import fat5
+from fat5.errors import CheckpointError
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.model.decoding import Decoder
+
+SHARD = "20KB"
+
+
+def with_tying(family, tied):
+    """A stock model of the family whose output projection is the embedding, or is not."""
+    like = family()
+    keys = {key: value for key, value in like.config.to_dict().items() if key != "scale_decoder_outputs"}
+    model = type(like)(type(like.config)(**(keys | {"tie_word_embeddings": tied})))
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model.eval()
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_shards_both_ways(family, tied, tmp_path):
+    stock, batch = with_tying(family, tied), rows()
+    want = stock(**batch).logits
+    stock.save_pretrained(tmp_path / "stock", max_shard_size=SHARD)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path / "stock").eval()
+    assert difference(ours(**batch).logits, want) <= LOGITS_TOLERANCE
+    assert (ours.lm_head.weight is ours.shared.weight) == tied == ours.config.tie_word_embeddings
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=SHARD)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 10
+    back, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(back) is type(stock)
+    assert not any(info.values()), info
+    assert torch.equal(back.eval()(**batch).logits, want)
+    again = FAT5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(**batch).logits, ours(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "tolerance"),
+    [
+        ({"dtype": "auto"}, torch.float32, LOGITS_TOLERANCE),
+        ({"dtype": torch.bfloat16}, torch.bfloat16, 0.05),
+        ({"dtype": "float16"}, torch.float16, 0.01),
+        ({"torch_dtype": torch.bfloat16}, torch.bfloat16, 0.05),
+        ({"device_map": "cpu"}, torch.float32, LOGITS_TOLERANCE),
+        ({"device_map": "auto", "dtype": torch.bfloat16}, torch.bfloat16, 0.05),
+        ({"low_cpu_mem_usage": True}, torch.float32, LOGITS_TOLERANCE),
+    ],
+    ids=str,
+)
+def test_dtypes_and_devices(how, dtype, tolerance, tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, **how).eval()
+    assert ours.dtype == ours(**batch).logits.dtype == dtype
+    # float16 keeps wo, whose output overflows it, in float32; nothing else.
+    kept = {name for name, parameter in ours.named_parameters() if parameter.dtype != dtype}
+    assert kept == (
+        {name for name, _ in ours.named_parameters() if ".wo." in name} if dtype == torch.float16 else set()
+    )
+    assert difference(ours(**batch).logits.float(), stock(**batch).logits) <= tolerance
+
+
+def test_the_dtype_saved_is_the_dtype_loaded(tmp_path):
+    fat5_like(t5_v1_1()).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    for cls in (FAT5ForConditionalGeneration, AutoModelForSeq2SeqLM):
+        assert cls.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["v1.0", "v1.1", "umT5"])
+def test_a_device_map_that_puts_blocks_on_the_disk(family, tmp_path):
+    """Also the block whose bias table all the others read."""
+    stock, batch = FAMILIES[family]().eval(), rows()
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+    stock.save_pretrained(tmp_path / "stock")
+    here = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "encoder.block.1", "lm_head")
+    there = ("encoder.block.0", "encoder.block.2", "encoder.final_layer_norm", "decoder.block")
+    places = dict.fromkeys(here, "cpu") | dict.fromkeys((*there, "decoder.final_layer_norm"), "disk")
+    ours = FAT5ForConditionalGeneration.from_pretrained(
+        tmp_path / "stock", device_map=places, offload_folder=tmp_path / "off"
+    ).eval()
+    assert any(parameter.is_meta for parameter in ours.parameters())
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    assert torch.equal(ours.generate(**prompt, max_new_tokens=6), stock.generate(**prompt, max_new_tokens=6))
+    with pytest.raises(TypeError, match="weights that a device_map put elsewhere"):
+        Decoder(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    assert torch.equal(
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()(**batch).logits, stock(**batch).logits
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for two GPUs")
+@pytest.mark.parametrize("family", ["v1.0", "v1.1", "umT5"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_device_map_over_two_gpus(family, side, tmp_path):
+    """Bias, layout and memory follow the hidden states from one device to the other."""
+    stock, batch = FAMILIES[family]().eval().cuda(), {name: x.cuda() for name, x in rows(side).items()}
+    stock.save_pretrained(tmp_path)
+    first = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "encoder.block.0", "decoder.block.0", "lm_head")
+    second = ("encoder.block.1", "encoder.block.2", "encoder.final_layer_norm", "decoder.block.1", "decoder.block.2")
+    places = dict.fromkeys(first, 0) | dict.fromkeys((*second, "decoder.final_layer_norm"), 1)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, device_map=places).eval()
+    assert {parameter.device.index for parameter in ours.parameters()} == {0, 1}
+    # Matrix products of the GPU may use TF32, in both.
+    assert difference(ours(**batch).logits.cuda(), stock(**batch).logits) <= 1e-3
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(ours.generate(**prompt, max_new_tokens=6), stock.generate(**prompt, max_new_tokens=6))
+
+
+def test_a_subfolder_and_a_variant(tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    stock.save_pretrained(tmp_path / "text_encoder", variant="fp16")
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, subfolder="text_encoder", variant="fp16").eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_an_encoder_of_a_whole_model_is_saved_as_the_stock_encoder(tmp_path):
+    FAMILIES["umT5"]().save_pretrained(tmp_path / "whole")
+    ours = fat5.FAT5EncoderModel.from_pretrained(tmp_path / "whole").eval()
+    ours.save_pretrained(tmp_path / "encoder", max_shard_size=SHARD)
+    stock, info = UMT5EncoderModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert not any(info.values())
+    batch = rows()
+    kept = batch["attention_mask"].bool()
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    assert difference(ours(**given)[0][kept], stock.eval()(**given)[0][kept]) <= LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]], ids="+".join
+)
+@pytest.mark.parametrize("family", ENCODERS.values(), ids=ENCODERS.keys())
+def test_embeddings_under_either_name(family, names, tmp_path):
+    """Text encoders of image generators are saved in each of these ways."""
+    stock, batch = family().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors.pop("shared.weight")
+    tensors |= {f"{name}.weight": table.clone() for name in names}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = fat5.FAT5EncoderModel.from_pretrained(tmp_path).eval()
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    kept = batch["attention_mask"].bool()
+    assert difference(ours(**given)[0][kept], stock(**given)[0][kept]) <= LOGITS_TOLERANCE
+
+
+def test_the_first_checkpoints_of_t5(tmp_path):
+    """A configuration with a handful of keys and an old class's name, and a table that no T5 reads."""
+    stock, batch = t5_v1_0().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    old = {key: written[key] for key in ("d_ff", "d_kv", "d_model", "num_heads", "num_layers", "vocab_size")}
+    old |= {"model_type": "t5", "architectures": ["T5WithLMHeadModel"], "n_positions": 512, "output_past": True}
+    old |= {
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.0,
+        "task_specific_params": {"summarization": {"num_beams": 4}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_more_tokens_than_before(tmp_path):
+    for stock in (t5_v1_1(), t5_v1_0()):
+        ours, batch = fat5_like(stock).eval(), rows()
+        ours.resize_token_embeddings(128)
+        ours.save_pretrained(tmp_path)
+        back = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+        assert back.lm_head.weight.shape[0] == back.config.vocab_size == 128
+        assert difference(ours(**batch).logits, back(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_keys_given_to_from_pretrained_win(tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, dropout_rate=0.25, label_smoothing=0.1)
+    assert (ours.config.dropout_rate, ours.encoder.dropout.p, ours.config.label_smoothing) == (0.25, 0.25, 0.1)
+
+
+def test_generation_settings_come_along(tmp_path):
+    stock = t5_v1_1()
+    stock.generation_config.num_beams = 3
+    ours = fat5_like(stock)
+    assert ours.generation_config.num_beams == 3
+    ours.save_pretrained(tmp_path)
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path).generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("kind", ["ForConditionalGeneration", "EncoderModel"])
+def test_a_pushed_folder_is_what_stock_reads(kind, tmp_path, monkeypatch):
+    """push_to_hub up to the network: the folder that it would upload."""
+    ours = getattr(fat5, f"FAT5{kind}")(FAT5Config(**SIZES)).eval()
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("# card"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(
+        type(ours), "_upload_modified_files", lambda _, folder, *__, **___: shutil.copytree(folder, tmp_path / "sent")
+    )
+    ours.push_to_hub("me/mine")
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "sent").iterdir()}
+    assert AutoConfig.from_pretrained(tmp_path / "sent").model_type == "t5"
+
+
+def test_weights_go_from_one_class_to_the_other_in_memory():
+    stock = t5_v1_1()
+    ours = FAT5ForConditionalGeneration(FAT5Config(**stock.config.to_dict()))
+    assert str(ours.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
+    other = T5ForConditionalGeneration(T5Config(**ours.config.to_dict()))
+    assert str(other.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+
+
+def test_a_stock_configuration_is_named(tmp_path):
+    config, says = T5Config(**SIZES), r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_pretrained"
+    t5_v1_0().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=says):
+        FAT5ForConditionalGeneration(config)
+    with pytest.raises(TypeError, match=says):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
+def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):
+    """As the largest of the old checkpoints are stored."""
+    stock, batch, index = t5_v1_1().eval(), rows(), {}
+    stock.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for number in (1, 2):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 2]}
+        torch.save(part, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    torch.save({name: Path("/") for name in part}, tmp_path / file)
+    with pytest.raises(CheckpointError, match=r"one of its \.bin files is a pickle that holds more than tensors"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path)
