@@ -165,7 +165,7 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _launch(width: int, tile: int) -> Launch:
     block = triton.next_power_of_2(width)
-    return Launch(max(1, min(16, tile // block)), block, max(WARPS, min(16, block // 1024)), 1)
+    return Launch(max(1, min(16, tile // block)), block, max(WARPS, min(32, block // 512)), 1)
 
 
 def _constants(x: Tensor, launch: Launch) -> dict[str, int]:

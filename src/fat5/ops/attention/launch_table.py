@@ -26,6 +26,18 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("dense_gradient", 128, 4): (16, 16, 4, 1),
 }
 
+# (kernel, architecture or 0 for all, head dimension up to, bytes an element): with dropout, whose mask is made in
+# registers, where the row without it spills. Compiled for, not timed.
+DROPOUT: dict[tuple[str, int, int, int], Row] = {
+    ("forward", 0, 64, 2): (128, 32, 8, 2),
+    ("query_gradient", 90, 64, 2): (64, 32, 4, 2),
+    ("forward", 90, 128, 2): (128, 32, 8, 2),
+    ("query_gradient", 90, 128, 2): (64, 32, 4, 2),
+    ("key_gradient", 90, 128, 2): (16, 128, 8, 1),
+    ("dense_gradient", 0, 128, 2): (64, 16, 8, 1),
+    ("key_gradient", 90, 128, 4): (16, 16, 8, 1),
+}
+
 # (kernel, architecture, head dimension up to, bytes an element): measured, 16,384 tokens, relative bias.
 TUNED: dict[tuple[str, int, int, int], Row] = {
     ("band", 90, 64, 2): (64, 64, 8, 2),

@@ -82,7 +82,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out, of q's shape and strides where q is dense, and lse (B, H, Lq) or (H, Tq) fp32."""
     out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
-    launch = configuration("forward", q.device, q.shape[-1], q.dtype)
+    launch = configuration("forward", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
     problem = _Problem(
         q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
     )
@@ -132,7 +132,7 @@ def attention_backward(
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
 
-    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype)
+    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
     starts, shape, programs = problem.query_tiles(rows.block_m, last_first=causal)
     inputs, bias_strides = problem.inputs(rows)
     far_sums = lse.new_empty((programs, 2)) if vector is not None and bias_needs_grad else None
@@ -147,7 +147,7 @@ def attention_backward(
         problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
         rows,
     )
-    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype)
+    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
     starts, shape, programs = problem.key_tiles(columns.block_n)
     inputs, bias_strides = problem.inputs(columns)
     run(
@@ -236,7 +236,7 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
     q, k, v, dense = problem.q, problem.k, problem.v, problem.dense
     assert dense is not None
     grad_dense, (rows, columns) = dense.new_empty(dense.shape), dense.shape[2:]
-    launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype)
+    launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
     documents = problem.num_documents if problem.packed else q.shape[0]
     sizes = (documents, dense.shape[0], dense.shape[1], rows, columns)
     constants = (
