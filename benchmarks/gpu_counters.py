@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("."))
     parser.add_argument("--workload", choices=("counters", "small"), help="what the tools run")
+    parser.add_argument("--tools", default="ncu,memcheck,racecheck", help="which, in order")
     parser.add_argument("--toy", action="store_true", help="only the calls, small")
     options = parser.parse_args()
     if options.workload or options.toy:
@@ -72,13 +73,15 @@ def main() -> None:
     sections = [part for section in (*SECTIONS, "WarpStateStats") for part in ("--section", section)]
     names = "|".join(f"^{kernel}_kernel" for kernel in KERNELS)
     profiled = ["--profile-from-start", "off", "--kernel-name", f"regex:{names}", "--csv", "--page", "raw"]
-    run_tool("ncu", ["--clock-control", "none", *profiled, *sections, "--log-file", str(log)], "counters", 110)
+    tools = options.tools.split(",")
+    if "ncu" in tools:
+        run_tool("ncu", ["--clock-control", "none", *profiled, *sections, "--log-file", str(log)], "counters", 110)
     if log.exists():
         rows = read_counters(log.read_text(errors="replace"))
         write(options.output_dir / "gpu_counters.csv", rows)
         log.unlink()
     checks = ["--report-api-errors", "no", "--print-limit", "10", "--error-exitcode", "9"]
-    for tool in ("memcheck", "racecheck"):
+    for tool in [tool for tool in tools if tool != "ncu"]:
         run_tool("compute-sanitizer", ["--tool", tool, *checks], "small", 60)
 
 

@@ -5,7 +5,8 @@
 Runs unattended: a section that fails says so and the next one goes on. First the errors against float64, then times:
 CUDA events around enqueued work, the L2 cache flushed before each round, medians. 16,384 tokens, bfloat16. A line says
 for each provider `forward/backward microseconds, share of what this card's copy bandwidth (or matrix product) allows`.
-What wins goes into ON_CUDA of fat5/ops/choice.py, and tile sizes into the constants of fat5/ops/triton_*.py.
+What wins over the compiled form goes into COMPILED_ON_CUDA of fat5/ops/choice.py, tile sizes into the constants of
+fat5/ops/triton_*.py.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """What the GPU training benchmarks train: synthetic packed batches, the trainer's own step, and its timing."""
 
+import fcntl
 import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,21 +104,23 @@ class Case:
         optimizer: str = "adamw_scale",
         compiled: bool = True,
         checkpointing: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         vocabulary: int = VOCABULARY,
     ) -> "Case":
         config = PretrainConfig(
             optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]
             precision=resolve_precision(precision, DEVICE),  # type: ignore[arg-type]
-            compile=compiled and not cuda_graphs,
+            compile=compiled,
+            cuda_graphs="auto" if cuda_graphs else False,
             gradient_checkpointing=checkpointing,
         )
         torch.manual_seed(0)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         with torch.device(DEVICE):
             model = FAT5ForConditionalGeneration(FAT5Config.preset(preset, vocab_size=vocabulary))
         runner = step_runner(config, model, DEVICE)
-        if cuda_graphs:
-            runner.forward = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
         return cls(config, model, runner)
 
     def step(self, number: int, packed: PackedBatch) -> StepResult:
@@ -149,7 +153,8 @@ def first_step(case: Case, packed: PackedBatch) -> tuple[float, float]:
 
 @dataclass
 class Timing:
-    """Steps of a steady run: seconds of each, seconds that the host was busy with each, peak memory in bytes."""
+    """Steps of a steady run: seconds of each, seconds that the host was busy with each, and the most bytes that PyTorch
+    held since its case began (recordings of CUDA graphs included)."""
 
     seconds: np.ndarray
     host: np.ndarray
@@ -161,8 +166,6 @@ def steady(step: Callable[[int], StepResult], budget: float, most: int = 60) -> 
 
     The first two are not counted.
     """
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     ends, host = [], []
     pending: StepResult | None = None
     started = time.perf_counter()
@@ -175,7 +178,7 @@ def steady(step: Callable[[int], StepResult], budget: float, most: int = 60) -> 
         pending = result
         ends.append(time.perf_counter())
     synchronize()
-    memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    memory = torch.cuda.max_memory_reserved() if DEVICE.type == "cuda" else 0
     return Timing(np.diff(ends)[1:], np.array(host[2:]), memory)
 
 
@@ -195,6 +198,17 @@ def free(compiled: bool = True) -> None:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """Inside, this process alone holds the lock of `file`, if there is one: others may compile, but not time."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

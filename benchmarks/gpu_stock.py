@@ -34,6 +34,7 @@ from gpu_step import (
     steady,
     synchronize,
     tokens,
+    turn,
 )
 
 ROUNDS = 2
@@ -90,9 +91,10 @@ def _compare(
         provider: lambda n: stock.step(groups[n % 4]),
     }
     timings: dict[str, list[Timing]] = {key: [] for key in steps}
-    for _ in range(ROUNDS):
-        for key, step in steps.items():
-            timings[key].append(steady(step, options.measured))
+    with turn(options.turn):
+        for _ in range(ROUNDS):
+            for key, step in steps.items():
+                timings[key].append(steady(step, options.measured))
     rates = {key: useful / np.concatenate([t.seconds for t in found]) for key, found in timings.items()}
     padded = sum(one["input_ids"].numel() + one["labels"].numel() for group in groups for one in group) / len(groups)
     for key, rate in rates.items():

@@ -19,9 +19,23 @@ import torch
 
 from gpu_measure import Results
 from gpu_products import products
-from gpu_profile import IDLE, profile_step
+from gpu_profile import IDLE, Profile, profile_step
 from gpu_run import long, pretrain
-from gpu_step import DEVICE, Case, Shape, batch, documents, first_step, free, going_on, say, steady, synchronize, tokens
+from gpu_step import (
+    DEVICE,
+    Case,
+    Shape,
+    batch,
+    documents,
+    first_step,
+    free,
+    going_on,
+    say,
+    steady,
+    synchronize,
+    tokens,
+    turn,
+)
 from gpu_stock import decode, encoder, hf
 
 MIXED = {"512": 512, "1024": None}
@@ -41,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="auto", help="auto, bf16, bf16-pure, fp16 or fp32, as in `fat5 pretrain`"
     )
-    parser.add_argument("--cuda_graphs", action="store_true", help="record the compiled step in CUDA graphs")
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="launch a compiled step's kernels one by one")
     parser.add_argument("--stock_preset", default="fat5-base", help="preset of the sections hf, long and pretrain")
     parser.add_argument("--stock_rows", type=int, default=32, help="hf: rows of a padded batch; halved until it fits")
     parser.add_argument("--stock_eager", action="store_true", help="hf, encoder: compile neither side")
@@ -52,6 +66,9 @@ def main() -> None:
         "--run_rate", type=float, default=250e3, help="pretrain: tokens/s that its steps are planned by"
     )
     parser.add_argument("--run_steps", type=int, help="pretrain: steps of the run, instead of run_rate")
+    parser.add_argument(
+        "--turn", type=Path, help="a file to lock while steps are timed: processes may then compile side by side"
+    )
     parser.add_argument("--toy", action="store_true", help="the demo preset at a few hundred tokens")
     options = parser.parse_args()
     if options.toy:
@@ -103,7 +120,8 @@ def measure_preset(results: Results, options: argparse.Namespace, preset: str, c
 def _measure(results: Results, options: argparse.Namespace, preset: str, shape: Shape, compiled: bool) -> None:
     if options.examples:
         shape = Shape(shape.encoder, shape.decoder, options.examples, shape.longest)
-    provider = "fat5 " + ("CUDA graphs" if options.cuda_graphs and compiled else "compiled" if compiled else "eager")
+    provider = "fat5 compiled" if compiled else "fat5 eager"
+    provider += ", no CUDA graphs" if compiled and options.no_cuda_graphs else ""
     kernels = os.environ.get("FAT5_KERNELS", "auto")
     provider += "" if kernels == "auto" else f", kernels {kernels}"
     case = Case.of(
@@ -111,7 +129,7 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
         precision=options.precision,
         optimizer=options.optimizer,
         compiled=compiled,
-        cuda_graphs=options.cuda_graphs and compiled,
+        cuda_graphs=not options.no_cuda_graphs,
     )
     started = False
     for mix, length in MIXED.items():
@@ -123,7 +141,9 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             results.add(name, provider, "first step", taken, "s")
             say(f"{name}: {case.runner.precision.name}, first step {taken:.1f} s, loss {loss:.3f}")
             started = True
-        timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
+        with turn(options.turn):
+            timing = steady(lambda n, b=batches: case.step(n, b[n % 4]), options.measured)  # type: ignore[misc]
+            found = profile_step(lambda b=batches[1]: case.step(90, b), synchronize)
         useful, flops = (float(np.mean([of(b) for b in batches])) for of in (tokens, case.flops))
         rate, mfu = useful / timing.seconds, flops / timing.seconds / case.peak()
         memory = timing.memory / 2**30
@@ -138,13 +158,11 @@ def _measure(results: Results, options: argparse.Namespace, preset: str, shape: 
             f"{np.median(timing.seconds) * 1e3:.1f} ms (host {np.median(timing.host) * 1e3:.1f}), "
             f"{useful:,.0f} of {shape.encoder + shape.decoder:,} tokens, peak {memory:.1f} GiB, {len(rate)} steps"
         )
-        with going_on(out_of_memory=True):
-            explain(results, name, provider, lambda b=batches[1]: case.step(90, b), float(np.median(timing.seconds)))
+        explain(results, name, provider, found, float(np.median(timing.seconds)))
 
 
-def explain(results: Results, name: str, provider: str, step: Callable[[], object], seconds: float) -> None:
-    """Profiles a step; idle is the steady step's time that no kernel fills."""
-    found = profile_step(step, synchronize)
+def explain(results: Results, name: str, provider: str, found: Profile, seconds: float) -> None:
+    """Says where a profiled step's time goes; idle is the steady step's time that no kernel fills."""
     busy = sum(taken for kind, taken in found.classes.items() if kind != IDLE)
     found.classes[IDLE] = max(0.0, seconds * 1e3 - busy)
     found.milliseconds = max(busy, seconds * 1e3)

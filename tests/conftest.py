@@ -17,3 +17,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _same_seed_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> None:
+    # Libraries under test raise it, and a child forked after OpenMP has run two threads waits for the second for ever.
+    torch.set_num_threads(1)

@@ -86,15 +86,16 @@ def assert_same_run(clean: Path, other: Path) -> None:
     assert all(torch.equal(exported[key], ours[key]) for key in exported)
 
 
-def in_child(work: Callable[[], object]) -> int:
+def in_child(work: Callable[[], object], seconds: int = 120) -> int:
     """Runs `work` in a forked child, so that it can be killed without paying for the imports again.
 
     Returns:
-        The child's exit code: 0, 1 for an exception, or minus the signal's number.
+        The child's exit code: 0, 1 for an exception, or minus the signal's number, SIGALRM's after `seconds`.
     """
     pid = os.fork()
     if pid == 0:
         try:
+            signal.alarm(seconds)
             work()
         except SystemExit as leaving:
             os._exit(int(leaving.code or 0))

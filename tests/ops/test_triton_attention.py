@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.dropout import keep_mask
-from fat5.ops.attention.triton_attention import attention_forward, attention_triton, unsupported
+from fat5.ops.attention.triton_attention import attention_forward, attention_triton, prepare, unsupported, work_lists
 from fat5.ops.attention.triton_launch import Launch, overridden
 
 INTERPRETED = not torch.cuda.is_available()
@@ -114,7 +114,9 @@ def check(case: Case, device: torch.device) -> None:
 def test_log_sum_exp(device: torch.device) -> None:
     inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
     mask = inputs.options["key_padding_mask"]
-    _, lse = attention_forward(inputs.q, inputs.k, inputs.v, inputs.bias, None, mask, None, None, None, False, 1.0, 0.0)
+    prepared = prepare(inputs.q, inputs.k, inputs.bias, None, None, False, 1.0, False)
+    operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
+    _, lse = attention_forward(*operands, None, mask, None, None, None, *prepared, False, 1.0, 0.0)
     scores = inputs.q.double() @ inputs.k.double().transpose(-1, -2) + RelativeBias(inputs.bias.double()).dense(40, 70)
     expected = scores.masked_fill(~mask[:, None, None], float("-inf")).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=2e-6, atol=2e-6)
@@ -289,11 +291,15 @@ def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
         o["seed"],
         o["cu_seqlens_q"],
         o["cu_seqlens_k"],
+        *prepare(*leaves[:2], vector, o["cu_seqlens_q"], o["cu_seqlens_k"], o["causal"], o["scale"], True),
         o["causal"],
         o["scale"],
         o["dropout_p"],
     )
     torch.library.opcheck(attention_forward, arguments)
+    if o["cu_seqlens_q"] is not None:
+        starts, (rows, _, width) = o["cu_seqlens_q"], leaves[0].shape
+        torch.library.opcheck(work_lists, (starts, starts, rows, rows, width, leaves[0].dtype, o["causal"], True))
 
 
 def test_compiles_without_a_graph_break(device: torch.device) -> None:

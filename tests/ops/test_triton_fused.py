@@ -13,8 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fat5.errors import ConfigurationError
-from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
-from fat5.ops.choice import ON_CUDA, uses_triton
+from fat5.ops import add_rms_norm, geglu, geglu_joined, linear_cross_entropy, rms_norm, rotary, use_kernels
+from fat5.ops.choice import COMPILED_ON_CUDA, uses_triton
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
@@ -102,6 +102,15 @@ def plainly(norm: Callable, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1030)])
 def test_geglu(shape, dtype):
     assert_as_good(geglu, geglu_reference, [draw(*shape, dtype=dtype, scale=4.0), draw(*shape, dtype=dtype)])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 66), (3, 4, 128), (2, 0, 8)])
+def test_geglu_joined(shape, dtype):
+    assert_as_good(
+        geglu_joined, lambda joined: geglu_reference(*joined.chunk(2, dim=-1)), [draw(*shape, dtype=dtype, scale=4.0)]
+    )
 
 
 def test_geglu_far_out():
@@ -283,7 +292,7 @@ def test_any_shape(rows, width, dtype):
 
 
 def test_registered_as_torch_expects():
-    from fat5.ops.triton_geglu import geglu_forward
+    from fat5.ops.triton_geglu import geglu_forward, geglu_joined_forward
     from fat5.ops.triton_rms_norm import add_rms_norm_forward, rms_norm_forward
     from fat5.ops.triton_rotary import rotary_forward
 
@@ -291,6 +300,7 @@ def test_registered_as_torch_expects():
     torch.library.opcheck(rms_norm_forward, (x, weight, 1e-6))
     torch.library.opcheck(add_rms_norm_forward, (x, x.detach().requires_grad_(), weight, 1e-6))
     torch.library.opcheck(geglu_forward, (x, x.detach().requires_grad_()))
+    torch.library.opcheck(geglu_joined_forward, (x,))
     torch.library.opcheck(rotary_forward, (draw(5, 2, 9).requires_grad_(), *angles(5, 4), False))
 
 
@@ -314,13 +324,13 @@ def test_compiles_without_a_graph_break(operation):
 
 def test_switch():
     x = draw(2, 8)
-    assert all(uses_triton(operation, x) for operation in ON_CUDA)
+    assert all(uses_triton(operation, x) for operation in COMPILED_ON_CUDA)
     use_kernels("geglu=plain, rms_norm=triton")
     assert uses_triton("rms_norm", x)
     assert not uses_triton("geglu", x)
     assert uses_triton("linear_cross_entropy", x) == x.is_cuda
     assert not uses_triton("rms_norm", x) or use_kernels("plain") == "geglu=plain, rms_norm=triton"
-    assert not any(uses_triton(operation, x) for operation in ON_CUDA)
+    assert not any(uses_triton(operation, x) for operation in COMPILED_ON_CUDA)
     use_kernels("auto")
     assert not uses_triton("linear_cross_entropy", x.double())
     use_kernels("triton")

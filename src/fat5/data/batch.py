@@ -133,6 +133,12 @@ class PackedBatch:
         tensors = (self.pin_memory() if to_gpu else self)._tensors()
         return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors})
 
+    def copy_(self, other: PackedBatch) -> None:
+        """Takes over another batch of the same shapes, into the tensors that are here."""
+        for name, tensor in (other.pin_memory() if self.input_ids.is_cuda else other)._tensors():
+            getattr(self, name).copy_(tensor, non_blocking=True)
+        self.num_examples, self.tokens = other.num_examples, other.tokens
+
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, for copies that overlap with compute."""
         return self._of({name: tensor.pin_memory() for name, tensor in self._tensors()})

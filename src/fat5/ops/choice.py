@@ -1,6 +1,6 @@
 """One switch for the fused operations: plain PyTorch (which torch.compile fuses) or our Triton kernels.
 
-    FAT5_KERNELS=auto                      Triton on CUDA where ON_CUDA says so, plain PyTorch elsewhere (the default)
+    FAT5_KERNELS=auto                      on CUDA Triton, but what torch.compile fuses as well; plain PyTorch elsewhere
     FAT5_KERNELS=triton | plain            all operations so
     FAT5_KERNELS=geglu=triton,rms_norm=plain   some; the rest as under auto
 
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from fat5.errors import ConfigurationError
 
-# What "auto" means on a CUDA device. Inductor fuses the plain forms under torch.compile, so a kernel stands here only
-# where it wins a measurement (benchmarks/gpu_fused.py), or memory: docs/decisions/0060-one-switch-for-fused-kernels.md.
-ON_CUDA = {
+# What "auto" means on a CUDA device inside torch.compile, where Inductor fuses the plain forms: a kernel stands here
+# only where it wins a measurement (benchmarks/gpu_fused.py), or memory. Outside, nothing fuses them, and all kernels
+# win: docs/decisions/0060-one-switch-for-fused-kernels.md.
+COMPILED_ON_CUDA = {
     "rms_norm": "plain",
     "add_rms_norm": "plain",
     "geglu": "plain",
+    "geglu_joined": "triton",
     "rotary": "plain",
     "linear_cross_entropy": "triton",
-    "adamw_scale": "plain",
+    "adamw_scale": "triton",
 }
 CHOICES = ("auto", "plain", "triton")
 
@@ -46,12 +48,12 @@ def use_kernels(setting: str) -> str:
     wanted: dict[str, str] = {}
     for part in setting.split(","):
         name, equals, choice = part.strip().rpartition("=")
-        names = [name] if equals else list(ON_CUDA)
-        if choice not in CHOICES or not set(names) <= set(ON_CUDA):
+        names = [name] if equals else list(COMPILED_ON_CUDA)
+        if choice not in CHOICES or not set(names) <= set(COMPILED_ON_CUDA):
             raise ConfigurationError(
                 f"{part.strip()!r} is no choice of kernels",
                 where="FAT5_KERNELS",
-                hint=f"Say {', '.join(CHOICES)}, or OPERATION=CHOICE of {', '.join(ON_CUDA)}",
+                hint=f"Say {', '.join(CHOICES)}, or OPERATION=CHOICE of {', '.join(COMPILED_ON_CUDA)}",
             )
         wanted |= dict.fromkeys(names, choice)
     before, _setting = _setting, setting
@@ -67,7 +69,10 @@ def uses_triton(operation: str, *tensors: Tensor) -> bool:
         ConfigurationError: Triton was asked for, and cannot serve these tensors.
     """
     wanted = _wanted.get(operation, "auto")
-    if wanted == "plain" or (wanted == "auto" and (ON_CUDA[operation] == "plain" or not tensors[0].is_cuda)):
+    if wanted == "auto":
+        compiled = torch.compiler.is_compiling() and COMPILED_ON_CUDA[operation] == "plain"
+        wanted = "plain" if compiled or not tensors[0].is_cuda else "auto"
+    if wanted == "plain":
         return False
     reason = unsupported(*tensors)
     if reason and wanted == "triton":

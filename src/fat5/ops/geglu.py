@@ -35,6 +35,20 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return _ChunkedGEGLU.apply(gate, up) if chunked else _GEGLU.apply(gate, up)
 
 
+def geglu_joined(joined: Tensor) -> Tensor:
+    """gelu_tanh(first half) * second half of the last dimension, which must be even: of one wide projection.
+
+    Its gradient comes joined as well, so that the projection's backward needs no copy.
+    """
+    if joined.shape[-1] % 2:
+        raise ValueError(f"joined: expected an even last dimension, got {tuple(joined.shape)}")
+    if uses_triton("geglu_joined", joined):
+        from fat5.ops.triton_geglu import geglu_joined_forward
+
+        return geglu_joined_forward(joined)
+    return geglu(*joined.chunk(2, dim=-1))
+
+
 class _GEGLU(torch.autograd.Function):
     """Saves its inputs only: gelu(gate) is computed again in backward, which costs less than keeping it."""
 

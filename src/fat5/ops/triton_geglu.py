@@ -44,8 +44,9 @@ def geglu_forward_kernel(Gate, Up, Out, gate_stride, up_stride, columns, blocks,
 # `columns` is specialised on: knowing it as a multiple of 16 keeps masked loads 16 bytes wide.
 @triton.jit(do_not_specialize=["blocks"])
 def geglu_backward_kernel(
-    GradOut, Gate, Up, GradGate, GradUp, grad_stride, gate_stride, up_stride, columns, blocks, BLOCK: tl.constexpr
-):
+    GradOut, Gate, Up, GradGate, GradUp, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
+    columns, blocks, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The same, of both gradients: gelu' = s + x s (1 - s) SLOPE2 (1 + 3 CUBIC x^2)."""
     program = tl.program_id(0)
     row = tl.cast(program // blocks, tl.int64)
@@ -56,17 +57,17 @@ def geglu_backward_kernel(
     up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     share, rest, held = _share(gate)
     slope = share + held * share * rest * SLOPE2 * (1.0 + 3.0 * CUBIC * held * held)
-    tl.store(GradGate + row * columns + column, round_to(grad * up * slope, GradGate.dtype.element_ty), mask=mask)
-    tl.store(GradUp + row * columns + column, round_to(grad * gate * share, GradUp.dtype.element_ty), mask=mask)
+    tl.store(
+        GradGate + row * grad_gate_stride + column, round_to(grad * up * slope, GradGate.dtype.element_ty), mask=mask
+    )
+    tl.store(GradUp + row * grad_up_stride + column, round_to(grad * gate * share, GradUp.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("fat5::triton_geglu", mutates_args=())
 def geglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
     out = _dense_like(gate, torch.promote_types(gate.dtype, up.dtype))
-    gates, ups = _rows(gate, up)
-    programs, sizes = _grid(gates)
-    run(geglu_forward_kernel, programs, (gates, ups, out, gates.stride(0), ups.stride(0), *sizes), _constants(), LAUNCH)
+    _forward(*_rows(gate, up), out)
     return out
 
 
@@ -79,18 +80,57 @@ def _(gate, up):  # type: ignore[no-untyped-def]
 def geglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and of up."""
     grad_gate, grad_up = _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
-    grads, gates, ups = _rows(grad_out, gate, up)
-    programs, sizes = _grid(gates)
-    strides = (x.stride(0) for x in (grads, gates, ups))
-    run(
-        geglu_backward_kernel, programs, (grads, gates, ups, grad_gate, grad_up, *strides, *sizes), _constants(), LAUNCH
-    )
+    _backward_rows(*_rows(grad_out, gate, up), grad_gate, grad_up)
     return grad_gate, grad_up
 
 
 @geglu_backward.register_fake
 def _(grad_out, gate, up):  # type: ignore[no-untyped-def]
     return _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
+
+
+@torch.library.custom_op("fat5::triton_geglu_joined", mutates_args=())
+def geglu_joined_forward(joined: Tensor) -> Tensor:
+    """gelu_tanh(first half) * second half, of the last dimension."""
+    out = joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
+    _forward(*joined.reshape(-1, joined.shape[-1]).chunk(2, dim=-1), out)
+    return out
+
+
+@geglu_joined_forward.register_fake
+def _(joined):  # type: ignore[no-untyped-def]
+    return joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
+
+
+@torch.library.custom_op("fat5::triton_geglu_joined_backward", mutates_args=())
+def geglu_joined_backward(grad_out: Tensor, joined: Tensor) -> Tensor:
+    """The gradient of both halves, joined: nothing is copied together afterwards."""
+    grad = _dense_like(joined, joined.dtype)
+    width = joined.shape[-1]
+    halves, grads = (x.reshape(-1, width).chunk(2, dim=-1) for x in (joined, grad))
+    _backward_rows(grad_out.reshape(-1, width // 2), *halves, *grads)
+    return grad
+
+
+@geglu_joined_backward.register_fake
+def _(grad_out, joined):  # type: ignore[no-untyped-def]
+    return _dense_like(joined, joined.dtype)
+
+
+def _forward(gates: Tensor, ups: Tensor, out: Tensor) -> None:
+    programs, sizes = _grid(gates)
+    run(geglu_forward_kernel, programs, (gates, ups, out, gates.stride(0), ups.stride(0), *sizes), _constants(), LAUNCH)
+
+
+def _backward_rows(grads: Tensor, gates: Tensor, ups: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """All as rows of one width, the results too or dense."""
+    grads = grads if grads.stride(-1) == 1 else grads.contiguous()
+    programs, sizes = _grid(gates)
+    results = (x.stride(0) if x.shape == gates.shape else gates.shape[1] for x in (grad_gate, grad_up))
+    strides = (*(x.stride(0) for x in (grads, gates, ups)), *results)
+    run(
+        geglu_backward_kernel, programs, (grads, gates, ups, grad_gate, grad_up, *strides, *sizes), _constants(), LAUNCH
+    )
 
 
 def _constants() -> dict[str, int]:
@@ -123,3 +163,10 @@ def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
 
 
 geglu_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _joined_backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    return geglu_joined_backward(grad_out, *ctx.saved_tensors)
+
+
+geglu_joined_forward.register_autograd(_joined_backward, setup_context=_save)

@@ -15,6 +15,7 @@ HARMLESS = (
     "data.num_workers",
     "data.packs_per_micro_batch",
     "compile",
+    "cuda_graphs",
     "gradient_checkpointing",
     "log_every",
     "eval_every",

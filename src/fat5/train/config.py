@@ -92,6 +92,9 @@ class PretrainConfig:
     loss scaling); auto is bf16 on a GPU that has it and fp32 on a CPU"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model, full graph; auto does on a GPU"""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record the launches of a micro-batch once and replay them, so that the GPU never waits for Python; auto does
+    where the model is compiled on a GPU, but for fp16"""
     gradient_checkpointing: bool = False
     """Keep the activations of block boundaries only, and compute the rest again in the backward pass"""
     gradient_clip: float | None = 1.0

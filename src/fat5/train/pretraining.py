@@ -150,7 +150,16 @@ def step_runner(config: PretrainConfig, model: FAT5ForConditionalGeneration, dev
         model.gradient_checkpointing_enable()
     compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    return StepRunner(model, forward, build_optimizer(config.optimizer, model), precision, config.gradient_clip)
+    possible = compiled and device.type == "cuda" and precision.scaler is None
+    graphs = possible if config.cuda_graphs == "auto" else config.cuda_graphs
+    if graphs and not possible:
+        how = "compiled" if compiled else "not compiled"
+        raise ConfigurationError(
+            f"cuda_graphs is true, the model is {how} and runs in {precision.name} on {device.type}",
+            hint="CUDA graphs need a GPU and a compiled model, and fp16's loss scale stands outside of them: say auto",
+        )
+    optimizer = build_optimizer(config.optimizer, model)
+    return StepRunner(model, forward, optimizer, precision, config.gradient_clip, graphs)
 
 
 def _trainer(

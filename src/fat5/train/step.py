@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fat5.data import PackedBatch
 from fat5.optim import hessian_diagonal, skips_on_device
+from fat5.train.cuda_graph import GraphedBackward
 from fat5.train.precision import LEAST_LOSS_SCALE, Precision
 
 
@@ -44,6 +45,7 @@ class StepRunner:
         optimizer: as `fat5.optim.build_optimizer` makes it.
         precision: of the forward pass and of the loss scale.
         gradient_clip: largest norm of the whole gradient, or None.
+        cuda_graphs: replay each micro-batch's launches from a recording; CUDA only, every batch of one shape.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StepRunner:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         gradient_clip: float | None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.forward, self.optimizer, self.precision = forward, optimizer, precision
         self.gradient_clip = gradient_clip
@@ -61,6 +64,9 @@ class StepRunner:
         # The update is decided on the device where the optimizer can; the host then hears of it a step later.
         self.deferred = self.device.type == "cuda" and skips_on_device(optimizer) and precision.scaler is None
         self._hessian_every: int | None = getattr(optimizer, "hessian_every", None)
+        self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
+        if cuda_graphs:
+            self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
 
     def run(self, batches: Sequence[PackedBatch], rate: float, step: int) -> StepResult:
         """Makes step number `step` at `rate` times the peak learning rate.
@@ -91,7 +97,7 @@ class StepRunner:
             return not finite_norm and loss_scale < LEAST_LOSS_SCALE
         return not (finite_loss and finite_norm)
 
-    def _backward(self, batch: PackedBatch, count: Tensor) -> Tensor:
+    def _forward_backward(self, batch: PackedBatch, count: Tensor) -> Tensor:
         inputs = batch.to(self.device)
         with self.precision.autocast():
             loss: Tensor = self.forward(**inputs.model_inputs(), num_items_in_batch=count).loss

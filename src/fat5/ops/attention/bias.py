@@ -53,9 +53,10 @@ class RelativeBias:
         if weight.dim() != 2:
             raise ValueError(f"weight: expected shape (num_buckets, heads), got {tuple(weight.shape)}")
         lookup = torch.tensor(bucket_lookup(weight.shape[0], bidirectional, max_distance), device=weight.device)
-        return cls(
-            weight.float().t().index_select(1, lookup) if weight.dtype != torch.float64 else weight.t()[:, lookup]
-        )
+        chosen = lookup[:, None] == torch.arange(weight.shape[0], device=weight.device)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        # A gather, whose gradient is a plain sum: index_select's adds into 32 rows in no fixed order on a GPU.
+        return cls(torch.where(chosen, wide.t()[:, None, :], 0.0).sum(-1))
 
     @classmethod
     def alibi(

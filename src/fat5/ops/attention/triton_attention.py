@@ -20,8 +20,13 @@ from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_
 MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 # Of the head dimension, in the bias gradients: larger ones spill.
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
-# Enough programs for two waves of the largest GPUs, so that the band kernel's few offsets fill the machine.
-BAND_PROGRAMS = 1024
+# Two programs a processor of the largest GPUs, so that the band kernel's few offsets fill the machine.
+BAND_PROGRAMS = 264
+# Most block offsets that a program of the band kernel serves with one load of its queries: as many tiles live in
+# registers. float32, which takes its queries in chunks, has one a program.
+BAND_GROUP = 4
+# End values of a relative bias repeated on either side of its vector: no less than block_m + block_n of any launch.
+BIAS_PADDING = 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments: object) -> str | None:
@@ -59,10 +64,114 @@ def attention_triton(
         q, scale = q * 0.0, 1.0
     vector = bias.vector.float() if isinstance(bias, RelativeBias) else None
     dense = bias if isinstance(bias, Tensor) else None
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, vector, dense))
+    prepared = prepare(q, k, vector, cu_seqlens_q, cu_seqlens_k, causal, scale, needs_grad, dropout_p > 0.0)
     out, _ = attention_forward(
-        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, *prepared, causal, scale, dropout_p
     )
     return out
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    vector: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    needs_grad: bool,
+    dropout: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """What the kernels read besides their operands: the padded bias, and the work lists of the forward, dQ, dK/dV and
+    band kernels.
+
+    It depends on nothing that changes from layer to layer, and stands outside the operators that use it, so that
+    torch.compile makes it once for all layers of a stack.
+    """
+    padded = None
+    if vector is not None:
+        # Over scale, its end values repeated on either side.
+        padded = F.pad(vector.detach() / scale, (BIAS_PADDING, BIAS_PADDING), mode="replicate")
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return padded, None, None, None, None
+    lists = work_lists(
+        cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], q.shape[-1], q.dtype, causal, needs_grad, dropout
+    )
+    return padded, *lists
+
+
+@torch.library.custom_op("fat5::triton_work_lists", mutates_args=())
+def work_lists(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_rows: int,
+    key_rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    needs_grad: bool,
+    dropout: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(slots, 2) int32 of (document, block) for the forward, dQ, dK/dV and band kernels, the longest documents first.
+
+    The last three are empty unless `needs_grad`. Documents that see the most keys in their last rows, because `causal`,
+    start with those.
+    """
+    lists = []
+    for starts, rows, block, last_first in _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype,
+                                                  causal, dropout):  # fmt: skip
+        documents = len(starts) - 1
+        capacity = _slots(rows, documents, block) if needs_grad or not lists else 0
+        work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
+        run(
+            work_list_kernel,
+            documents + 1 if capacity else 0,
+            (starts, work, rows, documents, capacity),
+            {"BLOCK": block, "CHUNK": WORK_LIST_CHUNK, "REVERSE": last_first},
+        )
+        lists.append(work)
+    forward, rows_list, columns, band = lists
+    return forward, rows_list, columns, band
+
+
+@work_lists.register_fake
+def _(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, needs_grad, dropout):  # type: ignore[no-untyped-def]
+    described = _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, dropout)
+    sizes = [_slots(rows, starts.shape[0] - 1, block) for starts, rows, block, _ in described]
+    return tuple(
+        cu_seqlens_q.new_empty((size if needs_grad or not n else 0, 2), dtype=torch.int32)
+        for n, size in enumerate(sizes)
+    )
+
+
+def _lists(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_rows: int,
+    key_rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    dropout: bool,
+) -> list[tuple[Tensor, int, int, bool]]:
+    """(boundaries, rows, tile side, last tile first) of the four work lists."""
+    forward, rows, columns = (
+        configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
+        for kernel in ("forward", "query_gradient", "key_gradient")
+    )
+    band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows)
+    return [
+        (cu_seqlens_q, query_rows, forward.block_m, causal),
+        (cu_seqlens_q, query_rows, rows.block_m, causal),
+        (cu_seqlens_k, key_rows, columns.block_n, False),
+        (cu_seqlens_q, query_rows, band.block_m, False),
+    ]
+
+
+def _slots(rows: int, documents: int, block: int) -> int:
+    # Each document, and the rows after the last, can end in one partly filled tile.
+    return rows // block + documents + 1
 
 
 @torch.library.custom_op("fat5::triton_attention_forward", mutates_args=())
@@ -76,18 +185,26 @@ def attention_forward(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    padded: Tensor | None,
+    forward_list: Tensor | None,
+    rows_list: Tensor | None,
+    columns_list: Tensor | None,
+    band_list: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns out, of q's shape and strides where q is dense, and lse (B, H, Lq) or (H, Tq) fp32."""
+    """Returns out, of q's shape and strides where q is dense, and lse (B, H, Lq) or (H, Tq) fp32.
+
+    `padded` and the lists are those of `prepare`.
+    """
     out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
-    launch = configuration("forward", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
+    launch = configuration("forward", q.device, q.shape[-1], q.dtype, seed is not None and dropout_p > 0.0)
     problem = _Problem(
-        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, padded, causal, scale, dropout_p
     )
-    starts, shape, programs = problem.query_tiles(launch.block_m, last_first=causal)
-    inputs, bias_strides = problem.inputs(launch)
+    starts, shape, programs = problem.tiles(forward_list, problem.query_rows, launch.block_m)
+    inputs, bias_strides = problem.inputs()
     run(
         forward_kernel,
         programs,
@@ -102,7 +219,7 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p):  # type: ignore[no-untyped-def]
+def _(q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, *_rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
 
 
@@ -118,6 +235,10 @@ def attention_backward(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    padded: Tensor | None,
+    rows_list: Tensor | None,
+    columns_list: Tensor | None,
+    band_list: Tensor | None,
     out: Tensor,
     lse: Tensor,
     causal: bool,
@@ -127,14 +248,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v and of the bias in its own shape (empty unless `bias_needs_grad`)."""
     problem = _Problem(
-        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p
+        q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, padded, causal, scale, dropout_p
     )
+    inputs, bias_strides = problem.inputs()
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
 
-    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
-    starts, shape, programs = problem.query_tiles(rows.block_m, last_first=causal)
-    inputs, bias_strides = problem.inputs(rows)
+    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
+    starts, shape, programs = problem.tiles(rows_list, problem.query_rows, rows.block_m)
     far_sums = lse.new_empty((programs, 2)) if vector is not None and bias_needs_grad else None
     run(
         query_gradient_kernel,
@@ -147,9 +268,8 @@ def attention_backward(
         problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
         rows,
     )
-    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype, dropout_p > 0.0)
-    starts, shape, programs = problem.key_tiles(columns.block_n)
-    inputs, bias_strides = problem.inputs(columns)
+    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
+    starts, shape, programs = problem.tiles(columns_list, problem.key_rows, columns.block_n)
     run(
         key_gradient_kernel,
         programs,
@@ -162,7 +282,7 @@ def attention_backward(
         columns,
     )
     if far_sums is not None:
-        grad_bias = _vector_gradient(problem, grad_out, exponent, delta, far_sums, rows)
+        grad_bias = _vector_gradient(problem, grad_out, exponent, delta, far_sums, rows, band_list)
     elif dense is not None and bias_needs_grad:
         grad_bias = _dense_gradient(problem, grad_out, exponent, delta)
     else:
@@ -171,14 +291,22 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad_out, q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, dropout_p, bias_needs_grad):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    bias = dense if vector is None else vector
-    grad_bias = lse.new_empty(0) if bias is None or not bias_needs_grad else bias.new_empty(bias.shape)
+def _(grad_out, q, k, v, vector, dense, *rest):  # type: ignore[no-untyped-def]
+    bias, bias_needs_grad = dense if vector is None else vector, rest[-1]
+    grad_bias = (
+        q.new_empty(0, dtype=torch.float32) if bias is None or not bias_needs_grad else bias.new_empty(bias.shape)
+    )
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_bias
 
 
 def _vector_gradient(
-    problem: "_Problem", grad_out: Tensor, exponent: Tensor, delta: Tensor, far_sums: Tensor, rows: Launch
+    problem: "_Problem",
+    grad_out: Tensor,
+    exponent: Tensor,
+    delta: Tensor,
+    far_sums: Tensor,
+    rows: Launch,
+    band_list: Tensor | None,
 ) -> Tensor:
     """(H, 2R+1) fp32: the band kernel's diagonals and the far sums that the dQ pass left behind, tiled as `rows`."""
     q, k, v, vector, causal = problem.q, problem.k, problem.v, problem.vector, problem.causal
@@ -196,19 +324,23 @@ def _vector_gradient(
     lowest = max(lowest, -triton.cdiv(problem.query_rows, band.block_n))
     highest = max(lowest, min(highest, triton.cdiv(problem.key_rows, band.block_n) - 1))
     offsets = highest - lowest + 1
-    starts, shape, programs = problem.query_tiles(band.block_m)
+    starts, shape, programs = problem.tiles(band_list, problem.query_rows, band.block_m)
     slots = programs // problem.heads
-    splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * offsets)))
+    groups = offsets if q.dtype == torch.float32 else triton.cdiv(offsets, BAND_GROUP)
+    group = triton.cdiv(offsets, groups)
+    splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * groups)))
     partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
-    constants = problem.constants(band) | problem.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n}
+    constants = (
+        problem.constants(band) | problem.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n, "GROUP": group}
+    )
     del constants["BIAS"]
-    inputs, bias_strides = problem.inputs(band)
+    inputs, bias_strides = problem.inputs()
     run(
         band_kernel,
-        problem.heads * offsets * splits,
+        problem.heads * groups * splits,
         (
             *(*inputs, grad_out, exponent, delta, partial, starts, *map(problem.strides, (q, k, v, grad_out))),
-            *(problem.lse_strides, bias_strides, problem.mask_strides, *shape, slots, splits, lowest),
+            *(problem.lse_strides, bias_strides, problem.mask_strides, *shape, slots, splits, offsets, lowest),
             *(problem.scale2, problem.threshold, problem.keep_scale),
         ),
         constants,
@@ -243,7 +375,7 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
         problem.constants(launch) | problem.chunk(DENSE_CHUNK) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
     )
     del constants["BIAS"]
-    inputs, bias_strides = problem.inputs(launch)
+    inputs, bias_strides = problem.inputs()
     run(
         dense_gradient_kernel,
         dense.shape[0] * dense.shape[1] * triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),
@@ -272,10 +404,12 @@ class _Problem:
         seed: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        padded: Tensor | None,
         causal: bool,
         scale: float,
         dropout_p: float,
     ) -> None:
+        self.padded = padded
         self.q, self.k, self.v, self.vector, self.dense, self.seed, self.causal = q, k, v, vector, dense, seed, causal
         self.cu_seqlens_q, self.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
         self.packed = cu_seqlens_q is not None
@@ -298,15 +432,13 @@ class _Problem:
         batch, head, row, dimension = x.stride()
         return batch, head, row, dimension
 
-    def inputs(self, launch: Launch) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def inputs(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """q, k, v, bias, key mask and seed as a kernel takes them, and the bias's strides."""
         bias = self.q
         strides: tuple[int, ...] = (0, 0, 0, 0)
-        if self.vector is not None:
-            # Over scale, its end values repeated on either side, from distance 0 on.
-            padding = launch.block_m + launch.block_n
-            padded = F.pad(self.vector / self.scale, (padding, padding), mode="replicate")
-            bias, strides = padded[:, padded.shape[1] // 2 :], (0, padded.shape[1], 0, 0)
+        if self.padded is not None:
+            # From distance 0 on.
+            bias, strides = self.padded[:, self.padded.shape[1] // 2 :], (0, self.padded.shape[1], 0, 0)
         elif self.dense is not None:
             # A broadcast dimension is read again and again at stride 0.
             bias = self.dense
@@ -316,30 +448,14 @@ class _Problem:
         seed = self.q if self.seed is None else self.seed
         return (self.q, self.k, self.v, bias, mask, seed), strides
 
-    def query_tiles(self, block: int, last_first: bool = False) -> tuple[tuple, tuple[int, ...], int]:
-        """The `starts` and `shape` tuples of a kernel that owns tiles of queries, and its number of programs."""
-        return self._tiles(self.cu_seqlens_q, self.query_rows, block, last_first)
-
-    def key_tiles(self, block: int) -> tuple[tuple, tuple[int, ...], int]:
-        """The same for a kernel that owns tiles of keys."""
-        return self._tiles(self.cu_seqlens_k, self.key_rows, block, False)
-
-    def _tiles(
-        self, cu_seqlens: Tensor | None, rows: int, block: int, last_first: bool
-    ) -> tuple[tuple, tuple[int, ...], int]:
-        if cu_seqlens is None:
-            tiles = triton.cdiv(rows, block)
-            return self.starts(None), self.shape(tiles), tiles * self.heads * self.q.shape[0]
-        # Each document, and the rows after the last, can end in one partly filled tile.
-        capacity = rows // block + self.num_documents + 1
-        work = torch.empty((capacity, 2), dtype=torch.int32, device=self.q.device)
-        run(
-            work_list_kernel,
-            self.num_documents + 1,
-            (cu_seqlens, work, rows, self.num_documents, capacity),
-            {"BLOCK": block, "CHUNK": WORK_LIST_CHUNK, "REVERSE": last_first},
-        )
-        return self.starts(work), self.shape(capacity), capacity * self.heads
+    def tiles(self, work: Tensor | None, rows: int, block: int) -> tuple[tuple, tuple[int, ...], int]:
+        """The `starts` and `shape` tuples of a kernel, and its number of programs; `work` is its list when packed."""
+        if self.packed:
+            assert work is not None
+            assert work.shape[0] == _slots(rows, self.num_documents, block), "the list is of another tile"
+            return self.starts(work), self.shape(work.shape[0]), work.shape[0] * self.heads
+        tiles = triton.cdiv(rows, block)
+        return self.starts(None), self.shape(tiles), tiles * self.heads * self.q.shape[0]
 
     def starts(self, work: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return work, self.cu_seqlens_q, self.cu_seqlens_k
@@ -350,6 +466,7 @@ class _Problem:
 
     def constants(self, launch: Launch) -> dict[str, object]:
         """The compile-time arguments that every kernel takes."""
+        assert launch.block_m + launch.block_n <= BIAS_PADDING
         bias = NO_BIAS
         if self.vector is not None:
             bias = RELATIVE
@@ -383,6 +500,7 @@ def _lse_shape(q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]:
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, causal, scale, dropout_p = inputs
     out, lse = output
+    del tensors[10]  # the forward's work list
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.options = (causal, scale, dropout_p)
@@ -394,7 +512,7 @@ def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
     grad_q, grad_k, grad_v, grad_bias = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, bias_needs_grad)
     grad_vector = grad_bias if has_vector and bias_needs_grad else None
     grad_dense = grad_bias if has_dense and bias_needs_grad else None
-    return grad_q, grad_k, grad_v, grad_vector, grad_dense, *(None,) * 7
+    return grad_q, grad_k, grad_v, grad_vector, grad_dense, *(None,) * 12
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -36,10 +36,9 @@ def _score_gradient(
 ):  # fmt: skip
     """(M, N) fp32: dS of one tile, unrounded; 0 wherever there is no query, no key, or no right to look.
 
-    The tile may lie outside the document (n0 < 0, or lengths of 0): then all of it is 0. Each operand is used once, so
-    the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for TF32) need not be held whole.
+    Each operand is used once, so the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for
+    TF32) need not be held whole.
     """
-    rows = m0 + tl.arange(0, BLOCK_M)
     if BIAS == RELATIVE:
         scores = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False)
     else:
@@ -64,12 +63,32 @@ def _score_gradient(
         grad_weights = dot(grad_out, tl.trans(v), grad_weights, PRECISION)
     if BIAS == DENSE:
         scores += dense_tile(bias, m0, n0, query_length, key_length, BLOCK_M, BLOCK_N, False) * (LOG2E / scale)
-    visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
+    exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
+    return _difference(
+        scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
+        BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_statistics(queries, m0, query_length, BLOCK_M: tl.constexpr):
+    """Log-sum-exp in base 2 (+inf where there is no query) and delta, (M,) fp32 each."""
+    rows = m0 + tl.arange(0, BLOCK_M)
     exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
+    return exponent, tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
+
+
+@triton.jit
+def _difference(
+    scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """dS = P * (dP - delta), masked."""
+    visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
     weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - exponent[:, None])
     if DROPOUT:
         grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
-    delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
     if HAS_KEY_MASK:
         # What stands in a padded key or value may be NaN.
@@ -77,42 +96,41 @@ def _score_gradient(
     return grad_scores
 
 
-@triton.jit(do_not_specialize=[*SHAPE, "threshold", "slots", "splits", "lowest"])
+@triton.jit(do_not_specialize=[*SHAPE, "threshold", "slots", "splits", "offsets", "lowest"])
 def band_kernel(
     Q, K, V, Bias, KeyMask, Seed, GradOut, Exponent, Delta, Partial, starts,
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, mask_strides,
-    heads, query_rows, key_rows, num_documents, tiles, reach, slots, splits, lowest, scale, threshold, keep_scale,
+    heads, query_rows, key_rows, num_documents, tiles, reach, slots, splits, offsets, lowest,
+    scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    FAR_M: tl.constexpr,
-    FAR_N: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    FAR_M: tl.constexpr, FAR_N: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset *
     BLOCK_N.
 
-    A program takes every `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called
-    far are its business. `lowest` is the offset of index 0.
+    A program serves GROUP offsets (four at most), so that one load of the queries is used as often, and takes every
+    `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business.
+    `lowest` is the offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     program = tl.program_id(0)
-    R = reach
     split = program % splits
     head = program // splits % heads
-    index = program // splits // heads
-    distance = (lowest + index) * BLOCK_N
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    index = program // splits // heads * GROUP
+    # Of each offset: what it is times BLOCK_N, and its sum. Those beyond the last never meet a key.
+    total0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total3 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for slot in range(split, slots, splits):
         document, block, batch, query_start, query_length, key_start, key_length = locate(
             slot, starts, shape, PACKED, False
         )
         m0 = block * BLOCK_M
-        n0 = m0 + distance
-        far_m = m0 // FAR_M * FAR_M
-        # n0 may be negative: such tiles fail the first test, whatever the division rounds to.
-        far_n = n0 // FAR_N * FAR_N
-        near = (far_n + FAR_N - 1 - far_m > -R) & (far_n - (far_m + FAR_M - 1) < R)
-        if (document >= 0) & (n0 >= 0) & (n0 < key_length) & near:
-            bias = bias_of(Bias, bias_strides, R, head, document)
+        if (document >= 0) & (key_length > 0):
+            bias = bias_of(Bias, bias_strides, reach, head, document)
             mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
             queries = (
                 at_document(Q, q_strides, batch, head, query_start),
@@ -120,23 +138,96 @@ def band_kernel(
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
+            rows = queries
+            if CHUNK_D == BLOCK_D:
+                q = load_rows(queries[0], q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                grad_out = load_rows(queries[1], grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
+                rows = (q, grad_out, exponent, delta)
+            query_strides = (q_strides, grad_out_strides)
             keys = (
                 at_document(K, k_strides, batch, head, key_start),
                 at_document(V, v_strides, batch, head, key_start),
             )
-            total += _score_gradient(
-                queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask, m0, n0, query_length,
-                key_length,
-                scale, keep_scale, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK,
-                DROPOUT,
-                PRECISION,
+            key_strides = (k_strides, v_strides)
+            numbers = (m0, query_length, key_length, scale, keep_scale)
+            total0 = _add_near(
+                total0, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
-    queries_in_tile = tl.arange(0, BLOCK_M)
-    keys_in_tile = tl.arange(0, BLOCK_N)
-    here = Partial + ((tl.cast(head, tl.int64) * (tl.num_programs(0) // (heads * splits)) + index) * splits + split) * (
-        BLOCK_M * BLOCK_N
-    )
-    tl.store(here + queries_in_tile[:, None] * BLOCK_N + keys_in_tile[None, :], total)
+            if GROUP > 1:
+                total1 = _add_near(
+                    total1, index + 1, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
+                )  # fmt: skip
+            if GROUP > 2:
+                total2 = _add_near(
+                    total2, index + 2, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
+                )  # fmt: skip
+            if GROUP > 3:
+                total3 = _add_near(
+                    total3, index + 3, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+                    PRECISION,
+                )  # fmt: skip
+    place = (offsets, splits, head, split)
+    _store_total(Partial, total0, index, place, BLOCK_M, BLOCK_N)
+    if GROUP > 1:
+        _store_total(Partial, total1, index + 1, place, BLOCK_M, BLOCK_N)
+    if GROUP > 2:
+        _store_total(Partial, total2, index + 2, place, BLOCK_M, BLOCK_N)
+    if GROUP > 3:
+        _store_total(Partial, total3, index + 3, place, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _add_near(
+    total, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAR_M: tl.constexpr, FAR_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds dS of the tile at one offset to `total`, if there is such a tile and the dQ pass left it to the band.
+
+    `rows` are the queries as loaded, or where to load them from when they are taken in chunks.
+    """
+    m0, query_length, key_length, scale, keep_scale = numbers
+    R = bias[1]
+    n0 = m0 + (lowest + index) * BLOCK_N
+    far_m = m0 // FAR_M * FAR_M
+    # n0 may be negative: such tiles are none, whatever the division rounds to.
+    far_n = n0 // FAR_N * FAR_N
+    near = (far_n + FAR_N - 1 - far_m > -R) & (far_n - (far_m + FAR_M - 1) < R)
+    if (index < offsets) & (n0 >= 0) & (n0 < key_length) & near:
+        if CHUNK_D == BLOCK_D:
+            q, grad_out, exponent, delta = rows
+            k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            scores = dot(q, tl.trans(k), relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False), PRECISION)
+            grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
+            total += _difference(
+                scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
+                BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
+            )  # fmt: skip
+        else:
+            total += _score_gradient(
+                rows, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
+                HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _store_total(Partial, total, index, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    offsets, splits, head, split = place
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    here = Partial + ((tl.cast(head, tl.int64) * offsets + index) * splits + split) * (BLOCK_M * BLOCK_N)
+    if index < offsets:
+        tl.store(here + rows[:, None] * BLOCK_N + columns[None, :], total)
 
 
 @triton.jit(do_not_specialize=["offsets", "splits"])

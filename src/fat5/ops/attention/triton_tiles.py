@@ -37,7 +37,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "
 def work_list_kernel(
     Starts, Work, total, num_documents, capacity, BLOCK: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr
 ):
-    """Writes Work[slot] = (document, block), the longest documents first; slots left over get document -1.
+    """Writes Work[slot] = (document, block), the longest documents first; slots left over get (-1, 0).
 
     One program a document; document number `num_documents` stands for the rows after the last one, which belong to
     nobody and must still be written (zeros). A document's first slot is the number of tiles of all that go before it.
@@ -60,6 +60,7 @@ def work_list_kernel(
         tl.store(Work + 2 * slot + 1, tiles - 1 - block if REVERSE else block, mask=listed)
     for slot in range(everything + document, capacity, num_documents + 1):
         tl.store(Work + 2 * slot, -1)
+        tl.store(Work + 2 * slot + 1, 0)
 
 
 @triton.jit

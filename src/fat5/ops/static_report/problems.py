@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fat5.ops import triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary
-from fat5.ops.attention.triton_attention import attention_backward, attention_forward
+from fat5.ops.attention.triton_attention import attention_backward, attention_forward, prepare
 from fat5.ops.attention.triton_launch import Launch, Recorded, overridden, recording
 
 
@@ -78,8 +78,11 @@ def _attend(problem: Problem) -> None:
     seed = torch.zeros(1, dtype=torch.int64) if problem.dropout_p else None
     inputs = (q, k, v, vector, dense, mask, seed, starts, starts)
     options = (problem.causal, 1.0, problem.dropout_p)
-    out, lse = attention_forward(*inputs, *options)
-    attention_backward(torch.zeros_like(out), *inputs, out, lse, *options, problem.bias != "none")
+    dropout = problem.dropout_p > 0.0
+    padded, forward, *lists = prepare(q, k, vector, starts, starts, problem.causal, 1.0, True, dropout)
+    out, lse = attention_forward(*inputs, padded, forward, *lists, *options)
+    grad_out = torch.zeros_like(out)
+    attention_backward(grad_out, *inputs, padded, *lists, out, lse, *options, problem.bias != "none")
 
 
 def _rms_norm(width: int, dtype: torch.dtype) -> None:
@@ -95,10 +98,15 @@ def _add_rms_norm(width: int, dtype: torch.dtype) -> None:
 
 
 def _geglu(width: int, dtype: torch.dtype) -> None:
-    # Halves of one projection, whose rows are apart.
-    gate, up = _zeros((ROWS, 2 * width), dtype=dtype)[0].chunk(2, dim=-1)
+    gate, up = _zeros((ROWS, width), (ROWS, width), dtype=dtype)
     triton_geglu.geglu_forward(gate, up)
     triton_geglu.geglu_backward(gate, gate, up)
+
+
+def _geglu_joined(width: int, dtype: torch.dtype) -> None:
+    joined, grad = _zeros((ROWS, 2 * width), (ROWS, width), dtype=dtype)
+    triton_geglu.geglu_joined_forward(joined)
+    triton_geglu.geglu_joined_backward(grad, joined)
 
 
 def _rotary(width: int, dtype: torch.dtype) -> None:
@@ -133,6 +141,7 @@ FUSED = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "geglu": _geglu,
+    "geglu_joined": _geglu_joined,
     "rotary": _rotary,
     "linear_cross_entropy": _cross_entropy,
     "adamw_scale": _adamw_scale,
