@@ -114,7 +114,7 @@ def check(case: Case, device: torch.device) -> None:
 def test_log_sum_exp(device: torch.device) -> None:
     inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
     mask = inputs.options["key_padding_mask"]
-    prepared = prepare(inputs.q, inputs.k, inputs.bias, None, None, False, 1.0, False)
+    prepared = prepare(inputs.q, inputs.k, inputs.bias, None, None, False, 1.0, False, False)
     operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
     _, lse = attention_forward(*operands, None, mask, None, None, None, *prepared, False, 1.0, 0.0)
     scores = inputs.q.double() @ inputs.k.double().transpose(-1, -2) + RelativeBias(inputs.bias.double()).dense(40, 70)
@@ -291,7 +291,9 @@ def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
         o["seed"],
         o["cu_seqlens_q"],
         o["cu_seqlens_k"],
-        *prepare(*leaves[:2], vector, o["cu_seqlens_q"], o["cu_seqlens_k"], o["causal"], o["scale"], True),
+        *prepare(
+            *leaves[:2], vector, o["cu_seqlens_q"], o["cu_seqlens_k"], o["causal"], o["scale"], True, case.dropout_p > 0
+        ),
         o["causal"],
         o["scale"],
         o["dropout_p"],
@@ -299,7 +301,7 @@ def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
     torch.library.opcheck(attention_forward, arguments)
     if o["cu_seqlens_q"] is not None:
         starts, (rows, _, width) = o["cu_seqlens_q"], leaves[0].shape
-        torch.library.opcheck(work_lists, (starts, starts, rows, rows, width, leaves[0].dtype, o["causal"], True))
+        torch.library.opcheck(work_lists, (starts, starts, rows, rows, width, leaves[0].dtype, o["causal"], True, True))
 
 
 def test_compiles_without_a_graph_break(device: torch.device) -> None:

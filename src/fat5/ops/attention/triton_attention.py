@@ -81,7 +81,7 @@ def prepare(
     causal: bool,
     scale: float,
     needs_grad: bool,
-    dropout: bool = False,
+    dropout: bool,
 ) -> tuple[Tensor | None, ...]:
     """What the kernels read besides their operands: the padded bias, and the work lists of the forward, dQ, dK/dV and
     band kernels.

@@ -167,8 +167,8 @@ def shipped(quick: bool = False) -> list[Problem | FusedProblem]:
 
 # Base, then small and large, then what strains a kernel: the longest row, a vocabulary not a multiple of 16.
 WIDTHS = {
-    "rms_norm": (768, 512, 1024, 4096, 16384),
-    "add_rms_norm": (768, 512, 1024, 4096, 16384),
+    "rms_norm": (768, 512, 1024, 2048, 4096, 8192),
+    "add_rms_norm": (768, 512, 1024, 2048, 4096, 8192),
     "geglu": (2048, 1000),
     "geglu_joined": (2048, 1000),
     "rotary": (64, 128),
