@@ -1,7 +1,7 @@
 """C1: does a learned relative bias cost nothing on the CPU? Forward and backward against SDPA, and peak memory at
 length.
 
-python benchmarks/attention_cpu.py [--threads 2] [--repeats 7] [--memory-length 8192]
+python benchmarks/attention_cpu.py [--threads 2] [--repeats 7] [--memory-length 8192] [--memory-heads 8]
 """
 
 import argparse
@@ -74,15 +74,16 @@ def timings(repeats: int) -> list[dict[str, object]]:
     return rows
 
 
-def peak_memory(provider: str, length: int) -> float:
-    """Extra bytes at the peak of one step of (1, 8, length, 64), in a process of its own."""
+def peak_memory(provider: str, length: int, heads: int) -> float:
+    """Extra bytes at the peak of one step of (1, heads, length, 64), in a process of its own."""
     command = [sys.executable, __file__, "--probe", provider, "--memory-length", str(length)]
+    command += ["--memory-heads", str(heads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
-def probe(provider: str, length: int) -> None:
-    inputs, table, grad = problem(1, 8, length, 64)
-    small, small_table, small_grad = problem(1, 8, 64, 64)
+def probe(provider: str, length: int, heads: int) -> None:
+    inputs, table, grad = problem(1, heads, length, 64)
+    small, small_table, small_grad = problem(1, heads, 64, 64)
     steps = {"fat5": fat5_step, "sdpa": lambda i, t, g: sdpa_step(i, t, g, learned=True)}
     steps[provider](small, small_table, small_grad)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
@@ -102,15 +103,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory-length", type=int, default=8192)
+    parser.add_argument("--memory-heads", type=int, default=8)
     parser.add_argument("--probe", choices=["fat5", "sdpa"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.probe:
-        probe(arguments.probe, arguments.memory_length)
+        probe(arguments.probe, arguments.memory_length, arguments.memory_heads)
         return
     rows = timings(arguments.repeats)
-    case = f"B1-H8-L{arguments.memory_length}-D64"
-    extra = {name: np.array([peak_memory(name, arguments.memory_length)]) for name in ("fat5", "sdpa")}
+    length, heads = arguments.memory_length, arguments.memory_heads
+    case = f"B1-H{heads}-L{length}-D64"
+    extra = {name: np.array([peak_memory(name, length, heads)]) for name in ("fat5", "sdpa")}
     rows += [measure.row(case, name, "peak extra memory", value, "bytes") for name, value in extra.items()]
     rows.append(measure.row(case, "sdpa / fat5", "peak memory ratio", extra["sdpa"] / extra["fat5"], "ratio"))
     measure.save("attention_cpu", rows)

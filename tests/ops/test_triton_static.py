@@ -9,12 +9,27 @@ import torch
 
 pytest.importorskip("triton")
 
-from fat5.ops.attention.launch_table import DEFAULTS, TUNED
+from fat5.ops import (
+    triton_adamw_scale,
+    triton_cross_entropy,
+    triton_geglu,
+    triton_rms_norm,
+    triton_rotary,
+)
+from fat5.ops.attention import triton_backward, triton_bias_gradient, triton_forward, triton_tiles
+from fat5.ops.attention.launch_table import DEFAULTS, DROPOUT, TUNED
 from fat5.ops.attention.triton_launch import ARCHITECTURES, KERNELS, Launch, band_configuration, table_row
 from fat5.ops.static_report.compile import Resources
-from fat5.ops.static_report.problems import Problem
-from fat5.ops.static_report.report import LIMITS, Row, fault
+from fat5.ops.static_report.problems import FusedProblem, Problem, launches
+from fat5.ops.static_report.report import LIMITS, Row, fault, shipped
+from fat5.ops.choice import COMPILED_ON_CUDA
 
+FUSED_MODULES = (triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary)
+ATTENTION = ("work_list", "forward", "query_gradient", "key_gradient", "band", "diagonal", "bins")
+FUSED_KERNELS = (
+    "rms_norm_forward", "rms_norm_backward", "geglu_forward", "geglu_backward", "rotary", "cross_entropy",
+    "square_sum", "rate", "adamw_scale",
+)  # fmt: skip
 CAUSAL = Problem(64, torch.bfloat16, "relative", causal=True)
 FITTING = Resources(128, 0, 64 << 10, 128, 8, 0, 0)
 
@@ -26,17 +41,39 @@ def bench(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ptxas comes in Triton's Linux wheel")
-def test_hopper_configurations_neither_spill_nor_overflow() -> None:
-    done = bench("kernels", "--static", "--quick", "--architectures", "[90]", "--workers", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("wgmma") == 4
-    assert "4 kernels compiled" in done.stdout
+def test_learned_bias_and_fused_kernels_on_every_architecture() -> None:
+    done = bench("kernels", "--static", "--quick", "--workers", "1")
+    assert done.returncode == 0, faulty(done)
+    lines = done.stdout.splitlines()
+    for arch in ARCHITECTURES:
+        kernels = {line.split()[1] for line in lines if line.startswith(f"sm_{arch} ")}
+        assert kernels >= {*ATTENTION, *FUSED_KERNELS}, arch
+    # Four kernels multiply matrices, for two head dimensions, bidirectional and causal.
+    assert sum(line.startswith("sm_90 ") and " wgmma " in line for line in lines) == 16
 
 
 @pytest.mark.slow
 def test_every_configuration_on_every_architecture() -> None:
     done = bench("kernels", "--static")
-    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "<-" in line) + done.stderr
+    assert done.returncode == 0, faulty(done)
+
+
+def faulty(done: subprocess.CompletedProcess) -> str:
+    return "\n".join(line for line in done.stdout.splitlines() if "<-" in line) + done.stderr
+
+
+def test_the_report_holds_every_kernel_and_operation() -> None:
+    """Whatever jit functions the rooms of kernels launch, some problem of the report launches too."""
+    launched = {one.kernel.fn.__name__ for problem in shipped() for one in launches(problem)}
+    assert launched == {
+        name
+        for module in (triton_forward, triton_backward, triton_bias_gradient, triton_tiles, *FUSED_MODULES)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+    assert {problem.operation for problem in shipped() if isinstance(problem, FusedProblem)} == set(COMPILED_ON_CUDA)
+    attention = [problem for problem in shipped() if isinstance(problem, Problem)]
+    assert {problem.bias for problem in attention if problem.dropout_p} == {"relative", "dense", "none"}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +81,7 @@ def test_every_configuration_on_every_architecture() -> None:
     [
         (90, FITTING, ""),
         (90, FITTING._replace(stack_bytes=8), "spills 8 bytes"),
+        (80, FITTING._replace(stack_bytes=8), "spills 8 bytes"),
         (86, FITTING._replace(shared_bytes=100 << 10), "shared memory 102400 over 101376"),
         (90, FITTING._replace(wgmma=0, mma=64), "no wgmma"),
         (80, FITTING._replace(wgmma=0, mma=64), ""),
@@ -55,6 +93,24 @@ def test_every_configuration_on_every_architecture() -> None:
 def test_faults_are_named(arch: int, found: Resources, said: str) -> None:
     assert fault(arch, "forward", CAUSAL, found).startswith(said)
     assert bool(fault(arch, "forward", CAUSAL, found)) == bool(said)
+
+
+def test_faults_of_a_fused_kernel() -> None:
+    problem, plain = FusedProblem("rms_norm", 768, torch.bfloat16), FITTING._replace(wgmma=0)
+    assert not fault(90, "rms_norm_forward", problem, plain)
+    assert fault(90, "rms_norm_forward", problem, plain._replace(stack_bytes=8)).startswith("spills 8")
+    assert fault(86, "rms_norm_forward", problem, plain._replace(shared_bytes=100 << 10)).startswith("shared memory")
+
+
+def test_bytes_of_fused_kernels_by_hand() -> None:
+    def moved(operation: str, kernel: str, width: int, flags: str = "") -> float:
+        return Row(90, kernel, FusedProblem(operation, width, torch.bfloat16), None, FITTING, "", flags).bytes()
+
+    assert moved("rms_norm", "rms_norm_forward", 768) == 2 * 16384 * 768 * 2
+    assert moved("linear_cross_entropy", "cross_entropy", 32768, "gradient") == 2 * 16384 * 32768 * 2
+    assert moved("linear_cross_entropy", "cross_entropy", 32768) == 16384 * 32768 * 2
+    # Weights in and out, gradients in, two fp32 moments in and out, compensations in and out.
+    assert moved("adamw_scale", "adamw_scale", 768) == pytest.approx(247e6 * (4 + 2 + 16 + 4))
 
 
 def test_occupancy_and_roofline_by_hand() -> None:
@@ -75,7 +131,10 @@ def test_every_architecture_and_size_has_a_row() -> None:
                 # 75 and 120 are of no table: they get the row that fits everywhere.
                 for arch in (*ARCHITECTURES, 0, 75, 120):
                     assert min(table_row(kernel, arch, head_dim, size)) >= 1
-    sides = [side for row in (*DEFAULTS.values(), *TUNED.values()) for side in row[:2]]
+                    assert min(table_row(kernel, arch, head_dim, size, dropout=True)) >= 1
+    assert table_row("query_gradient", 90, 64, 2, dropout=True) == DROPOUT["query_gradient", 90, 64, 2]
+    assert table_row("query_gradient", 80, 64, 2, dropout=True) == DEFAULTS["query_gradient", 64, 2]
+    sides = [side for row in (*DEFAULTS.values(), *DROPOUT.values(), *TUNED.values()) for side in row[:2]]
     assert all(side & (side - 1) == 0 for side in sides), "tiles have sides that are powers of two"
 
 

@@ -20,14 +20,14 @@ def bench(
     workers: int = 0,
     seconds: float = 300.0,
 ) -> int:
-    """Compile or tune the attention kernels.
+    """Compile every kernel ahead of time, or tune those of attention.
 
     Args:
         what: `kernels`.
         static: compile every shipped configuration (no GPU needed); exit code 1 where one spills or does not fit.
         autotune: measure every candidate on this GPU and rewrite the launch table of the installed package.
         architectures: for static: 10 * major + minor of the compute capabilities; all known ones when left out.
-        quick: for static: one head dimension, one dtype, one kind of problem.
+        quick: for static: attention with a learned bias in bfloat16, and the fused kernels at the sizes of base.
         workers: for static: processes; one a core when 0.
         seconds: for autotune: no measurement starts after this long.
     """
@@ -50,7 +50,7 @@ def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
         raise ConfigurationError(f"no limits are known of sm_{unknown[0]}", where="architectures", hint=f"Of {known}")
     start = time.perf_counter()
     print(
-        "arch   kernel         head dtype    problem                        tile, warps, stages  registers  spill  "
+        "arch   kernel              width dtype    problem                                      tile, warps, stages  registers  spill  "
         "shared KB (limit)  occupancy  matrix instructions  GFLOP    MB  roofline us"
     )
     count, faults = 0, []
@@ -67,8 +67,10 @@ def _line(row: Any) -> str:
     from fat5.ops.static_report.report import LIMITS
 
     dtype = str(row.problem.dtype).removeprefix("torch.")
-    launch = f"{row.launch.block_m}x{row.launch.block_n}, {row.launch.num_warps}, {row.launch.num_stages}"
-    head = f"sm_{row.arch:<4}{row.kernel:15}{row.problem.head_dim:4} {dtype:9}{row.problem.label():30} {launch:>19}"  #
+    launch = "-"
+    if row.launch is not None:
+        launch = f"{row.launch.block_m}x{row.launch.block_n}, {row.launch.num_warps}, {row.launch.num_stages}"
+    head = f"sm_{row.arch:<4}{row.kernel:17}{row.problem.width:8} {dtype:9}{row.label():44} {launch:>19}"
     tail = f"  <- {row.fault}" if row.fault else ""
     if row.found is None:
         return head + tail
@@ -77,7 +79,7 @@ def _line(row: Any) -> str:
     shared = f"{found.shared_bytes / 1024:.0f} ({LIMITS[row.arch].shared_a_block >> 10})"
     return (
         f"{head} {found.registers:10} {found.stack_bytes:6} {shared:>18} {row.occupancy():10.0%} "
-        f"{used or f'{found.mma} mma':>20} {row.flops() / 1e9:6.0f} {row.bytes() / 1e6:5.0f} "
+        f"{used or (f'{found.mma} mma' if found.mma else '-'):>20} {row.flops() / 1e9:6.0f} {row.bytes() / 1e6:5.0f} "
         f"{row.roofline() * 1e6:12.0f}{tail}"
     )
 

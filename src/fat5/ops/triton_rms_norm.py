@@ -15,7 +15,7 @@ from fat5.ops.attention.triton_tiles import round_to
 # Elements of a tile: enough bytes in flight to keep HBM busy, few enough not to spill.
 FORWARD_TILE, BACKWARD_TILE, WARPS = 4096, 2048, 4
 # Rows longer than this do not fit into one program's registers.
-MAX_WIDTH = 1 << 14
+MAX_WIDTH = 1 << 13
 # Programs of the backward kernel a multiprocessor, and how many in the interpreter.
 PROGRAMS_A_PROCESSOR, PROGRAMS_INTERPRETED = 4, 3
 
@@ -165,7 +165,7 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _launch(width: int, tile: int) -> Launch:
     block = triton.next_power_of_2(width)
-    return Launch(max(1, min(16, tile // block)), block, max(WARPS, min(16, block // 1024)), 1)
+    return Launch(max(1, min(16, tile // block)), block, max(WARPS, min(32, block // 256)), 1)
 
 
 def _constants(x: Tensor, launch: Launch) -> dict[str, int]:

@@ -12,7 +12,7 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("forward", 128, 2): (128, 32, 8, 2),
     ("query_gradient", 128, 2): (64, 64, 8, 1),
     ("key_gradient", 128, 2): (64, 64, 8, 1),
-    ("band", 128, 2): (32, 32, 4, 1),
+    ("band", 128, 2): (64, 16, 8, 1),
     ("dense_gradient", 128, 2): (64, 32, 8, 1),
     ("forward", 64, 4): (32, 32, 4, 1),
     ("query_gradient", 64, 4): (16, 32, 4, 1),
@@ -24,6 +24,18 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("key_gradient", 128, 4): (16, 16, 4, 1),
     ("band", 128, 4): (16, 16, 8, 1),
     ("dense_gradient", 128, 4): (16, 16, 4, 1),
+}
+
+# (kernel, architecture or 0 for all, head dimension up to, bytes an element): with dropout, whose mask is made in
+# registers, where the row without it spills. Compiled for, not timed.
+DROPOUT: dict[tuple[str, int, int, int], Row] = {
+    ("forward", 0, 64, 2): (128, 32, 8, 2),
+    ("query_gradient", 90, 64, 2): (64, 32, 4, 2),
+    ("forward", 90, 128, 2): (128, 32, 8, 2),
+    ("query_gradient", 90, 128, 2): (64, 32, 4, 2),
+    ("key_gradient", 90, 128, 2): (16, 128, 8, 1),
+    ("dense_gradient", 0, 128, 2): (64, 16, 8, 1),
+    ("key_gradient", 0, 128, 4): (16, 16, 8, 1),
 }
 
 # (kernel, architecture, head dimension up to, bytes an element): measured, 16,384 tokens, relative bias.

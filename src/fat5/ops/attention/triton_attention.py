@@ -65,7 +65,7 @@ def attention_triton(
     vector = bias.vector.float() if isinstance(bias, RelativeBias) else None
     dense = bias if isinstance(bias, Tensor) else None
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, vector, dense))
-    prepared = prepare(q, k, vector, cu_seqlens_q, cu_seqlens_k, causal, scale, needs_grad)
+    prepared = prepare(q, k, vector, cu_seqlens_q, cu_seqlens_k, causal, scale, needs_grad, dropout_p > 0.0)
     out, _ = attention_forward(
         q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, *prepared, causal, scale, dropout_p
     )
@@ -81,6 +81,7 @@ def prepare(
     causal: bool,
     scale: float,
     needs_grad: bool,
+    dropout: bool,
 ) -> tuple[Tensor | None, ...]:
     """What the kernels read besides their operands: the padded bias, and the work lists of the forward, dQ, dK/dV and
     band kernels.
@@ -94,7 +95,9 @@ def prepare(
         padded = F.pad(vector.detach() / scale, (BIAS_PADDING, BIAS_PADDING), mode="replicate")
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return padded, None, None, None, None
-    lists = work_lists(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], q.shape[-1], q.dtype, causal, needs_grad)
+    lists = work_lists(
+        cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], q.shape[-1], q.dtype, causal, needs_grad, dropout
+    )
     return padded, *lists
 
 
@@ -108,6 +111,7 @@ def work_lists(
     dtype: torch.dtype,
     causal: bool,
     needs_grad: bool,
+    dropout: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(slots, 2) int32 of (document, block) for the forward, dQ, dK/dV and band kernels, the longest documents first.
 
@@ -116,7 +120,7 @@ def work_lists(
     """
     lists = []
     for starts, rows, block, last_first in _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype,
-                                                  causal):  # fmt: skip
+                                                  causal, dropout):  # fmt: skip
         documents = len(starts) - 1
         capacity = _slots(rows, documents, block) if needs_grad or not lists else 0
         work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
@@ -132,8 +136,8 @@ def work_lists(
 
 
 @work_lists.register_fake
-def _(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, needs_grad):  # type: ignore[no-untyped-def]
-    described = _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal)
+def _(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, needs_grad, dropout):  # type: ignore[no-untyped-def]
+    described = _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, dropout)
     sizes = [_slots(rows, starts.shape[0] - 1, block) for starts, rows, block, _ in described]
     return tuple(
         cu_seqlens_q.new_empty((size if needs_grad or not n else 0, 2), dtype=torch.int32)
@@ -149,10 +153,11 @@ def _lists(
     head_dim: int,
     dtype: torch.dtype,
     causal: bool,
+    dropout: bool,
 ) -> list[tuple[Tensor, int, int, bool]]:
     """(boundaries, rows, tile side, last tile first) of the four work lists."""
     forward, rows, columns = (
-        configuration(kernel, cu_seqlens_q.device, head_dim, dtype)
+        configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
         for kernel in ("forward", "query_gradient", "key_gradient")
     )
     band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows)
@@ -194,7 +199,7 @@ def attention_forward(
     `padded` and the lists are those of `prepare`.
     """
     out, lse = torch.empty_like(q), q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
-    launch = configuration("forward", q.device, q.shape[-1], q.dtype)
+    launch = configuration("forward", q.device, q.shape[-1], q.dtype, seed is not None and dropout_p > 0.0)
     problem = _Problem(
         q, k, v, vector, dense, key_padding_mask, seed, cu_seqlens_q, cu_seqlens_k, padded, causal, scale, dropout_p
     )
@@ -249,7 +254,7 @@ def attention_backward(
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
 
-    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype)
+    rows = configuration("query_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
     starts, shape, programs = problem.tiles(rows_list, problem.query_rows, rows.block_m)
     far_sums = lse.new_empty((programs, 2)) if vector is not None and bias_needs_grad else None
     run(
@@ -263,7 +268,7 @@ def attention_backward(
         problem.constants(rows) | {"FAR_SUMS": far_sums is not None},
         rows,
     )
-    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype)
+    columns = configuration("key_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
     starts, shape, programs = problem.tiles(columns_list, problem.key_rows, columns.block_n)
     run(
         key_gradient_kernel,
@@ -366,7 +371,7 @@ def _dense_gradient(problem: "_Problem", grad_out: Tensor, exponent: Tensor, del
     q, k, v, dense = problem.q, problem.k, problem.v, problem.dense
     assert dense is not None
     grad_dense, (rows, columns) = dense.new_empty(dense.shape), dense.shape[2:]
-    launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype)
+    launch = configuration("dense_gradient", q.device, q.shape[-1], q.dtype, problem.dropout)
     documents = problem.num_documents if problem.packed else q.shape[0]
     sizes = (documents, dense.shape[0], dense.shape[1], rows, columns)
     constants = (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fat5.ops.attention.launch_table import DEFAULTS, TUNED
+from fat5.ops.attention.launch_table import DEFAULTS, DROPOUT, TUNED
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "band", "dense_gradient")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -57,16 +57,22 @@ _recorder_runs = False
 _assumed_architecture: int | None = None
 
 
-def configuration(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
+def configuration(
+    kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, dropout: bool = False
+) -> Launch:
     """The table's row for this device."""
     arch = _assumed_architecture or architecture(device)
-    return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize)
+    return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize, dropout)
 
 
-def table_row(kernel: str, arch: int, head_dim: int, element_size: int) -> Launch:
+def table_row(kernel: str, arch: int, head_dim: int, element_size: int, dropout: bool = False) -> Launch:
     """`arch` is 10 * major + minor of the compute capability; one without rows of its own gets those that fit
     everywhere."""
     width, size = 64 if head_dim <= 64 else 128, 4 if element_size > 2 else 2
+    if dropout:
+        row = DROPOUT.get((kernel, arch, width, size)) or DROPOUT.get((kernel, 0, width, size))
+        if row is not None:
+            return Launch(*row)
     return Launch(*TUNED.get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
 
 
