@@ -15,7 +15,7 @@ from made_run import events, last_checkpoint, rows_without_times, tiny
 
 def break_step(monkeypatch, broken, what="gradient", deferred=False):
     """Makes the loss or a gradient of the given steps (counted from 1) not finite; returns the pieces of the first."""
-    step_of, backward = StepRunner.run, StepRunner._backward
+    step_of, backward = StepRunner.run, StepRunner._forward_backward
     pieces: dict[int, list] = {}
     now = 0
 
@@ -34,7 +34,7 @@ def break_step(monkeypatch, broken, what="gradient", deferred=False):
         return loss * math.nan if now in broken and what == "loss" else loss
 
     monkeypatch.setattr(StepRunner, "run", run)
-    monkeypatch.setattr(StepRunner, "_backward", spoiled)
+    monkeypatch.setattr(StepRunner, "_forward_backward", spoiled)
     return pieces
 
 
@@ -114,7 +114,7 @@ def test_rewind_takes_the_last_checkpoint_and_the_data_that_follows(prepared, tm
 
 
 def spoil_once(monkeypatch, at):
-    backward, step_of = StepRunner._backward, StepRunner.run
+    backward, step_of = StepRunner._forward_backward, StepRunner.run
     left, now = [at], 0
 
     def run(self, batches, rate, step):
@@ -130,7 +130,7 @@ def spoil_once(monkeypatch, at):
         return loss
 
     monkeypatch.setattr(StepRunner, "run", run)
-    monkeypatch.setattr(StepRunner, "_backward", spoiled)
+    monkeypatch.setattr(StepRunner, "_forward_backward", spoiled)
 
 
 def test_rewind_without_a_checkpoint_says_so(prepared, tmp_path, monkeypatch):
