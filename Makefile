@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/fat5 demo --config configs/demo.yaml --output_dir $(OUTPUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --timeout 300
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q

@@ -34,25 +34,25 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 # A metric whose name holds all these words, and what it is called here.
 WANTED = [
     (("gpu__time_duration.sum",), "duration"),
-    (("pipe_tensor", "pct_of_peak_sustained_active"), "tensor pipe"),
-    (("sm__throughput", "pct"), "SM throughput"),
+    (("sm__pipe_tensor_cycles_active.avg", "pct_of_peak_sustained_active"), "tensor pipe"),
+    (("sm__throughput.avg", "pct"), "SM throughput"),
     (("sm__inst_executed.avg.per_cycle_active",), "instructions a cycle"),
-    (("gpu__dram_throughput", "pct"), "DRAM throughput"),
-    (("dram__bytes", "per_second"), "DRAM bandwidth"),
+    (("gpu__dram_throughput.avg", "pct"), "DRAM throughput"),
+    (("dram__bytes.sum", "per_second"), "DRAM bandwidth"),
     (("lts__t_sector_hit_rate",), "L2 hit rate"),
     (("l1tex__t_sector_hit_rate",), "L1 hit rate"),
-    (("l1tex__throughput", "pct"), "L1 throughput"),
-    (("lts__throughput", "pct"), "L2 throughput"),
-    (("sm__warps_active", "pct"), "occupancy"),
+    (("l1tex__throughput.avg", "pct"), "L1 throughput"),
+    (("lts__throughput.avg", "pct"), "L2 throughput"),
+    (("sm__warps_active.avg", "pct"), "occupancy"),
     (("sm__maximum_warps_per_active_cycle_pct",), "occupancy at best"),
     (("launch__registers_per_thread",), "registers"),
     (("launch__shared_mem_per_block_driver",), "shared memory of the driver"),
     (("launch__shared_mem_per_block_static",), "shared memory, static"),
     (("launch__shared_mem_per_block_dynamic",), "shared memory, dynamic"),
     (("launch__waves_per_multiprocessor",), "waves"),
-    (("smsp__issue_active", "pct"), "issue slots"),
+    (("smsp__issue_active.avg", "pct"), "issue slots"),
 ]
-STALL = "smsp__average_warps_issue_stalled_"
+STALL, ENDING = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 MOST_STALLS = 5
 
 
@@ -178,14 +178,17 @@ def read_counters(log: str) -> list[dict[str, str]]:
         number += kernel == KERNELS[0]
         case = CASES[number][0]
         found = [
-            (f"{name} {metric}" if name == "tensor pipe" else name, launch[metric], units[metric])
+            (name, launch[metric], units[metric])
             for words, name in WANTED
             for metric in launch
             if all(word in metric for word in words)
         ]
-        stalls = [m for m in launch if m.startswith(STALL) and m.endswith(".ratio") and "not_issued" not in m]
+        stalls = [m for m in launch if m.startswith(STALL) and m.endswith(ENDING) and "not_issued" not in m]
         stalls.sort(key=lambda m: -_number(launch[m]))
-        found += [(f"stalled: {m.removeprefix(STALL)}", launch[m], units[m]) for m in stalls[:MOST_STALLS]]
+        found += [
+            (f"stalled: {m.removeprefix(STALL).removesuffix(ENDING)}", launch[m], units[m])
+            for m in stalls[:MOST_STALLS]
+        ]
         rows += [
             {"case": case, "kernel": kernel, "metric": name, "value": value, "unit": unit}
             for name, value, unit in found

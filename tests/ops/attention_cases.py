@@ -14,7 +14,7 @@ SMALL_TILES = {
     "forward": Launch(32, 16, 4, 1),
     "query_gradient": Launch(32, 16, 4, 1),
     "key_gradient": Launch(16, 32, 4, 1),
-    "band": Launch(16, 16, 4, 1),
+    "band": Launch(32, 32, 4, 1),  # wider than the dQ tile, as the tuned ones are
     "dense_gradient": Launch(16, 32, 4, 1),
 }
 

@@ -20,11 +20,11 @@ from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_
 MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 # Of the head dimension, in the bias gradients: larger ones spill.
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
-# Two programs a processor of the largest GPUs, so that the band kernel's few offsets fill the machine.
-BAND_PROGRAMS = 264
-# Most block offsets that a program of the band kernel serves with one load of its queries: as many tiles live in
-# registers. float32, which takes its queries in chunks, has one a program.
-BAND_GROUP = 4
+# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers, by
+# head dimension; float32, which takes its queries in chunks, has one.
+BAND_GROUP = {64: 3, 128: 1}
+# The programs it then needs to fill the largest GPUs: two a processor, twice as many of the small ones.
+BAND_PROGRAMS, SMALL_BAND_PROGRAMS = 264, 528
 # End values of a relative bias repeated on either side of its vector: no less than block_m + block_n of any launch.
 BIAS_PADDING = 256
 
@@ -317,8 +317,9 @@ def _vector_gradient(
         # One number for all keys changes no softmax.
         return grad_vector.zero_()
     band = band_configuration(q.device, q.shape[-1], q.dtype, rows)
-    lowest = -((R + rows.block_n + rows.block_m - band.block_m - 2) // band.block_n)
-    highest = (R + rows.block_m + rows.block_n - band.block_n - 2) // band.block_n
+    wider = max(rows.block_n, band.block_n)
+    lowest = -((R + wider + rows.block_m - band.block_m - 2) // band.block_n)
+    highest = (R + rows.block_m + wider - band.block_n - 2) // band.block_n
     if causal:
         highest = (band.block_m - 1) // band.block_n
     lowest = max(lowest, -triton.cdiv(problem.query_rows, band.block_n))
@@ -326,9 +327,11 @@ def _vector_gradient(
     offsets = highest - lowest + 1
     starts, shape, programs = problem.tiles(band_list, problem.query_rows, band.block_m)
     slots = programs // problem.heads
-    groups = offsets if q.dtype == torch.float32 else triton.cdiv(offsets, BAND_GROUP)
+    most = 1 if q.dtype == torch.float32 else BAND_GROUP[64 if q.shape[-1] <= 64 else 128]
+    groups = triton.cdiv(offsets, most)
     group = triton.cdiv(offsets, groups)
-    splits = max(1, min(slots, triton.cdiv(BAND_PROGRAMS, problem.heads * groups)))
+    wanted = BAND_PROGRAMS if group > 1 else SMALL_BAND_PROGRAMS
+    splits = max(1, min(slots, triton.cdiv(wanted, problem.heads * groups)))
     partial = delta.new_empty((problem.heads, offsets, splits, band.block_m, band.block_n))
     constants = (
         problem.constants(band) | problem.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n, "GROUP": group}

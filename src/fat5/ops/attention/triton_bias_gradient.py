@@ -110,8 +110,8 @@ def band_kernel(
     """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset *
     BLOCK_N.
 
-    A program serves GROUP offsets (four at most), so that one load of the queries is used as often, and takes every
-    `splits`-th slot of the work list. Tiles inside a (FAR_M, FAR_N) tile that the dQ pass called far are its business.
+    A program serves GROUP offsets (three at most), so that one load of the queries is used as often, and takes every
+    `splits`-th slot of the work list. What lies in a (FAR_M, FAR_N) tile that the dQ pass called far is its business.
     `lowest` is the offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
@@ -123,7 +123,6 @@ def band_kernel(
     total0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total3 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for slot in range(split, slots, splits):
         document, block, batch, query_start, query_length, key_start, key_length = locate(
             slot, starts, shape, PACKED, False
@@ -167,20 +166,12 @@ def band_kernel(
                     HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
                     PRECISION,
                 )  # fmt: skip
-            if GROUP > 3:
-                total3 = _add_near(
-                    total3, index + 3, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
-                    HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
-                    PRECISION,
-                )  # fmt: skip
     place = (offsets, splits, head, split)
     _store_total(Partial, total0, index, place, BLOCK_M, BLOCK_N)
     if GROUP > 1:
         _store_total(Partial, total1, index + 1, place, BLOCK_M, BLOCK_N)
     if GROUP > 2:
         _store_total(Partial, total2, index + 2, place, BLOCK_M, BLOCK_N)
-    if GROUP > 3:
-        _store_total(Partial, total3, index + 3, place, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -190,7 +181,7 @@ def _add_near(
     FAR_M: tl.constexpr, FAR_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS of the tile at one offset to `total`, if there is such a tile and the dQ pass left it to the band.
+    """Adds dS of the tile at one offset to `total`: of its columns that the dQ pass left to the band.
 
     `rows` are the queries as loaded, or where to load them from when they are taken in chunks.
     """
@@ -198,9 +189,11 @@ def _add_near(
     R = bias[1]
     n0 = m0 + (lowest + index) * BLOCK_N
     far_m = m0 // FAR_M * FAR_M
-    # n0 may be negative: such tiles are none, whatever the division rounds to.
-    far_n = n0 // FAR_N * FAR_N
-    near = (far_n + FAR_N - 1 - far_m > -R) & (far_n - (far_m + FAR_M - 1) < R)
+    # The first and the last tile of the dQ pass in this one. n0 may be negative: such tiles are none, whatever the
+    # division rounds to.
+    first_far = n0 // FAR_N * FAR_N
+    last_far = (n0 + BLOCK_N - 1) // FAR_N * FAR_N
+    near = (last_far + FAR_N - 1 - far_m > -R) & (first_far - (far_m + FAR_M - 1) < R)
     if (index < offsets) & (n0 >= 0) & (n0 < key_length) & near:
         if CHUNK_D == BLOCK_D:
             q, grad_out, exponent, delta = rows
@@ -208,15 +201,24 @@ def _add_near(
             v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             scores = dot(q, tl.trans(k), relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False), PRECISION)
             grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
-            total += _difference(
+            grad_scores = _difference(
                 scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
                 BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
             )  # fmt: skip
         else:
-            total += _score_gradient(
+            grad_scores = _score_gradient(
                 rows, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
                 HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
+        if BLOCK_N > FAR_N:
+            # Where the near columns begin and end is told by scalars. Triton's division rounds to zero.
+            columns = n0 + tl.arange(0, BLOCK_N)
+            before = far_m - R - FAR_N + 1
+            begins = tl.where(before < 0, 0, before // FAR_N * FAR_N + FAR_N)
+            ends = (far_m + FAR_M + R - 2) // FAR_N * FAR_N + FAR_N
+            owned = (columns >= begins) & (columns < ends)
+            grad_scores = tl.where(owned[None, :], grad_scores, 0.0)
+        total += grad_scores
     return total
 
 

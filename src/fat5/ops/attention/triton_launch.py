@@ -77,13 +77,13 @@ def table_row(kernel: str, arch: int, head_dim: int, element_size: int, dropout:
 
 
 def band_configuration(device: torch.device, head_dim: int, dtype: torch.dtype, rows: Launch) -> Launch:
-    """The band kernel's row, its tile cut to lie evenly in a tile of the dQ pass (`rows`) and in itself.
+    """The band kernel's row, its queries cut to lie evenly in a tile of the dQ pass (`rows`), its keys in its queries.
 
     Sides are powers of two, so the smaller divides the larger.
     """
     band = configuration("band", device, head_dim, dtype)
     block_m = min(band.block_m, rows.block_m)
-    return band._replace(block_m=block_m, block_n=min(band.block_n, rows.block_n, block_m))
+    return band._replace(block_m=block_m, block_n=min(band.block_n, block_m))
 
 
 @lru_cache(maxsize=16)
