@@ -20,8 +20,8 @@ from fat5.ops.attention.triton_tiles import DENSE, NO_BIAS, RELATIVE, work_list_
 MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 # Of the head dimension, in the bias gradients: larger ones spill.
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
-# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers, by
-# head dimension; float32, which takes its queries in chunks, has one.
+# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers,
+# by head dimension; float32, which takes its queries in chunks, has one.
 BAND_GROUP = {64: 3, 128: 1}
 # The programs it then needs to fill the largest GPUs: two a processor, twice as many of the small ones.
 BAND_PROGRAMS, SMALL_BAND_PROGRAMS = 264, 528
@@ -160,7 +160,7 @@ def _lists(
         configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
         for kernel in ("forward", "query_gradient", "key_gradient")
     )
-    band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows)
+    band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows, dropout)
     return [
         (cu_seqlens_q, query_rows, forward.block_m, causal),
         (cu_seqlens_q, query_rows, rows.block_m, causal),
@@ -316,7 +316,9 @@ def _vector_gradient(
     if R == 0:
         # One number for all keys changes no softmax.
         return grad_vector.zero_()
-    band = band_configuration(q.device, q.shape[-1], q.dtype, rows)
+    # Packed rows, whose work list `prepare` made, have no key mask.
+    masked = problem.dropout or problem.key_mask is not None
+    band = band_configuration(q.device, q.shape[-1], q.dtype, rows, masked)
     wider = max(rows.block_n, band.block_n)
     lowest = -((R + wider + rows.block_m - band.block_m - 2) // band.block_n)
     highest = (R + rows.block_m + wider - band.block_n - 2) // band.block_n
