@@ -118,7 +118,7 @@ def work_lists(
     The last three are empty unless `needs_grad`. Documents that see the most keys in their last rows, because `causal`,
     start with those.
     """
-    lists = []
+    lists: list[Tensor] = []
     for starts, rows, block, last_first in _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype,
                                                   causal, dropout):  # fmt: skip
         documents = len(starts) - 1
