@@ -1,4 +1,4 @@
-"""Attention on a GPU: configurations, speed against SDPA, FlexAttention and plain flash, then the kernel tests.
+"""Attention on a GPU: errors first, then configurations, speed against SDPA, FlexAttention and flash, kernel tests.
 
     PYTHONPATH=src python3 benchmarks/gpu_attention.py --output_dir results [--seconds 420] [--sections tune,speed]
 
@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
@@ -30,9 +31,10 @@ from fat5.ops.attention.triton_timing import seconds
 from fat5.ops.attention.triton_tuning import REACH, TOKENS, TYPE, WIDTH, Job, inputs, precompile, tune, write_table
 from fat5.ops.static_report.problems import Problem
 from gpu_measure import Results, Setup
+from gpu_plots import draw
 
 ROOT = Path(__file__).resolve().parent.parent
-LEGEND = "provider forward/backward TFLOP/s, peak GB beyond the inputs"
+LEGEND = "provider forward/backward TFLOP/s, peak GB beyond the inputs, share of a matrix product's rate over both"
 
 
 def main() -> None:
@@ -57,7 +59,61 @@ def main() -> None:
             traceback.print_exc(limit=6)
         results.write()
         torch.cuda.empty_cache()
+    for picture in draw(results.path, options.output_dir):
+        print(f"wrote {picture}")
     print(f"wrote {results.path} after {results.elapsed():.0f} s")
+
+
+def check(results: Results, deadline: float) -> None:
+    """Errors against float64 over those of plain PyTorch in bfloat16, of the output and of the worst gradient: 2 and 3
+    are allowed.
+    """
+    for width in (64, 128):
+        for causal, packed in ((False, False), (True, False), (False, True)):
+            if time.perf_counter() > deadline:
+                return
+            rows = [(torch.randn(1000, 4, width, device="cuda") * 0.5).to(TYPE) for _ in range(4)]
+            vector = torch.randn(4, 2 * REACH + 1, device="cuda")
+            starts = torch.tensor([0, 413, 413, 1000] if packed else [0, 1000], dtype=torch.int32, device="cuda")
+            how: dict = {f"cu_seqlens_{side}": starts for side in "qk"} | {f"max_seqlen_{side}": 1000 for side in "qk"}
+            calls = {
+                "exact": (torch.float64, partial(attention, causal=causal, backend="reference", **how)),
+                "plain": (TYPE, partial(_written_out, starts, causal)),
+                "ours": (TYPE, partial(attention, causal=causal, backend="triton", **how)),
+            }
+            found = {name: _results(call, rows, vector, dtype) for name, (dtype, call) in calls.items()}
+            ratios = [
+                ((got.double() - want).norm() / ((mild.double() - want).norm() + 1e-6 * want.norm())).item()
+                for got, mild, want in zip(found["ours"], found["plain"], found["exact"], strict=True)
+            ]
+            worst = ratios[0], max(ratios[1:])
+            case = f"check D{width}{' causal' if causal else ''}{' documents' if packed else ''}"
+            results.add(case, "fat5 bias", "error over plain, output", worst[0], "ratio")
+            results.add(case, "fat5 bias", "error over plain, gradient", worst[1], "ratio")
+            print(
+                f"{case}: {worst[0]:.2f}/{worst[1]:.2f}{'' if worst[0] <= 2 and worst[1] <= 3 else ' WRONG'}",
+                flush=True,
+            )
+
+
+def _results(call: Callable, rows: list[torch.Tensor], vector: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The output and the gradients of q, k, v and the bias's vector."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in rows[:3])
+    leaf = vector.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    out = call(q, k, v, bias=RelativeBias(leaf))
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v, leaf), rows[3].to(dtype))]
+
+
+def _written_out(starts, causal, q, k, v, bias):  # type: ignore[no-untyped-def]
+    """What one would write in plain PyTorch, in the precision of q."""
+    length = len(q)
+    document = torch.bucketize(torch.arange(length, device=q.device), starts, right=True)
+    hidden = document[:, None] != document
+    if causal:
+        hidden = hidden | torch.ones_like(hidden).triu(1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    scores = q @ k.transpose(1, 2) + bias.dense(length, length)[0].to(q.dtype)
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
 def ceilings(results: Results, deadline: float) -> None:
@@ -66,6 +122,7 @@ def ceilings(results: Results, deadline: float) -> None:
     rate = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
     source, target = (torch.empty(2**31, device="cuda", dtype=torch.uint8).random_() for _ in range(2))
     bandwidth = 2 * 2**31 / seconds(lambda: target.copy_(source)) / 1e12
+    results.ceiling = float(np.median(rate))
     results.add("ceiling", "torch", "bf16 matrix product", rate, "TFLOP/s")
     results.add("ceiling", "torch", "copy", bandwidth, "TB/s")
     print(f"matrix product {np.median(rate):.0f} TFLOP/s, copy {np.median(bandwidth):.2f} TB/s")
@@ -115,6 +172,8 @@ def _providers(width: int, length: int, causal: bool) -> dict[str, Setup]:
         "fat5 no bias": partial(_ours, width, length, length, causal, False),
         "sdpa flash": partial(_plain, SDPBackend.FLASH_ATTENTION, width, length, length, causal),
     }
+    if find_spec("flash_attn") is not None:
+        found["flash-attn"] = partial(_flash, width, length, causal)
     if not causal:
         if length in (1024, 4096):
             found["sdpa cudnn"] = partial(_plain, SDPBackend.CUDNN_ATTENTION, width, length, length, causal)
@@ -138,6 +197,19 @@ def _plain(backend, width, length, key_length, causal):  # type: ignore[no-untyp
     def call() -> torch.Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
+
+    return call, [q, k, v], grad_out
+
+
+def _flash(width, length, causal):  # type: ignore[no-untyped-def]
+    from flash_attn import flash_attn_func
+
+    # Its layout is (batch, length, heads, head_dim), which ours is in memory.
+    q, k, v, _, grad_out = inputs(width, length)
+
+    def call() -> torch.Tensor:
+        rows = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(*rows, softmax_scale=1.0, causal=causal).transpose(1, 2)
 
     return call, [q, k, v], grad_out
 
@@ -275,6 +347,7 @@ def tests(results: Results, deadline: float) -> None:
 
 # The section and the largest share of all time that it may take.
 SECTIONS: dict[str, tuple[Callable[[Results, float], None], float]] = {
+    "check": (check, 0.08),
     "ceilings": (ceilings, 0.05),
     "tune": (configurations, 0.35),
     "speed": (speed, 0.35),

@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from fat5.ops.rms_norm import rms_norm_reference
 from fat5.ops.rotary import rotary_reference
 from fat5.optim import AdamWScale
 from gpu_measure import Results
+from gpu_plots import draw
 
 TOKENS, VOCABULARY, TYPE = 16_384, 32_768, torch.bfloat16
 WIDTHS = ((512, 2048), (768, 3072), (1024, 4096))
@@ -69,6 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     results = Results(options.output_dir, "gpu_fused")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}", flush=True)
+    print(f"liger-kernel {version('liger-kernel')}" if find_spec("liger_kernel") else "liger-kernel: not installed")
     limits = ceilings(results)
     for name in options.sections.split(","):
         left = options.seconds - results.elapsed()
@@ -83,6 +87,8 @@ def main() -> None:
             traceback.print_exc(limit=6)
         results.write()
         torch.cuda.empty_cache()
+    for picture in draw(results.path, options.output_dir):
+        print(f"wrote {picture}")
     print(f"wrote {results.path} after {results.elapsed():.0f} s")
 
 

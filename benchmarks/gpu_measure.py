@@ -21,6 +21,8 @@ class Results:
 
     def __init__(self, output_dir: Path, question: str) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
+        self.ceiling: float | None = None
+        """TFLOP/s of a large matrix product on this card, once it is measured."""
         self.path, self.rows, self.started = output_dir / f"{question}.csv", [], time.perf_counter()
 
     def add(self, case: str, provider: str, metric: str, samples: np.ndarray | float, unit: str) -> None:
@@ -58,7 +60,15 @@ class Results:
             self.add(case, provider, "forward", forward, "TFLOP/s")
             self.add(case, provider, "backward", backward, "TFLOP/s")
             self.add(case, provider, "peak memory", peak, "GB")
-            print(f"  {provider} {np.median(forward):.0f}/{np.median(backward):.0f} {peak:.1f}", end="", flush=True)
+            share = ""
+            if self.ceiling:
+                # Of the time of both: 14 units of work, 4 of them forward.
+                rate = 14 / (4 / forward + 10 / backward)
+                self.add(case, provider, "share of roofline", rate / self.ceiling, "ratio")
+                share = f" {np.median(rate) / self.ceiling:.0%}"
+            print(
+                f"  {provider} {np.median(forward):.0f}/{np.median(backward):.0f} {peak:.1f}{share}", end="", flush=True
+            )
         print(flush=True)
 
     def _rates(self, setup: Setup, teraflops: float) -> tuple[np.ndarray, np.ndarray, float]:

@@ -105,7 +105,7 @@ def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = [f"python {platform.python_version()}"]
-    for name in ("torch", "triton", "transformers", "tokenizers", "numba"):
+    for name in ("torch", "triton", "transformers", "tokenizers", "numba", "liger-kernel", "flash-attn"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

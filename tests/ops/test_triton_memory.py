@@ -1,4 +1,4 @@
-"""What the Triton backend allocates, counted: the formula of docs/attention.md, at lengths that nobody would interpret."""
+"""What the Triton backend allocates, counted: the formula of docs/attention.md, at lengths that nobody interprets."""
 
 import pytest
 import torch

@@ -50,8 +50,8 @@ def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
         raise ConfigurationError(f"no limits are known of sm_{unknown[0]}", where="architectures", hint=f"Of {known}")
     start = time.perf_counter()
     print(
-        "arch   kernel              width dtype    problem                                      tile, warps, stages  registers  spill  "
-        "shared KB (limit)  occupancy  matrix instructions  GFLOP    MB  roofline us"
+        f"arch   {'kernel':17}{'width':>8} {'dtype':9}{'problem':44} tile, warps, stages  registers  spill "
+        " shared KB (limit)  occupancy  matrix instructions  GFLOP    MB  roofline us"
     )
     count, faults = 0, []
     for row in report(architectures, quick, workers=workers):

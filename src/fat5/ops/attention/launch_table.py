@@ -27,10 +27,11 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
 }
 
 # (kernel, architecture or 0 for all, head dimension up to, bytes an element): with dropout, whose mask is made in
-# registers, where the row without it spills. Compiled for, not timed.
+# registers (the band also with a key mask), where the row without it spills. Compiled for, not timed.
 DROPOUT: dict[tuple[str, int, int, int], Row] = {
     ("forward", 0, 64, 2): (128, 32, 8, 2),
     ("query_gradient", 90, 64, 2): (64, 32, 4, 2),
+    ("band", 90, 64, 2): (64, 32, 4, 2),
     ("forward", 90, 128, 2): (128, 32, 8, 2),
     ("query_gradient", 90, 128, 2): (64, 32, 4, 2),
     ("key_gradient", 90, 128, 2): (16, 128, 8, 1),

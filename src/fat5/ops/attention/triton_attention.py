@@ -118,7 +118,7 @@ def work_lists(
     The last three are empty unless `needs_grad`. Documents that see the most keys in their last rows, because `causal`,
     start with those.
     """
-    lists = []
+    lists: list[Tensor] = []
     for starts, rows, block, last_first in _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype,
                                                   causal, dropout):  # fmt: skip
         documents = len(starts) - 1
@@ -160,7 +160,7 @@ def _lists(
         configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
         for kernel in ("forward", "query_gradient", "key_gradient")
     )
-    band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows)
+    band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows, dropout)
     return [
         (cu_seqlens_q, query_rows, forward.block_m, causal),
         (cu_seqlens_q, query_rows, rows.block_m, causal),
@@ -316,7 +316,9 @@ def _vector_gradient(
     if R == 0:
         # One number for all keys changes no softmax.
         return grad_vector.zero_()
-    band = band_configuration(q.device, q.shape[-1], q.dtype, rows)
+    # Packed rows, whose work list `prepare` made, have no key mask.
+    masked = problem.dropout or problem.key_mask is not None
+    band = band_configuration(q.device, q.shape[-1], q.dtype, rows, masked)
     wider = max(rows.block_n, band.block_n)
     lowest = -((R + wider + rows.block_m - band.block_m - 2) // band.block_n)
     highest = (R + rows.block_m + wider - band.block_n - 2) // band.block_n

@@ -76,12 +76,14 @@ def table_row(kernel: str, arch: int, head_dim: int, element_size: int, dropout:
     return Launch(*TUNED.get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
 
 
-def band_configuration(device: torch.device, head_dim: int, dtype: torch.dtype, rows: Launch) -> Launch:
+def band_configuration(
+    device: torch.device, head_dim: int, dtype: torch.dtype, rows: Launch, masked: bool = False
+) -> Launch:
     """The band kernel's row, its queries cut to lie evenly in a tile of the dQ pass (`rows`), its keys in its queries.
 
-    Sides are powers of two, so the smaller divides the larger.
+    Sides are powers of two, so the smaller divides the larger. `masked`: with dropout or a key mask.
     """
-    band = configuration("band", device, head_dim, dtype)
+    band = configuration("band", device, head_dim, dtype, masked)
     block_m = min(band.block_m, rows.block_m)
     return band._replace(block_m=block_m, block_n=min(band.block_n, block_m))
 

@@ -128,9 +128,7 @@ def _adamw_scale(width: int, dtype: torch.dtype) -> None:
     first, second = (_zeros((width,), (width,)) for _ in range(2))
     lost = [torch.zeros_like(weight) for weight in weights] if dtype != torch.float32 else []
     (skip,), steps = _zeros(()), _zeros((), ())
-    triton_adamw_scale.adamw_scale_(
-        weights, grads, first, second, lost, steps, skip, 1e-3, 0.9, 0.999, 1e-6, 0.1, 1e-3
-    )
+    triton_adamw_scale.adamw_scale_(weights, grads, first, second, lost, steps, skip, 1e-3, 0.9, 0.999, 1e-6, 0.1, 1e-3)
 
 
 def _zeros(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
