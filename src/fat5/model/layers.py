@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
         `weights` receives the attention weights (B, H, Lq, Lk), which are formed only then, and only of rows.
         """
-        query = self._heads(self.q(hidden))
+        query = self._heads(ops.linear(self.q, hidden))
         if rotation is not None:
             query = ops.rotary(query, *rotation)
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
@@ -87,7 +87,7 @@ class Attention(nn.Module):
                 dropout_p=dropout_p, key_padding_mask=key_layout.mask,
             )  # fmt: skip
             out = rows.transpose(1, 2)
-        return self.o(out.reshape(*hidden.shape[:-1], self.heads * self.width))
+        return ops.linear(self.o, out.reshape(*hidden.shape[:-1], self.heads * self.width))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, self.width)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         if cache is not None and crosses and cache.is_updated.get(self.layer):
             kept = cache.cross_attention_cache.layers[self.layer]
             return kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
-        key, value = self._heads(self.k(source)), self._heads(self.v(source))
+        key, value = self._heads(ops.linear(self.k, source)), self._heads(ops.linear(self.v, source))
         if rotation is not None:
             key = ops.rotary(key, *rotation)
         if cache is not None:
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
         self.act = ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _project_safely(self.wo, self.dropout(self.act(self.wi(hidden))))
+        return _project_safely(self.wo, self.dropout(self.act(ops.linear(self.wi, hidden))))
 
 
 class GatedFeedForward(nn.Module):
@@ -167,7 +167,7 @@ class GatedFeedForward(nn.Module):
         self.act = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.wi_0(hidden), self.wi_1(hidden)
+        gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
         gated = ops.geglu(gate, up) if self.act is None else self.act(gate) * up
         return _project_safely(self.wo, self.dropout(gated))
 
@@ -229,7 +229,7 @@ def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
             return wo(hidden.to(wo.weight.dtype))
     if wo.weight.dtype == torch.float32 and hidden.dtype == torch.float16:
         hidden = hidden.float()
-    return wo(hidden)
+    return ops.linear(wo, hidden)
 
 
 def _clamp(hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
 from fat5.ops.choice import use_kernels
 from fat5.ops.geglu import geglu
+from fat5.ops.linear import linear
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from fat5.ops.rms_norm import add_rms_norm, rms_norm
 from fat5.ops.rotary import rotary
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "geglu",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
