@@ -16,9 +16,10 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     Anything but a plain, bias-free `nn.Linear` (LoRA, quantised, hooked) is called as it is.
     """
-    if not _is_plain(layer) or not serves(x.flatten(0, -2), layer.weight):
+    weight = _plain_weight(layer)
+    if weight is None or not serves(x.flatten(0, -2), weight):
         return layer(x)
-    return _product(x.flatten(0, -2), layer.weight.t()).view(*x.shape[:-1], layer.weight.shape[0])
+    return _product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -38,14 +39,11 @@ def serves(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _plain_weight(layer: nn.Module) -> Tensor | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.bias is None
-        and not any(getattr(layer, name) for name in hooks)
-    )
+    if type(layer) is not nn.Linear or layer.bias is not None or any(getattr(layer, name) for name in hooks):
+        return None
+    return layer.weight if type(layer.weight) is nn.Parameter else None
 
 
 @torch.library.custom_op("fat5::product", mutates_args=())

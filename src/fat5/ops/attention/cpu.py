@@ -61,7 +61,9 @@ def _attention(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exp of each row, float32, (B, Lq, H) or (Tq, H), -inf where a row sees nothing."""
-    problem = _Problem(q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask)
+    problem = _Problem(
+        q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask
+    )
     out, lse = torch.zeros(problem.q.shape), torch.full(problem.q.shape[:-1], float("-inf"))
     problem.run(out, lse)
     return problem.caller_layout(out), lse
@@ -89,10 +91,13 @@ def _attention_backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias in its own shape (empty when not asked for)."""
-    problem = _Problem(q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask)
+    problem = _Problem(
+        q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask
+    )
     grads = [torch.zeros(x.shape) for x in (problem.q, problem.k, problem.v)]
     grad_bias = problem.run_backward(grad_out, out, lse, grads, bias_needs_grad)
-    return (*(problem.caller_layout(grad) for grad in grads), q.new_empty(0) if grad_bias is None else grad_bias)
+    grad_q, grad_k, grad_v = (problem.caller_layout(grad) for grad in grads)
+    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
 
 
 @_attention.register_fake

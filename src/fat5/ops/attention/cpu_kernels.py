@@ -171,37 +171,31 @@ def _exp(_context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _floats(_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
-
-    return types.CPointer(types.float32)(types.int64), generate
-
-
-@intrinsic
-def _bytes(_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic
-def _integers(_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), generate
-
-
-@intrinsic
-def _items(_context, address):  # type: ignore[no-untyped-def]
-    kind = types.CPointer(numba.from_dtype(ITEM))
+def _larger(_context, x, y):  # type: ignore[no-untyped-def]
+    """The larger of two float32, either or neither if one is NaN: so a loop of it becomes vectors."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(kind))
+        flags = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered(">", *arguments, flags=flags), *arguments, flags=flags)
 
-    return kind(types.int64), generate
+    return types.float32(types.float32, types.float32), generate
+
+
+def _pointer(kind: Any) -> Any:
+    """A function from an int64 address to a pointer to numba's type `kind`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    @intrinsic
+    def pointer(_context, address):  # type: ignore[no-untyped-def]
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+_floats, _bytes, _integers = _pointer(types.float32), _pointer(types.uint8), _pointer(types.int64)
+_items = _pointer(numba.from_dtype(ITEM))
 
 
 @intrinsic
@@ -283,15 +277,8 @@ def _clear(x, count):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _add(x, y, count):  # type: ignore[no-untyped-def]
-    """x += y."""
-    a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
-    for j in range(count):
-        a[j] += b[j]
-
-
-@jit
 def _add_scaled(x, y, factor, count):  # type: ignore[no-untyped-def]
+    """x += factor * y."""
     a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
     for j in range(count):
         a[j] += factor * b[j]
@@ -326,7 +313,7 @@ def _largest(x, count):  # type: ignore[no-untyped-def]
     a = numba.carray(_floats(x), count)
     largest = np.float32(SEEN_NOTHING)
     for j in range(count):
-        largest = a[j] if a[j] > largest else largest
+        largest = _larger(a[j], largest)
     return largest
 
 
@@ -340,6 +327,12 @@ def _exponentials(x, largest, count):  # type: ignore[no-untyped-def]
         a[j] = value
         total += value
     return total
+
+
+@jit
+def _hidden(largest, total):  # type: ignore[no-untyped-def]
+    """Whether no key of a row can be seen; a row of NaN may have no largest score, but its sum is NaN."""
+    return largest <= SEEN_NOTHING and total == total
 
 
 @jit
@@ -377,7 +370,7 @@ def _seen(call, item, row):  # type: ignore[no-untyped-def]
 def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untyped-def]
     """Bias and hidden keys, onto the scores of a row with keys first .. first + count."""
     if call.bias != 0:
-        _add(scores, _at(call.bias, item.bias + first - row), count)
+        _add_scaled(scores, _at(call.bias, item.bias + first - row), np.float32(1.0), count)
     a = numba.carray(_floats(scores), count)
     if call.dense != 0:
         dense = _floats(_at(call.dense, item.dense + row * call.dense_row + first * call.dense_column))
@@ -393,7 +386,8 @@ def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untype
 def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
     """Elements that `_forward` works in."""
     padded, keys = _up(width, COLUMNS), _up(length_k, COLUMNS)
-    return keys * width + keys * padded + BLOCK_ROWS * (2 * padded) + _block_rows(keys) * (keys + PAD) + keys + PAD
+    scores = _block_rows(keys) * (keys + PAD)
+    return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
 
 
 @jit
@@ -410,7 +404,8 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
     query = _at(values, keys * padded)
     result = _at(query, BLOCK_ROWS * padded)
     scores = _at(result, BLOCK_ROWS * padded)
-    kept = _at(scores, block * stride)
+    sums = numba.carray(_floats(_at(scores, block * stride)), BLOCK_ROWS)
+    kept = _at(scores, block * stride + BLOCK_ROWS)
     _pack_panels(key_panels, keys, _at(call.k, item.k), call.k_row, item.length_k, width)
     _pack(values, padded, keys, _at(call.v, item.v), call.v_row, item.length_k, width, np.float32(1.0))
     lse = _floats(_at(call.lse, item.lse))
@@ -433,12 +428,12 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
                 _add_masks(call, item, line, row, 0, own)
                 largest = _largest(line, own)
                 total = _exponentials(line, largest, own)
-            blind = own == 0 or largest <= SEEN_NOTHING
+            blind = own == 0 or _hidden(largest, total)
             lse[row * call.lse_row] = -np.inf if blind else largest + np.log(total)
+            sums[i] = np.float32(1.0) if blind else total
             if blind:
                 _clear(line, seen)
             else:
-                _set_scaled(line, line, np.float32(1.0) / total, own)
                 _clear(_at(line, own), seen - own)
                 if call.seed != 0:
                     seed = _integers(call.seed)[0]
@@ -454,7 +449,7 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
         for i in range(count):
             target = _at(call.out, item.out + (first + i) * call.out_row)
             if seen > 0:
-                _set_scaled(target, _at(result, i * padded), np.float32(1.0), width)
+                _set_scaled(target, _at(result, i * padded), np.float32(1.0) / sums[i], width)
             else:
                 _clear(target, width)
 
@@ -545,7 +540,7 @@ def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept
     if whole:
         largest = _largest(weights, own)
         total = _exponentials(weights, largest, own)
-        blind = largest <= SEEN_NOTHING
+        blind = _hidden(largest, total)
         if not blind:
             _set_scaled(weights, weights, np.float32(1.0) / total, own)
     else:
@@ -567,7 +562,8 @@ def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept
         delta = _dot(grad_result, _at(call.out, item.out + row * call.out_row), call.width)
     _score_gradients(weights, grads, delta, own)
     if call.grad_bias != 0:
-        _add(_at(call.grad_bias, item.grad_bias + item.length_q - 1 + c0 - row), grads, own)
+        at = _at(call.grad_bias, item.grad_bias + item.length_q - 1 + c0 - row)
+        _add_scaled(at, grads, np.float32(1.0), own)
     if call.grad_dense != 0:
         column = call.grad_dense_column
         target = _floats(_at(call.grad_dense, item.grad_dense + row * call.grad_dense_row + c0 * column))
