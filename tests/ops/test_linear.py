@@ -44,6 +44,15 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fat5.product.default, (a, b))
 
 
+def test_compiles_without_graph_breaks():
+    layer, x = nn.Linear(8, 16, bias=False), torch.randn(70, 8)
+    compiled = torch.compile(lambda x: linear(layer, x).square().sum(), fullgraph=True, backend="aot_eager")
+    loss = compiled(x)
+    loss.backward()
+    torch.testing.assert_close(loss, layer(x).square().sum())
+    assert layer.weight.grad.abs().sum() > 0
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
