@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
         `weights` receives the attention weights (B, H, Lq, Lk), which are formed only then, and only of rows.
         """
-        query = self._heads(self.q(hidden))
+        query = self._heads(ops.linear(self.q, hidden))
         if rotation is not None:
             query = ops.rotary(query, *rotation)
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
                 dropout_p=dropout_p, key_padding_mask=key_layout.mask,
             )  # fmt: skip
             out = rows.transpose(1, 2)
-        return self.o(out.reshape(*hidden.shape[:-1], self.heads * self.width))
+        return ops.linear(self.o, out.reshape(*hidden.shape[:-1], self.heads * self.width))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, self.width)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         if cache is not None and crosses and cache.is_updated.get(self.layer):
             kept = cache.cross_attention_cache.layers[self.layer]
             return kept.keys.transpose(1, 2), kept.values.transpose(1, 2)
-        key, value = self._heads(self.k(source)), self._heads(self.v(source))
+        key, value = self._heads(ops.linear(self.k, source)), self._heads(ops.linear(self.v, source))
         if rotation is not None:
             key = ops.rotary(key, *rotation)
         if cache is not None:
@@ -162,7 +162,7 @@ class FeedForward(nn.Module):
         self.act = ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _project_safely(self.wo, self.dropout(self.act(self.wi(hidden))))
+        return _project_safely(self.wo, self.dropout(self.act(ops.linear(self.wi, hidden))))
 
 
 class GatedFeedForward(nn.Module):
@@ -180,13 +180,12 @@ class GatedFeedForward(nn.Module):
         return _project_safely(self.wo, self.dropout(self._gated(hidden)))
 
     def _gated(self, hidden: Tensor) -> Tensor:
-        if self.act is not None:
-            return self.act(self.wi_0(hidden)) * self.wi_1(hidden)
-        untouched = type(self.wi_0) is type(self.wi_1) is nn.Linear
+        untouched = type(self.wi_0) is type(self.wi_1) is nn.Linear and self.act is None
         if untouched and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
             # One product twice as wide; the kernel that casts the weights also joins them.
             return ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
-        return ops.geglu(self.wi_0(hidden), self.wi_1(hidden))
+        gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
+        return ops.geglu(gate, up) if self.act is None else self.act(gate) * up
 
 
 class FeedForwardLayer(nn.Module):
@@ -246,7 +245,7 @@ def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
             return wo(hidden.to(wo.weight.dtype))
     if wo.weight.dtype == torch.float32 and hidden.dtype == torch.float16:
         hidden = hidden.float()
-    return wo(hidden)
+    return ops.linear(wo, hidden)
 
 
 def _clamp(hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
 from fat5.ops.choice import use_kernels
 from fat5.ops.geglu import geglu, geglu_joined
+from fat5.ops.linear import linear
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from fat5.ops.rms_norm import add_rms_norm, rms_norm
 from fat5.ops.rotary import rotary
@@ -17,6 +18,7 @@ __all__ = [
     "attention_weights",
     "geglu",
     "geglu_joined",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",

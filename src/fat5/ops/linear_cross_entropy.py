@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fat5.ops.choice import uses_triton
+from fat5.ops.linear import product, serves
 
 # Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an
 # accelerator.
@@ -121,7 +122,7 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    logits = product(hidden.to(dtype), weight.to(dtype).t())
     return logits.to(torch.promote_types(dtype, torch.float32))
 
 
@@ -212,6 +213,10 @@ def _summed(
 def _accumulate(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
     """grad_hidden = grad_logits @ weight; grad_weight += grad_logits.T @ hidden, summed in grad_weight's dtype."""
     hidden = hidden.to(weight.dtype)
+    if serves(grad_logits, weight):
+        grad_hidden.copy_(product(grad_logits, weight))
+        grad_weight += product(grad_logits.t(), hidden)
+        return
     if grad_hidden.dtype == weight.dtype and grad_hidden.is_contiguous():
         torch.mm(grad_logits, weight, out=grad_hidden)
     else:

@@ -1,27 +1,20 @@
-"""Attention on the CPU in linear memory: the custom operators, and the walk over documents. The arithmetic is in
-cpu_kernels.py.
+"""Attention on the CPU in linear memory: the custom operators, and how a call becomes heads of documents.
 
-Two ideas make it fast (docs/attention.md, "On the CPU"):
-
-- PyTorch's fused CPU kernel adds a mask it reads through strides. A relative bias is constant along diagonals, and
-  with the queries in reverse order it is constant along *anti*-diagonals: entry (i', j) is ext[i' + j + shift], a
-  strided view with strides (1, 1) of the short vector. So the mask of any document is a view that stays in cache, and
-  no L x L bias exists.
-- Where the bias needs a gradient, the backward runs in tiles of plain PyTorch that stay in cache, with dS at hand.
-  dS is written into a skewed buffer, so that summing its anti-diagonals is summing columns (decision 0030).
+The arithmetic is in cpu_kernels.py: each head of each document is a task, which threads take in turn (cpu_threads.py).
+A task writes its own rows only, so results do not depend on the number of threads. A relative bias is read, and its
+gradient summed, by distance; it never becomes a matrix (docs/attention.md, "On the CPU").
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from fat5.ops.attention import cpu_kernels as kernels
 from fat5.ops.attention.bias import RelativeBias
 
-# Rows of a causal document are walked in blocks of this many, so that keys in the future of a whole block cost nothing.
-CAUSAL_BLOCK = 512
+# A ticket holds so many scores or more, a few microseconds of work, and there are at most so many tickets a thread.
+SMALLEST_TICKET, TICKETS_A_THREAD = 20_000, 16
+# What a row or a key costs beside the scores, in scores: it is packed and written.
+ROW_COST = 40
 
 
 def attention_cpu(
@@ -68,24 +61,12 @@ def _attention(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exp of each row, float32, (B, Lq, H) or (Tq, H), -inf where a row sees nothing."""
-    walk = Walk(cu_seqlens_q, cu_seqlens_k, key_padding_mask, causal, vector, dense, max_seqlen_q, max_seqlen_k)
-    q, k, v = walk.reversed(walk.tokens_first(q)), walk.tokens_first(k), walk.tokens_first(v)
-    parts = list(walk.parts(q, k))
-    if len(parts) == 1 and parts[0].covers(q):
-        part = parts[0]
-        mine = (part.of_queries(q), part.of_keys(k), part.of_keys(v))
-        part_out, part_lse = kernels.forward(*mine, part.mask, scale, part.dropout(dropout_p, seed))
-        out, lse = part_out.transpose(1, 2), part_lse.transpose(1, 2)
-        return walk.caller_layout(walk.reversed(out).contiguous()), walk.reversed(lse).contiguous()
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full(q.shape[:-1], float("-inf"))
-    for part in parts:
-        part_out, part_lse = kernels.forward(
-            part.of_queries(q), part.of_keys(k), part.of_keys(v), part.mask, scale, part.dropout(dropout_p, seed)
-        )
-        part.of_queries(out).copy_(part_out)
-        part.of_queries(lse[..., None])[..., 0].copy_(part_lse)
-    return walk.caller_layout(walk.reversed(out)), walk.reversed(lse)
+    problem = _Problem(
+        q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask
+    )
+    out, lse = torch.zeros(problem.q.shape), torch.full(problem.q.shape[:-1], float("-inf"))
+    problem.run(out, lse)
+    return problem.caller_layout(out), lse
 
 
 @torch.library.custom_op("fat5::attention_cpu_backward", mutates_args=())
@@ -110,37 +91,13 @@ def _attention_backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias in its own shape (empty when not asked for)."""
-    walk = Walk(cu_seqlens_q, cu_seqlens_k, key_padding_mask, causal, vector, dense, max_seqlen_q, max_seqlen_k)
-    grad_out, q = walk.reversed(walk.tokens_first(grad_out)), walk.reversed(walk.tokens_first(q))
-    out = walk.tokens_first(out)
-    if max_seqlen_k > kernels.TILE_KEYS or not (bias_needs_grad or seed is not None):
-        out = walk.reversed(out)  # else nobody reads it
-    lse = walk.reversed(lse)
-    k, v = walk.tokens_first(k), walk.tokens_first(v)
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    grad_bias = walk.new_grad_bias() if bias_needs_grad else None
-    buffers = kernels.Buffers()
-    for part in walk.parts(q, k):
-        kernels.backward(
-            part.of_queries(grad_out),
-            part.of_queries(q),
-            part.of_keys(k),
-            part.of_keys(v),
-            part.of_queries(out),
-            part.of_queries(lse[..., None])[..., 0],
-            part.mask,
-            scale,
-            part.dropout(dropout_p, seed),
-            (part.of_queries(grad_q), part.of_keys(grad_k), part.of_keys(grad_v)),
-            None if grad_bias is None else part.grad_bias(grad_bias),
-            buffers,
-        )
-    return (
-        walk.caller_layout(walk.reversed(grad_q)),
-        walk.caller_layout(grad_k),
-        walk.caller_layout(grad_v),
-        q.new_empty(0) if grad_bias is None else walk.fold_grad_bias(grad_bias),
+    problem = _Problem(
+        q, k, v, vector, dense, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, key_padding_mask
     )
+    grads = [torch.zeros(x.shape) for x in (problem.q, problem.k, problem.v)]
+    grad_bias = problem.run_backward(grad_out, out, lse, grads, bias_needs_grad)
+    grad_q, grad_k, grad_v = (problem.caller_layout(grad) for grad in grads)
+    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
 
 
 @_attention.register_fake
@@ -202,190 +159,187 @@ def _gradients(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-@dataclass
-class Walk:
-    """One call as a sequence of parts, each a block of queries and the contiguous keys it may see.
-
-    Inside, every tensor has its tokens before its heads, (B, L, H, D) or (T, H, D), and when the bias is a vector (or
-    the call causal, a bias of 0 and -inf) its queries are in reverse order.
-    """
-
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    key_padding_mask: Tensor | None
-    causal: bool
-    vector: Tensor | None
-    dense: Tensor | None
-    max_q: int
-    max_k: int
-
-    def __post_init__(self) -> None:
-        self.packed = self.cu_seqlens_q is not None
-        self.reverse = self.dense is None and (self.vector is not None or self.causal)
-        self.reach = 0 if self.vector is None else self.vector.shape[1] // 2
-        if self.reverse:
-            # Distance d stands at d + max_q - 1.
-            distance = torch.arange(1 - self.max_q, max(self.max_k, 1))
-            vector = torch.zeros(1, 1) if self.vector is None else self.vector
-            self.extended = vector[:, distance.clamp(-self.reach, self.reach) + self.reach]
-            if self.causal:
-                self.extended = self.extended.masked_fill(distance > 0, float("-inf"))
-
-    def tokens_first(self, x: Tensor) -> Tensor:
-        # PyTorch's fused kernel takes every stride but that of the last dimension.
-        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        return x if self.packed else x.transpose(1, 2)
-
-    def caller_layout(self, x: Tensor) -> Tensor:
-        return x if self.packed else x.transpose(1, 2)
-
-    def reversed(self, x: Tensor) -> Tensor:
-        return x.flip(0 if self.packed else 1) if self.reverse else x
-
-    def parts(self, q: Tensor, k: Tensor) -> Iterator["Part"]:
-        """Every (query block, visible keys) with at least one of each."""
-        if self.packed:
-            starts_q, starts_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()  # type: ignore[union-attr]
-            for n, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:])):
-                if q1 > q0 and k1 > k0:
-                    if self.reverse:
-                        q0, q1 = q.shape[0] - q1, q.shape[0] - q0
-                    yield from self._blocks(n, None, (q0, q1), (k0, k1), None, 0)
-            return
-        if q.shape[0] == 0 or q.shape[1] == 0 or k.shape[1] == 0:
-            return
-        if self.key_padding_mask is None or not self.reverse:
-            holes = None if self.key_padding_mask is None else ~self.key_padding_mask[:, None, None, :]
-            yield from self._blocks(0, slice(None), (0, q.shape[1]), (0, k.shape[1]), holes, 0)
-            return
-        for b, visible in enumerate(self.key_padding_mask):
-            keys = visible.nonzero().flatten()
-            if len(keys) == 0:
-                continue
-            k0, k1 = int(keys[0]), int(keys[-1]) + 1
-            holes = None if k1 - k0 == len(keys) else ~visible[k0:k1]
-            yield from self._blocks(b, slice(b, b + 1), (0, q.shape[1]), (k0, k1), holes, k0)
-
-    def _blocks(
-        self,
-        n: int,
-        batch: slice | None,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
-        holes: Tensor | None,
-        k_start: int,
-    ) -> Iterator["Part"]:
-        """Splits causal documents into blocks of rows that stop at the diagonal; `k_start` is the position of the
-        first key.
-        """
-        (q0, q1), (k0, k1) = queries, keys
-        length_q, length_k = q1 - q0, k1 - k0
-        if not self.causal:
-            yield Part(self, n, batch, (q0, q1), (k0, k1), 0, k_start, holes)
-            return
-        # The first rows see nothing when keys start later than queries; they keep their zeros.
-        for r0 in range(min(k_start, length_q), length_q, CAUSAL_BLOCK):
-            r1 = min(r0 + CAUSAL_BLOCK, length_q)
-            seen = min(length_k, r1 - k_start)
-            block = (q1 - r1, q1 - r0) if self.reverse else (q0 + r0, q0 + r1)
-            yield Part(
-                self, n, batch, block, (k0, k0 + seen), r0, k_start, None if holes is None else holes[..., :seen]
-            )
-
-    def new_grad_bias(self) -> Tensor:
-        if self.reverse:
-            return torch.zeros(self.vector.shape[0], self.extended.shape[1])  # type: ignore[union-attr]
-        return torch.zeros_like(self.dense, dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-
-    def fold_grad_bias(self, grad: Tensor) -> Tensor:
-        """From one sum a distance to the shape of the bias: distances beyond the reach share its ends."""
-        if not self.reverse:
-            return grad.to(self.dense.dtype)  # type: ignore[union-attr]
-        distance = torch.arange(1 - self.max_q, max(self.max_k, 1))
-        index = distance.clamp(-self.reach, self.reach) + self.reach
-        return torch.zeros_like(self.vector).index_add_(1, index, grad)  # type: ignore[arg-type]
-
-
-class Part:
-    """A block of queries of one document (or of the whole batch) and the keys it may see."""
+class _Problem:
+    """One call, with tokens before heads, (B, L, H, D) or (T, H, D), in float32, and its tasks."""
 
     def __init__(
         self,
-        walk: Walk,
-        document: int,
-        batch: slice | None,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
-        query_start: int,
-        key_start: int,
-        holes: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        vector: Tensor | None,
+        dense: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        key_padding_mask: Tensor | None,
     ) -> None:
-        self.walk, self.document, self.batch, self.queries, self.keys = walk, document, batch, queries, keys
-        self.query_start, self.key_start = query_start, key_start
-        self.mask = self._mask(holes)
+        # numba takes a while to import, and only a call needs it.
+        from fat5.ops.attention import cpu_kernels
 
-    def covers(self, q: Tensor) -> bool:
-        """Whether this part is every row of a batch."""
-        return self.batch == slice(None) and self.queries == (0, q.shape[1])
+        self.kernels = cpu_kernels
+        self.packed, self.dtype = cu_seqlens_q is not None, q.dtype
+        self.q, self.k, self.v = (self._tokens_first(x) for x in (q, k, v))
+        self.heads, self.width = self.q.shape[-2:]
+        self.vector, self.dense = vector, None if dense is None else dense.float()
+        self.dense_dtype = None if dense is None else dense.dtype
+        self.visible = None
+        if self.packed:
+            starts_q, starts_k = cu_seqlens_q.numpy(), cu_seqlens_k.numpy()  # type: ignore[union-attr]
+            self.batch = np.zeros(len(starts_q) - 1, np.int64)
+            self.start_q, self.start_k = starts_q[:-1].astype(np.int64), starts_k[:-1].astype(np.int64)
+            self.length_q, self.length_k = np.diff(starts_q).astype(np.int64), np.diff(starts_k).astype(np.int64)
+            self.key_start = np.zeros_like(self.batch)
+        else:
+            rows, length_k = self.q.shape[0], self.k.shape[1]
+            self.batch, self.start_q = np.arange(rows), np.zeros(rows, np.int64)
+            self.length_q, self.length_k = np.full(rows, self.q.shape[1]), np.full(rows, length_k)
+            self.start_k = np.zeros(rows, np.int64)
+            if key_padding_mask is not None and length_k > 0:
+                visible = key_padding_mask.numpy()
+                some = visible.any(axis=1)
+                self.start_k = np.where(some, visible.argmax(axis=1), 0)
+                end = np.where(some, length_k - visible[:, ::-1].argmax(axis=1), 0)
+                self.length_k = end - self.start_k
+                if (visible.sum(axis=1) != self.length_k).any():
+                    self.visible = np.ascontiguousarray(visible)
+            self.key_start = self.start_k
+        self.call = np.zeros(1, self.kernels.CALL)
+        self.call["width"], self.call["causal"], self.call["scale"] = self.width, causal, scale
+        for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            self.call[name], self.call[f"{name}_row"] = x.data_ptr(), x.stride(-3)
+        self.seed = seed
+        if seed is not None:
+            self.call["seed"], self.call["threshold"] = seed.data_ptr(), int(dropout_p * 2**32)
+            self.call["keep_scale"] = 1.0 / (1.0 - dropout_p)
+        if self.visible is not None:
+            self.call["visible"] = self.visible.ctypes.data
+        if self.dense is not None:
+            self.call["dense"] = self.dense.data_ptr()
+            _, _, self.call["dense_row"], self.call["dense_column"] = _broadcast_strides(self.dense)
+        self.items = self._items()
 
-    def of_queries(self, x: Tensor) -> Tensor:
-        """The (B, H, rows, D) view of this part's queries."""
-        return self._view(x, *self.queries)
+    def caller_layout(self, x: Tensor) -> Tensor:
+        return (x if self.packed else x.transpose(1, 2)).to(self.dtype)
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        """The (B, H, keys, D) view of this part's keys."""
-        return self._view(x, *self.keys)
+    def run(self, out: Tensor, lse: Tensor) -> None:
+        """Fills `out` and `lse`, but for rows that see nothing."""
+        self._takes_result(out, lse)
+        chunk = self.kernels.CHUNK_ROWS
+        chunks = -(-self.items["last"] // chunk)
+        items = np.repeat(self.items, chunks)
+        if len(items) > len(self.items):
+            nth = np.arange(len(items)) - np.repeat(chunks.cumsum() - chunks, chunks)
+            items["first"] = nth * chunk
+            items["last"] = np.minimum(items["first"] + chunk, items["last"])
+        self._start(items, self.kernels.forward_scratch, False)
 
-    def dropout(self, dropout_p: float, seed: Tensor | None) -> "kernels.Dropout | None":
-        if seed is None:
+    def run_backward(
+        self, grad_out: Tensor, out: Tensor, lse: Tensor, grads: list[Tensor], bias_needs_grad: bool
+    ) -> Tensor | None:
+        """Fills the gradients of q, k and v; returns that of the bias."""
+        grad_out, out = self._tokens_first(grad_out), self._tokens_first(out).contiguous()
+        self._takes_result(out, lse)
+        call, items = self.call, self.items
+        call["backward"], call["grad_out"], call["grad_out_row"] = 1, grad_out.data_ptr(), grad_out.stride(-3)
+        items["grad_out"] = self._offsets(grad_out, self.start_q)
+        call["grad_q"], call["grad_k"], call["grad_v"] = (grad.data_ptr() for grad in grads)
+        call["grad_k_row"] = grads[1].stride(-3)
+        items["grad_k"] = self._offsets(grads[1], self.start_k)
+        if bias_needs_grad and self.dense is not None:
+            grad_dense = torch.zeros(self.dense.shape)
+            call["grad_dense"] = grad_dense.data_ptr()
+            _, _, call["grad_dense_row"], call["grad_dense_column"] = _broadcast_strides(grad_dense)
+            items["grad_dense"] = self._dense_offsets(grad_dense)
+            self._start(items, self.kernels.backward_scratch, True)
+            return grad_dense.to(self.dense_dtype)
+        distances = items["length_q"] + items["length_k"] - 1
+        items["grad_bias"] = distances.cumsum() - distances
+        by_distance = np.zeros(int(distances.sum()) if bias_needs_grad else 0, np.float32)
+        if bias_needs_grad and len(by_distance):
+            call["grad_bias"] = by_distance.ctypes.data
+        self._start(items, self.kernels.backward_scratch, False)
+        if not bias_needs_grad:
             return None
-        return kernels.Dropout(dropout_p, seed, self.document, self.query_start, self.key_start, self.walk.reverse)
+        total = np.zeros(self.vector.shape)  # type: ignore[union-attr]
+        self.kernels.fold(total, by_distance, items, total.shape[1] // 2)
+        return torch.from_numpy(total).to(self.vector.dtype)  # type: ignore[union-attr]
 
-    def grad_bias(self, grad: Tensor) -> Tensor:
-        """The piece of the bias's gradient that this part adds to: distances (H, rows + keys - 1), or a dense block."""
-        rows, columns = self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
-        if self.walk.reverse:
-            return grad[:, self._shift() : self._shift() + rows + columns - 1]
-        return self._dense_block(grad)
+    def _tokens_first(self, x: Tensor) -> Tensor:
+        x = x.float() if self.packed else x.float().transpose(1, 2)
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
-    def _view(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if self.batch is None:
-            return x[start:stop].transpose(0, 1)[None]
-        return x[self.batch, start:stop].transpose(1, 2)
+    def _takes_result(self, out: Tensor, lse: Tensor) -> None:
+        self.call["out"], self.call["out_row"] = out.data_ptr(), out.stride(-3)
+        self.call["lse"], self.call["lse_row"] = lse.data_ptr(), lse.stride(-2)
+        self.items["out"] = self._offsets(out, self.start_q)
+        self.items["lse"] = self._offsets(lse[..., None], self.start_q)
+        self.kept = (out, lse)
 
-    def _shift(self) -> int:
-        """Index in the extended vector of the distance between the first key and the last query (the first in
-        reverse).
-        """
-        rows = self.queries[1] - self.queries[0]
-        return self.key_start - (self.query_start + rows - 1) + self.walk.max_q - 1
+    def _items(self) -> np.ndarray:
+        """A record for each head of each document with queries and keys, head by head."""
+        self.documents = np.flatnonzero((self.length_q > 0) & (self.length_k > 0))
+        documents = self.documents
+        items = np.zeros(self.heads * len(documents), self.kernels.ITEM)
+        grid = items.reshape(self.heads, len(documents))
+        grid["head"] = np.arange(self.heads)[:, None]
+        grid["document"] = documents
+        grid["last"] = grid["length_q"] = self.length_q[documents]
+        grid["length_k"], grid["key_start"] = self.length_k[documents], self.key_start[documents]
+        items["q"] = self._offsets(self.q, self.start_q)
+        items["k"], items["v"] = self._offsets(self.k, self.start_k), self._offsets(self.v, self.start_k)
+        if self.visible is not None:
+            grid["visible"] = (self.batch * self.visible.shape[1] + self.start_k)[documents]
+        if self.vector is not None and len(items):
+            # A distance d of head h stands at [h, d + longest - 1].
+            longest, farthest = int(items["length_q"].max()), int((items["key_start"] + items["length_k"]).max())
+            reach = self.vector.shape[1] // 2
+            distance = torch.arange(1 - longest, farthest).clamp(-reach, reach) + reach
+            self.extended = self.vector.index_select(1, distance)
+            self.call["bias"] = self.extended.data_ptr()
+            items["bias"] = items["head"] * self.extended.shape[1] + longest - 1 + items["key_start"]
+        if self.dense is not None:
+            items["dense"] = self._dense_offsets(self.dense)
+        return items
 
-    def _mask(self, holes: Tensor | None) -> "kernels.Mask":
-        rows, columns = self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
-        walk = self.walk
-        added: Tensor | None = None
-        if walk.reverse:
-            extended = walk.extended
-            head_stride = extended.stride(0) if extended.shape[0] > 1 else 0
-            added = extended.as_strided((1, extended.shape[0], rows, columns), (0, head_stride, 1, 1), self._shift())
-        elif walk.dense is not None:
-            added = self._dense_block(walk.dense).float()
-            if walk.causal:
-                distance = torch.arange(columns)[None] + self.key_start - torch.arange(rows)[:, None] - self.query_start
-                added = added.masked_fill(distance > 0, float("-inf"))
-        if holes is not None:
-            added = torch.zeros(1, 1, 1, columns) if added is None else added
-            added = added.masked_fill(holes, float("-inf"))
-        return kernels.Mask(added, walk.reverse, holes is not None)
+    def _offsets(self, x: Tensor, start: np.ndarray) -> np.ndarray:
+        """Where each item begins in a tensor with tokens first."""
+        rows = start * x.stride(-3) + (0 if self.packed else self.batch * x.stride(0))
+        return (np.arange(self.heads)[:, None] * x.stride(-2) + rows[self.documents]).ravel()
 
-    def _dense_block(self, dense: Tensor) -> Tensor:
-        rows, columns = self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
-        if self.walk.packed:
-            dense = dense[self.document][None] if dense.shape[0] > 1 else dense
-        elif dense.shape[0] > 1:
-            dense = dense[self.batch]
-        if dense.shape[2] > 1:
-            dense = dense[:, :, self.query_start : self.query_start + rows]
-        if dense.shape[3] > 1:
-            dense = dense[:, :, :, self.key_start : self.key_start + columns]
-        return dense
+    def _dense_offsets(self, x: Tensor) -> np.ndarray:
+        document, head, _, column = _broadcast_strides(x)
+        rows = self.documents * document + self.key_start[self.documents] * column
+        return (np.arange(self.heads)[:, None] * head + rows).ravel()
+
+    def _start(self, items: np.ndarray, scratch_size, shares_heads: bool) -> None:  # type: ignore[no-untyped-def]
+        """Runs all items; with `shares_heads` those of one head write to one place, and are one ticket."""
+        if not len(items):
+            return
+        from fat5.ops.attention.cpu_threads import run
+
+        threads = torch.get_num_threads()
+        rows, keys = items["last"] - items["first"], items["length_k"]
+        done = (rows * keys + ROW_COST * (rows + keys)).cumsum()
+        ticket = done // max(SMALLEST_TICKET, int(done[-1]) // (threads * TICKETS_A_THREAD))
+        if shares_heads:
+            ticket = items["head"] if self.dense.shape[1] > 1 else np.zeros_like(items["head"])  # type: ignore[union-attr]
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(ticket)) + 1, [len(items)]]).astype(np.int64)
+        tickets = len(bounds) - 1
+        threads = min(threads, tickets)
+        size = scratch_size(self.width, int(keys.max()))
+        scratch = torch.empty(threads, -(-size // 16) * 16)
+        call = self.call
+        call["items"], call["bounds"], call["tickets"] = items.ctypes.data, bounds.ctypes.data, tickets
+        call["scratch"], call["scratch_size"] = scratch.data_ptr(), scratch.shape[1]
+        taken = np.zeros(2, np.int64)
+        call["entered"], call["next"] = taken.ctypes.data, taken.ctypes.data + taken.itemsize
+        run(call.ctypes.data, threads)
+
+
+def _broadcast_strides(x: Tensor) -> list[int]:
+    """Strides, 0 along a dimension of one."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride())]

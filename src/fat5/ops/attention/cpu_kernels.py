@@ -1,254 +1,597 @@
-"""The arithmetic of CPU attention for one part: PyTorch's fused kernel where it serves, tiles of plain PyTorch
-elsewhere.
+"""Attention of one head of one document on the CPU, compiled by numba: products, softmax, dropout and every gradient.
 
-Shapes here: q, out, grad_out (B, H, Lq, D); k, v (B, H, Lk, D); lse (B, H, Lq); everything may be a strided view.
+`forward` and `backward` take blocks of rows against keys that stay in the core's own cache, so nothing of size Lq x Lk
+exists, and dS is at hand for the gradient of the bias. The products are those of a matrix library, a block of registers
+at a time (`_tile`, written in LLVM's own language, at the width of this processor): PyTorch's fused CPU kernel and its
+batched products go through MKL, which uses half of an AMD processor's vector units.
+
+Everything jitted lives in this one file, because numba's cache watches only the file a function is written in. Pointers
+are int64 addresses of float32; lengths, strides and offsets are counted in elements.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
-from fat5.ops.attention.dropout import keep_mask
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+# Numbers of a vector; rows and vectors of a block of registers; rows of the small block that ends a matrix. A block,
+# a row of vectors beside it and one number fill the 32 registers of AVX-512 and of Arm, or the 16 of AVX2.
+if _FEATURES.get("avx512f"):
+    WIDTH, ROWS, VECTORS, FEW_ROWS = 16, 12, 2, 4
+elif _FEATURES.get("avx2"):
+    WIDTH, ROWS, VECTORS, FEW_ROWS = 8, 6, 2, 2
+else:
+    WIDTH, ROWS, VECTORS, FEW_ROWS = 4, 6, 4, 2
+COLUMNS = WIDTH * VECTORS
 
-_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BLOCK_ROWS = 48  # rows of queries at a time
+BLOCK_KEYS = 512  # keys at a time in backward: with 48 rows and 64 dimensions, 850 kB
+BLOCK_SCORES = 1 << 17  # scores at a time in forward, which wants whole rows: 512 kB
+CHUNK_ROWS = 512  # rows of one forward task
+PAD = 16  # keeps rows of scores from falling into one cache set
+SEEN_NOTHING = np.float32(-1e30)  # what a score becomes where the key is hidden
 
-# Rows and keys of one tile of the plain backward: with 8 heads its three buffers fit a core's share of the
-# last-level cache.
-TILE_ROWS, TILE_KEYS = 128, 512
-KEPT_SHAPES = 8
-LOG2_E = 1.0 / math.log(2.0)
+CALL = np.dtype(
+    [(name, np.int64) for name in (
+        "items", "bounds", "tickets", "next", "entered", "scratch", "scratch_size", "backward",
+        "q", "k", "v", "out", "lse", "grad_out", "grad_q", "grad_k", "grad_v",
+        "q_row", "k_row", "v_row", "out_row", "grad_out_row", "grad_k_row", "lse_row",
+        "width", "causal", "bias", "grad_bias", "dense", "dense_row", "dense_column", "grad_dense",
+        "grad_dense_row", "grad_dense_column", "visible", "seed", "threshold",
+    )]
+    + [("scale", np.float32), ("keep_scale", np.float32)],
+    align=True,
+)  # fmt: skip
+"""One call: addresses of tensors (0 where there is none), token strides, settings. Records, for the kernels."""
+
+ITEM = np.dtype(
+    [(name, np.int64) for name in (
+        "document", "head", "first", "last", "length_q", "length_k", "key_start",
+        "q", "k", "v", "out", "grad_out", "grad_k", "lse", "bias", "grad_bias", "dense", "grad_dense", "visible",
+    )],
+    align=True,
+)  # fmt: skip
+"""One head of one document: its rows, lengths, and where it begins in each tensor."""
 
 
-@dataclass
-class Mask:
-    """What is added to the scores of a part.
+def jit(function: Callable[..., Any]) -> Any:
+    """`numba.njit`, cached on disk where a folder can be written; sums may be reordered, NaN and infinity are kept."""
+    fastmath = {"reassoc", "nsz", "contract", "arcp"}
+    try:
+        return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    except RuntimeError:  # "no locator available": read-only installation and home
+        return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
 
-    Args:
-        added: broadcasts to (B, H, Lq, Lk); None adds nothing.
-        antidiagonal: whether `added` is a vector bias, constant where row + key is (rows are in reverse order). Only
-            other masks, and those with holes, may leave a row with nothing to see.
-        holes: whether keys are left out by the caller.
+
+def worker() -> Any:
+    """The compiled `_work`, to be called by each thread with the address of a CALL record."""
+    signature = types.void(types.CPointer(numba.from_dtype(CALL)))
+    try:
+        return numba.cfunc(signature, cache=True)(_work)
+    except RuntimeError:
+        return numba.cfunc(signature)(_work)
+
+
+def _tile(rows: int, adds: bool) -> Any:
+    """c (rows, COLUMNS) = or += a (rows, k) b (k, COLUMNS); every sum stays in a register.
+
+    Arguments: a, its strides by row and by k; b, its stride by k; c, its stride by row; k.
     """
 
-    added: Tensor | None
-    antidiagonal: bool
-    holes: bool
-
-
-@dataclass
-class Dropout:
-    """Where in its document a part lies, so that its dropout mask can be drawn."""
-
-    probability: float
-    seed: Tensor
-    document: int
-    query_start: int
-    key_start: int
-    reverse: bool
-
-    def scaled_keep(self, batch: int, heads: int, rows: range, total_rows: int, keys: range) -> Tensor:
-        """(H, rows, keys) of 0 and 1 / (1 - p) for one batch row; `rows` of `total_rows`, in the order of the part."""
-        first = self.query_start + (total_rows - rows.stop if self.reverse else rows.start)
-        positions = range(first, first + len(rows))
-        columns = range(self.key_start + keys.start, self.key_start + keys.stop)
-        keep = keep_mask(self.seed, self.probability, self.document + batch, heads, positions, columns)
-        return (keep.flip(1) if self.reverse else keep) / (1.0 - self.probability)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: Dropout | None
-) -> tuple[Tensor, Tensor]:
-    """out (B, H, Lq, D) and lse (B, H, Lq)."""
-    if dropout is None:
-        added = _fit(mask.added, q, k)
-        out, lse = _fused_forward(q, k, v, attn_mask=added, scale=scale)
-        if mask.added is not None and (mask.holes or not mask.antidiagonal):
-            # The fused kernel gives lse = 0 to a row that sees nothing.
-            lse = lse.masked_fill((mask.added == float("-inf")).all(dim=-1), float("-inf"))
-        return out, lse
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:-1])
-    for rows in _row_blocks(q.shape[2]):
-        scores = _scores(q, k, mask, scale, rows)
-        lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - _finite(lse[:, :, rows, None]))
-        for b in range(q.shape[0]):
-            block = range(rows.start, rows.stop)
-            weights[b] *= dropout.scaled_keep(b, q.shape[1], block, q.shape[2], range(k.shape[2]))
-        out[:, :, rows] = (weights @ v.float()).to(out.dtype)
-    return out, lse
-
-
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Mask,
-    scale: float,
-    dropout: Dropout | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad_bias: Tensor | None,
-    buffers: "Buffers",
-) -> None:
-    """Adds the gradients of q, k and v to `grads`, and the bias's to `grad_bias`, one sum a distance for a vector."""
-    if dropout is None and grad_bias is None:
-        # A row that sees nothing has lse = -inf; exp(-inf - 0) is what it needs.
-        found = _fused_backward(
-            grad_out, q, k, v, out, _finite(lse), 0.0, False, attn_mask=_fit(mask.added, q, k), scale=scale
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        a, a_row, a_k, b, b_k, c, c_row, k = arguments
+        integer, number = ir.IntType(64), ir.FloatType()
+        vector = ir.VectorType(number, WIDTH)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{WIDTH}f32"
         )
-        for grad, part in zip(grads, found):
-            grad += part
-        return
-    # Rows of at most one tile of keys take delta from themselves.
-    long = k.shape[2] > TILE_KEYS
-    delta = (grad_out.float() * out.float()).sum(dim=-1) if long else lse
-    # Scores in base 2: exp2 costs half of exp, and the scale rides along.
-    lse = lse * LOG2_E
-    for b in range(q.shape[0]):
-        query, key, value = q[b].float() * (scale * LOG2_E), k[b].float(), v[b].float()
-        added = None if mask.added is None else mask.added[b if mask.added.shape[0] > 1 else 0]
-        target = grad_bias
-        if grad_bias is not None and not mask.antidiagonal:
-            target = grad_bias[b if grad_bias.shape[0] > 1 else 0]
-        totals = [grad[b] for grad in grads]
-        if q.dtype != torch.float32:
-            totals = [torch.zeros(grad.shape) for grad in totals]
-        _tiles(
-            grad_out[b].float(), query, key, value, lse[b], delta[b], added, scale, dropout, b, totals, target,
-            mask.antidiagonal, buffers,
-        )  # fmt: skip
-        if q.dtype != torch.float32:
-            for grad, total in zip(grads, totals):
-                grad[b] += total
+
+        def constant(value: int) -> Any:
+            return ir.Constant(integer, value)
+
+        def place(pointer, *offsets):  # type: ignore[no-untyped-def]
+            for offset in offsets:
+                pointer = builder.gep(pointer, [offset])
+            return builder.bitcast(pointer, vector.as_pointer())
+
+        start_a, start_b, start_c = (builder.inttoptr(x, number.as_pointer()) for x in (a, b, c))
+        block = [(i, j) for i in range(rows) for j in range(VECTORS)]
+        row_offsets = [builder.mul(a_row, constant(i)) for i in range(rows)]
+        places = [place(start_c, builder.mul(c_row, constant(i)), constant(j * WIDTH)) for i, j in block]
+        zero = ir.Constant(vector, [0.0] * WIDTH)
+        sums = [builder.load(at, align=4) if adds else zero for at in places]
+
+        before, loop, after = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step, at_a, at_b = (builder.phi(kind) for kind in (integer, number.as_pointer(), number.as_pointer()))
+        running = [builder.phi(vector) for _ in block]
+        column = [builder.load(place(at_b, constant(j * WIDTH)), align=4) for j in range(VECTORS)]
+        after_step = []
+        for i in range(rows):
+            one = builder.load(builder.gep(at_a, [row_offsets[i]]))
+            lane = builder.insert_element(ir.Constant(vector, ir.Undefined), one, ir.Constant(ir.IntType(32), 0))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+            spread = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), lanes)
+            after_step += [builder.call(fma, [spread, column[j], running[i * VECTORS + j]]) for j in range(VECTORS)]
+        next_values = [builder.add(step, constant(1)), builder.gep(at_a, [a_k]), builder.gep(at_b, [b_k]), *after_step]
+        firsts = [constant(0), start_a, start_b, *sums]
+        for phi, first, following in zip([step, at_a, at_b, *running], firsts, next_values):
+            phi.add_incoming(first, before)
+            phi.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", next_values[0], k), loop, after)
+        builder.position_at_end(after)
+        for at, value in zip(places, after_step):
+            builder.store(value, at, align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(_context, a, a_row, a_k, b, b_k, c, c_row, k):  # type: ignore[no-untyped-def]
+        return types.void(*(types.int64,) * 8), generate
+
+    return tile
 
 
-class Buffers:
-    """Scratch memory of one backward call, kept from tile to tile: fresh memory costs more to map than to fill."""
-
-    def __init__(self) -> None:
-        self.flat = torch.empty(2, 0)
-        self.skewed: dict[tuple[int, int, int], Tensor] = {}
-
-    def of(self, heads: int, m: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Two (heads, m, w) of anything, and heads * m * (m + w) flat zeros to hold dS with its rows m + w apart.
-
-        Read with rows m + w - 1 apart, row i of dS is moved by i, and its anti-diagonals stand in columns.
-        """
-        size = heads * m * w
-        if self.flat.shape[1] < size:
-            self.flat = torch.empty(2, size)
-        if (heads, m, w) not in self.skewed:
-            if len(self.skewed) >= KEPT_SHAPES:
-                self.skewed.clear()
-            self.skewed[heads, m, w] = torch.zeros(heads * m * (m + w))
-        first, second = (self.flat[i, :size].view(heads, m, w) for i in range(2))
-        return first, second, self.skewed[heads, m, w]
+_tile_set, _tile_add = _tile(ROWS, False), _tile(ROWS, True)
+_tile_set_few, _tile_add_few = _tile(FEW_ROWS, False), _tile(FEW_ROWS, True)
 
 
-def _tiles(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    added: Tensor | None,
-    scale: float,
-    dropout: Dropout | None,
-    batch: int,
-    grads: list[Tensor],
-    grad_bias: Tensor | None,
-    antidiagonal: bool,
-    buffers: "Buffers",
-) -> None:
-    """One document tile by tile: five batched matrix products each, and dS at hand for the bias.
+@intrinsic
+def _exp(_context, x):  # type: ignore[no-untyped-def]
+    """exp(x) of a float32 below 88, 0 below -87: 2^n times a polynomial of degree 6 (the coefficients of Cephes)."""
 
-    Shapes without batch: (H, Lq, D), (H, Lk, D), (H, Lq); q and lse in base 2. Adds to `grads` and to `grad_bias`,
-    which is (H, Lq + Lk - 1), entry i + j for row i and key j, or of the dense bias's shape.
-    """
-    heads, rows_total, keys_total = q.shape[0], q.shape[1], k.shape[1]
-    grad_q, grad_k, grad_v = grads
-    for r0 in range(0, rows_total, TILE_ROWS):
-        rows = slice(r0, min(r0 + TILE_ROWS, rows_total))
-        for c0 in range(0, keys_total, TILE_KEYS):
-            keys = slice(c0, min(c0 + TILE_KEYS, keys_total))
-            m, w = rows.stop - r0, keys.stop - c0
-            weights_buffer, products_buffer, skewed = buffers.of(heads, m, w)
-            weights = torch.bmm(q[:, rows], k[:, keys].transpose(1, 2), out=weights_buffer)
-            _softmax_(
-                weights, None if added is None else _block(added, rows, keys), lse[:, rows, None], w == keys_total
-            )
-            products = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2), out=products_buffer)
-            grad_scores = skewed.view(heads, m, m + w)[:, :, :w]
-            if dropout is not None:
-                keep = dropout.scaled_keep(batch, heads, range(r0, rows.stop), rows_total, range(c0, keys.stop))
-                grad_v[:, keys].baddbmm_((weights * keep).transpose(1, 2), grad_out[:, rows])
-                products.mul_(keep)
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        number, integer = ir.FloatType(), ir.IntType(32)
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 3), "llvm.fma.f32")
+
+        def constant(value: float) -> Any:
+            return ir.Constant(number, float(np.float32(value)))
+
+        small = builder.fcmp_ordered("<", arguments[0], constant(-87.0))
+        x = builder.select(small, constant(-87.0), arguments[0])
+        # Added to 1.5 * 2^23, a number is rounded to an integer, which stands in the lowest bits.
+        shifted = builder.call(fma, [x, constant(1.4426950408889634), constant(12582912.0)])
+        power = builder.fsub(shifted, constant(12582912.0))
+        r = builder.call(fma, [power, constant(-0.693359375), x])
+        r = builder.call(fma, [power, constant(2.12194440e-4), r])
+        value = constant(1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
+            value = builder.call(fma, [value, r, constant(coefficient)])
+        bits = builder.shl(builder.bitcast(shifted, integer), ir.Constant(integer, 23))
+        value = builder.bitcast(builder.add(builder.bitcast(value, integer), bits), number)
+        return builder.select(small, constant(0.0), value)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic
+def _larger(_context, x, y):  # type: ignore[no-untyped-def]
+    """The larger of two float32, either or neither if one is NaN: so a loop of it becomes vectors."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        flags = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered(">", *arguments, flags=flags), *arguments, flags=flags)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+def _pointer(kind: Any) -> Any:
+    """A function from an int64 address to a pointer to numba's type `kind`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    @intrinsic
+    def pointer(_context, address):  # type: ignore[no-untyped-def]
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+_floats, _bytes, _integers = _pointer(types.float32), _pointer(types.uint8), _pointer(types.int64)
+_items = _pointer(numba.from_dtype(ITEM))
+
+
+@intrinsic
+def _take(_context, address):  # type: ignore[no-untyped-def]
+    """What stands at the address of an int64, which becomes one more; atomic."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        integer = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], integer.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(integer, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@jit
+def _at(address, offset):  # type: ignore[no-untyped-def]
+    return address + 4 * offset
+
+
+@jit
+def _up(value, multiple):  # type: ignore[no-untyped-def]
+    return (value + multiple - 1) // multiple * multiple
+
+
+@jit
+def _product(a, a_row, a_k, b, b_k, b_panel, c, c_row, m, n, k, adds):  # type: ignore[no-untyped-def]
+    """c (m, n) = or += a (m, k) b (k, n); b lies in panels of COLUMNS columns. m and n count whole small tiles."""
+    for panel in range(n // COLUMNS):
+        panel_b, panel_c = _at(b, panel * b_panel), _at(c, panel * COLUMNS)
+        i = 0
+        while i < m:
+            tile_a, tile_c = _at(a, i * a_row), _at(panel_c, i * c_row)
+            if i + ROWS <= m:
+                if adds:
+                    _tile_add(tile_a, a_row, a_k, panel_b, b_k, tile_c, c_row, k)
+                else:
+                    _tile_set(tile_a, a_row, a_k, panel_b, b_k, tile_c, c_row, k)
+                i += ROWS
             else:
-                grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
-            torch.mul(products, weights, out=grad_scores)
-            # delta = rowsum(P dP): from the row itself where it is whole, so that dS sums to zero as exactly as it can.
-            row_delta = grad_scores.sum(dim=-1, keepdim=True) if w == keys_total else delta[:, rows, None]
-            grad_scores.addcmul_(weights, row_delta, value=-1.0)
-            grad_q[:, rows].baddbmm_(grad_scores, k[:, keys], alpha=scale)
-            grad_k[:, keys].baddbmm_(grad_scores.transpose(1, 2), q[:, rows], alpha=1.0 / LOG2_E)
-            if grad_bias is not None and antidiagonal:
-                sums = skewed.view(heads, -1)[:, : m * (m + w - 1)].view(heads, m, m + w - 1).sum(dim=1)
-                grad_bias[:, r0 + c0 : r0 + c0 + m + w - 1] += sums
-            elif grad_bias is not None:
-                target = _block(grad_bias, rows, keys)
-                target += grad_scores.sum_to_size(target.shape)
+                if adds:
+                    _tile_add_few(tile_a, a_row, a_k, panel_b, b_k, tile_c, c_row, k)
+                else:
+                    _tile_set_few(tile_a, a_row, a_k, panel_b, b_k, tile_c, c_row, k)
+                i += FEW_ROWS
 
 
-def _softmax_(scores: Tensor, added: Tensor | None, lse: Tensor, whole: bool) -> None:
-    """Scores (base 2) to attention weights in place; `whole` when every key of the rows is there.
+@jit
+def _pack(target, width, rows, source, source_row, count, columns, factor):  # type: ignore[no-untyped-def]
+    """target (rows, width) = factor * source (count, columns), zeros around it."""
+    for i in range(count):
+        to, come = numba.carray(_floats(_at(target, i * width)), width), _floats(_at(source, i * source_row))
+        origin = numba.carray(come, columns)
+        for j in range(columns):
+            to[j] = factor * origin[j]
+        for j in range(columns, width):
+            to[j] = 0.0
+    _clear(_at(target, count * width), (rows - count) * width)
 
-    Whole rows are normalised by their own sum, which is exact where the rounding of the stored log-sum-exp is not.
-    Parts of rows have only that: exp2 costs half of exp, which is why scores come in base 2.
+
+@jit
+def _pack_panels(target, rows, source, source_row, count, columns):  # type: ignore[no-untyped-def]
+    """The transpose of source (count, columns) in panels of COLUMNS of its rows; zeros for rows beyond `count`."""
+    for i in range(rows):
+        panel = numba.carray(_floats(_at(target, i // COLUMNS * COLUMNS * columns + i % COLUMNS)), COLUMNS * columns)
+        if i < count:
+            origin = numba.carray(_floats(_at(source, i * source_row)), columns)
+            for j in range(columns):
+                panel[j * COLUMNS] = origin[j]
+        else:
+            for j in range(columns):
+                panel[j * COLUMNS] = 0.0
+
+
+@jit
+def _clear(x, count):  # type: ignore[no-untyped-def]
+    a = numba.carray(_floats(x), count)
+    for j in range(count):
+        a[j] = 0.0
+
+
+@jit
+def _add_scaled(x, y, factor, count):  # type: ignore[no-untyped-def]
+    """x += factor * y."""
+    a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
+    for j in range(count):
+        a[j] += factor * b[j]
+
+
+@jit
+def _set_scaled(x, y, factor, count):  # type: ignore[no-untyped-def]
+    a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
+    for j in range(count):
+        a[j] = factor * b[j]
+
+
+@jit
+def _multiply(x, y, z, count):  # type: ignore[no-untyped-def]
+    """x = y * z."""
+    a, b, c = (numba.carray(_floats(x), count), numba.carray(_floats(y), count), numba.carray(_floats(z), count))
+    for j in range(count):
+        a[j] = b[j] * c[j]
+
+
+@jit
+def _dot(x, y, count):  # type: ignore[no-untyped-def]
+    a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
+    total = np.float32(0.0)
+    for j in range(count):
+        total += a[j] * b[j]
+    return total
+
+
+@jit
+def _largest(x, count):  # type: ignore[no-untyped-def]
+    a = numba.carray(_floats(x), count)
+    largest = np.float32(SEEN_NOTHING)
+    for j in range(count):
+        largest = _larger(a[j], largest)
+    return largest
+
+
+@jit
+def _exponentials(x, largest, count):  # type: ignore[no-untyped-def]
+    """x = exp(x - largest); returns the sum."""
+    a = numba.carray(_floats(x), count)
+    total = np.float32(0.0)
+    for j in range(count):
+        value = _exp(a[j] - largest)
+        a[j] = value
+        total += value
+    return total
+
+
+@jit
+def _hidden(largest, total):  # type: ignore[no-untyped-def]
+    """Whether no key of a row can be seen; a row of NaN may have no largest score, but its sum is NaN."""
+    return largest <= SEEN_NOTHING and total == total
+
+
+@jit
+def _score_gradients(p, grad, delta, count):  # type: ignore[no-untyped-def]
+    """grad = p * (grad - delta): dS from dP."""
+    a, b = numba.carray(_floats(p), count), numba.carray(_floats(grad), count)
+    for j in range(count):
+        b[j] = a[j] * (b[j] - delta)
+
+
+@jit
+def _keep(target, seed, threshold, scale, document, head, row, first, count):  # type: ignore[no-untyped-def]
+    """0 or `scale` for each key of a row: Philox4x32-10, as dropout.py says."""
+    kept = numba.carray(_floats(target), count)
+    mask = 0xFFFFFFFF
+    for j in range(count):
+        c0, c1, c2, c3 = first + j, row, head, document
+        k0, k1 = seed & mask, (seed >> 32) & mask
+        for _ in range(10):
+            p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+            c0, c1, c2, c3 = (((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask)
+            k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+        kept[j] = scale if c0 >= threshold else np.float32(0.0)
+
+
+@jit
+def _seen(call, item, row):  # type: ignore[no-untyped-def]
+    """How many keys a row may see."""
+    if call.causal == 0:
+        return item.length_k
+    return min(max(row + 1 - item.key_start, 0), item.length_k)
+
+
+@jit
+def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untyped-def]
+    """Bias and hidden keys, onto the scores of a row with keys first .. first + count."""
+    if call.bias != 0:
+        _add_scaled(scores, _at(call.bias, item.bias + first - row), np.float32(1.0), count)
+    a = numba.carray(_floats(scores), count)
+    if call.dense != 0:
+        dense = _floats(_at(call.dense, item.dense + row * call.dense_row + first * call.dense_column))
+        for j in range(count):
+            a[j] = max(a[j] + dense[j * call.dense_column], SEEN_NOTHING)
+    if call.visible != 0:
+        visible = numba.carray(_bytes(call.visible + item.visible + first), count)
+        for j in range(count):
+            a[j] = a[j] if visible[j] != 0 else SEEN_NOTHING
+
+
+@jit
+def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
+    """Elements that `_forward` works in."""
+    padded, keys = _up(width, COLUMNS), _up(length_k, COLUMNS)
+    scores = _block_rows(keys) * (keys + PAD)
+    return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
+
+
+@jit
+def _block_rows(keys):  # type: ignore[no-untyped-def]
+    return min(max(BLOCK_SCORES // max(keys, 1) // ROWS * ROWS, ROWS), BLOCK_ROWS)
+
+
+@jit
+def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
+    width, padded, keys = call.width, _up(call.width, COLUMNS), _up(item.length_k, COLUMNS)
+    stride, block = keys + PAD, _block_rows(keys)
+    key_panels = scratch
+    values = _at(key_panels, keys * width)
+    query = _at(values, keys * padded)
+    result = _at(query, BLOCK_ROWS * padded)
+    scores = _at(result, BLOCK_ROWS * padded)
+    sums = numba.carray(_floats(_at(scores, block * stride)), BLOCK_ROWS)
+    kept = _at(scores, block * stride + BLOCK_ROWS)
+    _pack_panels(key_panels, keys, _at(call.k, item.k), call.k_row, item.length_k, width)
+    _pack(values, padded, keys, _at(call.v, item.v), call.v_row, item.length_k, width, np.float32(1.0))
+    lse = _floats(_at(call.lse, item.lse))
+    for first in range(item.first, item.last, block):
+        count = min(block, item.last - first)
+        rows = _up(count, FEW_ROWS)
+        seen = _seen(call, item, first + count - 1)
+        if seen > 0:
+            _pack(query, width, rows, _at(call.q, item.q + first * call.q_row), call.q_row, count, width, call.scale)
+            _product(
+                query, width, 1, key_panels, COLUMNS, COLUMNS * width, scores, stride, rows, _up(seen, COLUMNS), width,
+                False,
+            )  # fmt: skip
+        for i in range(count):
+            row = first + i
+            own = _seen(call, item, row)
+            line = _at(scores, i * stride)
+            largest, total = SEEN_NOTHING, np.float32(0.0)
+            if own > 0:
+                _add_masks(call, item, line, row, 0, own)
+                largest = _largest(line, own)
+                total = _exponentials(line, largest, own)
+            blind = own == 0 or _hidden(largest, total)
+            lse[row * call.lse_row] = -np.inf if blind else largest + np.log(total)
+            sums[i] = np.float32(1.0) if blind else total
+            if blind:
+                _clear(line, seen)
+            else:
+                _clear(_at(line, own), seen - own)
+                if call.seed != 0:
+                    seed = _integers(call.seed)[0]
+                    _keep(
+                        kept, seed, call.threshold, call.keep_scale, item.document, item.head, row, item.key_start, own
+                    )
+                    _multiply(line, line, kept, own)
+        for c0 in range(0, seen, BLOCK_KEYS):
+            _product(
+                _at(scores, c0), stride, 1, _at(values, c0 * padded), padded, COLUMNS, result, padded, rows, padded,
+                min(BLOCK_KEYS, seen - c0), c0 > 0,
+            )  # fmt: skip
+        for i in range(count):
+            target = _at(call.out, item.out + (first + i) * call.out_row)
+            if seen > 0:
+                _set_scaled(target, _at(result, i * padded), np.float32(1.0) / sums[i], width)
+            else:
+                _clear(target, width)
+
+
+@jit
+def backward_scratch(width, length_k):  # type: ignore[no-untyped-def]
+    """Elements that `_backward` works in."""
+    padded, keys = _up(width, COLUMNS), _up(min(length_k, BLOCK_KEYS), COLUMNS)
+    return 2 * keys * width + 3 * keys * padded + 3 * BLOCK_ROWS * padded + 3 * BLOCK_ROWS * (keys + PAD) + keys
+
+
+@jit
+def _backward(call, item, scratch):  # type: ignore[no-untyped-def]
+    width, padded, most = call.width, _up(call.width, COLUMNS), _up(min(item.length_k, BLOCK_KEYS), COLUMNS)
+    stride = most + PAD
+    key_panels = scratch
+    value_panels = _at(key_panels, most * width)
+    key = _at(value_panels, most * width)
+    grad_key, grad_value = _at(key, most * padded), _at(key, 2 * most * padded)
+    query = _at(grad_value, most * padded)
+    grad_result, grad_query = _at(query, BLOCK_ROWS * padded), _at(query, 2 * BLOCK_ROWS * padded)
+    weights = _at(grad_query, BLOCK_ROWS * padded)
+    grads = _at(weights, BLOCK_ROWS * stride)
+    # With dropout the weights that meet the values are not those of the softmax.
+    dropped = _at(grads, BLOCK_ROWS * stride) if call.seed != 0 else weights
+    kept = _at(grads, 2 * BLOCK_ROWS * stride)
+    one = np.float32(1.0)
+    whole = item.length_k <= BLOCK_KEYS
+    for c0 in range(0, item.length_k, BLOCK_KEYS):
+        columns = min(BLOCK_KEYS, item.length_k - c0)
+        from_k, from_v = _at(call.k, item.k + c0 * call.k_row), _at(call.v, item.v + c0 * call.v_row)
+        _pack_panels(key_panels, _up(columns, COLUMNS), from_k, call.k_row, columns, width)
+        _pack_panels(value_panels, _up(columns, COLUMNS), from_v, call.v_row, columns, width)
+        _pack(key, padded, columns, from_k, call.k_row, columns, width, one)
+        _clear(grad_key, most * padded)
+        _clear(grad_value, most * padded)
+        for first in range(0, item.length_q, BLOCK_ROWS):
+            count = min(BLOCK_ROWS, item.length_q - first)
+            rows = _up(count, FEW_ROWS)
+            seen = min(_seen(call, item, first + count - 1) - c0, columns)
+            if seen <= 0:
+                continue
+            seen_padded = _up(seen, COLUMNS)
+            _pack(query, padded, rows, _at(call.q, item.q + first * call.q_row), call.q_row, count, width, call.scale)
+            upstream = _at(call.grad_out, item.grad_out + first * call.grad_out_row)
+            _pack(grad_result, padded, rows, upstream, call.grad_out_row, count, width, one)
+            _product(
+                query, padded, 1, key_panels, COLUMNS, COLUMNS * width, weights, stride, rows, seen_padded, width, False
+            )
+            _product(
+                grad_result, padded, 1, value_panels, COLUMNS, COLUMNS * width, grads, stride, rows, seen_padded,
+                width, False,
+            )  # fmt: skip
+            for i in range(rows):
+                own = min(max(_seen(call, item, first + i) - c0, 0), columns) if i < count else 0
+                if own > 0:
+                    _backward_row(
+                        call, item, first + i, c0, own, whole, _at(weights, i * stride), _at(grads, i * stride),
+                        _at(dropped, i * stride), kept, _at(grad_result, i * padded),
+                    )  # fmt: skip
+                _clear(_at(weights, i * stride + own), seen_padded - own)
+                _clear(_at(grads, i * stride + own), seen_padded - own)
+                if call.seed != 0:
+                    _clear(_at(dropped, i * stride + own), seen_padded - own)
+            keys = _up(seen, FEW_ROWS)
+            _product(dropped, 1, stride, grad_result, padded, COLUMNS, grad_value, padded, keys, padded, count, True)
+            _product(grads, 1, stride, query, padded, COLUMNS, grad_key, padded, keys, padded, count, True)
+            _product(grads, stride, 1, key, padded, COLUMNS, grad_query, padded, rows, padded, seen, False)
+            for i in range(count):
+                _add_scaled(
+                    _at(call.grad_q, item.out + (first + i) * call.out_row), _at(grad_query, i * padded), call.scale,
+                    width,
+                )  # fmt: skip
+        for j in range(columns):
+            offset = item.grad_k + (c0 + j) * call.grad_k_row
+            _set_scaled(_at(call.grad_k, offset), _at(grad_key, j * padded), one, width)
+            _set_scaled(_at(call.grad_v, offset), _at(grad_value, j * padded), one, width)
+
+
+@jit
+def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept, grad_result):  # type: ignore[no-untyped-def]
+    """Scores and dP of a row to its weights, its dropped weights and dS, and dS into the gradient of the bias.
+
+    A row that is here whole is normalised by its own sum and takes delta = rowsum(P dP) from itself, so that its dS
+    sums to zero as exactly as it can; a part of a row has the log-sum-exp and the output of the forward pass.
     """
-    if not whole:
-        if added is not None:
-            scores.add_(added, alpha=LOG2_E)
-        scores.sub_(_finite(lse)).exp2_()
-        return
-    scores.mul_(1.0 / LOG2_E)
-    if added is not None:
-        scores.add_(added)
-    torch.softmax(scores, dim=-1, out=scores)
-    blind = lse == float("-inf")
-    if blind.any():
-        scores.masked_fill_(blind, 0.0)  # a row that sees nothing: its softmax is NaN
+    _add_masks(call, item, weights, row, c0, own)
+    if whole:
+        largest = _largest(weights, own)
+        total = _exponentials(weights, largest, own)
+        blind = _hidden(largest, total)
+        if not blind:
+            _set_scaled(weights, weights, np.float32(1.0) / total, own)
+    else:
+        largest = _floats(_at(call.lse, item.lse))[row * call.lse_row]
+        blind = largest == -np.inf
+        if not blind:
+            _exponentials(weights, largest, own)
+    if blind:
+        _clear(weights, own)
+    if call.seed != 0:
+        seed = _integers(call.seed)[0]
+        first = item.key_start + c0
+        _keep(kept, seed, call.threshold, call.keep_scale, item.document, item.head, row, first, own)
+        _multiply(dropped, weights, kept, own)
+        _multiply(grads, grads, kept, own)
+    if whole:
+        delta = _dot(weights, grads, own)
+    else:
+        delta = _dot(grad_result, _at(call.out, item.out + row * call.out_row), call.width)
+    _score_gradients(weights, grads, delta, own)
+    if call.grad_bias != 0:
+        at = _at(call.grad_bias, item.grad_bias + item.length_q - 1 + c0 - row)
+        _add_scaled(at, grads, np.float32(1.0), own)
+    if call.grad_dense != 0:
+        column = call.grad_dense_column
+        target = _floats(_at(call.grad_dense, item.grad_dense + row * call.grad_dense_row + c0 * column))
+        source = _floats(grads)
+        for j in range(own):
+            target[j * column] += source[j]
 
 
-def _block(x: Tensor, rows: slice, keys: slice) -> Tensor:
-    """The tile of a tensor that broadcasts to (H, Lq, Lk)."""
-    x = x[:, rows] if x.shape[1] > 1 else x
-    return x[:, :, keys] if x.shape[2] > 1 else x
+def _work(pointer):  # type: ignore[no-untyped-def]
+    """What one thread does: takes tickets, each some heads of documents, until there are none."""
+    call = numba.carray(pointer, 1)[0]
+    scratch = _at(call.scratch, _take(call.entered) * call.scratch_size)
+    bounds = _integers(call.bounds)
+    items = numba.carray(_items(call.items), bounds[call.tickets])
+    ticket = _take(call.next)
+    while ticket < call.tickets:
+        for n in range(bounds[ticket], bounds[ticket + 1]):
+            if call.backward != 0:
+                _backward(call, items[n], scratch)
+            else:
+                _forward(call, items[n], scratch)
+        ticket = _take(call.next)
 
 
-def _row_blocks(length: int) -> list[slice]:
-    return [slice(start, min(start + TILE_ROWS, length)) for start in range(0, length, TILE_ROWS)]
-
-
-def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice) -> Tensor:
-    """scale * q k^T + added for a block of rows, float32."""
-    scores = scale * (q[:, :, rows].float() @ k.float().transpose(-1, -2))
-    if mask.added is not None:
-        scores += mask.added[:, :, rows] if mask.added.shape[2] > 1 else mask.added
-    return scores
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """-inf (a row that sees nothing) to 0, so that exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
-
-
-def _fit(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    if added is None:
-        return None
-    return added.expand(-1, -1, q.shape[2], k.shape[2])
+@jit
+def fold(total, grads, items, length):  # type: ignore[no-untyped-def]
+    """One sum a distance of each item (all in `grads`) into (H, 2 length + 1) float64; farther ones share the ends."""
+    for item in items:
+        for t in range(item.length_q + item.length_k - 1):
+            distance = t - (item.length_q - 1) + item.key_start
+            total[item.head, min(max(distance, -length), length) + length] += grads[item.grad_bias + t]

@@ -1,0 +1,83 @@
+"""Matrix products in float32 on the CPU, by oneDNN where it serves.
+
+PyTorch multiplies float32 matrices with MKL, which uses half the width of an AMD processor's vector units; oneDNN, in
+every PyTorch build for x86, uses all of it, and is 2.2 times as fast there (docs/decisions/0100).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+# Below so many rows oneDNN's start costs what its speed saves.
+FEWEST_ROWS = 64
+# Asked once: torch.compile cannot trace the question.
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), (..., in) to (..., out), on the CPU in float32 by oneDNN.
+
+    Anything but a plain, bias-free `nn.Linear` (LoRA, quantised, hooked) is called as it is.
+    """
+    weight = _plain_weight(layer)
+    if weight is None or not serves(x.flatten(0, -2), weight):
+        return layer(x)
+    return _product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices (m, k) and (k, n), by oneDNN where it serves."""
+    return _product(a, b) if serves(a, b) else a @ b
+
+
+def serves(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN multiplies these: float32 on an x86 CPU, outside autocast, and large enough."""
+    return (
+        a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.shape[0] >= FEWEST_ROWS
+        and ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _plain_weight(layer: nn.Module) -> Tensor | None:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(layer) is not nn.Linear or layer.bias is not None or any(getattr(layer, name) for name in hooks):
+        return None
+    return layer.weight if type(layer.weight) is nn.Parameter else None
+
+
+@torch.library.custom_op("fat5::product", mutates_args=())
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, contiguous; each may be transposed."""
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if a.stride(0) == 1 and a.shape[0] > b.shape[1]:
+        # Gradients of weights: oneDNN is quicker where their matrix is wide than where it is tall.
+        return multiply(b.t(), a, None, "none", [], "").t().contiguous()
+    return multiply(a, b.t(), None, "none", [], "")
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@register_flop_formula(torch.ops.fat5.product)
+def _flops(a_shape, b_shape, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    a, b = ctx.saved_tensors
+    grad_a = _product(grad, b.t()) if ctx.needs_input_grad[0] else None
+    grad_b = _product(grad.t(), a).t() if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b
+
+
+_product.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,86 @@
+"""What only the CPU path has: blocks of keys, threads, vector widths, and numbers that are not numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import assert_as_good_as_plain, make
+
+from fat5.ops import attention
+from fat5.ops.attention import cpu_threads
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("bias", ["none", "vector", "dense"])
+def test_several_blocks_of_keys(bias, causal):
+    """Beyond one block of keys, backward has the forward's log-sum-exp and output instead of whole rows."""
+    assert_as_good_as_plain(make(600, 1100, bias=bias, causal=causal, heads=2), "cpu")
+
+
+@pytest.mark.parametrize("length", [300, 700])
+def test_dropout_in_several_blocks(length):
+    problem = make(130, length, dropout_p=0.25, heads=2)
+
+    def run(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(11)
+        return problem.run(backend, torch.float32)
+
+    for want, got in zip(run("reference"), run("cpu")):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own_threads", [False, True], ids=["team", "python"])
+@pytest.mark.parametrize("bias", ["vector", "dense"])
+def test_threads_change_no_bit(bias, own_threads, monkeypatch):
+    if own_threads:
+        monkeypatch.setattr(cpu_threads, "_team", lambda: None)
+    problem = make(300, 300, bias=bias, layout="packed")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = problem.run("cpu", torch.float32)
+        torch.set_num_threads(4)
+        together = problem.run("cpu", torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_not_a_number_stays_one(which, bad):
+    """A broken activation must reach the loss, where the trainer looks for it."""
+    inputs = [torch.randn(1, 1, 40, 16) for _ in range(3)]
+    inputs[which][0, 0, 33, 5] = bad
+    got, want = (attention(*inputs, backend=backend).isfinite() for backend in ("cpu", "reference"))
+    assert torch.equal(got, want)
+    assert not got.all() or which == 1  # a key of minus infinity is only a key that nobody sees
+
+
+WIDTHS = """
+import sys, llvmlite.binding, numba
+sys.path.insert(0, sys.argv[1])
+from problems import assert_as_good_as_plain, make
+of_this_processor = llvmlite.binding.get_host_cpu_features
+class Narrow:
+    get, flatten = {FEATURES}.get, of_this_processor().flatten
+llvmlite.binding.get_host_cpu_features = Narrow
+from fat5.ops.attention import cpu_kernels
+llvmlite.binding.get_host_cpu_features = of_this_processor
+assert cpu_kernels.WIDTH == {WIDTH}
+for head_dim in (8, 64, 80):
+    for layout in ("packed", "holes"):
+        assert_as_good_as_plain(make(127, 65, head_dim=head_dim, layout=layout, causal=True), "cpu")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("features", "width"), [({"avx2": True}, 8), ({}, 4)], ids=["avx2", "arm"])
+def test_other_processors_blocks(features, width, tmp_path):
+    """The block shapes of narrower processors, run on this one."""
+    code = WIDTHS.replace("{FEATURES}", repr(features)).replace("{WIDTH}", str(width))
+    here = str(Path(__file__).parent)
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, here], check=True, env=environment, timeout=300)
