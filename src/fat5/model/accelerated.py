@@ -201,7 +201,7 @@ class _Attention:
         assert keys is not None
         source = hidden_states if memory is None else memory
         query, key, value = (
-            layer(x)[0].unflatten(-1, (self.n_heads, self.key_value_proj_dim))
+            ops.linear(layer, x)[0].unflatten(-1, (self.n_heads, self.key_value_proj_dim))
             for layer, x in ((self.q, hidden_states), (self.k, source), (self.v, source))
         )
         if kwargs.get("past_key_values") is not None:
@@ -211,7 +211,7 @@ class _Attention:
             own = self.has_relative_attention_bias
             table = self.relative_attention_bias.weight if own else packed.table
             bias = packed.bias if packed.bias is not None and table is packed.table else _bias(self, table)
-        out = self.o(_attend(self, queries, keys, query, key, value, bias).flatten(-2)[None])
+        out = ops.linear(self.o, _attend(self, queries, keys, query, key, value, bias).flatten(-2)[None])
         return (out, None) if isinstance(self, modeling_umt5.UMT5Attention) else (out, None, None)
 
 
@@ -228,12 +228,13 @@ class _GatedFeedForward:
         """wo(gelu(wi_0 x) * wi_1 x), GELU and gate in one."""
         if not isinstance(self.act, NewGELUActivation):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        hidden = self.dropout(ops.geglu(self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        gate, up = ops.linear(self.wi_0, hidden_states), ops.linear(self.wi_1, hidden_states)
+        hidden = self.dropout(ops.geglu(gate, up))
         # float16 models keep wo in float32: what goes into it may be beyond float16.
         weight = getattr(self.wo, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             hidden = hidden.to(weight.dtype)
-        return self.wo(hidden)  # type: ignore[no-any-return]
+        return ops.linear(self.wo, hidden)
 
 
 def _attend(
