@@ -1,6 +1,7 @@
-"""Attention on a GPU: errors first, then configurations, speed against SDPA, FlexAttention and flash, kernel tests.
+"""The kernels on a GPU: errors first; attention, its configurations and its speed against SDPA, FlexAttention and flash;
+the fused operations (gpu_fused.py); the kernel tests.
 
-    PYTHONPATH=src python3 benchmarks/gpu_attention.py --output_dir results [--seconds 420] [--sections tune,speed]
+    PYTHONPATH=src python3 benchmarks/gpu_attention.py --output_dir results [--seconds 530] [--sections tune,speed]
 
 Runs unattended: a section that fails says so and the next one goes on. What `tune` finds is used by the sections after
 it, and written to OUTPUT_DIR/launch_table.py. Sizes follow the papers: 16,384 tokens a call and heads * head_dim =
@@ -40,7 +41,7 @@ LEGEND = "provider forward/backward TFLOP/s, peak GB beyond the inputs, share of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=420.0, help="no section starts, and loops end, after this")
+    parser.add_argument("--seconds", type=float, default=530.0, help="no section starts, and loops end, after this")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order")
     options = parser.parse_args()
     results = Results(options.output_dir, "gpu_attention")
@@ -345,6 +346,13 @@ def tests(results: Results, deadline: float) -> None:
     results.add("tests", "fat5", "failed", float(failed), "")
 
 
+def fused(results: Results, deadline: float) -> None:
+    """gpu_fused.py, which writes a file of its own beside this one's."""
+    left = deadline - time.perf_counter()
+    command = [sys.executable, str(Path(__file__).with_name("gpu_fused.py"))]
+    subprocess.run([*command, "--output_dir", str(results.path.parent), "--seconds", f"{left:.0f}"], timeout=left + 30)
+
+
 # The section and the largest share of all time that it may take.
 SECTIONS: dict[str, tuple[Callable[[Results, float], None], float]] = {
     "check": (check, 0.08),
@@ -355,6 +363,7 @@ SECTIONS: dict[str, tuple[Callable[[Results, float], None], float]] = {
     "packed": (packed, 0.08),
     "breakdown": (breakdown, 0.06),
     "flex": (flex, 0.20),
+    "fused": (fused, 0.22),
     "tests": (tests, 1.0),
 }
 
