@@ -1,4 +1,4 @@
-"""The kernels on a GPU: errors first; attention, its configurations and its speed against SDPA, FlexAttention and flash;
+"""The kernels on a GPU: errors first; attention, its configurations and its speed against SDPA, FlexAttention, flash;
 the fused operations (gpu_fused.py); the kernel tests.
 
     PYTHONPATH=src python3 benchmarks/gpu_attention.py --output_dir results [--seconds 530] [--sections tune,speed]
