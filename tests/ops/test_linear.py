@@ -62,7 +62,9 @@ def test_other_layers_are_called_as_they_are():
     x = torch.randn(64, 8)
     subclass, biased, hooked = Doubled(8, 8, bias=False), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
     hooked.register_forward_hook(lambda module, inputs, output: output + 1)
-    for layer in (subclass, biased, hooked):
+    replaced = nn.Linear(8, 8, bias=False)
+    replaced.forward = lambda x: torch.full_like(x, 7.0)  # as accelerate's hooks do
+    for layer in (subclass, biased, hooked, replaced):
         assert torch.equal(linear(layer, x), layer(x))
     plain = nn.Linear(8, 8, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -33,7 +33,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN multiplies these: float32 on an x86 CPU, outside autocast, and large enough."""
     return (
-        a.device.type == "cpu"
+        a.device.type == b.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.shape[0] >= FEWEST_ROWS
         and ONEDNN
@@ -45,6 +45,8 @@ def serves(a: Tensor, b: Tensor) -> bool:
 def _plain_weight(layer: nn.Module) -> Tensor | None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if type(layer) is not nn.Linear or layer.bias is not None or any(getattr(layer, name) for name in hooks):
+        return None
+    if "forward" in layer.__dict__:  # as accelerate does it, whose hook fetches a weight from elsewhere
         return None
     return layer.weight if type(layer.weight) is nn.Parameter else None
 
