@@ -141,6 +141,9 @@ def _report(results: Results, name: str, metrics: Path) -> None:
     """What the run's own log says: the record of truth."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
+    if not train:
+        say(f"{name}: made no step before it was stopped")
+        return
     scores = [row for row in rows if row["kind"] != "train" and row.get("loss") is not None]
     later = train[len(train) // 5 :]
     for key, unit in (("tokens_per_second", "tokens/s"), ("mfu", "ratio"), ("data_wait_fraction", "ratio")):
