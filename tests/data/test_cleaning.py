@@ -64,6 +64,8 @@ def test_gopher_drops_by_quality_and_repetition(tmp_path: Path, tokenizer: str) 
 
 @pytest.mark.slow
 def test_urls_drop_by_blocklist(tmp_path: Path, tokenizer: str) -> None:
+    for package in ("ahocorasick", "tldextract"):
+        pytest.importorskip(package, reason="waits on datatrove[processing]")
     rows = [
         {"text": "bon", "url": "https://www.debian.org/doc/"},
         {"text": "mauvais", "url": "http://xxx-porn-videos.example.com/"},
