@@ -15,13 +15,16 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from stock import LOGITS_TOLERANCE, difference
+from stock import difference
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from fat5.errors import CheckpointError
 from fat5.model import FAT5EncoderModel, FAT5ForConditionalGeneration
 
+# Formulas in float64 against a model in float32, whose rounding unscaled attention over weights this large amplifies:
+# 5e-6 to 1.2e-5, according to the processor's instructions. The other GELU (erf for tanh) is off by 3e-4 and more.
+FORMULAS_TOLERANCE = 5e-5
 WIDTH, HEADS, HEAD, INNER, LAYERS, VOCABULARY = 24, 3, 8, 40, 2, 99
 BUCKETS, REACH, EPS = 32, 128, 1e-6
 # Keys as the old configuration wrote them, with what is odd in them.
@@ -160,7 +163,7 @@ def test_logits_are_those_of_the_formulas(keys, old):
     mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
     got = ours(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
     for row, length in enumerate(lengths):
-        assert difference(got[row], formulas.logits(ids[row, :length], decoder_ids[row])) <= LOGITS_TOLERANCE
+        assert difference(got[row], formulas.logits(ids[row, :length], decoder_ids[row])) <= FORMULAS_TOLERANCE
 
 
 @EVERY_VARIANT
@@ -172,7 +175,7 @@ def test_saved_again_it_is_a_stock_t5(keys, old, tmp_path_factory):
     assert type(stock).__name__ == "T5ForConditionalGeneration"
     ids, decoder_ids = torch.randint(2, VOCABULARY, (1, 30)), torch.randint(2, VOCABULARY, (1, 9))
     got = stock(input_ids=ids, decoder_input_ids=decoder_ids).logits[0]
-    assert difference(got, formulas.logits(ids[0], decoder_ids[0])) <= LOGITS_TOLERANCE
+    assert difference(got, formulas.logits(ids[0], decoder_ids[0])) <= FORMULAS_TOLERANCE
 
 
 def test_it_trains_encodes_and_generates(old):
@@ -182,14 +185,14 @@ def test_it_trains_encodes_and_generates(old):
     ids, labels = torch.randint(2, VOCABULARY, (1, 30)), torch.tensor([[5, 6, -100, -100]])
     want = formulas.logits(ids[0], torch.tensor([0, 5, 6, 0]))[:2].log_softmax(-1)
     loss = -(want[0, 5] + want[1, 6]) / 2
-    assert difference(ours(input_ids=ids, labels=labels).loss[None], loss[None]) <= LOGITS_TOLERANCE
+    assert difference(ours(input_ids=ids, labels=labels).loss[None], loss[None]) <= FORMULAS_TOLERANCE
     written = ours.generate(ids, max_new_tokens=6, min_new_tokens=6)[0]
     for step in range(1, 7):
         scores = formulas.logits(ids[0], written[:step])[-1]
         scores[1] = -math.inf  # min_new_tokens forbids the end
         assert int(written[step]) == int(scores.argmax())
     encoder = FAT5EncoderModel.from_pretrained(folder).eval()
-    assert difference(encoder(ids).last_hidden_state[0], formulas.stack("encoder", ids[0])) <= LOGITS_TOLERANCE
+    assert difference(encoder(ids).last_hidden_state[0], formulas.stack("encoder", ids[0])) <= FORMULAS_TOLERANCE
 
 
 @pytest.mark.parametrize("positions", ["ALiBi", "RoPE", "FIRE"])
