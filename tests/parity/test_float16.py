@@ -28,7 +28,8 @@ def provoking(family, part):
             if part == "wo" and ".wo." in name:
                 parameter *= 3e6 / parameter.abs().max() / 48
             # Behind the first feed-forward the hidden states are float32, and stock T5 clamps nothing any more.
-            if part == "o" and "block.0." in name and (".o." in name or ".v." in name):
+            # One attention a stack: two such outputs of opposite signs would cancel to what rounding makes of them.
+            if part == "o" and "block.0.layer.0." in name and (".o." in name or ".v." in name):
                 parameter *= 300
     return model
 
@@ -98,10 +99,25 @@ def test_accelerated_stock_models_stay_finite(family, part, tmp_path):
 def test_the_decoding_loop_stays_finite(family, part, tmp_path):
     stock = loaded(provoking(family, part), FAMILIES_BY_CLASS[family], tmp_path)
     ours = fat5_like(stock, dtype=torch.float16).eval()
-    want = stock.generate(**prompts(), max_new_tokens=6)
+    want = stock.generate(**prompts(), max_new_tokens=6, output_scores=True, return_dict_in_generate=True)
     for model in (stock, ours):
-        assert torch.equal(generate(model, **prompts(), max_new_tokens=6), want)
-    assert torch.equal(ours.generate(**prompts(), max_new_tokens=6), want)
+        assert same_but_for_ties(generate(model, **prompts(), max_new_tokens=6), want)
+    assert same_but_for_ties(ours.generate(**prompts(), max_new_tokens=6), want)
+
+
+def same_but_for_ties(got, want):
+    """Whether rows of tokens are stock's, up to a step where stock's two best scores are within float16's rounding."""
+    for row, (mine, stock) in enumerate(zip(got, want.sequences, strict=True)):
+        length = min(len(mine), len(stock))
+        differ = (mine[:length] != stock[:length]).nonzero()
+        if len(differ):
+            scores = want.scores[int(differ[0]) - 1][row].float()
+            gap = scores[stock[differ[0]]] - scores[mine[differ[0]]]
+            if gap > 0.01 * scores[scores.isfinite()].abs().max():
+                return False
+        elif len(mine) != len(stock):
+            return False
+    return True
 
 
 @FAMILY
@@ -110,13 +126,17 @@ def test_training_under_float16_autocast(family):
     stock = provoking(family, "wo").train()
     ours, batch = fat5_like(stock), rows()
     want = stock(**batch)
-    with torch.autocast("cpu", torch.float16):
-        got = ours(**batch)
-    assert got.loss.isfinite()
-    assert difference(got.loss[None], want.loss[None]) <= 0.02
-    scale = 2.0**14  # as a gradient scaler does, without which small gradients vanish in float16
-    (scale * got.loss).backward()
     want.loss.backward()
+    # As a gradient scaler does: without it small gradients vanish in float16, and where large ones overflow it halves.
+    for scale in (2.0**14, 2.0**13, 2.0**12, 2.0**11):
+        with torch.autocast("cpu", torch.float16):
+            got = ours(**batch)
+        assert got.loss.isfinite()
+        assert difference(got.loss[None], want.loss[None]) <= 0.02
+        ours.zero_grad()
+        (scale * got.loss).backward()
+        if all(parameter.grad.isfinite().all() for parameter in ours.parameters()):
+            break
     mine = dict(ours.named_parameters())
     for name, parameter in stock.named_parameters():
         assert mine[name].grad.isfinite().all(), name
