@@ -384,9 +384,11 @@ def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untype
 
 @jit
 def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
-    """Elements that `_forward` works in."""
+    """Elements that `_forward` works in, for so many keys or fewer."""
     padded, keys = _up(width, COLUMNS), _up(length_k, COLUMNS)
-    scores = _block_rows(keys) * (keys + PAD)
+    # Fewer keys come in blocks of more rows, which may hold more scores.
+    most = min(BLOCK_SCORES + BLOCK_ROWS * PAD, BLOCK_ROWS * (keys + PAD))
+    scores = max(_block_rows(keys) * (keys + PAD), most)
     return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
 
 
