@@ -313,8 +313,8 @@ def _vector_gradient(
     assert vector is not None
     grad_vector = torch.empty_like(vector, memory_format=torch.contiguous_format)
     R = vector.shape[1] // 2
-    if R == 0:
-        # One number for all keys changes no softmax.
+    if R == 0 or not exponent.numel():
+        # One number for all keys changes no softmax; and of no batch rows, or no heads, there is nothing to sum.
         return grad_vector.zero_()
     # Packed rows, whose work list `prepare` made, have no key mask.
     masked = problem.dropout or problem.key_mask is not None
