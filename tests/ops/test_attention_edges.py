@@ -105,6 +105,13 @@ def test_nothing_at_all_has_gradients(packed, backend):
     assert not leaf.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("lengths", [(0, 3), (3, 0), (1, 1)])
+def test_flex_of_empty_sides(lengths):
+    q, k, v = rows(*lengths)
+    torch.testing.assert_close(attention(q, k, v, backend="flex"), attention(q, k, v, backend="reference"))
+
+
 def test_shapes_are_known_on_the_meta_device():
     x = torch.empty(8, 2, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
     starts = torch.empty(3, dtype=torch.int32, device="meta")

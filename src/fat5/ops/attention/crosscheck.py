@@ -98,6 +98,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor |
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    if k.shape[2] == 0:
+        return zeros(q)
     mask, blind = _mask(q, k, bias, hidden, torch.float32)
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
