@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 pytest.importorskip("triton")
 
@@ -103,6 +104,26 @@ def test_nothing_at_all_has_gradients(packed, backend):
     out.sum().backward()
     assert not out.any()
     assert not leaf.grad.any()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("bias", ["none", "vector", "dense"])
+def test_under_activation_checkpointing(bias, backend):
+    """Recomputed in backward, with the same dropout."""
+    leaves = [x.requires_grad_() for x in rows(20, 30)]
+    if bias != "none":
+        shape = (3, 11) if bias == "vector" else (1, 3, 20, 30)
+        leaves.append(torch.randn(shape, device=DEVICE, requires_grad=True))
+
+    def attend(q, k, v, given=None):
+        given = RelativeBias(given) if bias == "vector" else given
+        return attention(q, k, v, bias=given, backend=backend, dropout_p=0.0 if backend == "sdpa" else 0.2)
+
+    torch.manual_seed(1)
+    want = torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+    torch.manual_seed(1)
+    out = torch.utils.checkpoint.checkpoint(attend, *leaves, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), leaves), want))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
