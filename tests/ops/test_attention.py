@@ -60,10 +60,7 @@ def test_cpu_in_half_precision(layout, bias, dtype):
 @pytest.mark.parametrize("bias", ["none", "vector", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sdpa_agrees(layout, bias, causal):
-    problem = make(33, 47, bias=bias, layout=layout, causal=causal)
-    if layout == "holes":  # SDPA's own backward is NaN in a row that sees nothing
-        problem.options["key_padding_mask"][:, 0] = True
-    assert_as_good_as_plain(problem, "sdpa")
+    assert_as_good_as_plain(make(33, 47, bias=bias, layout=layout, causal=causal), "sdpa")
 
 
 @pytest.mark.slow

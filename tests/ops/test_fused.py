@@ -122,6 +122,59 @@ def test_empty_and_all_ignored():
     assert losses.shape == correct.shape == (0,)
 
 
+def test_no_label_that_counts_gives_nan_without_nan_gradients():
+    """A rank or a micro-batch without labels must not spoil the others' gradients."""
+    hidden, weight, nothing = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4), torch.full((3,), -100)
+    for loss in (linear_cross_entropy, linear_cross_entropy_reference):
+        value = loss(hidden, weight, nothing, z_loss=0.1)
+        assert value.isnan()
+        assert not torch.autograd.grad(value, hidden)[0].any()
+
+
+def test_float16_weight_gradient_of_many_tokens_is_finite():
+    """Its sum leaves float16, its mean does not."""
+    hidden, weight = torch.full((4096, 4), 30.0).half(), torch.zeros(5, 4).half().requires_grad_()
+    labels = torch.zeros(4096, dtype=torch.long)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)
+    assert gradient.dtype == torch.float16
+    torch.testing.assert_close(gradient[0], torch.full((4,), -24.0).half())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_of_rows(reduction):
+    hidden, weight, labels = torch.randn(2, 3, 4), torch.randn(9, 4), torch.randint(0, 9, (2, 3))
+    got = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+    want = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), reduction=reduction)
+    assert torch.equal(got, want.view(got.shape))
+    assert got.shape == (labels.shape if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", [rms_norm, geglu])
+def test_second_derivatives_are_right(function, dtype):
+    shapes = ((3, 4), (4,)) if function is rms_norm else ((3, 4), (3, 4))
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    if dtype == torch.float64:
+        assert torch.autograd.gradgradcheck(function, inputs)
+        return
+
+    def second(f, inputs):
+        first = torch.autograd.grad(f(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    for got, want in zip(second(function, inputs), second(function, double)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("reduction", "why"), [("mean", "no second derivative"), ("none", "no autograd formula")])
+def test_the_loss_has_no_second_derivative_and_says_so(reduction, why):
+    hidden, labels = torch.randn(3, 4, requires_grad=True), torch.zeros(3, dtype=torch.long)
+    loss = linear_cross_entropy(hidden, torch.randn(5, 4), labels, reduction=reduction).square().sum()
+    with pytest.raises(RuntimeError, match=why):
+        torch.autograd.grad(torch.autograd.grad(loss, hidden, create_graph=True)[0].sum(), hidden)
+
+
 def test_token_statistics():
     hidden, weight, labels = torch.randn(20, 8), torch.randn(15, 8), torch.randint(0, 15, (20,))
     labels[4] = -100
@@ -149,10 +202,22 @@ def test_opcheck(operator):
             "label_smoothing",
             (torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long), {"label_smoothing": 1.5}),
         ),
+        ("z_loss", (torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long), {"z_loss": -1.0})),
+        ("chunk_size", (torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long), {"chunk_size": 0})),
+        ("labels: expected an int64", (torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3), {})),
+        ("labels: expected an int64", (torch.randn(3, 4), torch.randn(5, 4), [0, 1, 2], {})),
+        (
+            "weight: expected the device",
+            (torch.randn(3, 4), torch.randn(5, 4, device="meta"), torch.zeros(3, dtype=torch.long), {}),
+        ),
+        (
+            "labels: expected the device",
+            (torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long, device="meta"), {}),
+        ),
     ],
 )
 def test_bad_arguments_are_named(name, arguments):
-    with pytest.raises(ValueError, match=f"^{name}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
         linear_cross_entropy(*arguments[:3], **arguments[3])
 
 

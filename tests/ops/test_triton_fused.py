@@ -122,7 +122,7 @@ def test_geglu_far_out():
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu"])
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "geglu_joined"])
 @pytest.mark.parametrize("layout", ["every other column", "columns first", "part of a row", "expanded"])
 def test_strided_inputs(operation, layout):
     def view(columns: int = 24) -> Tensor:
@@ -136,6 +136,8 @@ def test_strided_inputs(operation, layout):
 
     if operation == "geglu":
         fast, plain, inputs = geglu, geglu_reference, [view(), view()]
+    elif operation == "geglu_joined":
+        fast, plain, inputs = geglu_joined, lambda x: geglu_reference(*x.chunk(2, dim=-1)), [view()]
     elif operation == "rms_norm":
         fast, plain = partial(rms_norm, eps=1e-6), partial(rms_norm_reference, eps=1e-6)
         inputs = [view(), draw(24)]

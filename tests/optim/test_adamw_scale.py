@@ -143,7 +143,7 @@ def test_state_dtype_is_close_to_full_width():
 @pytest.mark.parametrize("options", [*IMPLEMENTATIONS.values(), {}], ids=[*IMPLEMENTATIONS, "auto"])
 def test_state_dict_round_trip_continues_bit_for_bit(dtype, options):
     if dtype == torch.bfloat16 and options.get("fused"):
-        with pytest.raises(ValueError, match="fused needs float32"):
+        with pytest.raises(ValueError, match="fused needs contiguous float32"):
             AdamWScale([torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))], **options)
         return
     weights, gradients = weights_and_gradients(10, dtype)
@@ -245,3 +245,37 @@ def test_closure_is_called():
 def test_wrong_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         AdamWScale([torch.nn.Parameter(torch.ones(2))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("of", "layout"),
+    [
+        ("weight", "columns first"), ("weight", "part of a row"),
+        ("gradient", "columns first"), ("gradient", "part of a row"), ("gradient", "expanded"),
+    ],
+)  # fmt: skip
+def test_memory_layout_changes_nothing(of, layout):
+    """A gradient that was assigned may lie in memory otherwise than its weight."""
+
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        if layout == "columns first":
+            return x.t().contiguous().t()
+        if layout == "part of a row":
+            return torch.cat([x, x], dim=1)[:, : x.shape[1]]
+        return x[:, :1].expand_as(x)
+
+    def stepped(**options):
+        torch.manual_seed(0)
+        weight, gradient = torch.randn(6, 4), torch.randn(6, 4)
+        if of == "weight":
+            weight = laid_out(weight)
+        else:
+            gradient = laid_out(gradient)
+        parameter = torch.nn.Parameter(weight)
+        optimizer = AdamWScale([parameter], lr=0.1, **options)
+        for _ in range(3):
+            parameter.grad = gradient
+            optimizer.step()
+        return parameter.detach()
+
+    torch.testing.assert_close(stepped(), stepped(foreach=False))

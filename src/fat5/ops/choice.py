@@ -89,6 +89,8 @@ def unsupported(*tensors: Tensor) -> str:
     for x in tensors:
         if not x.is_cuda and not _INTERPRETED:
             return f"it needs CUDA tensors (or TRITON_INTERPRET=1), got one on {x.device}"
+        if x.device != tensors[0].device:
+            return f"it needs tensors on one device, got {tensors[0].device} and {x.device}"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it serves float32, bfloat16 and float16, got {x.dtype}"
     return ""

@@ -83,6 +83,8 @@ class _ChunkedGEGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # under create_graph, which writing in place cannot serve
+            return _GEGLU.backward(ctx, *grads)
         gates, ups, outs = gate.reshape(-1), up.reshape(-1), grads[0].reshape(-1)
         grad_gate, grad_up = torch.empty_like(gates), torch.empty_like(gates)
         buffers = torch.empty(2, min(CHUNK_ENTRIES, len(gates)))

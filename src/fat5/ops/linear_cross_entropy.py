@@ -39,7 +39,7 @@ def linear_cross_entropy_reference(
     loss = loss + z_loss * torch.logsumexp(logits, dim=-1).square() * valid
     if reduction == "none":
         return loss
-    return loss.sum() / valid.sum() if reduction == "mean" else loss.sum()
+    return _mean(loss.sum(), labels, ignore_index) if reduction == "mean" else loss.sum()
 
 
 def linear_cross_entropy(
@@ -56,37 +56,62 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T` against `labels`, in memory that does not hold the logits.
 
     Args:
-        hidden: (T, d) floating point; under autocast the product is made in autocast's dtype.
+        hidden: (T, d) floating point, or (..., d); under autocast the product is made in autocast's dtype.
         weight: (V, d).
-        labels: (T,) int64, each in [0, V) or `ignore_index`.
-        z_loss: weight of logsumexp(logits)^2, added to each token's loss (PaLM, section 5).
+        labels: (T,) or (...) int64, each in [0, V) or `ignore_index`.
+        z_loss: weight of logsumexp(logits)^2, added to each token's loss (PaLM, section 5), at least 0.
         label_smoothing: share of the target spread over the vocabulary, in [0, 1).
-        reduction: "mean" over the labels that count (NaN when none does, as in PyTorch), "sum", or "none".
+        reduction: "mean" over the labels that count (NaN when none does, with gradients of 0, as in PyTorch), "sum",
+            or "none".
         chunk_size: rows of logits at a time; by default what keeps a chunk small (module constants).
 
     Returns:
-        A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and
-        sums are in float32, the gradient of `weight` is accumulated in float32.
+        A scalar, or labels' shape for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities
+        and sums are in float32, the gradient of `weight` is accumulated in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "weight: expected (vocabulary, d) beside hidden (tokens, d), "
-            f"got {tuple(weight.shape)} and {tuple(hidden.shape)}"
-        )
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}")
+    _check(hidden, weight, labels)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss: expected a number of at least 0, got {z_loss}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    shape, hidden, labels = labels.shape, hidden.flatten(0, -2), labels.flatten()
     chunk = chunk_size or default_chunk_size(weight)
     dtype = _compute_dtype(hidden)
     settings = (z_loss, label_smoothing, ignore_index, chunk, dtype)
     if reduction == "none":
-        return _per_token(hidden, weight, labels, *settings)
+        return _per_token(hidden, weight, labels, *settings).view(shape)
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total, _, _ = _summed(hidden, weight, labels, *settings, with_gradients)
-    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+    return _mean(total, labels, ignore_index) if reduction == "mean" else total
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight: expected (vocabulary, d) beside hidden (tokens, d), "
+            f"got {tuple(weight.shape)} and {tuple(hidden.shape)}"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected an int64 tensor, got {got}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    for name, x in (("weight", weight), ("labels", labels)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name}: expected the device of hidden, {hidden.device}, got {x.device}")
+
+
+def _mean(total: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Over the labels that count; where none does NaN, without making the gradients NaN."""
+    count = (labels != ignore_index).sum()
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
 
 
 @torch.no_grad()
@@ -207,7 +232,12 @@ def _summed(
             total += loss.sum()
             if grad_logits is not None:
                 _accumulate(grad_logits, hidden[rows], narrow, grad_hidden[rows], grad_weight)
-        return total, grad_hidden, grad_weight.to(weight.dtype)
+        return total, grad_hidden, grad_weight.to(_kept_dtype(weight))
+
+
+def _kept_dtype(weight: Tensor) -> torch.dtype:
+    """Of the gradient until it is scaled: a sum over many tokens leaves float16, their mean does not."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 def _accumulate(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
@@ -226,7 +256,9 @@ def _accumulate(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden
     elif grad_weight.is_cuda and _adds_in_float32(grad_weight.device, hidden.dtype):
         torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=torch.float32, out=grad_weight)
     else:
-        grad_weight += grad_logits.t() @ hidden
+        # A sum over many tokens leaves float16.
+        wide = grad_weight.dtype if hidden.dtype == torch.float16 else hidden.dtype
+        grad_weight += grad_logits.t().to(wide) @ hidden.to(wide)
 
 
 @lru_cache(maxsize=8)
@@ -245,19 +277,28 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 def _(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype, with_gradients):  # type: ignore[no-untyped-def]
     total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
     if not with_gradients:
-        return total, torch.empty_like(hidden[:0]), torch.empty_like(weight[:0])
-    return total, torch.empty_like(hidden), torch.empty_like(weight)
+        return total, torch.empty_like(hidden[:0]), torch.empty_like(weight[:0], dtype=_kept_dtype(weight))
+    return total, torch.empty_like(hidden), torch.empty_like(weight, dtype=_kept_dtype(weight))
 
 
 def _save_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output[1:])
+    ctx.weight_dtype = inputs[1].dtype
+    # No zeros as large as the weight for outputs that nobody differentiates.
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _scale_gradients(ctx, grad_total, grad_of_hidden, grad_of_weight):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients were made in the forward pass, and are constants here.
+        raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph")
+    if grad_total is None:
+        return (None,) * 9
     grad_hidden, grad_weight = ctx.saved_tensors
     return (
         (grad_hidden * grad_total).to(grad_hidden.dtype),
-        (grad_weight * grad_total).to(grad_weight.dtype),
+        (grad_weight * grad_total).to(ctx.weight_dtype),
         *(None,) * 7,
     )
 

@@ -68,16 +68,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(compute)
-        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = _inverse(wide, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return ((wide * inverse) * weight.to(compute)).to(x.dtype)
+        ctx.eps = eps
+        return ((wide * inverse) * weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         width = x.shape[-1]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Under create_graph: what was saved is a constant, which a second derivative would not know.
+            inverse = _inverse(x.to(inverse.dtype), ctx.eps)
         wide, grad = x.to(inverse.dtype).reshape(-1, width), grads[0].to(inverse.dtype).reshape(-1, width)
         inverse = inverse.reshape(-1, 1)
         scale = weight.to(inverse.dtype)
@@ -86,3 +89,8 @@ class _RMSNorm(torch.autograd.Function):
         along = product.mv(scale)[:, None] * inverse.pow(3) / width
         grad_x = (grad * scale).mul(inverse).addcmul(wide, along, value=-1.0)
         return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight.dtype), None
+
+
+def _inverse(wide: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row."""
+    return torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + eps)

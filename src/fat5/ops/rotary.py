@@ -30,7 +30,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos, sin: expected one shape (..., n/2) with n at most {x.shape[-1]}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
-    if cos.shape[-1] and not (cos.requires_grad or sin.requires_grad) and uses_triton("rotary", x):
+    if cos.shape[-1] and not (cos.requires_grad or sin.requires_grad) and uses_triton("rotary", x, cos, sin):
         from fat5.ops.triton_rotary import rotary_forward
 
         return rotary_forward(x, cos, sin, False)

@@ -93,7 +93,7 @@ def _(grad_out, gate, up):  # type: ignore[no-untyped-def]
 def geglu_joined_forward(joined: Tensor) -> Tensor:
     """gelu_tanh(first half) * second half, of the last dimension."""
     out = joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
-    _forward(*joined.reshape(-1, joined.shape[-1]).chunk(2, dim=-1), out)
+    _forward(*_long_rows(joined).chunk(2, dim=-1), out)
     return out
 
 
@@ -107,7 +107,7 @@ def geglu_joined_backward(grad_out: Tensor, joined: Tensor) -> Tensor:
     """The gradient of both halves, joined: nothing is copied together afterwards."""
     grad = _dense_like(joined, joined.dtype)
     width = joined.shape[-1]
-    halves, grads = (x.reshape(-1, width).chunk(2, dim=-1) for x in (joined, grad))
+    halves, grads = (_long_rows(x).chunk(2, dim=-1) for x in (joined, grad))
     _backward_rows(grad_out.reshape(-1, width // 2), *halves, *grads)
     return grad
 
@@ -141,8 +141,13 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     """Each as (rows, columns) with unit stride along columns; as one long row where all are contiguous."""
     if all(x.is_contiguous() for x in tensors):
         return [x.view(1, -1) for x in tensors]
-    rows = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in rows]
+    return [_long_rows(x) for x in tensors]
+
+
+def _long_rows(x: Tensor) -> Tensor:
+    """(rows, columns) with unit stride along columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _grid(rows: Tensor) -> tuple[int, tuple[int, int]]:

@@ -77,7 +77,10 @@ class AdamWScale(torch.optim.Optimizer):
         if fused:
             for weight in self._weights():
                 if not self._can_fuse(weight):
-                    raise ValueError(f"fused needs float32 weights and moments without Kahan, got {weight.dtype}")
+                    raise ValueError(
+                        f"fused needs contiguous float32 weights and moments without Kahan, got {weight.dtype} of "
+                        f"strides {weight.stride()}"
+                    )
 
     @property
     def skips_on_device(self) -> bool:
@@ -134,7 +137,8 @@ class AdamWScale(torch.optim.Optimizer):
 
     def _can_fuse(self, weight: Tensor) -> bool:
         exact = weight.dtype == torch.float32 == self._moment_dtype(weight) and not self._compensates(weight)
-        return exact and weight.device.type in ("cpu", "cuda")
+        # torch's fused step walks through memory, and would pair elements of unlike layouts.
+        return exact and weight.is_contiguous() and weight.device.type in ("cpu", "cuda")
 
     def _uses_fused(self, weight: Tensor) -> bool:
         if self._fused is None:
@@ -255,7 +259,7 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
     for weight, step, rate in zip(weights, steps, scales, strict=True):
         torch._fused_adamw_(
             [weight],
-            [weight.grad],  # type: ignore[list-item]
+            [weight.grad.contiguous()],  # type: ignore[union-attr]
             [state[weight]["exp_avg"]],
             [state[weight]["exp_avg_sq"]],
             [],

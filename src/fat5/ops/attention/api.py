@@ -9,9 +9,11 @@ returns None or the reason why it cannot serve).
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.cpu import attention_cpu
@@ -66,6 +68,9 @@ def attention(
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, packed)
+    for name, number in (("scale", scale), ("dropout_p", dropout_p)):
+        if not isinstance(number, Real):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
     if backend not in BACKENDS:
@@ -75,10 +80,12 @@ def attention(
             raise ValueError("key_padding_mask: packed inputs take none, documents have no padding")
         max_seqlen_q = _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
         max_seqlen_k = _check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:  # type: ignore[union-attr]
+        # Kernels read the boundaries one after another.
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # type: ignore[union-attr]
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
-                f"cu_seqlens_k: expected as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} and "  # type: ignore[arg-type]
-                f"{len(cu_seqlens_q) - 1}"  # type: ignore[arg-type]
+                f"cu_seqlens_k: expected as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} and "
+                f"{len(cu_seqlens_q) - 1}"
             )
     else:
         max_seqlen_q, max_seqlen_k = q.shape[2], k.shape[2]
@@ -97,14 +104,19 @@ def attention(
         max_seqlen_k=max_seqlen_k,
         key_padding_mask=key_padding_mask,
     )
-    return _choose(backend, q, k, v, bias, arguments)(q, k, v, bias, **arguments)
+    serve = _choose(backend, q, k, v, bias, arguments)
+    if q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
+        return serve(q, k, v, bias, **arguments)
+    # Autocast would round what a backend in plain PyTorch keeps in float32.
+    with torch.autocast(q.device.type, enabled=False):
+        return serve(q, k, v, bias, **arguments)
 
 
 def _choose(
     backend: str, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, arguments: dict
 ) -> Callable[..., Tensor]:
     if backend == "auto":
-        if q.device.type == "cpu":
+        if q.device.type in ("cpu", "meta"):  # of meta tensors it tells the shapes
             backend = "cpu" if q.dtype != torch.float64 else "reference"
         elif q.is_cuda and triton_available():
             backend = "triton" if _triton().unsupported(q, k, v, bias, **arguments) is None else "reference"
@@ -172,6 +184,8 @@ def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | No
     name = f"cu_seqlens_{side}"
     if cu_seqlens is None:
         raise ValueError(f"{name}: packed attention needs cu_seqlens_q and cu_seqlens_k, this one is None")
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name}: expected an int32 tensor of shape (documents + 1,), got {type(cu_seqlens).__name__}")
     if not isinstance(max_seqlen, int):
         raise TypeError(f"max_seqlen_{side}: expected an int beside {name}, got {max_seqlen!r}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
@@ -181,7 +195,7 @@ def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | No
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(cu_seqlens):
         starts = cu_seqlens.tolist()
         lengths = [after - before for before, after in pairwise(starts)]
         if starts[0] != 0 or any(length < 0 for length in lengths):
@@ -196,8 +210,11 @@ def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | No
 def _check_key_padding_mask(mask: Tensor | None, k: Tensor) -> None:
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask: expected bool, True = attend, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"key_padding_mask: expected a bool tensor, True = attend, got {got}")
+    if mask.device != k.device:
+        raise ValueError(f"key_padding_mask: expected the device of q, {k.device}, got {mask.device}")
     if mask.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"key_padding_mask: expected shape {(k.shape[0], k.shape[2])}, got {tuple(mask.shape)}")
 

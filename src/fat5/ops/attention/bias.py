@@ -57,6 +57,8 @@ class RelativeBias:
         """
         if weight.dim() != 2:
             raise ValueError(f"weight: expected shape (num_buckets, heads), got {tuple(weight.shape)}")
+        if weight.shape[0] < (4 if bidirectional else 2):
+            raise ValueError(f"weight: expected at least {4 if bidirectional else 2} buckets, got {weight.shape[0]}")
         lookup = torch.tensor(bucket_lookup(weight.shape[0], bidirectional, max_distance), device=weight.device)
         chosen = lookup[:, None] == torch.arange(weight.shape[0], device=weight.device)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -206,6 +206,9 @@ class _Problem:
                 self.length_k = end - self.start_k
                 if (visible.sum(axis=1) != self.length_k).any():
                     self.visible = np.ascontiguousarray(visible)
+                    # What stands in the holes may be NaN, and 0 * NaN would spread it.
+                    hidden = ~key_padding_mask[:, :, None, None]
+                    self.k, self.v = (x.masked_fill(hidden, 0.0) for x in (self.k, self.v))
             self.key_start = self.start_k
         self.call = np.zeros(1, self.kernels.CALL)
         self.call["width"], self.call["causal"], self.call["scale"] = self.width, causal, scale

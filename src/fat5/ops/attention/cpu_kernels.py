@@ -81,6 +81,8 @@ def worker() -> Any:
 def _tile(rows: int, adds: bool) -> Any:
     """c (rows, COLUMNS) = or += a (rows, k) b (k, COLUMNS); every sum stays in a register.
 
+    What is there already is added last: sums of many blocks then lose no more to rounding than one block's.
+
     Arguments: a, its strides by row and by k; b, its stride by k; c, its stride by row; k.
     """
 
@@ -105,7 +107,6 @@ def _tile(rows: int, adds: bool) -> Any:
         row_offsets = [builder.mul(a_row, constant(i)) for i in range(rows)]
         places = [place(start_c, builder.mul(c_row, constant(i)), constant(j * WIDTH)) for i, j in block]
         zero = ir.Constant(vector, [0.0] * WIDTH)
-        sums = [builder.load(at, align=4) if adds else zero for at in places]
 
         before, loop, after = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
         builder.branch(loop)
@@ -121,14 +122,14 @@ def _tile(rows: int, adds: bool) -> Any:
             spread = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), lanes)
             after_step += [builder.call(fma, [spread, column[j], running[i * VECTORS + j]]) for j in range(VECTORS)]
         next_values = [builder.add(step, constant(1)), builder.gep(at_a, [a_k]), builder.gep(at_b, [b_k]), *after_step]
-        firsts = [constant(0), start_a, start_b, *sums]
+        firsts = [constant(0), start_a, start_b, *(zero for _ in block)]
         for phi, first, following in zip([step, at_a, at_b, *running], firsts, next_values):
             phi.add_incoming(first, before)
             phi.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", next_values[0], k), loop, after)
         builder.position_at_end(after)
         for at, value in zip(places, after_step):
-            builder.store(value, at, align=4)
+            builder.store(builder.fadd(builder.load(at, align=4), value) if adds else value, at, align=4)
         return context.get_dummy_value()
 
     @intrinsic
@@ -384,9 +385,11 @@ def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untype
 
 @jit
 def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
-    """Elements that `_forward` works in."""
+    """Elements that `_forward` works in, for so many keys or fewer."""
     padded, keys = _up(width, COLUMNS), _up(length_k, COLUMNS)
-    scores = _block_rows(keys) * (keys + PAD)
+    # Fewer keys come in blocks of more rows, which may hold more scores.
+    most = min(BLOCK_SCORES + BLOCK_ROWS * PAD, BLOCK_ROWS * (keys + PAD))
+    scores = max(_block_rows(keys) * (keys + PAD), most)
     return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.reference import zeros
 
 Single = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
 
@@ -52,6 +53,9 @@ def _each_document(
     if dropout_p > 0.0:
         raise RuntimeError(f"backend={name!r} draws other dropout masks than the specification; use dropout_p=0.0")
     if cu_seqlens_q is None or cu_seqlens_k is None:
+        if key_padding_mask is not None:
+            # What stands in padding may be NaN, and 0 * NaN would spread it.
+            k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0.0) for x in (k, v))
         hidden = _hidden(q.shape[2], k.shape[2], causal, key_padding_mask, q.device)
         dense = bias.dense(q.shape[2], k.shape[2]) if isinstance(bias, RelativeBias) else bias
         return single(q, k, v, dense, hidden, scale)
@@ -61,7 +65,7 @@ def _each_document(
         length_q, length_k = starts_q[n + 1] - starts_q[n], starts_k[n + 1] - starts_k[n]
         rows = slice(starts_q[n], starts_q[n + 1])
         if length_q == 0 or length_k == 0:
-            pieces.append(torch.zeros_like(q[rows]))
+            pieces.append(zeros(q[rows]))
             continue
         document = [x.transpose(0, 1)[None] for x in (q[rows], *(x[starts_k[n] : starts_k[n + 1]] for x in (k, v)))]
         dense = bias.dense(length_q, length_k) if isinstance(bias, RelativeBias) else bias
@@ -70,7 +74,7 @@ def _each_document(
         hidden = _hidden(length_q, length_k, causal, None, q.device)
         out = single(document[0], document[1], document[2], dense, hidden, scale)
         pieces.append(out[0].transpose(0, 1))
-    return torch.cat([*pieces, torch.zeros_like(q[starts_q[-1] :])])
+    return torch.cat([*pieces, zeros(q[starts_q[-1] :])])
 
 
 def _hidden(
@@ -87,26 +91,36 @@ def _hidden(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
-    mask = None if bias is None else bias.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if hidden is not None:
-        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
-        mask = mask.masked_fill(hidden, float("-inf"))
-    return _zero_blind_rows(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), hidden)
+    mask, blind = _mask(q, k, bias, hidden, q.dtype)
+    return _zero(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), blind)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    added = torch.zeros((), dtype=torch.float32, device=q.device) if bias is None else bias.float()
-    if hidden is not None:
-        added = added.masked_fill(hidden, float("-inf"))
-    added = added.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if k.shape[2] == 0:
+        return zeros(q)
+    mask, blind = _mask(q, k, bias, hidden, torch.float32)
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + added[b, h, i, j]
+        return score if mask is None else score + mask[b, h, i, j]
 
-    return _zero_blind_rows(flex_attention(q, k, v, score_mod=add_bias, scale=scale), hidden)  # type: ignore[arg-type]
+    return _zero(flex_attention(q, k, v, score_mod=add_bias, scale=scale), blind)  # type: ignore[arg-type]
 
 
-def _zero_blind_rows(out: Tensor, hidden: Tensor | None) -> Tensor:
-    return out if hidden is None else out.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
+def _mask(
+    q: Tensor, k: Tensor, bias: Tensor | None, hidden: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores, (B, H, Lq, Lk), and the rows that see nothing, which are let see everything: their
+    softmax would be NaN."""
+    if bias is None and hidden is None:
+        return None, None
+    mask = torch.zeros((), dtype=dtype, device=q.device) if bias is None else bias.to(dtype)
+    mask = mask if hidden is None else mask.masked_fill(hidden, float("-inf"))
+    mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    blind = (mask == float("-inf")).all(dim=-1, keepdim=True)
+    return mask.masked_fill(blind, 0.0), blind
+
+
+def _zero(out: Tensor, blind: Tensor | None) -> Tensor:
+    return out if blind is None else out.masked_fill(blind, 0.0)

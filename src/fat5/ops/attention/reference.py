@@ -38,7 +38,7 @@ def attention_reference(
             )
             for b in range(q.shape[0])
         ]
-        return torch.cat(rows) if rows else torch.zeros_like(q)
+        return torch.cat(rows) if rows else zeros(q)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     pieces = []
     for n in range(len(starts_q) - 1):
@@ -51,8 +51,12 @@ def attention_reference(
         one_q, one_k, one_v = (x[rows].transpose(0, 1)[None] for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
         out = _one(one_q, one_k, one_v, document_bias, causal, scale, dropout_p, seed, n, None)
         pieces.append(out[0].transpose(0, 1))
-    tail = q[starts_q[-1] :]
-    return torch.cat([*pieces, torch.zeros_like(tail)])
+    return torch.cat([*pieces, zeros(q[starts_q[-1] :])])
+
+
+def zeros(q: Tensor) -> Tensor:
+    """The output of queries that belong to no document: zeros, whose gradient for q is zeros and not None."""
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
 
 
 def _one(
@@ -68,6 +72,9 @@ def _one(
     visible: Tensor | None,
 ) -> Tensor:
     """One document: q (1, H, Lq, D), k and v (1, H, Lk, D), `visible` (Lk,) bool."""
+    if visible is not None:
+        # What stands in padding may be NaN, and 0 * NaN would spread it.
+        k, v = (x.masked_fill(~visible[:, None], 0.0) for x in (k, v))
     weights = _weights(q, k, bias, causal, scale, visible)
     if dropout_p > 0.0 and seed is not None:
         keep = keep_mask(seed, dropout_p, document, q.shape[1], range(q.shape[2]), range(k.shape[2]))
@@ -90,6 +97,8 @@ def attention_weights(
     zeros.
     """
     visible = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    if key_padding_mask is not None:
+        k = k.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
     return _weights(q, k, bias, causal, scale, visible)
 
 
@@ -109,7 +118,7 @@ def _weights(
     if visible is not None:
         hidden = hidden | ~visible
     scores = scores.masked_fill(hidden, float("-inf"))
-    # A row that sees nothing is all -inf, whose softmax is NaN forward and backward: let it see everything, then
-    # zero it.
-    blind = hidden.all(dim=-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(hidden, 0.0)
+    # A row that sees nothing, because of masks or of a dense bias, is all -inf, whose softmax is NaN forward and
+    # backward: let it see everything, then zero it.
+    blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind | hidden, 0.0)

@@ -313,8 +313,8 @@ def _vector_gradient(
     assert vector is not None
     grad_vector = torch.empty_like(vector, memory_format=torch.contiguous_format)
     R = vector.shape[1] // 2
-    if R == 0:
-        # One number for all keys changes no softmax.
+    if R == 0 or not exponent.numel():
+        # One number for all keys changes no softmax; and of no batch rows, or no heads, there is nothing to sum.
         return grad_vector.zero_()
     # Packed rows, whose work list `prepare` made, have no key mask.
     masked = problem.dropout or problem.key_mask is not None
@@ -512,11 +512,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
-    has_vector, has_dense = (ctx.saved_tensors[i] is not None for i in (3, 4))
-    bias_needs_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    grad_q, grad_k, grad_v, grad_bias = attention_backward(grad_out, *ctx.saved_tensors, *ctx.options, bias_needs_grad)
-    grad_vector = grad_bias if has_vector and bias_needs_grad else None
-    grad_dense = grad_bias if has_dense and bias_needs_grad else None
+    # Once: torch.utils.checkpoint refuses to recompute what is asked for again.
+    saved = ctx.saved_tensors
+    of_vector, of_dense = ctx.needs_input_grad[3:5]
+    grad_q, grad_k, grad_v, grad_bias = attention_backward(grad_out, *saved, *ctx.options, of_vector or of_dense)
+    grad_vector = grad_bias if of_vector else None
+    grad_dense = grad_bias if of_dense else None
     return grad_q, grad_k, grad_v, grad_vector, grad_dense, *(None,) * 12
 
 
