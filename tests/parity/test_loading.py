@@ -20,7 +20,7 @@ from stock import (
     t5_v1_0,
     t5_v1_1,
 )
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, UMT5EncoderModel
 
 import fat5
 from fat5.errors import CheckpointError
@@ -232,21 +232,45 @@ def test_a_pushed_folder_is_what_stock_reads(kind, tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(tmp_path / "sent").model_type == "t5"
 
 
-def test_weights_go_from_one_class_to_the_other_in_memory():
-    stock = t5_v1_1()
-    ours = FAT5ForConditionalGeneration(FAT5Config(**stock.config.to_dict()))
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "make", [FAT5Config.from_stock, lambda config: FAT5Config(**config.to_dict())], ids=["from_stock", "to_dict"]
+)
+def test_weights_go_from_one_class_to_the_other_in_memory(family, make, tmp_path):
+    """An untied T5 too, whose stock configuration says that it is tied."""
+    stock, batch = family().eval(), rows()
+    ours = FAT5ForConditionalGeneration(make(stock.config)).eval()
     assert str(ours.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
-    other = T5ForConditionalGeneration(T5Config(**ours.config.to_dict()))
-    assert str(other.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    assert str(type(stock)(stock.config).load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+    ours.save_pretrained(tmp_path)
+    back = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert type(back) is type(stock)
+    assert difference(back(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
 
 
-def test_a_stock_configuration_is_named(tmp_path):
-    config, says = T5Config(**SIZES), r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_pretrained"
-    t5_v1_0().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=says):
-        FAT5ForConditionalGeneration(config)
-    with pytest.raises(TypeError, match=says):
-        FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config)
+def test_a_stock_configuration_is_named():
+    with pytest.raises(TypeError, match=r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_stock"):
+        FAT5ForConditionalGeneration(T5Config(**SIZES))
+
+
+@EVERY_FAMILY
+def test_a_folder_with_its_stock_configuration(family, tmp_path):
+    """As scripts around transformers load: AutoConfig first, then the model with it."""
+    stock, batch = family().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.dropout_rate = 0.25
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config).eval()
+    assert ours.encoder.dropout.p == 0.25
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_a_state_dict_stands_in_for_the_weights_of_a_folder(tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    t5_v1_1().save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, state_dict=stock.state_dict()).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
 
 
 def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):

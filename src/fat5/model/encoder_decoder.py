@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from fat5.model.encoder import Encoder
 from fat5.model.layout import Layout, shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
-from fat5.model.rows import Trace, run_rows
+from fat5.model.rows import Trace, check_mask, run_rows
 from fat5.model.stack import Stack
 
 
@@ -104,6 +104,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
         trace: Trace,
     ) -> Tensor:
         """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows."""
+        check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
         if mask is not None:
             mask = mask.bool()
             if mask.dim() != 2 or bool(mask.all()):

@@ -239,11 +239,13 @@ def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
     """wo(hidden). T5's overflow float16 here: a float32 wo (`_keep_in_fp32_modules`) computes in float32, under
     float16 autocast too.
     """
-    device = hidden.device.type
+    weight, device = getattr(wo, "weight", None), hidden.device.type
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return wo(hidden)  # quantised: it knows what it takes
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         with torch.autocast(device, enabled=False):
-            return wo(hidden.to(wo.weight.dtype))
-    if wo.weight.dtype == torch.float32 and hidden.dtype == torch.float16:
+            return wo(hidden.to(weight.dtype))
+    if weight.dtype == torch.float32 and hidden.dtype == torch.float16:
         hidden = hidden.float()
     return ops.linear(wo, hidden)
 

@@ -51,6 +51,9 @@ def run_rows(
     for.
     """
     shape = (rows.shape[0], rows.shape[1])
+    check_mask("attention_mask", mask, shape)
+    if memory is not None:
+        check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
     formed = trace is not None and trace.attentions is not None
     padding = None if formed else Padding.of(mask, shape, rows.device)
     how: dict[str, Any] = {"trace": trace}
@@ -68,3 +71,9 @@ def run_rows(
     tokens = None if mask is None else mask.bool()
     keep = torch.ones(shape, dtype=torch.bool, device=rows.device) if tokens is None else tokens
     return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x)
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError for a mask that is not one of tokens (B, L): of another length it would hide other tokens."""
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, a number for each token, got {tuple(mask.shape)}")

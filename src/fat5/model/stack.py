@@ -92,13 +92,26 @@ class Stack(nn.Module):
             bias = biases[number if self.own_bias else 0]
             arguments = (hidden, layout, bias, rotation, causal, memory, memory_layout, cache)
             if checkpointing:
-                hidden = self._gradient_checkpointing_func(block, *arguments)
+                hidden = self._checkpointed(block, *arguments)
             else:
                 hidden = block(*arguments, trace)
         hidden = self.dropout(self.final_layer_norm(hidden))
         if trace.hidden is not None:
             trace.hidden.append(hidden)
         return hidden
+
+    def _checkpointed(
+        self, block: Block, hidden: Tensor, layout: Layout, bias: RelativeBias | Tensor | None, *others: Any
+    ) -> Tensor:
+        """A block that backward computes again. Reentrant checkpoints know gradients of arguments that are tensors
+        alone: so a bias goes in as its vector.
+        """
+        relative = isinstance(bias, RelativeBias)
+
+        def run(hidden: Tensor, vector: Tensor | None, *others: Any) -> Tensor:
+            return block(hidden, layout, RelativeBias(vector) if relative else vector, *others)  # type: ignore[no-any-return, arg-type]
+
+        return self._gradient_checkpointing_func(run, hidden, bias.vector if relative else bias, *others)  # type: ignore[no-any-return, union-attr]
 
     def _bias(
         self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int

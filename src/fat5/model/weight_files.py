@@ -18,6 +18,8 @@ from fat5.model.configuration import FAT5Config
 from fat5.model.flash_t5 import translate_tensors
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Keyword arguments of from_pretrained that say where a file is.
+_PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -47,9 +49,7 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     if not safe:
         how["weights_only"] = True
     if config is None:
-        config = FAT5Config.from_pretrained(
-            where, **({"subfolder": kwargs["subfolder"]} if "subfolder" in kwargs else {})
-        )
+        config = configuration_of(where, kwargs)
     scale = getattr(config, "flash_t5_attention_scale", None)
     if scale is None:
         return how
@@ -58,6 +58,11 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
         config.tie_word_embeddings = config.scale_decoder_outputs = True
     del config.flash_t5_attention_scale
     return {"state_dict": tensors, "config": config}
+
+
+def configuration_of(where: Any, kwargs: dict[str, Any]) -> FAT5Config:
+    """The configuration beside the weights that from_pretrained(where, **kwargs) asks for."""
+    return FAT5Config.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
 
 
 @contextmanager
