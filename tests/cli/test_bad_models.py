@@ -106,6 +106,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index without a map": (shards(no_map), "names no file for each tensor"),
     "another type of model": (config(model_type="bert"), "'bert'"),
     "another width": (config(d_model=24), "shape"),
+    "a width that no memory holds": (config(d_model=10**11), "more memory than there is"),
+    "padding outside the vocabulary": (config(pad_token_id=10**6), "pad_token_id: expected a token of the 384"),
+    "weights quantised by a library that is not here": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantised",
+    ),
     "a word for a number": (config(d_model="wide"), "d_model"),
     "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
     "a pickle with a call": (bomb, "pickle that holds more than tensors"),

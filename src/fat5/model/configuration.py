@@ -86,6 +86,10 @@ class FAT5Config(T5Config):
         for key in (*sizes, "max_positions", "relative_attention_max_distance"):
             if getattr(self, key) < 1:
                 raise ConfigurationError(f"expected at least 1, got {getattr(self, key)}", where=key)
+        for key in ("pad_token_id", "decoder_start_token_id"):
+            token = getattr(self, key)
+            if isinstance(token, int) and token >= self.vocab_size:
+                raise ConfigurationError(f"expected a token of the {self.vocab_size:,}, got {token}", where=key)
         gate, _, activation = self.feed_forward_proj.rpartition("-")
         if gate not in ("", "gated") or activation not in ACT2FN:
             raise ConfigurationError(

@@ -103,12 +103,12 @@ class EncoderDecoder(FAT5PreTrainedModel):
         cache: Any,
         trace: Trace,
     ) -> Tensor:
-        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows."""
+        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows, (B, Lk) or, as generate
+        makes it for a static cache, (B, 1, L, Lk).
+        """
         check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
-        if mask is not None:
-            mask = mask.bool()
-            if mask.dim() != 2 or bool(mask.all()):
-                mask = None
+        if mask is not None and mask.dim() == 2:
+            mask = None if bool(mask.bool().all()) else mask.bool()
         # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
             if type(side) is DynamicCache and side.layers:

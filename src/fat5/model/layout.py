@@ -18,7 +18,8 @@ class Layout:
     Args:
         cu_seqlens: int32 (N+1,) for packed tokens (T, ...); None for rows (B, L, ...).
         max_seqlen: upper bound of the documents' lengths; for rows, their length.
-        mask: (B, L) bool for rows, True = a token; None when all are.
+        mask: (B, L) bool for rows, True = a token; None when all are. Behind a cache also (B, 1, Lq, Lk), bool or to be
+            added to the scores.
     """
 
     cu_seqlens: Tensor | None

@@ -86,6 +86,10 @@ def readable(where: Any) -> Iterator[None]:
             hint="save it again as safetensors (model.save_pretrained of transformers does)",
         ) from error
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise CheckpointError(
+                "asks for more memory than there is", where=where, hint="see to the sizes in its config.json"
+            ) from error
         if "PytorchStreamReader" not in str(error):
             raise
         raise CheckpointError(f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again) from error
