@@ -157,3 +157,9 @@ def test_a_pickle_of_tensors_alone_is_read(verb: str, folder: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     how = ["--model", str(folder), "Bonjour ___"] if verb == "generate" else [str(folder), "--output_dir"]
     assert main([verb, *how, *([str(tmp_path / "made")] if verb == "convert" else ["--max_new_tokens", "2"])]) == 0
+
+
+def test_a_device_that_does_not_exist(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["generate", "--model", str(folder), "--device", "tpu", "Bonjour ___"]) == 2
+    assert capsys.readouterr().err == "fat5 generate: device: there is no 'tpu'. use cpu, cuda or auto\n"

@@ -27,7 +27,13 @@ def load_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"no device is called {device!r}", where="device", hint="use cpu, cuda or auto"
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
     try:
         with quiet():

@@ -11,7 +11,7 @@ from fat5.errors import CheckpointError
 from fat5.model.configuration import FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.positions import AbsolutePositions, Fire
-from fat5.model.weight_files import configuration_of, readable, transformers_quiet, weight_source
+from fat5.model.weight_files import configuration_of, generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
                     where=where,
                     hint="config.json does not belong to these weights",
                 ) from error
+        if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
+            model.generation_config = generation_settings(where, kwargs) or model.generation_config
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError
@@ -27,19 +29,23 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     """Keyword arguments of transformers' from_pretrained that make it read the weights of `where` safely.
 
     A folder with safetensors is read from those alone, one with pytorch_model.bin with weights_only=True. The tensors
-    of a flash_t5 folder are read here and handed over under T5's names.
+    of a flash_t5 folder, or of one on the hub, are read here and handed over under T5's names.
 
     Raises:
         CheckpointError: a folder with neither; other pickles are refused by name.
     """
     folder = Path(where)
-    if not folder.is_dir():
-        return {}
-    if kwargs.get("subfolder"):
-        folder = folder / kwargs["subfolder"]
     config = args[0] if args else kwargs.get("config")
     if isinstance(config, str | Path):
         config = None
+    if not folder.is_dir():  # a name on the hub
+        config = configuration_of(where, kwargs) if config is None else config
+        if getattr(config, "flash_t5_attention_scale", None) is None:
+            return {}
+        place = {key: kwargs[key] for key in _PLACE if key in kwargs and key != "subfolder"}
+        folder = Path(snapshot_download(str(where), allow_patterns=["*.safetensors", "*.bin", "*.json"], **place))
+    if kwargs.get("subfolder"):
+        folder = folder / kwargs["subfolder"]
     _check_index(folder)
     named = kwargs.get("variant") is not None
     safe = any(folder.glob("*.safetensors")) or (folder / _WEIGHTS[1]).is_file()
@@ -58,6 +64,14 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
         config.tie_word_embeddings = config.scale_decoder_outputs = True
     del config.flash_t5_attention_scale
     return {"state_dict": tensors, "config": config}
+
+
+def generation_settings(where: Any, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """What generation_config.json beside those weights says; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
+    except OSError:
+        return None
 
 
 def configuration_of(where: Any, kwargs: dict[str, Any]) -> FAT5Config:
