@@ -102,3 +102,22 @@ def test_a_mask_of_another_shape_is_refused(name, cached):
             ours(**given, **{name: wrong})
     with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(3, 150\)"):
         fat5.FAT5EncoderModel(ours.config)(given["input_ids"], attention_mask=mask[:, :100])
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_decoder_by_itself(family, cached):
+    """get_decoder(), called as the stock one is."""
+    stock, batch = family().eval(), rows()
+    ours, tokens = fat5_like(stock).eval(), torch.randint(2, 99, (3, 9))
+    found = []
+    for model in (stock, ours):
+        memory = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        how = {"encoder_hidden_states": memory, "encoder_attention_mask": batch["attention_mask"], "use_cache": cached}
+        out = model.get_decoder()(input_ids=tokens, **how)
+        assert (out.past_key_values is not None) == cached
+        found.append(out.last_hidden_state)
+        if cached:
+            more = model.get_decoder()(input_ids=tokens[:, :2], past_key_values=out.past_key_values, **how)
+            found[-1] = torch.cat([found[-1], more[0]], dim=1)
+    assert difference(found[1], found[0]) <= LOGITS_TOLERANCE

@@ -30,9 +30,7 @@ def load_model(
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigurationError(
-            f"no device is called {device!r}", where="device", hint="use cpu, cuda or auto"
-        ) from error
+        raise ConfigurationError(f"there is no {device!r}", where="device", hint="use cpu, cuda or auto") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
     try:
