@@ -85,6 +85,24 @@ def test_dtypes_and_devices(how, dtype, tolerance, tmp_path):
     assert difference(ours(**batch).logits.float(), stock(**batch).logits) <= tolerance
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "fat5"])
+def test_every_exact_attention_is_ours(name, tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=name).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    ours.set_attn_implementation(name)
+    assert len(ours(**batch, output_attentions=True).encoder_attentions) == 3
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"cache_implementation": "static"}
+    assert torch.equal(*(m.generate(**prompt, max_new_tokens=6, disable_compile=True) for m in (stock, ours)))
+
+
+def test_flash_attention_is_refused_as_by_stock(tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Flash Attention 2"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
 def test_the_dtype_saved_is_the_dtype_loaded(tmp_path):
     fat5_like(t5_v1_1()).to(torch.bfloat16).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"

@@ -14,6 +14,7 @@ from fat5.model.positions import AbsolutePositions, Fire
 from fat5.model.weight_files import configuration_of, generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
+_EXACT = (None, "eager", "sdpa", "flex_attention", "fat5")
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
@@ -63,6 +64,16 @@ class FAT5PreTrainedModel(PreTrainedModel):
     def wants_dict(self, return_dict: bool | None) -> bool:
         """Whether forward answers with a ModelOutput rather than a tuple."""
         return bool(self.config.return_dict if return_dict is None else return_dict)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """FAT5 has one attention, exact, whose kernel follows the device: every stock name of exact attention means it.
+
+        Returns "eager", by which transformers knows a model that can form attention weights and takes masks as they
+        are. Flash attention, which has no place for T5's bias, is refused, as stock T5 refuses it.
+        """
+        if requested_attention in _EXACT:
+            return "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared  # type: ignore[return-value]
