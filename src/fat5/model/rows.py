@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat5.model.layout import Layout, Padding
+from fat5.model.layout import Layout, Padding, is_recorded
 
 
 @dataclass
@@ -47,14 +47,14 @@ def run_rows(
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
 
     A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
-    run as they are, and so does everything with a memory whose mask has holes, or whose attention weights are asked
-    for.
+    run as they are, and so does everything with a memory whose mask has holes, whose attention weights are asked for,
+    or whose graph is recorded (torch.export, torch.jit.trace).
     """
     shape = (rows.shape[0], rows.shape[1])
     check_mask("attention_mask", mask, shape)
     if memory is not None:
         check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
-    formed = trace is not None and trace.attentions is not None
+    formed = is_recorded() or (trace is not None and trace.attentions is not None)
     padding = None if formed else Padding.of(mask, shape, rows.device)
     how: dict[str, Any] = {"trace": trace}
     if memory is not None:
