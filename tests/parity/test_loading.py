@@ -308,3 +308,10 @@ def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):
     torch.save({name: Path("/") for name in part}, tmp_path / file)
     with pytest.raises(CheckpointError, match=r"one of its \.bin files is a pickle that holds more than tensors"):
         FAT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "says"), [("none", "no such folder"), ("config.json", "is a file")])
+def test_what_is_no_folder_is_said_so(name, says, tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name}: {says}"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path / name)

@@ -38,6 +38,12 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     config = args[0] if args else kwargs.get("config")
     if isinstance(config, str | Path):
         config = None
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
+        raise CheckpointError(
+            "is a file" if folder.exists() else "no such folder",
+            where=where,
+            hint="give the folder that save_pretrained wrote",
+        )
     if not folder.is_dir():  # a name on the hub
         config = configuration_of(where, kwargs) if config is None else config
         if getattr(config, "flash_t5_attention_scale", None) is None:
