@@ -53,7 +53,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         table, head = (state_dict.get(f"{name}.weight") for name in ("shared", "lm_head"))
         tied = self.lm_head.weight is self.shared.weight
         if tied and table is not None and head is not None and not torch.equal(head, table):
-            self.lm_head.weight = nn.Parameter(torch.empty_like(self.shared.weight))
+            self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
             self.config.tie_word_embeddings = False
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 

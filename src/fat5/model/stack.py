@@ -103,7 +103,7 @@ class Stack(nn.Module):
         return hidden
 
     def _checkpointed(
-        self, block: Block, hidden: Tensor, layout: Layout, bias: RelativeBias | Tensor | None, *others: Any
+        self, block: nn.Module, hidden: Tensor, layout: Layout, bias: RelativeBias | Tensor | None, *others: Any
     ) -> Tensor:
         """A block that backward computes again. Reentrant checkpoints know gradients of arguments that are tensors
         alone: so a bias goes in as its vector.
