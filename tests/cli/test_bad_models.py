@@ -96,6 +96,23 @@ def cut_binary(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
 
 
+def binary(content: Callable[[dict[str, torch.Tensor]], Any], keep: float = 1.0, **how: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "pytorch_model.bin"
+        torch.save(content(load_file(folder / "model.safetensors")), path, **how)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+        (folder / "model.safetensors").unlink()
+
+    return damage
+
+
+def elsewhere(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][KEY] = "../other/model.safetensors"
+    index.write_text(json.dumps(content))
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (tensors(lambda t: t.pop(KEY)), f"lacks 1 tensors, {KEY}"),
     "extra tensor": (tensors(lambda t: t.update({"encoder.extra": torch.zeros(2)})), "no place for, encoder.extra"),
@@ -115,6 +132,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
     "a pickle with a call": (bomb, "pickle that holds more than tensors"),
     "a truncated pickle": (cut_binary, "damaged: pytorch_model.bin"),
+    "a truncated pickle of old": (
+        binary(dict, keep=0.5, _use_new_zipfile_serialization=False), "damaged: pytorch_model.bin: unexpected EOF",
+    ),
+    "a pickle of a list": (binary(list), "holds no names with tensors"),
+    "an index that names a file of another folder": (shards(elsewhere), "model.safetensors', which is not in"),
     "another pickle": (lambda at: (at / "model.safetensors").rename(at / "model.pt"), "model.pt: is a pickle"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "holds"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),

@@ -110,9 +110,13 @@ def readable(where: Any) -> Iterator[None]:
             raise CheckpointError(
                 "asks for more memory than there is", where=where, hint="see to the sizes in its config.json"
             ) from error
-        if "PytorchStreamReader" not in str(error):
+        if not any(part in str(error) for part in ("PytorchStreamReader", "unexpected EOF")):
             raise
         raise CheckpointError(f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again) from error
+    except (TypeError, ValueError) as error:
+        if "dictionary update sequence" not in str(error):
+            raise
+        raise CheckpointError(f"{_binary(where)} holds no names with tensors", where=where, hint=again) from error
 
 
 @contextmanager
@@ -133,6 +137,9 @@ def _check_index(folder: Path) -> None:
         named = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
             raise CheckpointError("damaged: names no file for each tensor", where=path, hint="restore it")
+        outside = sorted(file for file in set(named.values()) if Path(file).name != file)
+        if outside:
+            raise CheckpointError(f"names {outside[0]!r}, which is not in its folder", where=path, hint="restore it")
 
 
 def _refuse(folder: Path) -> None:
