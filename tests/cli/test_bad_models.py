@@ -96,6 +96,23 @@ def cut_binary(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
 
 
+def binary(content: Callable[[dict[str, torch.Tensor]], Any], keep: float = 1.0, **how: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "pytorch_model.bin"
+        torch.save(content(load_file(folder / "model.safetensors")), path, **how)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+        (folder / "model.safetensors").unlink()
+
+    return damage
+
+
+def elsewhere(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][KEY] = "../other/model.safetensors"
+    index.write_text(json.dumps(content))
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (tensors(lambda t: t.pop(KEY)), f"lacks 1 tensors, {KEY}"),
     "extra tensor": (tensors(lambda t: t.update({"encoder.extra": torch.zeros(2)})), "no place for, encoder.extra"),
@@ -106,10 +123,20 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index without a map": (shards(no_map), "names no file for each tensor"),
     "another type of model": (config(model_type="bert"), "'bert'"),
     "another width": (config(d_model=24), "shape"),
+    "a width that no memory holds": (config(d_model=10**11), "more memory than there is"),
+    "padding outside the vocabulary": (config(pad_token_id=10**6), "pad_token_id: expected a token of the 384"),
+    "weights quantised by a library that is not here": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantised",
+    ),
     "a word for a number": (config(d_model="wide"), "d_model"),
     "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
     "a pickle with a call": (bomb, "pickle that holds more than tensors"),
     "a truncated pickle": (cut_binary, "damaged: pytorch_model.bin"),
+    "a truncated pickle of old": (
+        binary(dict, keep=0.5, _use_new_zipfile_serialization=False), "damaged: pytorch_model.bin: unexpected EOF",
+    ),
+    "a pickle of a list": (binary(list), "holds no names with tensors"),
+    "an index that names a file of another folder": (shards(elsewhere), "model.safetensors', which is not in"),
     "another pickle": (lambda at: (at / "model.safetensors").rename(at / "model.pt"), "model.pt: is a pickle"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "holds"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
@@ -152,3 +179,9 @@ def test_a_pickle_of_tensors_alone_is_read(verb: str, folder: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     how = ["--model", str(folder), "Bonjour ___"] if verb == "generate" else [str(folder), "--output_dir"]
     assert main([verb, *how, *([str(tmp_path / "made")] if verb == "convert" else ["--max_new_tokens", "2"])]) == 0
+
+
+def test_a_device_that_does_not_exist(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["generate", "--model", str(folder), "--device", "tpu", "Bonjour ___"]) == 2
+    assert capsys.readouterr().err == "fat5 generate: device: there is no 'tpu'. use cpu, cuda or auto\n"

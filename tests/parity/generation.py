@@ -53,6 +53,9 @@ PLAIN: dict[str, dict[str, Any]] = {
     "decoder_input_ids given": {"decoder_input_ids": START},
     "decoder_input_ids given, masked": {"decoder_input_ids": START, "decoder_attention_mask": START_MASK},
     "decoder_input_ids given, static cache": {"decoder_input_ids": START} | STATIC,
+    "decoder_input_ids given, masked, static cache": {
+        "decoder_input_ids": START, "decoder_attention_mask": START_MASK,
+    } | STATIC,
     "decoder_input_ids given, beams": {"decoder_input_ids": START, "num_beams": 3},
 }  # fmt: skip
 # Of our own decoding loop on FAT5's class, beside stock `generate` on the stock class.

@@ -215,10 +215,10 @@ def test_encoders(cls):
     [
         (T5ForSequenceClassification, {"labels": torch.tensor([0, 1, 1])}),
         (UMT5ForSequenceClassification, {"labels": torch.tensor([0, 1, 1])}),
-        (T5ForTokenClassification, {"labels": torch.randint(2, (3, 150))}),
-        (MT5ForTokenClassification, {"labels": torch.randint(2, (3, 150))}),
+        (T5ForTokenClassification, {"labels": torch.arange(450).view(3, 150) % 3 // 2}),
+        (MT5ForTokenClassification, {"labels": torch.arange(450).view(3, 150) % 3 // 2}),
         (T5ForQuestionAnswering, dict.fromkeys(["start_positions", "end_positions"], torch.tensor([0, 2, 1]))),
-        (T5Model, {"decoder_input_ids": torch.randint(2, 99, (3, 9))}),
+        (T5Model, {"decoder_input_ids": 2 + torch.arange(27).view(3, 9)}),
     ],
 )  # fmt: skip
 def test_heads(cls, labels):

@@ -11,6 +11,7 @@ The formulas, written here once more in float64 and over the old names (x a toke
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -193,6 +194,28 @@ def test_it_trains_encodes_and_generates(old):
         assert int(written[step]) == int(scores.argmax())
     encoder = FAT5EncoderModel.from_pretrained(folder).eval()
     assert difference(encoder(ids).last_hidden_state[0], formulas.stack("encoder", ids[0])) <= FORMULAS_TOLERANCE
+
+
+def test_its_generation_settings_come_along(old):
+    folder, _ = old(VARIANTS["gated GELU, scale 1"])
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 3}))
+    assert FAT5ForConditionalGeneration.from_pretrained(folder).generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_name_on_the_hub(binary, old, tmp_path_factory):
+    """As it lies in the cache after a download."""
+    keys = VARIANTS["gated GELU, scale 0.35"]
+    folder, formulas = old(keys, binary)
+    cache = tmp_path_factory.mktemp("hub")
+    commit = "0" * 40
+    shutil.copytree(folder, cache / "models--some--flash-t5" / "snapshots" / commit)
+    (cache / "models--some--flash-t5" / "refs").mkdir()
+    (cache / "models--some--flash-t5" / "refs" / "main").write_text(commit)
+    ours = FAT5ForConditionalGeneration.from_pretrained("some/flash-t5", cache_dir=cache, local_files_only=True).eval()
+    ids, decoder_ids = torch.randint(2, VOCABULARY, (1, 30)), torch.randint(2, VOCABULARY, (1, 9))
+    got = ours(input_ids=ids, decoder_input_ids=decoder_ids).logits[0]
+    assert difference(got, formulas.logits(ids[0], decoder_ids[0])) <= FORMULAS_TOLERANCE
 
 
 @pytest.mark.parametrize("positions", ["ALiBi", "RoPE", "FIRE"])

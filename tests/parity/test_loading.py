@@ -20,7 +20,7 @@ from stock import (
     t5_v1_0,
     t5_v1_1,
 )
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, UMT5EncoderModel
 
 import fat5
 from fat5.errors import CheckpointError
@@ -83,6 +83,24 @@ def test_dtypes_and_devices(how, dtype, tolerance, tmp_path):
         {name for name, _ in ours.named_parameters() if ".wo." in name} if dtype == torch.float16 else set()
     )
     assert difference(ours(**batch).logits.float(), stock(**batch).logits) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "fat5"])
+def test_every_exact_attention_is_ours(name, tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=name).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    ours.set_attn_implementation(name)
+    assert len(ours(**batch, output_attentions=True).encoder_attentions) == 3
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"cache_implementation": "static"}
+    assert torch.equal(*(m.generate(**prompt, max_new_tokens=6, disable_compile=True) for m in (stock, ours)))
+
+
+def test_flash_attention_is_refused_as_by_stock(tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Flash Attention 2"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
 
 
 def test_the_dtype_saved_is_the_dtype_loaded(tmp_path):
@@ -232,21 +250,45 @@ def test_a_pushed_folder_is_what_stock_reads(kind, tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(tmp_path / "sent").model_type == "t5"
 
 
-def test_weights_go_from_one_class_to_the_other_in_memory():
-    stock = t5_v1_1()
-    ours = FAT5ForConditionalGeneration(FAT5Config(**stock.config.to_dict()))
+@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "make", [FAT5Config.from_stock, lambda config: FAT5Config(**config.to_dict())], ids=["from_stock", "to_dict"]
+)
+def test_weights_go_from_one_class_to_the_other_in_memory(family, make, tmp_path):
+    """An untied T5 too, whose stock configuration says that it is tied."""
+    stock, batch = family().eval(), rows()
+    ours = FAT5ForConditionalGeneration(make(stock.config)).eval()
     assert str(ours.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
-    other = T5ForConditionalGeneration(T5Config(**ours.config.to_dict()))
-    assert str(other.load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    assert str(type(stock)(stock.config).load_state_dict(ours.state_dict())) == "<All keys matched successfully>"
+    ours.save_pretrained(tmp_path)
+    back = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert type(back) is type(stock)
+    assert difference(back(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
 
 
-def test_a_stock_configuration_is_named(tmp_path):
-    config, says = T5Config(**SIZES), r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_pretrained"
-    t5_v1_0().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=says):
-        FAT5ForConditionalGeneration(config)
-    with pytest.raises(TypeError, match=says):
-        FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config)
+def test_a_stock_configuration_is_named():
+    with pytest.raises(TypeError, match=r"^config: expected a FAT5Config, got a T5Config; FAT5Config\.from_stock"):
+        FAT5ForConditionalGeneration(T5Config(**SIZES))
+
+
+@EVERY_FAMILY
+def test_a_folder_with_its_stock_configuration(family, tmp_path):
+    """As scripts around transformers load: AutoConfig first, then the model with it."""
+    stock, batch = family().eval(), rows()
+    stock.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.dropout_rate = 0.25
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, config=config).eval()
+    assert ours.encoder.dropout.p == 0.25
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_a_state_dict_stands_in_for_the_weights_of_a_folder(tmp_path):
+    stock, batch = t5_v1_1().eval(), rows()
+    t5_v1_1().save_pretrained(tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, state_dict=stock.state_dict()).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
 
 
 def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):
@@ -266,3 +308,10 @@ def test_shards_of_pickles_are_read_as_tensors_or_refused(tmp_path):
     torch.save({name: Path("/") for name in part}, tmp_path / file)
     with pytest.raises(CheckpointError, match=r"one of its \.bin files is a pickle that holds more than tensors"):
         FAT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "says"), [("none", "no such folder"), ("config.json", "is a file")])
+def test_what_is_no_folder_is_said_so(name, says, tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name}: {says}"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path / name)

@@ -1,11 +1,12 @@
 """int8 and float8 by the libraries that do it: the recipe of docs/compatibility.md keeps `wo` out of them."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from stock import difference, rows, t5_v1_1
+from stock import difference, fat5_like, rows, t5_v1_1
 from torch import nn
 from transformers import T5ForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -77,3 +78,16 @@ def test_the_recipe_with_torchao(dtype, kind, cls, tmp_path):
     assert difference(model(**batch).logits.float(), stock(**batch).logits) <= INT8_TOLERANCE
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(generate(model, **given, max_new_tokens=4), model.generate(**given, max_new_tokens=4))
+
+
+def test_dynamic_int8_of_torch():
+    """Its layers keep their weight behind a method."""
+    stock, batch = t5_v1_1().eval(), rows()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = [
+            torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+            for model in (stock, fat5_like(stock))
+        ]
+    want, got = (model(**batch).logits for model in quantised)
+    assert difference(got, want) <= INT8_TOLERANCE

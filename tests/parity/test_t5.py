@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from stock import EVERY_FAMILY, LOGITS_TOLERANCE, difference, fat5_like, packed, rows, t5_v1_1
+from stock import (
+    EVERY_FAMILY,
+    GRADIENT_TOLERANCE,
+    LOGITS_TOLERANCE,
+    difference,
+    fat5_like,
+    gradient_difference,
+    packed,
+    rows,
+    t5_v1_1,
+)
+
+import fat5
 
 
 @EVERY_FAMILY
@@ -62,3 +74,50 @@ def test_attentions_of_generation():
         for got_step, want_step in zip(getattr(got, name), getattr(want, name), strict=True):
             for one, other in zip(got_step, want_step, strict=True):
                 assert difference(one, other) <= LOGITS_TOLERANCE
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_reentrant_checkpoints(family, layout):
+    """Each block runs a backward of its own there, and all read one bias and one memory."""
+    stock, batch = family(), rows()
+    ours = fat5_like(stock)
+    ours.gradient_checkpointing_enable({"use_reentrant": True})
+    stock(**batch).loss.backward()
+    ours(**(packed(batch) if layout == "packed" else batch)).loss.backward()
+    assert gradient_difference(stock, ours) <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_mask_of_another_shape_is_refused(name, cached):
+    """Read as it lies, a shorter one would hide other tokens."""
+    ours = fat5_like(t5_v1_1()).eval()
+    given = {"input_ids": rows()["input_ids"], "decoder_input_ids": torch.randint(2, 99, (3, 150)), "use_cache": cached}
+    mask = torch.ones(3, 150)
+    for wrong in (mask[:, :100], mask[:1], mask[:, None], mask[:, None, None].expand(-1, 1, 150, -1)):
+        if cached and name == "decoder_attention_mask":
+            continue  # it covers what the cache holds too
+        with pytest.raises(ValueError, match=r"attention_mask.*: expected shape \(3, 150\)"):
+            ours(**given, **{name: wrong})
+    with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(3, 150\)"):
+        fat5.FAT5EncoderModel(ours.config)(given["input_ids"], attention_mask=mask[:, :100])
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_decoder_by_itself(family, cached):
+    """get_decoder(), called as the stock one is."""
+    stock, batch = family().eval(), rows()
+    ours, tokens = fat5_like(stock).eval(), torch.randint(2, 99, (3, 9))
+    found = []
+    for model in (stock, ours):
+        memory = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        how = {"encoder_hidden_states": memory, "encoder_attention_mask": batch["attention_mask"], "use_cache": cached}
+        out = model.get_decoder()(input_ids=tokens, **how)
+        assert (out.past_key_values is not None) == cached
+        found.append(out.last_hidden_state)
+        if cached:
+            more = model.get_decoder()(input_ids=tokens[:, :2], past_key_values=out.past_key_values, **how)
+            found[-1] = torch.cat([found[-1], more[0]], dim=1)
+    assert difference(found[1], found[0]) <= LOGITS_TOLERANCE

@@ -228,6 +228,13 @@ def test_weights_beyond_float16_are_refused(folder: Any) -> None:
     refused(source, CheckpointError, r"final_layer_norm\.weight holds .* which float16 cannot", dtype="float16")
 
 
+@pytest.mark.parametrize("to", ["hf", "fat5", "ctranslate2", "onnx"])
+def test_weights_that_are_no_numbers_are_named(to: str, folder: Any) -> None:
+    source, name = folder("v1.1"), "encoder.final_layer_norm.weight"
+    change(source, name, lambda x: x * float("nan"))
+    refused(source, CheckpointError, rf"{name} holds NaN or infinity", to=to)
+
+
 def change(source: Path, name: str, function: Any) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors[name] = function(tensors[name])
@@ -352,6 +359,18 @@ def test_a_copy_that_computes_otherwise_is_not_written(folder: Any, monkeypatch:
     source = folder("v1.1")
     for to in ("hf", "fat5", "ctranslate2"):
         refused(source, CheckpointError, "computes something else", to=to)
+
+
+def test_folders_above_the_target_go_too_or_stay(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = folder("v1.1"), tmp_path / "new" / "newer" / "made"
+    how = ConvertConfig(model=str(source), output_dir=str(target))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "outputs", lambda *_: torch.full((2,), float("nan")))
+        with pytest.raises(CheckpointError, match="nothing was written"):
+            convert(how)
+    assert not (tmp_path / "new").exists()
+    convert(how)
+    assert (target / "config.json").is_file()
 
 
 def test_a_full_disk_leaves_nothing(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:

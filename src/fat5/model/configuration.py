@@ -68,6 +68,8 @@ class FAT5Config(T5Config):
         # also says whether the output projection is the embedding.
         tied = kwargs.get("tie_word_embeddings")
         kwargs.setdefault("decoder_start_token_id", 0 if self.pad_token_id is None else self.pad_token_id)
+        if self.family == "t5" and kwargs.get("model_type") in FAMILIES:  # the keys of a stock configuration
+            self.family = kwargs["model_type"]
         _one_of("family", self.family, tuple(FAMILIES))
         if self.family != "t5":
             kwargs.setdefault("scale_decoder_outputs", _stock_scales(self.family, tied))
@@ -84,6 +86,10 @@ class FAT5Config(T5Config):
         for key in (*sizes, "max_positions", "relative_attention_max_distance"):
             if getattr(self, key) < 1:
                 raise ConfigurationError(f"expected at least 1, got {getattr(self, key)}", where=key)
+        for key in ("pad_token_id", "decoder_start_token_id"):
+            token = getattr(self, key)
+            if isinstance(token, int) and token >= self.vocab_size:
+                raise ConfigurationError(f"expected a token of the {self.vocab_size:,}, got {token}", where=key)
         gate, _, activation = self.feed_forward_proj.rpartition("-")
         if gate not in ("", "gated") or activation not in ACT2FN:
             raise ConfigurationError(
@@ -131,25 +137,16 @@ class FAT5Config(T5Config):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers; a folder of T5's families is a FAT5 configuration, any other is refused."""
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found_type = found.get("model_type", "t5")
-        if found_type == "flash_t5":
-            found = translate_configuration(found, pretrained_model_name_or_path)
-        elif found_type in FAMILIES:
-            family = found.get("family", found_type) if found_type == "t5" else found_type
-            # What the file leaves out has the family's defaults, which are not T5's.
-            stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
-            stock.pop("tie_word_embeddings", None)
-            found = stock | found | {"family": family}
-            classes = found.get("architectures") or [""]
-            if classes[0].endswith(("T5ForSequenceClassification", "T5ForQuestionAnswering")):
-                found.setdefault("head_form", "encoder-decoder")
-        elif found_type != "fat5":
-            raise CheckpointError(
-                f"holds a model of type {found_type!r}, not {', '.join(FAMILIES)}, fat5 or flash_t5",
-                where=pretrained_model_name_or_path,
-                hint="give a folder written by FAT5, or a checkpoint of the T5 family",
-            )
-        return found | {"model_type": "fat5"}, kwargs
+        return _as_fat5(found, pretrained_model_name_or_path), kwargs
+
+    @classmethod
+    def from_stock(cls, config: Any) -> "FAT5Config":
+        """The configuration of the same model here, of a T5Config, MT5Config or UMT5Config of transformers.
+
+        Stock configurations no longer say whether the output projection is the embedding: it is taken to be, and
+        loading goes by the weights.
+        """
+        return cls.from_dict(_as_fat5(config.to_dict(), type(config).__name__))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes config.json; where a stock class computes the same, it is that class's configuration."""
@@ -189,6 +186,29 @@ class FAT5Config(T5Config):
 
 _ADDED_KEYS = tuple(key for key in FAT5Config.__annotations__ if key != "model_type")
 _CLASS_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+
+
+def _as_fat5(found: dict[str, Any], where: object) -> dict[str, Any]:
+    """FAT5's keys from those of a config.json."""
+    found_type = found.get("model_type", "t5")
+    if found_type == "flash_t5":
+        found = translate_configuration(found, where)
+    elif found_type in FAMILIES:
+        family = found.get("family", found_type) if found_type == "t5" else found_type
+        # What the file leaves out has the family's defaults, which are not T5's.
+        stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
+        stock.pop("tie_word_embeddings", None)
+        found = stock | found | {"family": family}
+        classes = found.get("architectures") or [""]
+        if classes[0].endswith(("T5ForSequenceClassification", "T5ForQuestionAnswering")):
+            found.setdefault("head_form", "encoder-decoder")
+    elif found_type != "fat5":
+        raise CheckpointError(
+            f"holds a model of type {found_type!r}, not {', '.join(FAMILIES)}, fat5 or flash_t5",
+            where=where,
+            hint="give a folder written by FAT5, or a checkpoint of the T5 family",
+        )
+    return found | {"model_type": "fat5"}
 
 
 def _stock_scales(family: str, tied: bool | None) -> bool:

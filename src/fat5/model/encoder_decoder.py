@@ -4,15 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
+from fat5.model.decoder import Decoder
 from fat5.model.encoder import Encoder
-from fat5.model.layout import Layout, shift_right
+from fat5.model.layout import shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
-from fat5.model.rows import Trace, run_rows
-from fat5.model.stack import Stack
 
 
 class EncoderDecoder(FAT5PreTrainedModel):
@@ -23,12 +21,12 @@ class EncoderDecoder(FAT5PreTrainedModel):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)
         if has_decoder:
-            self.decoder = Stack(config, is_decoder=True)
+            self.decoder = Decoder(config, is_decoder=True)
 
     def get_encoder(self, modality: str | None = None) -> Encoder:
         return self.encoder
 
-    def get_decoder(self) -> Stack:
+    def get_decoder(self) -> Decoder:
         return self.decoder
 
     def run(
@@ -59,31 +57,18 @@ class EncoderDecoder(FAT5PreTrainedModel):
             parts = encoder_outputs.to_tuple() if isinstance(encoder_outputs, ModelOutput) else encoder_outputs
             encoder_outputs = BaseModelOutput(*parts[:3])
         memory = encoder_outputs.last_hidden_state
-        rows = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        if rows is None:
-            raise ValueError(
-                "decoder_input_ids: expected decoder_input_ids, decoder_inputs_embeds or labels, got none of them"
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        trace = Trace.of(output_hidden_states, output_attentions)
-        if past_key_values is not None:
-            hidden = self._decode_with_cache(
-                rows, decoder_attention_mask, memory, attention_mask, past_key_values, trace
-            )
-            states, attentions, cross_attentions = trace.padded(lambda x: x)
-        else:
-            hidden, back = run_rows(
-                self.decoder, rows, decoder_attention_mask, trace=trace, memory=memory, memory_mask=attention_mask
-            )
-            hidden = back(hidden)
-            states, attentions, cross_attentions = trace.padded(back)
+        decoded = self.decoder(
+            decoder_input_ids, inputs_embeds=decoder_inputs_embeds, attention_mask=decoder_attention_mask,
+            encoder_hidden_states=memory, encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values, use_cache=bool(use_cache),
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
         return Seq2SeqModelOutput(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            decoder_hidden_states=states,
-            decoder_attentions=attentions,
-            cross_attentions=cross_attentions,
+            last_hidden_state=decoded.last_hidden_state,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
             encoder_last_hidden_state=memory,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
@@ -93,28 +78,6 @@ class EncoderDecoder(FAT5PreTrainedModel):
         """(B, U) labels to decoder inputs, shifted right."""
         positions = torch.arange(labels.shape[1], device=labels.device)[None]
         return shift_right(labels, positions, *self._start_and_pad())
-
-    def _decode_with_cache(
-        self,
-        rows: Tensor,
-        mask: Tensor | None,
-        memory: Tensor,
-        memory_mask: Tensor | None,
-        cache: Any,
-        trace: Trace,
-    ) -> Tensor:
-        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows."""
-        if mask is not None:
-            mask = mask.bool()
-            if mask.dim() != 2 or bool(mask.all()):
-                mask = None
-        # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
-        for side in (cache.self_attention_cache, cache.cross_attention_cache):
-            if type(side) is DynamicCache and side.layers:
-                side.layers.extend(type(side.layers[0])() for _ in range(len(self.decoder.block) - len(side.layers)))
-        layout = Layout(None, rows.shape[1], mask)
-        memory_layout = Layout(None, memory.shape[1], None if memory_mask is None else memory_mask.bool())
-        return self.decoder(rows, layout, memory=memory, memory_layout=memory_layout, cache=cache, trace=trace)
 
     def _start_and_pad(self) -> tuple[int, int]:
         pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
-from fat5.model.layout import Layout
+from fat5.model.layout import Layout, is_recorded
 from fat5.model.rows import Trace
 from fat5.ops import RelativeBias
 from fat5.ops.choice import uses_triton
@@ -76,12 +76,14 @@ class Attention(nn.Module):
                 cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=key_layout.cu_seqlens,
                 max_seqlen_q=layout.max_seqlen, max_seqlen_k=key_layout.max_seqlen,
             )  # fmt: skip
-        elif weights is not None:
+        elif weights is not None or is_recorded():
             formed = ops.attention_weights(
                 query.transpose(1, 2), key.transpose(1, 2), bias=bias, causal=causal, key_padding_mask=key_layout.mask
             )
-            weights.append(F.dropout(formed, dropout_p))
-            out = (weights[-1].to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2)
+            formed = F.dropout(formed, dropout_p)
+            if weights is not None:
+                weights.append(formed)
+            out = (formed.to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2)
         else:
             rows = ops.attention(
                 query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias=bias, causal=causal,
@@ -239,11 +241,13 @@ def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
     """wo(hidden). T5's overflow float16 here: a float32 wo (`_keep_in_fp32_modules`) computes in float32, under
     float16 autocast too.
     """
-    device = hidden.device.type
+    weight, device = getattr(wo, "weight", None), hidden.device.type
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return wo(hidden)  # quantised: it knows what it takes
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         with torch.autocast(device, enabled=False):
-            return wo(hidden.to(wo.weight.dtype))
-    if wo.weight.dtype == torch.float32 and hidden.dtype == torch.float16:
+            return wo(hidden.to(weight.dtype))
+    if weight.dtype == torch.float32 and hidden.dtype == torch.float16:
         hidden = hidden.float()
     return ops.linear(wo, hidden)
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def is_recorded() -> bool:
+    """Whether a graph is being recorded that is to hold for other batches: nothing may hang on what a mask holds, and
+    only plain operations can be said in it.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 @dataclass
 class Layout:
     """The documents of a tensor of tokens.
@@ -18,7 +25,8 @@ class Layout:
     Args:
         cu_seqlens: int32 (N+1,) for packed tokens (T, ...); None for rows (B, L, ...).
         max_seqlen: upper bound of the documents' lengths; for rows, their length.
-        mask: (B, L) bool for rows, True = a token; None when all are.
+        mask: (B, L) bool for rows, True = a token; None when all are. Behind a cache also (B, 1, Lq, Lk), bool or to be
+            added to the scores.
     """
 
     cu_seqlens: Tensor | None

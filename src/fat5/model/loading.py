@@ -22,15 +22,23 @@ def load_model(
         dtype: of the weights; "auto" is the one they were saved in.
 
     Raises:
-        ConfigurationError: the device does not exist here.
+        ConfigurationError: the device, or the library that quantised the weights, does not exist here.
         CheckpointError: the folder holds no such model, or an incomplete one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigurationError(f"there is no {device!r}", where="device", hint="use cpu, cuda or auto") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
-    with quiet():
-        model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    try:
+        with quiet():
+            model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    except ImportError as error:  # weights quantised by a library that is not here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(reason, where=path, hint="install it, or give the model unquantised") from error
     return model.to(device).eval()
 
 

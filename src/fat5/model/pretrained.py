@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from fat5.errors import CheckpointError
-from fat5.model.configuration import FAT5Config
+from fat5.model.configuration import FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.positions import AbsolutePositions, Fire
-from fat5.model.weight_files import readable, transformers_quiet, weight_source
+from fat5.model.weight_files import configuration_of, generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
+_EXACT = (None, "eager", "sdpa", "flex_attention", "fat5")
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
@@ -43,8 +44,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         if not isinstance(config, FAT5Config):
             raise TypeError(
-                f"config: expected a FAT5Config, got a {type(config).__name__}; FAT5Config.from_pretrained(folder) "
-                "makes one of any T5's"
+                f"config: expected a FAT5Config, got a {type(config).__name__}; FAT5Config.from_stock(config) makes "
+                "one of any T5's"
             )
         super().__init__(config)
 
@@ -63,6 +64,16 @@ class FAT5PreTrainedModel(PreTrainedModel):
     def wants_dict(self, return_dict: bool | None) -> bool:
         """Whether forward answers with a ModelOutput rather than a tuple."""
         return bool(self.config.return_dict if return_dict is None else return_dict)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """FAT5 has one attention, exact, whose kernel follows the device: every stock name of exact attention means it.
+
+        Returns "eager", by which transformers knows a model that can form attention weights and takes masks as they
+        are. Flash attention, which has no place for T5's bias, is refused, as stock T5 refuses it.
+        """
+        if requested_attention in _EXACT:
+            return "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared  # type: ignore[return-value]
@@ -125,7 +136,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
         """As in transformers, for folders of FAT5, of stock T5, mT5 and umT5, and of the first FAT5 (flash_t5).
 
         Complete or not at all: safetensors, or a pytorch_model.bin read with weights_only=True. Weights of a head that
-        the checkpoint lacks are initialised and named in one line.
+        the checkpoint lacks are initialised and named in one line. `config` may be the stock one of such a folder;
+        `state_dict` stands in for the folder's weights.
 
         Raises:
             CheckpointError: damaged or unsafe files, or a tensor that is missing, misshapen, or has no place here.
@@ -135,9 +147,13 @@ class FAT5PreTrainedModel(PreTrainedModel):
         allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         if kwargs.get("weights_only") is False:
             raise CheckpointError("weights_only=False would run what a pickle holds, and is refused", where=where)
+        if type(kwargs.get("config")) in FAMILIES.values():
+            kwargs["config"] = FAT5Config.from_stock(kwargs["config"])
         with readable(where), transformers_quiet():
             if where is not None and kwargs.get("state_dict") is None:
                 kwargs |= weight_source(where, args, kwargs)
+            elif where is not None and kwargs.get("config") is None:
+                kwargs["config"] = configuration_of(where, kwargs)
             given = None if "state_dict" in kwargs else where
             try:
                 model, info = super().from_pretrained(
@@ -149,6 +165,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
                     where=where,
                     hint="config.json does not belong to these weights",
                 ) from error
+        if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
+            model.generation_config = generation_settings(where, kwargs) or model.generation_config
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:

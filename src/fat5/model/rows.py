@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat5.model.layout import Layout, Padding
+from fat5.model.layout import Layout, Padding, is_recorded
 
 
 @dataclass
@@ -47,11 +47,14 @@ def run_rows(
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
 
     A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
-    run as they are, and so does everything with a memory whose mask has holes, or whose attention weights are asked
-    for.
+    run as they are, and so does everything with a memory whose mask has holes, whose attention weights are asked for,
+    or whose graph is recorded (torch.export, torch.jit.trace).
     """
     shape = (rows.shape[0], rows.shape[1])
-    formed = trace is not None and trace.attentions is not None
+    check_mask("attention_mask", mask, shape)
+    if memory is not None:
+        check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
+    formed = is_recorded() or (trace is not None and trace.attentions is not None)
     padding = None if formed else Padding.of(mask, shape, rows.device)
     how: dict[str, Any] = {"trace": trace}
     if memory is not None:
@@ -68,3 +71,9 @@ def run_rows(
     tokens = None if mask is None else mask.bool()
     keep = torch.ones(shape, dtype=torch.bool, device=rows.device) if tokens is None else tokens
     return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x)
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError for a mask that is not one of tokens (B, L): of another length it would hide other tokens."""
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, a number for each token, got {tuple(mask.shape)}")

@@ -46,6 +46,17 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; where the tensors hold an output projection apart from the embeddings, so does the model
+        from then on, whatever its configuration said: stock ones say "tied" of every T5.
+        """
+        table, head = (state_dict.get(f"{name}.weight") for name in ("shared", "lm_head"))
+        tied = self.lm_head.weight is self.shared.weight
+        if tied and table is not None and head is not None and not torch.equal(head, table):
+            self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
+            self.config.tie_word_embeddings = False
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

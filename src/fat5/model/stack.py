@@ -80,6 +80,8 @@ class Stack(nn.Module):
         # One bias for all blocks, or one a block, each with where it comes from.
         sources = range(len(self.block)) if self.own_bias else [0]
         biases = [self._bias(layout, cache, offset, hidden, source) for source in sources]
+        if layout.mask is not None and layout.mask.dim() == 4:  # the biases hold it
+            layout = Layout(None, layout.max_seqlen)
         causal = self.is_decoder and cache is None
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
@@ -92,13 +94,26 @@ class Stack(nn.Module):
             bias = biases[number if self.own_bias else 0]
             arguments = (hidden, layout, bias, rotation, causal, memory, memory_layout, cache)
             if checkpointing:
-                hidden = self._gradient_checkpointing_func(block, *arguments)
+                hidden = self._checkpointed(block, *arguments)
             else:
                 hidden = block(*arguments, trace)
         hidden = self.dropout(self.final_layer_norm(hidden))
         if trace.hidden is not None:
             trace.hidden.append(hidden)
         return hidden
+
+    def _checkpointed(
+        self, block: nn.Module, hidden: Tensor, layout: Layout, bias: RelativeBias | Tensor | None, *others: Any
+    ) -> Tensor:
+        """A block that backward computes again. Reentrant checkpoints know gradients of arguments that are tensors
+        alone: so a bias goes in as its vector.
+        """
+        relative = isinstance(bias, RelativeBias)
+
+        def run(hidden: Tensor, vector: Tensor | None, *others: Any) -> Tensor:
+            return block(hidden, layout, RelativeBias(vector) if relative else vector, *others)  # type: ignore[no-any-return, arg-type]
+
+        return self._gradient_checkpointing_func(run, hidden, bias.vector if relative else bias, *others)  # type: ignore[no-any-return, union-attr]
 
     def _bias(
         self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int
@@ -120,6 +135,8 @@ class Stack(nn.Module):
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
             bias = torch.zeros(1, 1, length, capacity, device=device)
+        if layout.mask is not None and layout.mask.dim() == 4:
+            bias = bias + _added(layout.mask[..., :capacity])
         return bias.masked_fill(future, float("-inf"))
 
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
@@ -137,6 +154,12 @@ class Stack(nn.Module):
         if config.position_encoding == "fire":
             return self.fire(max_length, max_length)
         return None
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask of any dtype as float32 to add to scores; finite, so that a query that sees no key is no NaN."""
+    lowest = torch.finfo(torch.float32).min / 2
+    return torch.where(mask, 0.0, lowest) if mask.dtype == torch.bool else mask.float().clamp(min=lowest)
 
 
 def _is_static(cache: Any) -> bool:

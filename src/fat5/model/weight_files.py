@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError
@@ -18,6 +20,8 @@ from fat5.model.configuration import FAT5Config
 from fat5.model.flash_t5 import translate_tensors
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Keyword arguments of from_pretrained that say where a file is.
+_PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -25,19 +29,29 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     """Keyword arguments of transformers' from_pretrained that make it read the weights of `where` safely.
 
     A folder with safetensors is read from those alone, one with pytorch_model.bin with weights_only=True. The tensors
-    of a flash_t5 folder are read here and handed over under T5's names.
+    of a flash_t5 folder, or of one on the hub, are read here and handed over under T5's names.
 
     Raises:
         CheckpointError: a folder with neither; other pickles are refused by name.
     """
     folder = Path(where)
-    if not folder.is_dir():
-        return {}
-    if kwargs.get("subfolder"):
-        folder = folder / kwargs["subfolder"]
     config = args[0] if args else kwargs.get("config")
     if isinstance(config, str | Path):
         config = None
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
+        raise CheckpointError(
+            "is a file" if folder.exists() else "no such folder",
+            where=where,
+            hint="give the folder that save_pretrained wrote",
+        )
+    if not folder.is_dir():  # a name on the hub
+        config = configuration_of(where, kwargs) if config is None else config
+        if getattr(config, "flash_t5_attention_scale", None) is None:
+            return {}
+        place = {key: kwargs[key] for key in _PLACE if key in kwargs and key != "subfolder"}
+        folder = Path(snapshot_download(str(where), allow_patterns=["*.safetensors", "*.bin", "*.json"], **place))
+    if kwargs.get("subfolder"):
+        folder = folder / kwargs["subfolder"]
     _check_index(folder)
     named = kwargs.get("variant") is not None
     safe = any(folder.glob("*.safetensors")) or (folder / _WEIGHTS[1]).is_file()
@@ -47,9 +61,7 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     if not safe:
         how["weights_only"] = True
     if config is None:
-        config = FAT5Config.from_pretrained(
-            where, **({"subfolder": kwargs["subfolder"]} if "subfolder" in kwargs else {})
-        )
+        config = configuration_of(where, kwargs)
     scale = getattr(config, "flash_t5_attention_scale", None)
     if scale is None:
         return how
@@ -58,6 +70,19 @@ def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
         config.tie_word_embeddings = config.scale_decoder_outputs = True
     del config.flash_t5_attention_scale
     return {"state_dict": tensors, "config": config}
+
+
+def generation_settings(where: Any, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """What generation_config.json beside those weights says; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
+    except OSError:
+        return None
+
+
+def configuration_of(where: Any, kwargs: dict[str, Any]) -> FAT5Config:
+    """The configuration beside the weights that from_pretrained(where, **kwargs) asks for."""
+    return FAT5Config.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
 
 
 @contextmanager
@@ -81,9 +106,17 @@ def readable(where: Any) -> Iterator[None]:
             hint="save it again as safetensors (model.save_pretrained of transformers does)",
         ) from error
     except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):
+        if "can't allocate memory" in str(error):
+            raise CheckpointError(
+                "asks for more memory than there is", where=where, hint="see to the sizes in its config.json"
+            ) from error
+        if not any(part in str(error) for part in ("PytorchStreamReader", "unexpected EOF")):
             raise
         raise CheckpointError(f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again) from error
+    except (TypeError, ValueError) as error:
+        if "dictionary update sequence" not in str(error):
+            raise
+        raise CheckpointError(f"{_binary(where)} holds no names with tensors", where=where, hint=again) from error
 
 
 @contextmanager
@@ -104,6 +137,9 @@ def _check_index(folder: Path) -> None:
         named = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
             raise CheckpointError("damaged: names no file for each tensor", where=path, hint="restore it")
+        outside = sorted(file for file in set(named.values()) if Path(file).name != file)
+        if outside:
+            raise CheckpointError(f"names {outside[0]!r}, which is not in its folder", where=path, hint="restore it")
 
 
 def _refuse(folder: Path) -> None:

@@ -8,7 +8,7 @@ verification.py                the same examples through both; above the toleran
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +109,7 @@ def convert(config: ConvertConfig) -> Conversion:
     _check_expressible(source, config.to)
     stored = _stored_dtype(source, config)
     model = source.load(encoder_only=config.to == "onnx")
+    _check_finite(model, source.folder)
     kind = "EncoderModel" if config.to == "onnx" else source.kind
     report = Conversion(
         source.folder,
@@ -170,6 +171,14 @@ def _check(config: ConvertConfig) -> None:
             f"--to {config.to} needs {' and '.join(missing)}, not installed here",
             hint=f"pip install 'fat5[{config.to}]'",
         )
+
+
+def _check_finite(model: Any, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(
+                f"{name} holds NaN or infinity", where=folder, hint="Take a checkpoint from before training broke down"
+            )
 
 
 def _check_expressible(source: Source, to: str) -> None:
@@ -314,6 +323,7 @@ def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Con
 def _folder(target: Path) -> Iterator[Path]:
     """A hidden sibling to write into; it takes the target's name when all went well, and is removed otherwise."""
     partial = target.absolute().with_name(f".{target.name}.partial")
+    new = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
@@ -334,3 +344,6 @@ def _folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # of folders that were made for nothing; others' are not empty
+            for parent in new:
+                parent.rmdir()

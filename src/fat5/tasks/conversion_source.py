@@ -73,6 +73,10 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
     folder = model_folder(Path(path))
     found = _read_object(folder / "config.json")
     kind = _kind(found, folder)
+    if found.get("quantization_config"):
+        raise CheckpointError(
+            "holds quantised weights", where=folder, hint="Convert the model as it was before, then quantise the copy"
+        )
     try:
         with readable(folder):
             config = FAT5Config.from_pretrained(folder)

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fat5.model.layout import Layout
-from fat5.model.rows import Trace
-from fat5.model.stack import Stack
 from fat5.tasks.verification import Comparison, compare
 
 FILE = "model.onnx"
@@ -21,7 +18,7 @@ LARGEST_PROTOBUF = 1 << 31
 
 
 class EncoderRows(nn.Module):
-    """The encoder on padded rows by the plain formula, whose graph ONNX can say: attention weights are formed."""
+    """The encoder, its hidden states alone."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -29,11 +26,7 @@ class EncoderRows(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) int64 ids and mask to (B, L, d_model), zeros at padding."""
-        mask = attention_mask.bool()
-        layout = Layout(None, input_ids.shape[1], mask)
-        formed = Trace(attentions=[], cross_attentions=[])
-        hidden = Stack.forward(self.encoder, input_ids, layout, trace=formed)  # type: ignore[arg-type]
-        return hidden * mask[..., None].to(hidden.dtype)
+        return self.encoder(input_ids, attention_mask=attention_mask)[0]  # type: ignore[no-any-return]
 
 
 def write_onnx(model: Any, folder: Path) -> None:
@@ -47,7 +40,6 @@ def write_onnx(model: Any, folder: Path) -> None:
     free = {0: "batch", 1: "length"}
     rows, mask = EncoderRows(model.encoder).eval(), (ids > 0).long()
     with torch.no_grad(), _silent():
-        rows(ids, mask)  # T5's buckets are computed once, which the exporter cannot trace
         program = torch.onnx.export(
             rows,
             (ids, mask),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class RelativeBias:
@@ -113,8 +114,8 @@ def bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> l
 @lru_cache(maxsize=32)
 def _bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> list[int]:
     # On the CPU and in float32 whatever the device of the model: a logarithm that rounds otherwise moves a bucket's
-    # edge.
-    with torch.device("cpu"), torch.no_grad():
+    # edge. Numbers, too, where torch.export records what is done.
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         distance = torch.arange(-max_distance - 1, max_distance + 2)
         side_buckets = num_buckets // 2 if bidirectional else num_buckets
         behind = distance.abs() if bidirectional else (-distance).clamp(min=0)
