@@ -17,9 +17,6 @@ from fat5.model.decoding import generate
 LARGEST = torch.finfo(torch.float16).max
 # float16 keeps three digits, of which the gradient of a softmax, a difference of like numbers, loses one or two.
 GRADIENT_TOLERANCE = 0.25
-# A projection's number at the edge of float16 is infinite or 65,504 by a rounding, and clamped it jumps: seen, with
-# weights redrawn by 0.3%, in one model of ten, stock against itself as well, in one position of its 36 or in two.
-AT_THE_EDGE = 2
 FAMILY = pytest.mark.parametrize("family", [t5_v1_0, t5_v1_1, umt5], ids=["v1.0", "v1.1", "umT5"])
 
 
@@ -35,13 +32,6 @@ def provoking(family, part):
             if part == "o" and "block.0.layer.0." in name and (".o." in name or ".v." in name):
                 parameter *= 300
     return model
-
-
-def assert_close_but_at_the_edge(got, want):
-    """Each position's logits within 0.02 of the largest, but for those few where a clamped number may have jumped."""
-    apart = (got - want).float().abs().amax(dim=-1) / want.float().abs().max()
-    assert apart.median() <= 0.002
-    assert int((apart > 0.02).sum()) <= AT_THE_EDGE
 
 
 def loaded(stock, cls, folder, dtype=torch.float16):
@@ -91,7 +81,7 @@ def test_attention_that_leaves_float16_is_clamped_as_in_stock(family, tmp_path):
     assert got.logits.isfinite().all()
     assert got.loss.isfinite()
     assert largest_written(ours, "o", batch) == float("inf")
-    assert_close_but_at_the_edge(got.logits, want.logits)
+    assert difference(got.logits.float(), want.logits.float()) <= 0.02
 
 
 @FAMILY
@@ -101,10 +91,7 @@ def test_accelerated_stock_models_stay_finite(family, part, tmp_path):
     want = stock(**batch).logits.float()
     got = fat5.accelerate(stock)(**batch).logits.float()
     assert got.isfinite().all()
-    if part == "o":
-        assert_close_but_at_the_edge(got, want)
-    else:
-        assert difference(got, want) <= 0.02
+    assert difference(got, want) <= 0.02
 
 
 @FAMILY
