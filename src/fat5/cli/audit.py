@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-from fat5.cli.inputs import with_inputs
 from fat5.cli.parsing import parse
 
 SPECIALS = re.compile(r"(<extra_id_\d+>)|(\[[RSX]\])|(</s>)")
@@ -16,7 +15,7 @@ def main(argv: list[str]) -> int:
 
     from fat5.data.auditing import AuditConfig, audit
 
-    config = AuditConfig(**parse(AuditConfig, with_inputs(argv), "audit"))
+    config = AuditConfig(**parse(AuditConfig, argv, "audit", words="inputs"))
     report = audit(config)
     console = Console(highlight=False, soft_wrap=True)
     _examples(console, report)

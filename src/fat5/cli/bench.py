@@ -8,8 +8,6 @@ from typing import Any
 
 from fat5.errors import ConfigurationError
 
-FLAGS = ("--static", "--autotune", "--quick")
-
 
 def bench(
     what: list[str],
@@ -103,12 +101,7 @@ def _autotune(seconds: float) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the verb; a bare flag means true."""
+    """Runs the verb."""
     from fat5.cli.parsing import parse
 
-    words = [f"{word}=true" if word in FLAGS and not _has_value(argv, n) else word for n, word in enumerate(argv)]
-    return bench(**parse(bench, words, "bench", positional={"what": "*"}))
-
-
-def _has_value(argv: list[str], n: int) -> bool:
-    return n + 1 < len(argv) and argv[n + 1].lower() in ("true", "false")
+    return bench(**parse(bench, argv, "bench", positional={"what": "*"}))
