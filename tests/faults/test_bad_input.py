@@ -119,10 +119,18 @@ def test_evaluate(prepared, tmp_path, capsys):
     assert "data is not given" in refused(capsys, "evaluate", "--model", str(tmp_path))
     line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", json.dumps([str(prepared)]))
     assert "holds no model and no checkpoint" in line
+    line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", str(tmp_path))
+    assert "no manifest.json" in line
     pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    recipe = tmp_path / "run" / "config.yaml"
+    for content in ("data: 5", "model: {}", "data: {sources: [a]}", "data: {sources: [{path: 5}]}", "\x00"):
+        recipe.write_text(content)
+        assert "run/config.yaml" in refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+    recipe.unlink()
     weights = tmp_path / "run" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "model" in refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+    words = ["--model", str(tmp_path / "run"), "--data", str(prepared)]
+    assert "run/model: damaged" in refused(capsys, "evaluate", *words)
 
 
 def test_plot(tmp_path, capsys):

@@ -63,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        # A full disk, a folder that is not ours: the user's to mend, like any other bad input.
+        where = f"{error.filename}: " if error.filename else ""
+        print(" ".join(f"fat5 {verb}: {where}{error.strerror or error}".splitlines()), file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
