@@ -56,25 +56,31 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T` against `labels`, in memory that does not hold the logits.
 
     Args:
-        hidden: (T, d) floating point; under autocast the product is made in autocast's dtype.
+        hidden: (..., d) floating point; under autocast the product is made in autocast's dtype.
         weight: (V, d).
-        labels: (T,) int64, each in [0, V) or `ignore_index`.
+        labels: (...) int64, each in [0, V) or `ignore_index`.
         z_loss: weight of logsumexp(logits)^2, added to each token's loss (PaLM, section 5).
         label_smoothing: share of the target spread over the vocabulary, in [0, 1).
         reduction: "mean" over the labels that count (NaN when none does, as in PyTorch), "sum", or "none".
         chunk_size: rows of logits at a time; by default what keeps a chunk small (module constants).
 
     Returns:
-        A scalar, or (T,) for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities and
-        sums are in float32, the gradient of `weight` is accumulated in float32.
+        A scalar, or of labels' shape for "none" with 0 where ignored; float32 (float64 for float64 inputs).
+        Probabilities and sums are in float32, the gradient of `weight` is accumulated in float32.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "weight: expected (vocabulary, d) beside hidden (tokens, d), "
             f"got {tuple(weight.shape)} and {tuple(hidden.shape)}"
         )
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    if hidden.dim() > 2:
+        losses = linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels.flatten(), z_loss=z_loss, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction, chunk_size=chunk_size,
+        )  # fmt: skip
+        return losses.reshape(labels.shape) if reduction == "none" else losses
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0.0 <= label_smoothing < 1.0:
