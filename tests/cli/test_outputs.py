@@ -107,3 +107,9 @@ def test_the_seed_of_a_conversion(run, tmp_path, capsys):
     assert "seed: " in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="seed"):
         Decoding(seed=-1)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_argument_that_is_not_utf8(verb, capsys):
+    assert main([verb, "--output_dir", "r\udcff"]) == 2
+    assert capsys.readouterr().err == f"fat5 {verb}: 'r\\udcff': not UTF-8. Rename it, or set a UTF-8 locale\n"

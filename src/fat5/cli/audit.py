@@ -11,8 +11,7 @@ VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
 
 def main(argv: list[str]) -> int:
     """Audits prepared folders, prints the report, and returns 1 where the data break the specification."""
-    from rich.console import Console
-
+    from fat5.cli.terminal import Console
     from fat5.data.auditing import AuditConfig, audit
 
     config = AuditConfig(**parse(AuditConfig, argv, "audit", words="inputs"))
@@ -21,7 +20,7 @@ def main(argv: list[str]) -> int:
     _examples(console, report)
     _mixture(console, report)
     _figures(console, report)
-    console.print(f"wrote {config.output_dir}/audit.json and {config.output_dir}/audit.png")
+    console.print(f"wrote {config.output_dir}/audit.json and {config.output_dir}/audit.png", markup=False)
     return 1 if any(row["verdict"] == "FAIL" for row in report["mixture"]) else 0
 
 

@@ -195,8 +195,9 @@ def _work_findings(config: DoctorConfig, model: Any) -> list[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """A table with a colour a status; advice only where it is needed."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fat5.cli.terminal import Console
 
     colours = {OK: "green", WARN: "yellow", BAD: "red"}
     table = Table(box=None, pad_edge=False, show_header=False)

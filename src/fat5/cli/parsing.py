@@ -59,7 +59,7 @@ def parse(
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
-        default = {"default": []} if nargs == "*" else {}
+        default: dict[str, Any] = {"default": []} if nargs == "*" else {}
         parser.add_argument(name, nargs=nargs, **default, help=_parameter_help(signature, name))
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     argv = spell_out(_read_recipes(argv, section or verb), actions, bool(positional or words), words)

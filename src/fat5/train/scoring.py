@@ -89,14 +89,16 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
 def _recipe(folder: Path) -> dict[str, Any]:
     """What a run's config.yaml says of its data; empty for any other folder."""
     path = folder / "config.yaml"
-    recipe = read_config(path).get("data") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    recipe = read_config(path).get("data")
     sources = recipe.get("sources", []) if isinstance(recipe, dict) else [None]
     for source in sources if isinstance(sources, list) else [None]:
         if not isinstance(source, dict) or not isinstance(source.get("path"), str):
             raise ConfigurationError(
                 "says nothing of a run's data", where=path, hint="Restore it, or give the folder of the model itself"
             )
-    return recipe  # type: ignore[no-any-return]
+    return recipe  # type: ignore[return-value]
 
 
 def model_folder(folder: Path) -> Path:
