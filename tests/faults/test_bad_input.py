@@ -49,6 +49,13 @@ BAD_KEYS = {
         {"model": {"overrides": {"d_modell": 5}}},
         "model.overrides has no key 'd_modell'. Did you mean d_model?",
     ),
+    "type of a stock override": ({"model": {"overrides": {"num_heads": 3.5}}}, "'num_heads' expected int, got float"),
+    "null override": ({"model": {"overrides": {"d_model": None}}}, "'d_model' expected int, got NoneType"),
+    "type of an override of ours": ({"model": {"overrides": {"z_loss": "x"}}}, "z_loss: expected a number, got 'x'"),
+    "no number as override": ({"model": {"overrides": {"z_loss": float("nan")}}}, "z_loss: expected a number"),
+    "infinite learning rate": ({"optimizer": {"lr": float("inf")}}, "optimizer.lr"),
+    "no learning rate": ({"optimizer": {"lr": float("nan")}}, "optimizer.lr"),
+    "no such checkpoint": ({"resume": "/nowhere"}, "/nowhere"),
     "own override": (
         {"model": {"overrides": {"vocab_size": 5}}},
         "model.overrides.vocab_size is set by the run itself",
@@ -93,6 +100,16 @@ def test_damaged_shard_is_named(prepared, tmp_path, capsys, split, damage):
         shard.write_bytes(content if damage == "flip" else content[:-2])
     line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "data", tmp_path / "run")))
     assert f"{split}/{shard.name}" in line
+
+
+def test_a_refused_checkpoint_leaves_no_folder_but_keeps_one_that_was_there(prepared, tmp_path, capsys):
+    pretrain(tiny(prepared, tmp_path / "other", steps=2, seed=1))
+    checkpoint = str(tmp_path / "other" / "checkpoints" / "step-2")
+    refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run")), "--resume", checkpoint)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run")), "--resume", checkpoint)
+    assert (tmp_path / "run").exists()
 
 
 def test_empty_and_foreign_folders(tmp_path, capsys):

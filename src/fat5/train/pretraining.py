@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
@@ -115,15 +116,20 @@ def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
             near = get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
-    return FAT5Config.preset(
-        config.model.preset,
-        vocab_size=info.vocab_size,
-        position_encoding=config.model.position_encoding,
-        pad_token_id=info.pad_id,
-        eos_token_id=info.eos_id,
-        decoder_start_token_id=info.pad_id,
-        **config.model.overrides,
-    )
+    try:
+        return FAT5Config.preset(
+            config.model.preset,
+            vocab_size=info.vocab_size,
+            position_encoding=config.model.position_encoding,
+            pad_token_id=info.pad_id,
+            eos_token_id=info.eos_id,
+            decoder_start_token_id=info.pad_id,
+            **config.model.overrides,
+        )
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        # transformers says on several lines which key has which type; the last of them is enough.
+        said = str(error).splitlines()[-1].strip()
+        raise ConfigurationError(said, where="model.overrides", hint="See docs/model.md for the keys") from error
 
 
 def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
