@@ -31,6 +31,8 @@ def bench(
     """
     if what != ["kernels"] or static == autotune:
         raise ConfigurationError("say what to do", hint="fat5 bench kernels --static, or fat5 bench kernels --autotune")
+    if workers < 0:
+        raise ConfigurationError(f"workers {workers} is negative", hint="0 means one a core")
     if find_spec("triton") is None:
         raise ConfigurationError("the triton package is not installed", hint="pip install 'fat5[gpu]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
