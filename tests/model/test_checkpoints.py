@@ -79,7 +79,8 @@ def test_tied_stays_tied(tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [{"z_loss": "x"}, {"z_loss": float("nan")}, {"z_loss": float("inf")}, {"label_smoothing": [1]},
-     {"max_positions": None}, {"fire_width": 1.5}, {"rotary_base": "x"}, {"rotary_scaling": float("nan")}, {"attention_dropout_rate": True}],
+     {"max_positions": None}, {"fire_width": 1.5}, {"rotary_base": "x"}, {"rotary_scaling": float("nan")},
+     {"attention_dropout_rate": True}],
     ids=str,
 )  # fmt: skip
 def test_a_key_of_ours_that_cannot_be_is_named(bad):
