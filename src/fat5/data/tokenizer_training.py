@@ -21,7 +21,7 @@ from fat5.data.tokenizer import EOS, MODES, MULTIPLE, PAD, UNK, Tokenizer, added
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
 
 SENTINELS = 256
-SMALLEST_VOCABULARY = 1024
+SMALLEST_VOCABULARY = 640  # 518 ids are special tokens and bytes; the next multiple that leaves room to learn
 LARGEST_VOCABULARY = 1 << 16
 # An elided word keeps its apostrophe (l'|ordinateur); a word keeps the one space before it; digits stand alone.
 PATTERN = (

@@ -31,6 +31,7 @@ from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
 from fat5.train.plots import LivePlot, draw_run
 from fat5.train.precision import Precision, resolve_precision
 from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.samples import validation_samples
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 
@@ -263,6 +264,13 @@ def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGenera
     plot = run.plot if run.plot.is_file() else None
     training = training_section(trainer.config.to_dict(), summary, data.manifests, plot is not None)
     export(model, data.tokenizer, run.model, training, plot)
+    try:
+        summary["samples"] = validation_samples(
+            model, load_tokenizer(data.tokenizer), data.validation, data.names, trainer.runner.precision
+        )
+    except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
+        summary["samples"] = []
+        trainer.display.warn(f"no samples were written: {str(error).splitlines()[0]}")
     write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     trainer.events.write("finished", step=progress.step)
     return summary
