@@ -1,4 +1,10 @@
-"""The errors a user can mend. The command line prints each as one line and exits with code 2."""
+"""The errors a user can mend, and the one check that every output gets before the work.
+
+The command line prints each error as one line and exits with code 2.
+"""
+
+import os
+from pathlib import Path
 
 
 class FAT5Error(Exception):
@@ -12,7 +18,8 @@ class FAT5Error(Exception):
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         line = f"{where}: {what}" if where is not None else what
-        super().__init__(f"{line}. {hint}" if hint else line)
+        # A path may hold a line break; the message stays one line all the same.
+        super().__init__(" ".join((f"{line}. {hint}" if hint else line).splitlines()))
 
 
 class ConfigurationError(FAT5Error, ValueError):
@@ -37,3 +44,27 @@ class RunDirectoryError(FAT5Error):
 
 class UnsupportedModelError(FAT5Error, TypeError):
     """A model is of a kind that cannot be served."""
+
+
+def check_writable(path: str | Path, *, folder: bool = False, key: str = "output") -> Path:
+    """`path`, after making sure, before any work, that the file (or folder) can be written; makes nothing.
+
+    Raises:
+        ConfigurationError: there is no such parent, it is of the other kind, or writing is not permitted.
+    """
+    path = Path(path)
+    above = path.absolute() if folder else path.absolute().parent
+    while folder and not above.exists() and above != above.parent:
+        above = above.parent
+    why = None
+    if path.exists() and path.is_dir() != folder:
+        why = "is a file" if folder else "is a folder"
+    elif not above.exists():
+        why = "cannot be written (its folder does not exist)"
+    elif not above.is_dir():
+        why = f"cannot be written ({above} is not a folder)"
+    elif not os.access(path if path.exists() else above, os.W_OK):
+        why = "cannot be written (permission denied)"
+    if why:
+        raise ConfigurationError(why, where=path, hint=f"Choose another --{key}")
+    return path

@@ -149,6 +149,7 @@ def test_bad_prompts_get_one_line(demo: Path, tmp_path: Path, capsys: pytest.Cap
     assert "huge.txt:1: a line of over 1 MB" in refused([*model, "--input", str(huge)], capsys)
     assert "cannot be read" in refused([*model, "--input", str(tmp_path / "none.txt")], capsys)
     assert "one of the two" in refused([*model, "--input", str(empty), "word"], capsys)
+    assert "not UTF-8" in refused([*model, "a\udcff ___"], capsys)
     assert "nothing to fill in" in refused([*model, "--mode", "infill", "no blank"], capsys)
     assert "cannot be written" in refused([*model, "--output", str(tmp_path / "no" / "out"), "a ___"], capsys)
 

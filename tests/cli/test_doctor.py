@@ -47,3 +47,23 @@ def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "C compiler" in out
     assert "memory plan" in out
+
+
+def test_shapes_that_cannot_be_have_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.max_tokens", "0", "--data.sources", '[{"path": "x"}]']
+    code, lines = report(["--config", "configs/demo.yaml", *flags], capsys)
+    assert code == 2
+    assert lines["data"]["status"] == "bad"
+    assert "memory plan" not in lines
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["doctor", "--tokens_per_second", "-1"], "tokens_per_second: -1.0 is not above 0"),
+        (["bench", "kernels", "--static", "--workers", "-1"], "workers -1 is negative"),
+    ],
+)
+def test_numbers_that_cannot_be(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert says in capsys.readouterr().err

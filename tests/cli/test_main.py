@@ -1,5 +1,6 @@
 """`fat5` itself: verbs, exit codes, and that help needs nothing heavy."""
 
+import io
 import subprocess
 import sys
 from importlib import import_module
@@ -51,3 +52,31 @@ def test_import_fat5_needs_no_torch() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fat5 0.")
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["doctor"]])
+def test_a_reader_that_leaves_early(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(argv) == 0
+
+
+def test_nothing_is_said_of_a_pipe_that_broke() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "fat5", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # type: ignore[union-attr]
+    assert process.stderr.read() == b""  # type: ignore[union-attr]
+    assert process.wait() == 0
+
+
+def test_a_terminal_of_another_alphabet(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    monkeypatch.setattr("fat5.cli.plot.main", lambda argv: print("é"))
+    assert main(["plot"]) == 0
+    assert buffer.getvalue() == b"\\xe9\n"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -93,3 +94,68 @@ def test_a_recipe_has_a_section_a_verb(tmp_path: Path) -> None:
     assert parse(Recipe, ["--config", str(file)], "pretrain")["steps"] == 7
     with pytest.raises(ConfigurationError, match="tokenizer"):
         parse(Recipe, ["--config", str(file)], "plot")
+
+
+@dataclass
+class Job:
+    """A job."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Files."""
+    sizes: list[int] | None = None
+    """Sizes."""
+    strict: bool = False
+    """Stop at the first fault."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile."""
+    note: str = ""
+    """A note."""
+    seed: int = 0
+    """Of chance."""
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("--strict", {"strict": True}),
+        ("--strict --seed -1", {"strict": True, "seed": -1}),
+        ("--strict false", {"strict": False}),
+        ("--strict=false a", {"strict": False, "inputs": ["a"]}),
+        ("--strict a", {"strict": True, "inputs": ["a"]}),
+        ("--compile", {"compile": True}),
+        ("--compile auto a", {"compile": "auto", "inputs": ["a"]}),
+        ("a b --note x", {"inputs": ["a", "b"], "note": "x"}),
+        ("--note x a b", {"inputs": ["a", "b"], "note": "x"}),
+        ("a --note x -- --b", {"inputs": ["a", "--b"], "note": "x"}),
+        ("--inputs a", {"inputs": ["a"]}),
+        ("--inputs=a --note=x", {"inputs": ["a"], "note": "x"}),
+        ("--inputs a b --strict", {"inputs": ["a", "b"], "strict": True}),
+        ('--inputs ["a","b"]', {"inputs": ["a", "b"]}),
+        ("--inputs+ a --inputs+ b", {"inputs": ["a", "b"]}),
+        ("--sizes 80 90", {"sizes": [80, 90]}),
+        ("--sizes null", {"sizes": None}),
+    ],
+)  # fmt: skip
+def test_what_a_person_types(line: str, keys: dict[str, Any]) -> None:
+    expected = {"inputs": [], "sizes": None, "strict": False, "compile": "auto", "note": "", "seed": 0} | keys
+    assert parse(Job, line.split(), "prepare", words="inputs") == expected
+
+
+def test_words_after_a_bare_flag_stay_positional() -> None:
+    values = parse(Job, ["--strict", "a ___ b", "--", "--c"], "generate", positional={"inputs": "*"})
+    assert (values["strict"], values["inputs"]) == (True, ["a ___ b", "--c"])
+    assert parse(Job, ["--strict"], "generate", positional={"inputs": "*"})["inputs"] == []
+
+
+def test_a_list_is_not_taken_from_two_places() -> None:
+    with pytest.raises(ConfigurationError, match="both as words and with --inputs"):
+        parse(Job, ["a", "--inputs", "b"], "prepare", words="inputs")
+    with pytest.raises(ConfigurationError, match="strict"):
+        parse(Job, ["--strict", "5"], "pretrain")
+
+
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 3\ninputs: [a]\nnote: kept\n")
+    values = parse(Job, ["--seed", "4", "b", "--config", str(file)], "prepare", words="inputs")
+    assert (values["seed"], values["inputs"], values["note"]) == (4, ["b"], "kept")

@@ -65,7 +65,7 @@ def test_plot(run, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(run), "--output", "nowhere/x.png"]) == 2
-    assert "the folder of output does not exist" in capsys.readouterr().err
+    assert "its folder does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "evaluate", "plot"])

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fat5.cli.main import main
-from fat5.data import sample_path
+from fat5.data import load_tokenizer, sample_path
 
 
 def test_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -18,6 +18,16 @@ def test_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "tokens a word" in said
     assert "0.00% unknown" in said
     assert len(AutoTokenizer.from_pretrained(output)) == 2048
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_the_smallest_vocabulary(model: str, tmp_path: Path) -> None:
+    output, text = tmp_path / "tokenizer", "Été ☃ \t\n x=1;é <extra_id_0>"
+    words = ["--output_dir", str(output), "--vocab_size", "640", "--rows", "300", "--model", model]
+    assert main(["tokenizer", str(sample_path("fr")), *words]) == 0
+    tokenizer = load_tokenizer(output)
+    assert tokenizer.info.vocab_size == 640
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_reads_a_recipe(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def test_alphabet_keeps_frequent_characters_and_breaks_ties_by_code_point() -> N
     [
         ({"vocab_size": 65_664}, ConfigurationError, "above 65,536"),
         ({"vocab_size": 2000}, ConfigurationError, "multiple of 128.*2,048 is the nearest"),
-        ({"vocab_size": 128}, ConfigurationError, "1,024"),
+        ({"vocab_size": 128}, ConfigurationError, "640"),
+        ({"vocab_size": 512}, ConfigurationError, "640"),
         ({"rows": 0}, ConfigurationError, "rows"),
         ({"inputs": ["/nowhere.txt"]}, DataError, "no such file"),
         ({"inputs": []}, DataError, "no corpus"),

@@ -49,6 +49,13 @@ BAD_KEYS = {
         {"model": {"overrides": {"d_modell": 5}}},
         "model.overrides has no key 'd_modell'. Did you mean d_model?",
     ),
+    "type of a stock override": ({"model": {"overrides": {"num_heads": 3.5}}}, "'num_heads' expected int, got float"),
+    "null override": ({"model": {"overrides": {"d_model": None}}}, "'d_model' expected int, got NoneType"),
+    "type of an override of ours": ({"model": {"overrides": {"z_loss": "x"}}}, "z_loss: expected a number, got 'x'"),
+    "no number as override": ({"model": {"overrides": {"z_loss": float("nan")}}}, "z_loss: expected a number"),
+    "infinite learning rate": ({"optimizer": {"lr": float("inf")}}, "optimizer.lr"),
+    "no learning rate": ({"optimizer": {"lr": float("nan")}}, "optimizer.lr"),
+    "no such checkpoint": ({"resume": "/nowhere"}, "/nowhere"),
     "own override": (
         {"model": {"overrides": {"vocab_size": 5}}},
         "model.overrides.vocab_size is set by the run itself",
@@ -95,6 +102,16 @@ def test_damaged_shard_is_named(prepared, tmp_path, capsys, split, damage):
     assert f"{split}/{shard.name}" in line
 
 
+def test_a_refused_checkpoint_leaves_no_folder_but_keeps_one_that_was_there(prepared, tmp_path, capsys):
+    pretrain(tiny(prepared, tmp_path / "other", steps=2, seed=1))
+    checkpoint = str(tmp_path / "other" / "checkpoints" / "step-2")
+    refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run")), "--resume", checkpoint)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run")), "--resume", checkpoint)
+    assert (tmp_path / "run").exists()
+
+
 def test_empty_and_foreign_folders(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(tmp_path / "empty", tmp_path / "run")))
@@ -119,10 +136,18 @@ def test_evaluate(prepared, tmp_path, capsys):
     assert "data is not given" in refused(capsys, "evaluate", "--model", str(tmp_path))
     line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", json.dumps([str(prepared)]))
     assert "holds no model and no checkpoint" in line
+    line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", str(tmp_path))
+    assert "no manifest.json" in line
     pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    recipe = tmp_path / "run" / "config.yaml"
+    for content in ("data: 5", "model: {}", "data: {sources: [a]}", "data: {sources: [{path: 5}]}", "\x00"):
+        recipe.write_text(content)
+        assert "run/config.yaml" in refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+    recipe.unlink()
     weights = tmp_path / "run" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "model" in refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+    words = ["--model", str(tmp_path / "run"), "--data", str(prepared)]
+    assert "run/model: damaged" in refused(capsys, "evaluate", *words)
 
 
 def test_plot(tmp_path, capsys):

@@ -273,8 +273,9 @@ BAD = {
     ),
     "max_seqlen_k: 2 is below": (*(torch.randn(8, 2, 8),) * 3, PACKED | {"max_seqlen_k": 2}),
     "max_seqlen_q": (*(torch.randn(8, 2, 8),) * 3, PACKED | {"max_seqlen_q": 2}),
+    "max_seqlen_q: expected an int": (*(torch.randn(8, 2, 8),) * 3, PACKED | {"max_seqlen_q": 4.0}),
     "cu_seqlens_q: expected an int32": (
-        *(torch.randn(8, 2, 8),) * 3, PACKED | {"cu_seqlens_q": PACKED["cu_seqlens_q"].long()},
+        *(torch.randn(8, 2, 8),) * 3, PACKED | {"cu_seqlens_q": PACKED["cu_seqlens_q"].float()},
     ),
 }  # fmt: skip
 
@@ -284,6 +285,18 @@ def test_bad_arguments_are_named(what):
     q, k, v, options = BAD[what]
     with pytest.raises((ValueError, TypeError), match=f"^{re.escape(what)}"):
         attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_longest_documents_are_found_where_they_are_not_given(backend):
+    q, vector = torch.randn(8, 2, 8), torch.randn(2, 9)
+    starts = {name: PACKED[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    want = attention(q, q, q, bias=RelativeBias(vector), backend=backend, **PACKED)
+    assert torch.equal(attention(q, q, q, bias=RelativeBias(vector), backend=backend, **starts), want)
+    longer = {name: value.long() for name, value in starts.items()}
+    assert torch.equal(attention(q, q, q, bias=RelativeBias(vector), backend=backend, **longer), want)
+    none = torch.zeros(1, dtype=torch.int32)
+    assert not attention(q, q, q, cu_seqlens_q=none, cu_seqlens_k=none, backend=backend).any()
 
 
 def test_unavailable_backend_says_why():

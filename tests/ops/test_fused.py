@@ -183,6 +183,17 @@ def test_token_statistics():
     assert torch.equal(correct, (hidden @ weight.t()).argmax(dim=1) == labels)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_of_a_batch(reduction):
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(15, 8), torch.randint(0, 15, (2, 5))
+    labels[1, 3:] = -100
+    options = {"z_loss": 0.1, "label_smoothing": 0.1, "reduction": reduction}
+    flat = linear_cross_entropy(hidden.view(10, 8), weight, labels.view(10), **options)
+    loss = linear_cross_entropy(hidden, weight, labels, **options)
+    assert loss.shape == (labels.shape if reduction == "none" else ())
+    assert torch.equal(loss.flatten(), flat.flatten())
+
+
 @pytest.mark.parametrize("operator", ["linear_cross_entropy_summed", "linear_cross_entropy_per_token"])
 def test_opcheck(operator):
     inputs = (torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.randint(0, 7, (5,)))

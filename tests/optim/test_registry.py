@@ -128,6 +128,8 @@ def test_resolved_fills_in_the_defaults_of_the_named_optimizer():
         ({"name": "adamw", "kahan": True}, "optimizer.kahan is set"),
         ({"hidden_lr": 1.0}, "optimizer.hidden_lr is set"),
         ({"lr": -1.0}, "optimizer.lr is -1.0"),
+        ({"lr": float("inf")}, "optimizer.lr is inf"),
+        ({"eps": float("nan")}, "optimizer.eps is nan"),
         ({"betas": (0.9, 1.0)}, "decay of 1.0"),
     ],
 )

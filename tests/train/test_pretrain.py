@@ -36,10 +36,28 @@ def test_summary_keeps_the_public_contract(run):
     for key in (*promised.split(), "encoder_fill", "decoder_fill", "tokens_dropped", "unigram_entropy"):
         assert key in summary, key
     assert len(summary["val_loss_by_denoiser"]) == 7
+    assert [sample["denoiser"] for sample in summary["samples"]] == list(summary["val_loss_by_denoiser"])
+    for sample in summary["samples"]:
+        assert sample["denoiser"].startswith(sample["prompt"][:3]), "the mode token of its denoiser"
+        assert "<extra_id_0>" in sample["prompt"]
+        assert sample["target"].startswith("<extra_id_0>")
+        assert sample["completion"]
+        assert "</s>" not in "".join(sample.values())
     assert summary["tokens_dropped"] == 0
     assert 0.5 < summary["encoder_fill"] <= 1.0
     assert 0 < summary["unigram_entropy"] < math.log(1024)
     assert summary["seconds"] > 0
+
+
+def test_a_run_is_not_lost_for_its_samples(prepared, tmp_path, monkeypatch, capsys):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr("fat5.train.pretraining.validation_samples", no_memory)
+    summary = pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    assert summary["samples"] == []
+    assert "no samples were written: no memory" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 def test_it_learns(run):

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-from fat5.cli.inputs import with_inputs
 from fat5.cli.parsing import parse
 
 SPECIALS = re.compile(r"(<extra_id_\d+>)|(\[[RSX]\])|(</s>)")
@@ -12,17 +11,16 @@ VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
 
 def main(argv: list[str]) -> int:
     """Audits prepared folders, prints the report, and returns 1 where the data break the specification."""
-    from rich.console import Console
-
+    from fat5.cli.terminal import Console
     from fat5.data.auditing import AuditConfig, audit
 
-    config = AuditConfig(**parse(AuditConfig, with_inputs(argv), "audit"))
+    config = AuditConfig(**parse(AuditConfig, argv, "audit", words="inputs"))
     report = audit(config)
     console = Console(highlight=False, soft_wrap=True)
     _examples(console, report)
     _mixture(console, report)
     _figures(console, report)
-    console.print(f"wrote {config.output_dir}/audit.json and {config.output_dir}/audit.png")
+    console.print(f"wrote {config.output_dir}/audit.json and {config.output_dir}/audit.png", markup=False)
     return 1 if any(row["verdict"] == "FAIL" for row in report["mixture"]) else 0
 
 

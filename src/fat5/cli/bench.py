@@ -8,8 +8,6 @@ from typing import Any
 
 from fat5.errors import ConfigurationError
 
-FLAGS = ("--static", "--autotune", "--quick")
-
 
 def bench(
     what: list[str],
@@ -33,6 +31,8 @@ def bench(
     """
     if what != ["kernels"] or static == autotune:
         raise ConfigurationError("say what to do", hint="fat5 bench kernels --static, or fat5 bench kernels --autotune")
+    if workers < 0:
+        raise ConfigurationError(f"workers {workers} is negative", hint="0 means one a core")
     if find_spec("triton") is None:
         raise ConfigurationError("the triton package is not installed", hint="pip install 'fat5[gpu]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -103,12 +103,7 @@ def _autotune(seconds: float) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the verb; a bare flag means true."""
+    """Runs the verb."""
     from fat5.cli.parsing import parse
 
-    words = [f"{word}=true" if word in FLAGS and not _has_value(argv, n) else word for n, word in enumerate(argv)]
-    return bench(**parse(bench, words, "bench", positional={"what": "*"}))
-
-
-def _has_value(argv: list[str], n: int) -> bool:
-    return n + 1 < len(argv) and argv[n + 1].lower() in ("true", "false")
+    return bench(**parse(bench, argv, "bench", positional={"what": "*"}))

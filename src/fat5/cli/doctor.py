@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.cli.parsing import parse
-from fat5.errors import FAT5Error
+from fat5.errors import ConfigurationError, FAT5Error
 from fat5.train.config import PretrainConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
@@ -43,6 +43,8 @@ class Finding:
 def main(argv: list[str]) -> int:
     """Prints the report; 0 where nothing is bad, else 2."""
     config = DoctorConfig(**parse(DoctorConfig, argv, "doctor", section="pretrain"))
+    if config.tokens_per_second is not None and not config.tokens_per_second > 0:
+        raise ConfigurationError(f"{config.tokens_per_second} is not above 0", where="tokens_per_second")
     findings = machine()
     if config.data.sources or any(word.startswith("--config") for word in argv):
         findings += recipe(config)
@@ -134,6 +136,10 @@ def recipe(config: DoctorConfig) -> list[Finding]:
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
+        try:
+            config.data.batch()
+        except FAT5Error:
+            return findings  # shapes that cannot be have no plan
     try:
         model = _model_on_meta(config, info)
     except FAT5Error as error:
@@ -195,8 +201,9 @@ def _work_findings(config: DoctorConfig, model: Any) -> list[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """A table with a colour a status; advice only where it is needed."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fat5.cli.terminal import Console
 
     colours = {OK: "green", WARN: "yellow", BAD: "red"}
     table = Table(box=None, pad_edge=False, show_header=False)

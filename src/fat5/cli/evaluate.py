@@ -8,12 +8,12 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from fat5.cli.parsing import parse
-    from fat5.errors import ConfigurationError
+    from fat5.errors import check_writable
     from fat5.train.scoring import EvaluateConfig, evaluate_model
 
     config = EvaluateConfig(**parse(EvaluateConfig, argv, "evaluate"))
-    if config.output and not Path(config.output).absolute().parent.is_dir():
-        raise ConfigurationError("the folder of output does not exist", where=config.output, hint="Make it first")
+    if config.output:
+        check_writable(config.output)
     scores = evaluate_model(config)
     rows = [*scores["by_denoiser"].items(), ("all", scores)]
     width = max(len(name) for name, _ in rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from fat5.cli.parsing import parse
-from fat5.errors import ConfigurationError, DataError
+from fat5.errors import ConfigurationError, DataError, check_writable
 from fat5.tasks.complete import Decoding, complete
 
 # A prompt is a text for one context window; a line above this is some other file given by mistake.
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     config = GenerateConfig(**parse(GenerateConfig, argv, "generate", positional={"prompts": "*"}))
     if not config.model:
         raise ConfigurationError("no model", hint="Say which with --model DIR; `fat5 demo` makes one")
+    if config.output is not None:
+        check_writable(config.output)
     texts = list(read_prompts(config.prompts, config.input))
     if not texts:
         raise DataError("no prompt", hint=f"Give one: fat5 generate --model {config.model} 'Le noyau ___ est libre.'")
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     if config.output is None:
         print("\n".join(lines))
     else:
-        _write(Path(config.output), "\n".join(lines) + "\n")
+        Path(config.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 
@@ -100,12 +102,3 @@ def _lines(stream: BinaryIO, where: str) -> Iterator[str]:
             raise DataError("not UTF-8", where=f"{where}:{number}", hint="Convert the file to UTF-8") from error
         if text.strip():
             yield text
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot be written ({error.strerror})", where=path, hint="Choose another --output"
-        ) from error

@@ -2,8 +2,10 @@
 
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 
 VERBS = {
     "demo": "the whole chain on the French sample: tokenizer, shards, pretraining, plot, samples",
@@ -34,6 +36,21 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A terminal that cannot show a letter gets its code, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); the interpreter's own flush at exit must not complain either.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -48,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         meant = f"Did you mean `fat5 {near[0]}`?" if near else "`fat5 --help` lists the verbs."
         print(f"fat5: no verb {verb!r}. {meant}", file=sys.stderr)
         return 2
+    for word in rest:
+        # What is not UTF-8 reaches Python as lone surrogates, which no JSON, YAML or tokenizer takes.
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            print(f"fat5 {verb}: {word!r}: not UTF-8. Rename it, or set a UTF-8 locale", file=sys.stderr)
+            return 2
     from fat5.errors import FAT5Error
 
     # OpenMP threads that wait spin by default, and starve each other on a busy machine; a short spin costs nothing on a
@@ -62,7 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fat5 {verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 0
+        raise
+    except OSError as error:
+        # A full disk, a folder that is not ours: the user's to mend, like any other bad input.
+        where = f"{error.filename}: " if error.filename else ""
+        print(" ".join(f"fat5 {verb}: {where}{error.strerror or error}".splitlines()), file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fat5.cli.main import VERBS
+from fat5.cli.spelling import spell_out
 from fat5.errors import ConfigurationError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -26,6 +27,7 @@ def parse(
     verb: str,
     positional: dict[str, str] | None = None,
     section: str | None = None,
+    words: str | None = None,
 ) -> dict[str, Any]:
     """Reads `argv` (and any `--config FILE.yaml`) against the parameters of a function or dataclass.
 
@@ -36,6 +38,8 @@ def parse(
         verb: for the usage line and messages.
         section: the section of a recipe to read, where it is not that of the verb.
         positional: parameter name → nargs (``"*"``, ``"+"``, ``"?"``) for those given without a flag.
+        words: name of a list that has a flag, so that a recipe may hold it, and that words without a flag are the
+            content of as well.
 
     Returns:
         Keyword arguments for `signature`, dataclasses instantiated.
@@ -44,9 +48,10 @@ def parse(
         ConfigurationError: an unknown key or a value of the wrong type or form.
     """
     positional = positional or {}
+    description = (signature.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(
         prog=f"fat5 {verb}",
-        description=(signature.__doc__ or "").split("\n\n")[0],
+        description=f"{description} Words without a flag are its {words}." if words else description,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -54,8 +59,10 @@ def parse(
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
-        parser.add_argument(name, nargs=nargs, help=_parameter_help(signature, name))
-    argv = _read_recipes(argv, section or verb)
+        default: dict[str, Any] = {"default": []} if nargs == "*" else {}
+        parser.add_argument(name, nargs=nargs, **default, help=_parameter_help(signature, name))
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    argv = spell_out(_read_recipes(argv, section or verb), actions, bool(positional or words), words)
     try:
         namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)

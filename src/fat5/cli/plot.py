@@ -13,7 +13,7 @@ def plot(runs: list[str], x: Literal["step", "tokens", "hours"] = "step", output
     """
     from pathlib import Path
 
-    from fat5.errors import ConfigurationError, DataError
+    from fat5.errors import ConfigurationError, DataError, check_writable
     from fat5.train import draw_comparison, draw_run
 
     if not runs:
@@ -24,8 +24,7 @@ def plot(runs: list[str], x: Literal["step", "tokens", "hours"] = "step", output
             raise DataError("holds no metrics.jsonl", where=folder, hint="Give the folder of a run")
     alone = len(folders) == 1 and x == "step"
     target = Path(output) if output else (folders[0] / "loss.png" if alone else Path("comparison.png"))
-    if not target.absolute().parent.is_dir():
-        raise ConfigurationError("the folder of output does not exist", where=target, hint="Make it first")
+    check_writable(target)
     if alone:
         draw_run(folders[0] / "metrics.jsonl", target, folders[0].resolve().name)
     else:

@@ -2,7 +2,6 @@
 
 import sys
 
-from fat5.cli.inputs import with_inputs
 from fat5.cli.parsing import parse
 
 
@@ -10,7 +9,7 @@ def main(argv: list[str]) -> int:
     """Prepares a corpus and prints what the folder holds."""
     from fat5.data.prepare import PrepareConfig, prepare
 
-    config = PrepareConfig(**parse(PrepareConfig, with_inputs(argv), "prepare"))
+    config = PrepareConfig(**parse(PrepareConfig, argv, "prepare", words="inputs"))
     manifest = prepare(config, progress=sys.stderr.isatty())
     if manifest is None:
         print(f"submitted to Slurm; the last job writes {config.output_dir}/manifest.json")

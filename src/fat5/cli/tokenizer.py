@@ -2,7 +2,6 @@
 
 import sys
 
-from fat5.cli.inputs import with_inputs
 from fat5.cli.parsing import parse
 
 
@@ -10,7 +9,7 @@ def main(argv: list[str]) -> int:
     """Trains a tokenizer and prints what encoding costs."""
     from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
-    config = TokenizerTraining(**parse(TokenizerTraining, with_inputs(argv), "tokenizer"))
+    config = TokenizerTraining(**parse(TokenizerTraining, argv, "tokenizer", words="inputs"))
     report = train_tokenizer(config, progress=sys.stderr.isatty())
     asked = config.vocab_size
     if report["vocab_size"] < asked:

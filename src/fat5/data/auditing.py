@@ -21,7 +21,7 @@ from fat5.data.padded import unpack
 from fat5.data.shards import open_shards
 from fat5.data.steps import PackPlan
 from fat5.data.tokenizer import Tokenizer, load_tokenizer
-from fat5.errors import ConfigurationError, TokenizerError
+from fat5.errors import ConfigurationError, TokenizerError, check_writable
 
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
 DRAWS_SIGMA = 4.0  # standard deviations by which a measured proportion may differ from its own
@@ -235,8 +235,7 @@ def _open(config: AuditConfig) -> tuple[list[Source], Tokenizer]:
         value = getattr(config, key)
         if value < (0 if key == "examples" else 1):
             raise ConfigurationError(f"must be a whole number above 0, not {value}", where=key)
-    if Path(config.output_dir).is_file():
-        raise ConfigurationError("is a file; a folder is needed", where=config.output_dir)
+    check_writable(config.output_dir, folder=True, key="output_dir")
     sources = [Source(open_shards(folder, config.split), weight) for folder, weight in zip(config.inputs, weights)]
     tokenizers = [load_tokenizer(Path(folder) / "tokenizer") for folder in config.inputs]
     for folder, tokenizer in zip(config.inputs, tokenizers):

@@ -12,17 +12,16 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fat5.data.corpus import Corpus, CorpusOptions, open_corpus
 from fat5.data.tokenizer import EOS, MODES, MULTIPLE, PAD, UNK, Tokenizer, added_token, append_eos
-from fat5.errors import ConfigurationError, DataError, RunDirectoryError
+from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
 
 SENTINELS = 256
-SMALLEST_VOCABULARY = 1024
+SMALLEST_VOCABULARY = 640  # 518 ids are special tokens and bytes; the next multiple that leaves room to learn
 LARGEST_VOCABULARY = 1 << 16
 # An elided word keeps its apostrophe (l'|ordinateur); a word keeps the one space before it; digits stand alone.
 PATTERN = (
@@ -72,8 +71,8 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
         RunDirectoryError: `output_dir` holds something else.
     """
     _check(config)
-    output = Path(config.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    output = check_writable(config.output_dir, folder=True, key="output_dir")
+    if output.exists() and any(output.iterdir()):
         raise RunDirectoryError("holds something already", where=output, hint="Choose a new --output_dir")
     corpus = open_corpus(config.inputs, config.corpus)
     content = learn(corpus, config, progress)

@@ -1,6 +1,7 @@
 """The configuration of a FAT5 model: T5's, with the choice of position encoding and the loss's options."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ class FAT5Config(T5Config):
         _one_of("position_encoding", self.position_encoding, POSITION_ENCODINGS)
         _one_of("absolute_kind", self.absolute_kind, ("learned", "sinusoidal"))
         _one_of("head_form", self.head_form, HEAD_FORMS)
+        for key, kind in _OWN_NUMBERS.items():
+            value = getattr(self, key)
+            none = value is None and key == "attention_dropout_rate"
+            if not none and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ConfigurationError(f"expected a number, got {value!r}", where=key)
         sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "fire_width")
         for key in (*sizes, "max_positions", "relative_attention_max_distance"):
             if getattr(self, key) < 1:
@@ -105,9 +111,9 @@ class FAT5Config(T5Config):
             rate = getattr(self, key)
             if rate is not None and not 0.0 <= rate < 1.0:
                 raise ConfigurationError(f"expected a number in [0, 1), got {rate}", where=key)
-        if self.z_loss < 0.0:
+        if not 0.0 <= self.z_loss < math.inf:
             raise ConfigurationError(f"expected 0 or more, got {self.z_loss}", where="z_loss")
-        if not 0.0 < self.rotary_fraction <= 1.0 or self.rotary_scaling <= 0.0 or self.rotary_base <= 1.0:
+        if not (0.0 < self.rotary_fraction <= 1.0 and self.rotary_scaling > 0.0 and self.rotary_base > 1.0):
             raise ConfigurationError(
                 "expected rotary_fraction in (0, 1], rotary_scaling above 0 and rotary_base above 1", where="rotary_*"
             )
@@ -184,6 +190,12 @@ class FAT5Config(T5Config):
         return (self.head_form or DEFAULT_FORM[class_name]) == "encoder-decoder"
 
 
+# Keys that transformers does not know, and whose types it does not check.
+_OWN_NUMBERS: dict[str, Any] = {
+    **dict.fromkeys(("z_loss", "label_smoothing", "attention_dropout_rate"), int | float),
+    **dict.fromkeys(("rotary_base", "rotary_fraction", "rotary_scaling"), int | float),
+    **dict.fromkeys(("max_positions", "fire_width"), int),
+}
 _ADDED_KEYS = tuple(key for key in FAT5Config.__annotations__ if key != "model_type")
 _CLASS_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 

@@ -28,11 +28,13 @@ def load_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        device = torch.device(device)
     except RuntimeError as error:
-        raise ConfigurationError(f"there is no {device!r}", where="device", hint="use cpu, cuda or auto") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("there is no CUDA device here", where="device", hint="use cpu or auto")
+        raise ConfigurationError(f"no device {device!r}", where="device", hint="Use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("there is no CUDA device here", where="device", hint="Use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f"there is no {device} here", where="device", hint="Use cuda or auto")
     try:
         with quiet():
             model: FAT5ForConditionalGeneration = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)

@@ -1,5 +1,6 @@
 """Optimizers by name, with their parameter groups: AdamWScale is ours, the others come from well-kept libraries."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -77,8 +78,8 @@ class OptimizerConfig:
                     hint=f"{self.name} takes {', '.join(taken)}",
                 )
         for key in ("lr", "eps", "weight_decay", "hidden_lr", "clip"):
-            if given[key] is not None and given[key] < 0:
-                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="Give a value of at least 0")
+            if given[key] is not None and not 0 <= given[key] < math.inf:
+                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="Give a finite value of at least 0")
         for beta in (*(self.betas or ()), *([] if self.momentum is None else [self.momentum])):
             if not 0 <= beta < 1:
                 raise ConfigurationError(f"optimizer has a decay of {beta}", hint="Betas and momentum lie in [0, 1)")

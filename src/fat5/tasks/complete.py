@@ -67,6 +67,8 @@ class Decoding:
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{getattr(self, name)} is not above 0", where=name)
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigurationError(f"{self.seed} is not from 0 up to 2^63 - 1", where="seed")
         if self.top_k < 0:
             raise ConfigurationError(f"{self.top_k} is below 0", where="top_k", hint="0 keeps all")
         if not 0 < self.top_p <= 1:

@@ -158,6 +158,8 @@ def _check(config: ConvertConfig) -> None:
         raise ConfigurationError("no model", hint="Say which: fat5 convert DIR --output_dir NEW --to hf")
     if not config.output_dir:
         raise ConfigurationError("output_dir is not given", hint="Say where the copy goes: --output_dir NEW")
+    if not 0 <= config.seed < 1 << 63:
+        raise ConfigurationError(f"{config.seed} is not from 0 up to 2^63 - 1", where="seed")
     target = Path(config.output_dir)
     if target.is_symlink() or target.exists():
         raise ConfigurationError("exists", where=target, hint="Choose a new --output_dir, or remove this one")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
@@ -30,6 +31,7 @@ from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
 from fat5.train.plots import LivePlot, draw_run
 from fat5.train.precision import Precision, resolve_precision
 from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.samples import validation_samples
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 
@@ -115,15 +117,20 @@ def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
             near = get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
-    return FAT5Config.preset(
-        config.model.preset,
-        vocab_size=info.vocab_size,
-        position_encoding=config.model.position_encoding,
-        pad_token_id=info.pad_id,
-        eos_token_id=info.eos_id,
-        decoder_start_token_id=info.pad_id,
-        **config.model.overrides,
-    )
+    try:
+        return FAT5Config.preset(
+            config.model.preset,
+            vocab_size=info.vocab_size,
+            position_encoding=config.model.position_encoding,
+            pad_token_id=info.pad_id,
+            eos_token_id=info.eos_id,
+            decoder_start_token_id=info.pad_id,
+            **config.model.overrides,
+        )
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        # transformers says on several lines which key has which type; the last of them is enough.
+        said = str(error).splitlines()[-1].strip()
+        raise ConfigurationError(said, where="model.overrides", hint="See docs/model.md for the keys") from error
 
 
 def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +264,13 @@ def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGenera
     plot = run.plot if run.plot.is_file() else None
     training = training_section(trainer.config.to_dict(), summary, data.manifests, plot is not None)
     export(model, data.tokenizer, run.model, training, plot)
+    try:
+        summary["samples"] = validation_samples(
+            model, load_tokenizer(data.tokenizer), data.validation, data.names, trainer.runner.precision
+        )
+    except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
+        summary["samples"] = []
+        trainer.display.warn(f"no samples were written: {str(error).splitlines()[0]}")
     write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     trainer.events.write("finished", step=progress.step)
     return summary

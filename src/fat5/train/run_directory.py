@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -19,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fat5.errors import RunDirectoryError
+from fat5.errors import FAT5Error, RunDirectoryError
 
 MARKER = "run.json"
 LOCK = "run.lock"
+GUARD = f".{LOCK}.guard"
 FORMAT = 1
 
 HEARTBEAT_SECONDS = 10.0
@@ -55,6 +57,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
+        self._made = False
 
     @property
     def holds_run(self) -> bool:
@@ -78,6 +81,7 @@ class RunDirectory:
                         where=self.path,
                         hint="Choose an empty or new output_dir",
                     )
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / MARKER, json.dumps({"format": "fat5-run", "version": FORMAT}) + "\n")
         except OSError as error:
@@ -92,12 +96,15 @@ class RunDirectory:
         self._heart.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         if self._heart is not None:
             self._heart.join()
         if (_read_lock(self.path / LOCK) or {}).get("pid") == os.getpid():
             (self.path / LOCK).unlink(missing_ok=True)
+        refused = self._made and kind is not None and issubclass(kind, FAT5Error)
+        if refused and {entry.name for entry in self.path.iterdir()} <= {MARKER, GUARD}:
+            shutil.rmtree(self.path, ignore_errors=True)  # nothing of a run came to be
 
     def _take_lock(self) -> None:
         lock = self.path / LOCK
@@ -139,7 +146,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def _acquiring(folder: Path) -> Iterator[None]:
     """One process at a time judges and takes the lock; the kernel frees this one when its holder dies."""
-    with open(folder / f".{LOCK}.guard", "w") as guard:
+    with open(folder / GUARD, "w") as guard:
         with contextlib.suppress(OSError):  # some network file systems have no flock; the race is then a short one
             fcntl.flock(guard, fcntl.LOCK_EX)
         yield

@@ -58,10 +58,11 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     folder = Path(config.model)
     if not folder.exists():
         raise CheckpointError("does not exist", where=folder, hint="Give the folder of a run, a model or a checkpoint")
-    recipe = read_config(folder / "config.yaml")["data"] if (folder / "config.yaml").is_file() else {}
+    recipe = _recipe(folder)
     data = [Path(path) for path in config.data] or [Path(source["path"]) for source in recipe.get("sources", [])]
     if not data:
-        raise ConfigurationError("data is not given", hint="Give folders made by `fat5 prepare`: --data '[DIR]'")
+        raise ConfigurationError("data is not given", hint="Give a folder made by `fat5 prepare`: --data DIR")
+    sources = [Source(open_shards(path, "validation")) for path in data]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision(resolve_precision(config.precision, device), device)
     info = load_tokenizer(data[0] / "tokenizer").info
@@ -69,7 +70,6 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     shapes = ("max_tokens", "encoder_tokens", "decoder_tokens", "max_examples")
     chosen = {key: getattr(config, key, None) or recipe.get(key) for key in shapes}
     batch = BatchConfig(**{key: value for key, value in chosen.items() if value is not None})
-    sources = [Source(open_shards(path, "validation")) for path in data]
     batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=config.eval_tokens))
     weights = model_folder(folder)
     _check_tokenizer(weights, info)
@@ -84,6 +84,21 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     row = scores.row(0)
     facts = {key: row[key] for key in ("loss", "accuracy", "tokens", "by_denoiser")}
     return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **facts}
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """What a run's config.yaml says of its data; empty for any other folder."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    recipe = read_config(path).get("data")
+    sources = recipe.get("sources", []) if isinstance(recipe, dict) else [None]
+    for source in sources if isinstance(sources, list) else [None]:
+        if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+            raise ConfigurationError(
+                "says nothing of a run's data", where=path, hint="Restore it, or give the folder of the model itself"
+            )
+    return recipe  # type: ignore[return-value]
 
 
 def model_folder(folder: Path) -> Path:

@@ -51,9 +51,10 @@ def attention(
         causal: query i sees keys 0..i of its document (top-left aligned).
         scale: multiplies q k^T; 1.0 is T5's.
         dropout_p: dropout of the attention weights, in [0, 1); the mask is counter-based (dropout.py).
-        cu_seqlens_q, cu_seqlens_k: int32 (N+1,), non-decreasing, from 0: document n holds rows cu[n]..cu[n+1]. Rows
-            at or after the last value belong to no document: zeros out, zero gradients.
-        max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths; needed with cu_seqlens.
+        cu_seqlens_q, cu_seqlens_k: int32 (int64 is converted) (N+1,), non-decreasing, from 0: document n holds rows
+            cu[n]..cu[n+1]. Rows at or after the last value belong to no document: zeros out, zero gradients.
+        max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths. Left out, they are read from
+            cu_seqlens, which waits for the device and cannot be compiled; a training step should give them.
         key_padding_mask: (B, Lk) bool, batched only; True = attend.
         backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and
             the reference elsewhere; they agree up to rounding.
@@ -78,10 +79,10 @@ def attention(
     if packed:
         if key_padding_mask is not None:
             raise ValueError("key_padding_mask: packed inputs take none, documents have no padding")
-        max_seqlen_q = _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
-        max_seqlen_k = _check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
+        cu_seqlens_q, max_seqlen_q = _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
+        cu_seqlens_k, max_seqlen_k = _check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
         # Kernels read the boundaries one after another.
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # type: ignore[union-attr]
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"cu_seqlens_k: expected as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} and "
@@ -180,21 +181,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"k: expected shape {(*q.shape[:2], 'Lk', q.shape[3])} to fit q, got {tuple(k.shape)}")
 
 
-def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | None, x: Tensor) -> int:
+def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | None, x: Tensor) -> tuple[Tensor, int]:
     name = f"cu_seqlens_{side}"
     if cu_seqlens is None:
         raise ValueError(f"{name}: packed attention needs cu_seqlens_q and cu_seqlens_k, this one is None")
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: expected an int32 tensor of shape (documents + 1,), got {type(cu_seqlens).__name__}")
-    if not isinstance(max_seqlen, int):
-        raise TypeError(f"max_seqlen_{side}: expected an int beside {name}, got {max_seqlen!r}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+    if max_seqlen is not None and not isinstance(max_seqlen, int):
+        raise TypeError(f"max_seqlen_{side}: expected an int or None, got {max_seqlen!r}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise TypeError(
             f"{name}: expected an int32 tensor of shape (documents + 1,), got {cu_seqlens.dtype} "
             f"{tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != x.device:
         raise ValueError(f"{name}: expected the device of q, {x.device}, got {cu_seqlens.device}")
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(cu_seqlens):
         starts = cu_seqlens.tolist()
         lengths = [after - before for before, after in pairwise(starts)]
@@ -204,7 +208,7 @@ def _check_cu_seqlens(side: str, cu_seqlens: Tensor | None, max_seqlen: int | No
             raise ValueError(f"{name}: the last value {starts[-1]} is beyond the {x.shape[0]} rows of {side}")
         if lengths and max(lengths) > max_seqlen:
             raise ValueError(f"max_seqlen_{side}: {max_seqlen} is below the longest document, {max(lengths)}")
-    return max_seqlen
+    return cu_seqlens, max_seqlen
 
 
 def _check_key_padding_mask(mask: Tensor | None, k: Tensor) -> None:

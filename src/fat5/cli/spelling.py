@@ -1,0 +1,100 @@
+"""What a person types, as the parser wants it: bare flags, lists without brackets, words that follow no flag."""
+
+import json
+from argparse import Action
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from fat5.errors import ConfigurationError
+
+TRUTHS = ("true", "false", "yes", "no", "null")
+
+
+def spell_out(argv: Sequence[str], actions: Mapping[str, Action], takes_words: bool, words: str | None) -> list[str]:
+    """`argv` with each value tied to its flag, recipes first (so that flags win over them wherever they stand).
+
+    Args:
+        argv: the words after the verb.
+        actions: the parser's, by flag.
+        takes_words: whether words that follow no flag mean something, so that one after `--strict` is not its value.
+        words: the list that words without a flag are the content of; None leaves them to the parser.
+
+    Returns:
+        The same, where ``--strict`` became ``--strict=true``, ``--data a b`` became ``--data=["a", "b"]``, and the
+        words ``--WORDS=[…]``.
+
+    Raises:
+        ConfigurationError: the list is given both as words and by its flag.
+    """
+    rest = list(argv)
+    recipes: list[str] = []
+    spelled: list[str] = []
+    loose: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            loose, rest = loose + (rest if words else [word, *rest]), []
+        elif not _is_flag(word):
+            loose.append(word)
+        else:
+            flag, equals, value = word.partition("=")
+            given = [value] if equals else _values(flag, actions.get(flag), rest, takes_words)
+            made = _tied(flag, given, actions.get(flag))
+            (recipes if flag == "--config" else spelled).extend(made)
+    if words and loose:
+        flag = f"--{words}"
+        if any(word.partition("=")[0] in (flag, f"{flag}+") for word in spelled):
+            raise ConfigurationError(f"{words} are given both as words and with {flag}", hint="Give one of the two")
+        return [*recipes, *spelled, f"{flag}={json.dumps(loose)}"]
+    return [*recipes, *spelled, *loose]
+
+
+def _is_flag(word: str) -> bool:
+    return word == "-h" or (word.startswith("--") and not any(map(str.isspace, word.partition("=")[0])))
+
+
+def _values(flag: str, action: Action | None, rest: list[str], takes_words: bool) -> list[str]:
+    """Takes from `rest` what belongs to a flag."""
+    if action is not None and (action.nargs == 0 or action.dest == "print_config"):
+        return []
+    kinds = _kinds(action)
+    if bool in kinds:
+        foreign = not rest or _is_flag(rest[0]) or (takes_words and rest[0].lower() not in (*TRUTHS, *_names(kinds)))
+        return ["true"] if foreign else [rest.pop(0)]
+    several = _item(kinds) is not None and not flag.endswith("+")
+    taken: list[str] = []
+    while rest and not _is_flag(rest[0]) and (not taken or (several and not _is_list(taken[0]))):
+        taken.append(rest.pop(0))
+    return taken
+
+
+def _tied(flag: str, values: list[str], action: Action | None) -> list[str]:
+    if not values:
+        return [flag]
+    if action is None:
+        return [flag, *values]
+    item = None if flag.endswith("+") else _item(_kinds(action))
+    if item is None or (len(values) == 1 and (_is_list(values[0]) or values[0] == "null")):
+        return [f"{flag}={values[0]}"]
+    return [f"{flag}={json.dumps(values) if item is str else '[' + ', '.join(values) + ']'}"]
+
+
+def _is_list(value: str) -> bool:
+    return value.lstrip().startswith("[")
+
+
+def _kinds(action: Action | None) -> list[Any]:
+    """The types that a key takes, None aside."""
+    kind = getattr(action, "_typehint", None)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [kind for kind in kinds if kind is not NoneType]
+
+
+def _item(kinds: list[Any]) -> Any:
+    """The type of a list's items, where a key takes nothing but a list."""
+    return get_args(kinds[0])[0] if len(kinds) == 1 and get_origin(kinds[0]) is list else None
+
+
+def _names(kinds: list[Any]) -> list[str]:
+    return [str(name) for kind in kinds for name in get_args(kind)]

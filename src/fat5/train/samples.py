@@ -1,0 +1,71 @@
+"""What a trained model writes: one validation example of each denoiser, completed greedily."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat5.data import PackedBatch, Tokenizer, unpack
+from fat5.train.precision import Precision
+
+LEAST_PROMPT = 16
+"""Encoder tokens from which an example says something; the shortest of these is shown, since it is read by a person."""
+LONGEST_ANSWER = 32
+
+
+@torch.no_grad()
+def validation_samples(
+    model: Any, tokenizer: Tokenizer, batches: Iterable[PackedBatch], names: Sequence[str], precision: Precision
+) -> list[dict[str, str]]:
+    """For each denoiser: its name, prompt, completion (at most `LONGEST_ANSWER` tokens) and target, special tokens by
+    name.
+
+    Args:
+        model: with `generate`; switched to evaluation meanwhile (no dropout), and back.
+        tokenizer, batches, names: of the validation stream, as in `evaluate`.
+        precision: of the forward pass.
+    """
+    chosen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for batch in batches:
+        for denoiser, example in zip(batch.denoiser.tolist(), unpack(batch)):
+            if denoiser not in chosen or _rank(example[0]) < _rank(chosen[denoiser][0]):
+                chosen[denoiser] = example
+    if not chosen:
+        return []
+    order = sorted(chosen)
+    info = tokenizer.info
+    longest = max(len(chosen[denoiser][0]) for denoiser in order)
+    ids = torch.full((len(order), longest), info.pad_id)
+    for row, denoiser in enumerate(order):
+        ids[row, : len(chosen[denoiser][0])] = torch.from_numpy(chosen[denoiser][0])
+    mask = (ids != info.pad_id).long()
+    training = model.training
+    model.eval()
+    try:
+        with precision.autocast():
+            answers = model.generate(
+                input_ids=ids.to(precision.device),
+                attention_mask=mask.to(precision.device),
+                max_new_tokens=LONGEST_ANSWER,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=info.eos_id,
+                pad_token_id=info.pad_id,
+            ).tolist()
+    finally:
+        model.train(training)
+    silent = (info.pad_id, info.eos_id)
+    return [
+        {
+            "denoiser": names[denoiser],
+            "prompt": tokenizer.decode(token for token in chosen[denoiser][0] if token not in silent),
+            "completion": tokenizer.decode(token for token in answer if token not in silent),
+            "target": tokenizer.decode(token for token in chosen[denoiser][1] if token not in silent),
+        }
+        for denoiser, answer in zip(order, answers)
+    ]
+
+
+def _rank(inputs: np.ndarray) -> tuple[bool, int]:
+    return len(inputs) < LEAST_PROMPT, len(inputs)
