@@ -184,4 +184,4 @@ def test_a_pickle_of_tensors_alone_is_read(verb: str, folder: Path, tmp_path: Pa
 def test_a_device_that_does_not_exist(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["generate", "--model", str(folder), "--device", "tpu", "Bonjour ___"]) == 2
-    assert capsys.readouterr().err == "fat5 generate: device: there is no 'tpu'. use cpu, cuda or auto\n"
+    assert capsys.readouterr().err == "fat5 generate: device: no device 'tpu'. Use auto, cpu or cuda\n"
