@@ -1,12 +1,10 @@
-"""Preparing a corpus: the same shards whoever runs it, restart after a kill, other executors, refusals."""
+"""Preparing a corpus: the same shards whoever runs it, restart after a kill, refusals."""
 
 import contextlib
 import gzip
-import json
 import os
 import pickle
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -15,52 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import config, decoded, manifest, write_jsonl
 
-from fat5.data import Tokenizer, load_tokenizer, open_shards, sample_path, verify
-from fat5.data.prepare import PrepareConfig, finish, prepare
+from fat5.data import Tokenizer, load_tokenizer, open_shards, verify
+from fat5.data.prepare import prepare
 from fat5.data.prepare_plan import read_plan
-from fat5.data.slurm_options import SlurmOptions
 from fat5.data.tokenizer import byte_tokenizer
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = tmp_path_factory.mktemp("prepare") / "tokenizer"
-    train_tokenizer(TokenizerTraining([str(sample_path("fr"))], str(output), vocab_size=2048, rows=500))
-    return str(output)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    with gzip.open(sample_path("fr"), "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file][:400]
-
-
-@pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks of 16 kB, so that a small corpus has many."""
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 16_000)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def decoded(folder: Path, split: str) -> list[str]:
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return [tokenizer.decode(document) for document in open_shards(folder, split)]
-
-
-def config(tmp_path: Path, tokenizer: str, inputs: object, **keys: object) -> PrepareConfig:
-    names = [str(name) for name in (inputs if isinstance(inputs, list) else [inputs])]
-    return PrepareConfig(names, tokenizer, str(tmp_path / "out"), **({"workers": 1} | keys))
-
-
-def manifest(folder: Path) -> bytes:
-    return (folder / "manifest.json").read_bytes()
 
 
 def test_nothing_is_lost_and_nothing_added(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
@@ -350,102 +309,3 @@ def test_keys_that_cannot_be_are_refused(tmp_path: Path, tokenizer: str, keys: d
     with pytest.raises(error, match=said):
         prepare(replace(config(tmp_path, tokenizer, corpus), **keys))
     assert not (tmp_path / "out").exists()
-
-
-# Slurm
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands of Slurm that only write down what they were given."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, body in {
-        "sbatch": f'echo "$@" >> {tmp_path}/calls; cp "${{@: -1}}" {tmp_path}/script.$(wc -l < {tmp_path}/calls); '
-        f'echo "Submitted batch job $(wc -l < {tmp_path}/calls)"',
-        "scontrol": "echo localhost",
-    }.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755 | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    return tmp_path
-
-
-@pytest.mark.usefixtures("small_tasks")
-def test_slurm_submits_an_array_and_a_last_job(cluster: Path, tokenizer: str, texts: list[str]) -> None:
-    keys = config(
-        cluster,
-        tokenizer,
-        write_jsonl(cluster / "a.jsonl", texts),
-        executor="slurm",
-        workers=4,
-        slurm=SlurmOptions(partition="cpu", time="01:00:00", memory_gb=8, environment="source env.sh"),
-    )
-    assert prepare(keys) is None
-    tasks = len(read_plan(cluster / "out").tasks)
-    calls = (cluster / "calls").read_text().splitlines()
-    array, last = ((cluster / f"script.{index}").read_text() for index in (1, 2))
-    for line in (
-        "#SBATCH --partition=cpu",
-        "#SBATCH --time=01:00:00",
-        "#SBATCH --mem-per-cpu=8G",
-        f"#SBATCH --array=0-{tasks - 1}%4",
-        "#SBATCH --job-name=fat5-tokens",
-        "source env.sh",
-        f"srun -l -n 1 {sys.executable} -m fat5.data.executors {cluster / 'out'} tokens",
-    ):
-        assert line in array.splitlines()
-    assert "--dependency=afterok:1" in calls[1]
-    assert f"{sys.executable} -m fat5.data.executors {cluster / 'out'} finish" in last.splitlines()
-    assert "--array" not in last
-    assert not list((cluster / "out").rglob("*.pik")), "nothing is pickled"
-
-
-@pytest.mark.usefixtures("small_tasks")
-def test_what_slurm_runs_makes_the_same_shards(
-    cluster: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fat5.data.executors import main
-
-    corpus = write_jsonl(cluster / "a.jsonl", texts[:150])
-    keys = config(cluster, tokenizer, corpus)
-    prepare(replace(keys, output_dir=str(cluster / "local")))
-    prepare(replace(keys, executor="slurm", slurm=SlurmOptions(partition="cpu")))
-    tasks = len(read_plan(cluster / "out").tasks)
-    with pytest.raises(DataError, match="is not done"):
-        finish(cluster / "out")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", str(tasks - 1))
-    monkeypatch.setenv("SLURM_NODELIST", "localhost")
-    for index in range(tasks):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
-        assert main([str(cluster / "out"), "tokens"]) == 0
-    assert main([str(cluster / "out"), "finish"]) == 0
-    assert manifest(cluster / "out") == manifest(cluster / "local")
-
-
-def test_without_slurm_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    corpus = write_jsonl(tmp_path / "a.jsonl", ["un deux"])
-    keys = config(tmp_path, tokenizer, corpus, executor="slurm", slurm=SlurmOptions(partition="cpu"))
-    with pytest.raises(ConfigurationError, match="no sbatch on this machine"):
-        prepare(keys)
-
-
-# Ray
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_tasks")
-def test_ray_makes_the_same_shards(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
-    pytest.importorskip("ray", reason="waits on `pip install ray`")
-    keys = config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts))
-    prepare(replace(keys, output_dir=str(tmp_path / "local")))
-    prepare(replace(keys, executor="ray", workers=2))
-    assert manifest(tmp_path / "out") == manifest(tmp_path / "local")
-
-
-def test_without_ray_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    corpus = write_jsonl(tmp_path / "a.jsonl", ["un deux"])
-    with pytest.raises(ConfigurationError, match="Ray is not installed"):
-        prepare(config(tmp_path, tokenizer, corpus, executor="ray"))

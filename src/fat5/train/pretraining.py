@@ -270,7 +270,7 @@ def _finish(trainer: Trainer, run: RunDirectory, model: FAT5ForConditionalGenera
         )
     except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
         summary["samples"] = []
-        trainer.display.warn(f"no samples were written: {str(error).splitlines()[0]}")
+        trainer.display.warn(f"no samples were written: {' '.join(str(error).split())[:200]}")
     write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     trainer.events.write("finished", step=progress.step)
     return summary
