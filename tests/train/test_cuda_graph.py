@@ -47,7 +47,6 @@ def test_recorded_is_launched(dropout: float) -> None:
         assert own_norm == pytest.approx(norm, rel=1e-2)
         assert own_parts == pytest.approx(parts, rel=1e-3)
     for one, other in zip(launched[1], recorded[1], strict=True):
-        # The embedding's gradient is added up by atomics, in no fixed order.
         torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-3)
     assert torch.equal(launched[2], recorded[2])
 

@@ -3,9 +3,10 @@
 import copy
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from fat5.model.layers import Embedding
 from fat5.model.layout import Layout
 from fat5.model.pretrained import FAT5PreTrainedModel
 from fat5.model.rows import Trace, run_rows
@@ -55,7 +56,7 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
         config = copy.deepcopy(config)
         config.is_encoder_decoder = config.use_cache = False
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)
         self.post_init()
 

@@ -3,12 +3,13 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
 from fat5.model.decoder import Decoder
 from fat5.model.encoder import Encoder
+from fat5.model.layers import Embedding
 from fat5.model.layout import shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
 
@@ -18,7 +19,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
 
     def __init__(self, config: Any, has_decoder: bool = True) -> None:
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)
         if has_decoder:
             self.decoder = Decoder(config, is_decoder=True)

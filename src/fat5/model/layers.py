@@ -31,6 +31,13 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(hidden, weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding whose gradient is the same at every run when compiled too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases and without 1/sqrt(d) (T5 folds it into the initialisation of q)."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fat5.errors import DataError
 from fat5.model.configuration import FAT5Config
+from fat5.model.layers import Embedding
 
 
 class Fire(nn.Module):
@@ -55,7 +56,7 @@ class AbsolutePositions(nn.Module):
         self.learned = config.absolute_kind == "learned"
         self.width = config.d_model
         if self.learned:
-            self.embedding = nn.Embedding(config.max_positions, config.d_model)
+            self.embedding = Embedding(config.max_positions, config.d_model)
 
     def check(self, length: int) -> None:
         """Raises DataError when the learned table is too short."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fat5.model.configuration import FAT5Config
-from fat5.model.layers import Block, RMSNorm, bias_table
+from fat5.model.layers import Block, Embedding, RMSNorm, bias_table
 from fat5.model.layout import Layout
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
 from fat5.model.rows import Trace
@@ -24,7 +24,7 @@ class Stack(nn.Module):
     def __init__(self, config: FAT5Config, is_decoder: bool) -> None:
         super().__init__()
         self.config, self.is_decoder = config, is_decoder
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         learned = config.position_encoding == "t5"
         self.own_bias = learned and config.bias_in_every_layer

@@ -4,6 +4,7 @@
 
 from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
 from fat5.ops.choice import use_kernels
+from fat5.ops.embedding import embedding
 from fat5.ops.geglu import geglu, geglu_joined
 from fat5.ops.linear import linear
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
@@ -16,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_weights",
+    "embedding",
     "geglu",
     "geglu_joined",
     "linear",

@@ -156,7 +156,11 @@ def step_runner(config: PretrainConfig, model: FAT5ForConditionalGeneration, dev
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run may
+    # keep another, which rounds otherwise.
+    forward = (
+        torch.compile(model, fullgraph=True, dynamic=False, options={"deterministic": True}) if compiled else model
+    )
     possible = compiled and device.type == "cuda" and precision.scaler is None
     graphs = possible if config.cuda_graphs == "auto" else config.cuda_graphs
     if graphs and not possible:

@@ -6,7 +6,6 @@ Kernels: triton_forward.py, triton_backward.py, triton_bias_gradient.py; their c
 import os
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -92,7 +91,9 @@ def prepare(
     padded = None
     if vector is not None:
         # Over scale, its end values repeated on either side.
-        padded = F.pad(vector.detach() / scale, (BIAS_PADDING, BIAS_PADDING), mode="replicate")
+        scaled = vector.detach() / scale
+        first, last = (scaled[:, end, None].expand(-1, BIAS_PADDING) for end in (0, -1))
+        padded = torch.cat([first, scaled, last], dim=1)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return padded, None, None, None, None
     lists = work_lists(
