@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/fat5 demo --config configs/demo.yaml --output_dir $(OUTPUT)
+	$(BIN)/fat5 demo --output_dir $(OUTPUT)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --timeout 300

@@ -1,5 +1,6 @@
 """Every shipped recipe: parsed by each verb it serves, commented key by key, and instantiated at reduced width."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,25 @@ import yaml
 
 from fat5.cli.main import VERBS
 from fat5.cli.parsing import parse
+from fat5.cli.recipes import FOLDER, find_recipe, recipe_names
 from fat5.data import MixtureOfDenoisers, TokenizerInfo
 from fat5.data.prepare import PrepareConfig
 from fat5.data.tokenizer_training import TokenizerTraining
+from fat5.errors import ConfigurationError
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.optim import build_optimizer
 from fat5.tasks.demo import DemoConfig
 from fat5.train import PretrainConfig
 from fat5.train.pretraining import configure_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = [find_recipe(name) for name in recipe_names()]
 INFO = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
 PARAMETERS = {"small": 146_832_896, "base": 305_184_000, "large": 973_204_480}
 READERS = {"tokenizer": TokenizerTraining, "prepare": PrepareConfig, "pretrain": PretrainConfig}
 
 
 def test_the_recipes_are_there() -> None:
-    names = {str(path.relative_to(CONFIGS)) for path in RECIPES}
-    assert {"demo.yaml", "minimal-any-language.yaml", "fr/small.yaml", "fr/base.yaml", "fr/large.yaml"} <= names
+    assert {"demo", "minimal-any-language", "fr/small", "fr/base", "fr/large"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -60,7 +61,7 @@ def test_it_makes_a_model_an_optimizer_and_a_mixture(path: Path) -> None:
 
 def test_the_french_recipes_name_their_data() -> None:
     for name in PARAMETERS:
-        sections = yaml.safe_load((CONFIGS / "fr" / f"{name}.yaml").read_text(encoding="utf-8"))
+        sections = yaml.safe_load(find_recipe(f"fr/{name}").read_text(encoding="utf-8"))
         assert sections["tokenizer"]["inputs"] == ["oscar-corpus/OSCAR-2301"]
         assert sections["tokenizer"]["rows"] == 1_000_000
         assert sections["tokenizer"]["vocab_size"] == 32768
@@ -77,6 +78,63 @@ def test_a_comment_a_key(path: Path) -> None:
 
 
 def test_the_demo_reads_its_whole_recipe() -> None:
-    config = DemoConfig(**parse(DemoConfig, ["--config", str(CONFIGS / "demo.yaml")], "demo"))
+    config = DemoConfig(**parse(DemoConfig, ["--config", "demo"], "demo"))
     assert config.pretrain.model.preset == "fat5-demo"
     assert config.tokenizer.inputs == ["sample:fr"]
+
+
+def test_a_name_finds_the_recipe_whatever_the_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` leaves a folder named demo, and a file of that name is given with its suffix or its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "fr").mkdir()
+    for name in ("demo", "fr/base"):
+        assert find_recipe(name) == FOLDER / f"{name}.yaml"
+    (tmp_path / "demo.yaml").write_text("steps: 7\n")
+    assert parse(PretrainConfig, ["--config", "demo.yaml"], "pretrain")["steps"] == 7
+    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 750
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("steps: 8\n")
+    assert parse(PretrainConfig, ["--config", "./demo"], "pretrain")["steps"] == 8
+    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 750
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("base", "Did you mean fr/base?"),
+        ("demmo", "Did you mean demo?"),
+        ("configs/fr/large.yaml", "Did you mean fr/large?"),
+        ("mime.yaml", "Did you mean mine.yaml?"),
+        ("quite/other.yaml", "Shipped recipes: demo, fr/base"),
+        ("run", "is a folder, not a recipe. Give the file: --config run/config.yaml"),
+        ("empty", "is a folder, not a recipe. Shipped recipes: demo"),
+        ("..", "is a folder"),
+    ],
+)
+def test_an_unknown_name_lists_what_there_is(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("steps: 7\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 7\n")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError) as refused:
+        parse(PretrainConfig, ["--config", name], "pretrain")
+    assert said in str(refused.value)
+    assert str(refused.value).startswith(f"{name}: ")
+
+
+def test_the_demo_without_a_recipe_takes_its_own() -> None:
+    silent = DemoConfig(**parse(DemoConfig, [], "demo", recipe="demo"))
+    named = DemoConfig(**parse(DemoConfig, ["--config", "demo"], "demo", recipe="fr/base"))
+    assert silent == named
+    assert silent.pretrain.steps == 750
+
+
+def test_every_recipe_is_package_data() -> None:
+    """A wheel holds what matches `package-data`; the patterns must reach each recipe and its folder."""
+    packaged = tomllib.loads((FOLDER.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    matched = {path for pattern in packaged["package-data"]["fat5"] for path in FOLDER.parent.glob(pattern)}
+    assert set(RECIPES) <= matched

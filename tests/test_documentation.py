@@ -6,7 +6,6 @@ The pages of tokenizer, prepare, ul2, packing, model and attention are run by th
 import gzip
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -56,7 +55,7 @@ SMALLER = {
     "generate": {"max_new_tokens": "3"},
 }
 # Needs the hub or a cluster: only parsed.
-ELSEWHERE = re.compile(r"configs/fr/|--executor (slurm|ray)|torchrun|runs/(base|large)\b")
+ELSEWHERE = re.compile(r"--config fr/|--executor (slurm|ray)|torchrun|runs/(base|large)\b")
 
 
 def commands(page: str) -> list[str]:
@@ -67,9 +66,8 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the reader has it: the recipes, and a text of their own."""
+    """A folder as the reader has it: nothing but a text of their own."""
     folder = tmp_path_factory.mktemp("desk")
-    shutil.copytree(ROOT / "configs", folder / "configs")
     rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
     (folder / "my_text.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from fat5.cli.main import main
+from fat5.data.tokenizer_training import TokenizerTraining
+from fat5.errors import ConfigurationError
 
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 SMALL = {
@@ -95,6 +97,26 @@ def test_run_again_it_trains_no_further(demo: Path, capsys: pytest.CaptureFixtur
     assert main(["demo", "--output_dir", str(demo), *FLAGS]) == 0
     assert (demo / "metrics.jsonl").read_text() == before
     assert "unigram entropy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        ([], ["sample:fr"]),
+        (["--language", "de"], ["sample:de"]),
+        (["--language", "de", "--tokenizer.inputs", "mine.txt"], ["mine.txt"]),
+        (["--tokenizer.inputs", "sample:en"], ["sample:en"]),
+    ],
+)
+def test_the_language_chooses_the_sample(
+    words: list[str], inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(training: TokenizerTraining, progress: bool) -> None:
+        assert training.inputs == inputs
+        raise ConfigurationError("seen")
+
+    monkeypatch.setattr("fat5.tasks.demo.train_tokenizer", stop)
+    assert main(["demo", "--output_dir", str(tmp_path / "d"), *words]) == 2
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """`fat5 doctor`: the machine, a recipe that works, and one whose data is not there."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +16,12 @@ def test_the_machine_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = report([], capsys)
     assert code == 0
     assert lines["torch"]["status"] == "ok"
+    assert "fr/base" in lines["recipes"]["found"]
     assert "memory plan" not in lines
 
 
 def test_a_recipe_without_its_data_is_bad_and_still_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = report(["--config", "configs/fr/base.yaml", "--data.sources", '[{"path": "nowhere"}]'], capsys)
+    code, lines = report(["--config", "fr/base", "--data.sources", '[{"path": "nowhere"}]'], capsys)
     assert code == 2
     assert lines["data"]["status"] == "bad"
     assert "nowhere" in lines["data"]["found"]
@@ -31,19 +31,19 @@ def test_a_recipe_without_its_data_is_bad_and_still_counted(capsys: pytest.Captu
 
 def test_a_plan_beyond_the_memory_is_bad(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data.encoder_tokens", str(1 << 24), "--data.decoder_tokens", str(1 << 24)]
-    code, lines = report(["--config", "configs/fr/large.yaml", "--gradient_checkpointing", "false", *flags], capsys)
+    code, lines = report(["--config", "fr/large", "--gradient_checkpointing", "false", *flags], capsys)
     assert code == 2
     assert lines["memory plan"]["status"] == "bad"
     assert "encoder_tokens" in lines["memory plan"]["advice"]
 
 
 def test_duration_follows_from_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    _, lines = report(["--config", "configs/demo.yaml", "--steps", "2000", "--tokens_per_second", "3584"], capsys)
+    _, lines = report(["--config", "demo", "--steps", "2000", "--tokens_per_second", "3584"], capsys)
     assert "0.3 hours at 3,584 tokens/s" in lines["work"]["found"]
 
 
 def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--config", str(Path("configs/demo.yaml")), "--data.sources", '[{"path": "x"}]']) == 2
+    assert main(["doctor", "--config", "demo", "--data.sources", '[{"path": "x"}]']) == 2
     out = capsys.readouterr().out
     assert "C compiler" in out
     assert "memory plan" in out
@@ -51,7 +51,7 @@ def test_the_table_shows_every_finding(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_shapes_that_cannot_be_have_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data.max_tokens", "0", "--data.sources", '[{"path": "x"}]']
-    code, lines = report(["--config", "configs/demo.yaml", *flags], capsys)
+    code, lines = report(["--config", "demo", *flags], capsys)
     assert code == 2
     assert lines["data"]["status"] == "bad"
     assert "memory plan" not in lines

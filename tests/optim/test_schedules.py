@@ -35,7 +35,7 @@ def test_last_update_takes_the_final_factor(name, final):
 
 
 def test_cosine_is_halfway_in_the_middle():
-    assert rates(total=101, name="cosine")[50 - 1] == pytest.approx(0.5, abs=0.02)
+    assert rates(total=101, name="cosine", warmup_steps=0)[50 - 1] == pytest.approx(0.5, abs=0.02)
 
 
 def test_inverse_sqrt_halves_when_steps_quadruple():
@@ -51,7 +51,13 @@ def test_wsd_is_flat_until_its_decay():
 
 
 def test_constant_without_warm_up():
-    assert set(rates(name="constant")) == {1.0}
+    assert set(rates(name="constant", warmup_steps=0)) == {1.0}
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(4, 0), (750, 50), (1_000_000, 10_000)])
+def test_a_warm_up_that_is_not_given_fits_the_run(total, warmup):
+    assert ScheduleConfig().resolved(total).warmup_steps == warmup
+    assert learning_rate(ScheduleConfig(), 0, 750) == 1 / 50
 
 
 def test_whole_run_may_be_warm_up():

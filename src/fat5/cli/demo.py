@@ -8,7 +8,7 @@ from fat5.cli.parsing import parse
 def main(argv: list[str]) -> int:
     from fat5.tasks.demo import DemoConfig, demo
 
-    config = DemoConfig(**parse(DemoConfig, argv, "demo"))
+    config = DemoConfig(**parse(DemoConfig, argv, "demo", recipe="demo"))
     summary = demo(config, say=lambda line: print(line, flush=True), progress=sys.stderr.isatty())
     show(summary, config.output_dir)
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.cli.parsing import parse
+from fat5.cli.recipes import FOLDER, recipe_names
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.train.config import PretrainConfig
 
@@ -63,6 +64,7 @@ def machine() -> list[Finding]:
     findings = [
         Finding("Python", OK if python >= (3, 11) else BAD, platform.python_version(), "FAT5 needs 3.11 or newer"),
         Finding("FAT5", OK, version("fat5")),
+        Finding("recipes", OK, f"{', '.join(recipe_names())}; to edit one, copy it from {FOLDER}"),
     ]
     for name, least in (("torch", (2, 11)), ("transformers", (5, 17)), ("tokenizers", (0, 22)), ("datatrove", (0, 9))):
         found = _version(name)

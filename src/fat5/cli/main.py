@@ -26,7 +26,7 @@ def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items())
     return (
-        "usage: fat5 VERB [--config FILE.yaml] [--key value …]\n\n"
+        "usage: fat5 VERB [--config RECIPE] [--key value …]\n\n"
         "Pretrain, run and convert T5-family encoder-decoder models.\n\n"
         f"verbs:\n{verbs}\n\n"
         "`fat5 VERB --help` lists every key of a verb. Start with `fat5 demo --output_dir demo`."

@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fat5.cli.main import VERBS
+from fat5.cli.recipes import find_recipe, recipe_names
 from fat5.cli.spelling import spell_out
 from fat5.errors import ConfigurationError
 
@@ -20,6 +20,11 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 LARGEST_CONFIGURATION = 1 << 20
 DEEPEST_CONFIGURATION = 32
 
+_CONFIG_HELP = (
+    f"A recipe: one that ships with FAT5, by name ({', '.join(recipe_names())}), or a YAML file, by its path, with any "
+    "of the keys below; flags win over it"
+)
+
 
 def parse(
     signature: Callable[..., Any],
@@ -28,8 +33,9 @@ def parse(
     positional: dict[str, str] | None = None,
     section: str | None = None,
     words: str | None = None,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
-    """Reads `argv` (and any `--config FILE.yaml`) against the parameters of a function or dataclass.
+    """Reads `argv` (and any `--config NAME`) against the parameters of a function or dataclass.
 
     Args:
         signature: a function or dataclass whose typed, documented parameters are the keys. Dataclass-typed
@@ -40,6 +46,7 @@ def parse(
         positional: parameter name → nargs (``"*"``, ``"+"``, ``"?"``) for those given without a flag.
         words: name of a list that has a flag, so that a recipe may hold it, and that words without a flag are the
             content of as well.
+        recipe: the recipe that is read where `argv` names none.
 
     Returns:
         Keyword arguments for `signature`, dataclasses instantiated.
@@ -55,14 +62,15 @@ def parse(
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
     add(signature, skip=set(positional))
     for name, nargs in positional.items():
         default: dict[str, Any] = {"default": []} if nargs == "*" else {}
         parser.add_argument(name, nargs=nargs, **default, help=_parameter_help(signature, name))
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
-    argv = spell_out(_read_recipes(argv, section or verb), actions, bool(positional or words), words)
+    argv = _read_recipes(argv, section or verb, recipe)
+    argv = spell_out(argv, actions, bool(positional or words), words)
     try:
         namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)
@@ -74,13 +82,15 @@ def parse(
     return {key: value for key, value in values.items() if key != "config"}
 
 
-def _read_recipes(argv: Sequence[str], section: str) -> list[str]:
-    """Checks each `--config FILE` before the parser meets it, and puts one section of it in its place.
+def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> list[str]:
+    """Checks each `--config NAME` before the parser meets it, and puts one section of it in its place.
 
     A recipe whose top-level keys are all verbs (`tokenizer:`, `prepare:`, `pretrain:`) serves each of them; a verb
     without a section of its own (`demo`) reads the whole.
     """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if default is not None and "--config" not in words:
+        words = ["--config", default, *words]
     for i, word in enumerate(words[:-1]):
         if word == "--config":
             recipe = _read_yaml(words[i + 1])
@@ -92,13 +102,8 @@ def _read_recipes(argv: Sequence[str], section: str) -> list[str]:
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.exists() or path.is_dir():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "The shipped recipes are in configs/"
-        raise ConfigurationError("no such configuration file", where=name, hint=hint)
     try:
-        with path.open(encoding="utf-8") as file:
+        with find_recipe(name).open(encoding="utf-8") as file:
             text = file.read(LARGEST_CONFIGURATION + 1)
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error

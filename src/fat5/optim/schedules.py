@@ -1,12 +1,16 @@
 """Learning-rate schedules: pure functions of the step, so that a resumed run needs no schedule state."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fat5.errors import ConfigurationError
 
 ScheduleName = Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"]
+
+
+LONGEST_WARMUP = 10_000
+"""Warm-up steps of T5's own pretraining (Raffel et al. 2020, section 3.1.2)."""
 
 
 @dataclass
@@ -16,8 +20,8 @@ class ScheduleConfig:
     name: ScheduleName = "cosine"
     """cosine or linear (down to final_factor at the last step), inverse_sqrt (of the step), constant, or wsd
     (warm-up, stable, then a linear decay over the last decay_steps)"""
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly to its peak"""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises linearly to its peak; a fifteenth of the run, at most 10,000, if not given"""
     final_factor: float = 0.0
     """Share of the peak at the last step (cosine, linear, wsd), and the least share (inverse_sqrt)"""
     decay_steps: int | None = None
@@ -25,7 +29,7 @@ class ScheduleConfig:
 
     def validate(self, total_steps: int) -> None:
         """Raises ConfigurationError where these settings cannot make a schedule of `total_steps`."""
-        if not 0 <= self.warmup_steps <= total_steps:
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= total_steps:
             raise ConfigurationError(
                 f"schedule.warmup_steps is {self.warmup_steps}, and the run has {total_steps} steps",
                 hint="Choose a warm-up between 0 and the number of steps",
@@ -40,6 +44,14 @@ class ScheduleConfig:
                 hint="It belongs to wsd, between 1 and the number of steps",
             )
 
+    def resolved(self, total_steps: int) -> "ScheduleConfig":
+        """A copy whose warm-up is a number."""
+        return replace(self, warmup_steps=self.warmup(total_steps))
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up of a run of `total_steps`."""
+        return min(total_steps // 15, LONGEST_WARMUP) if self.warmup_steps is None else self.warmup_steps
+
 
 def learning_rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate for update number `step` (counted from 0) of `total_steps`.
@@ -47,13 +59,13 @@ def learning_rate(config: ScheduleConfig, step: int, total_steps: int) -> float:
     The first update of a warm-up of w steps takes 1/w, update w − 1 takes 1. The last update of cosine, linear and wsd
     takes exactly `final_factor`. Steps beyond the end keep the last value.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    start = config.warmup(total_steps)
+    if step < start:
+        return (step + 1) / start
     if config.name == "constant":
         return 1.0
     if config.name == "inverse_sqrt":
-        return max(config.final_factor, math.sqrt(max(config.warmup_steps, 1) / (step + 1)))
-    start = config.warmup_steps
+        return max(config.final_factor, math.sqrt(max(start, 1) / (step + 1)))
     if config.name == "wsd":
         decay = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 10)
         start = max(start, total_steps - decay)

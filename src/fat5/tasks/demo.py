@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fat5.data import load_tokenizer
+from fat5.data.corpus import SAMPLE
 from fat5.data.prepare import PrepareConfig, prepare
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.tasks.complete import Decoding, complete
@@ -45,7 +46,7 @@ class DemoConfig:
 
     Args:
         output_dir: folder for everything the demo makes; run again, it goes on where it stopped.
-        language: language of the sample corpus, where the recipe names no inputs.
+        language: takes the sample corpus in this language in place of the recipe's; fr where neither names one.
         tokenizer: the tokenizer's keys, as for `fat5 tokenizer`.
         prepare: the shards' keys, as for `fat5 prepare`.
         pretrain: the training's keys, as for `fat5 pretrain`.
@@ -53,7 +54,7 @@ class DemoConfig:
     """
 
     output_dir: str = "demo"
-    language: Literal["fr", "en", "de"] = "fr"
+    language: Literal["fr", "en", "de"] | None = None
     tokenizer: TokenizerTraining = field(default_factory=lambda: TokenizerTraining(inputs=[], output_dir=""))
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -78,11 +79,11 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     tokenizer_folder, shards = folder / "tokenizer", folder / "shards"
 
     if not (tokenizer_folder / "training.json").exists():
-        inputs = config.tokenizer.inputs or [f"sample:{config.language}"]
+        inputs = _inputs(config.tokenizer.inputs, config.language)
         say(f"tokenizer: learning {config.tokenizer.vocab_size:,} tokens from {', '.join(inputs)}")
         training = replace(config.tokenizer, inputs=inputs, output_dir=str(tokenizer_folder))
         train_tokenizer(training, progress=progress)
-    inputs = config.prepare.inputs or [f"sample:{config.language}"]
+    inputs = _inputs(config.prepare.inputs, config.language)
     say(f"shards: {', '.join(inputs)} → {shards}")
     manifest = prepare(
         replace(config.prepare, inputs=inputs, tokenizer=str(tokenizer_folder), output_dir=str(shards)), progress
@@ -99,7 +100,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     say("samples: filling blanks with the trained model")
     from fat5.model import load_model
 
-    prompts = config.prompts if config.prompts is not None else PROMPTS[config.language]
+    prompts = config.prompts if config.prompts is not None else PROMPTS[_language(inputs)]
     answers = complete(
         load_model(run.model),
         load_tokenizer(run.model),
@@ -110,6 +111,18 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     summary["demo_seconds"] = round(time.perf_counter() - began, 1)
     write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary
+
+
+def _inputs(inputs: list[str], language: str | None) -> list[str]:
+    """The recipe's inputs, its samples in the language that was asked for."""
+    if language is None:
+        return inputs or [f"{SAMPLE}fr"]
+    return [f"{SAMPLE}{language}" if name.startswith(SAMPLE) else name for name in inputs or [SAMPLE]]
+
+
+def _language(inputs: list[str]) -> str:
+    """The language of the first sample among the inputs."""
+    return next((name.removeprefix(SAMPLE) for name in inputs if name.startswith(SAMPLE)), "fr")
 
 
 def _source(shards: Path) -> Any:

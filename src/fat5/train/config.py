@@ -153,7 +153,7 @@ class PretrainConfig:
                 f"precision is bf16-pure, and {self.optimizer.name} does not compensate the rounding of bf16 weights",
                 hint="Use adamw_scale, or precision bf16",
             )
-        return replace(self, optimizer=self.optimizer.resolved())
+        return replace(self, optimizer=self.optimizer.resolved(), schedule=self.schedule.resolved(self.steps))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the YAML."""
