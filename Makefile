@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo
 
-.PHONY: demo test test-slow lint format bench clean help
+.PHONY: demo test test-slow wheel lint format bench clean help
 
 help:
 	@echo "make demo       set up, then the whole chain on the French sample, into $(OUTPUT)/ (about six minutes)"
 	@echo "make test       set up, then the test suite"
 	@echo "make test-slow  the tests that take minutes (twenty kills, Ray, inductor)"
+	@echo "make wheel      build the wheel, install it in a fresh environment elsewhere, run a tiny demo there"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      every benchmark; results go to benchmarks/results/"
 
@@ -28,6 +29,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
+
+wheel:
+	$(PYTHON) scripts/try_wheel.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -130,6 +130,16 @@ def test_another_tokenizer_beside_the_shards(prepared, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["pretrain", "demo"])
+def test_many_processes(verb, prepared, tmp_path, capsys, monkeypatch):
+    """torchrun: refused before anything is written, and not by a lock that one process took from another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = ["--config", recipe(tmp_path, tiny(prepared, tmp_path / "run"))] if verb == "pretrain" else []
+    line = refused(capsys, verb, *config, "--output_dir", str(tmp_path / "run"))
+    assert "WORLD_SIZE is 2" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate(prepared, tmp_path, capsys):
     assert "model is not given" in refused(capsys, "evaluate")
     assert "/nowhere: does not exist" in refused(capsys, "evaluate", "--model", "/nowhere")

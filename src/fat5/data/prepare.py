@@ -6,7 +6,6 @@ is being made, and the same command goes on where it stopped.
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from fat5.data.shards import (
 from fat5.data.slurm_options import SlurmOptions
 from fat5.data.tokenizer import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
+from fat5.machine import available_cores
 
 LOCK = f"{LOGS}/lock"
 
@@ -159,7 +159,7 @@ def _run(folder: Path, config: PrepareConfig) -> bool:
     from fat5.data import executors
 
     where = str(folder.absolute())
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or available_cores()
     if config.executor == "slurm":
         executors.submit_slurm(where, config.workers or -1, config.slurm)
         return True

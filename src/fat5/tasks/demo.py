@@ -14,6 +14,7 @@ from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.tasks.complete import Decoding, complete
 from fat5.train import PretrainConfig, pretrain
 from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.world import refuse_many_processes
 
 PROMPTS = {
     "fr": [
@@ -72,6 +73,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     Raises:
         FAT5Error: as the stages do; and RunDirectoryError where `output_dir` holds something else.
     """
+    refuse_many_processes()
     began = time.perf_counter()
     folder = Path(config.output_dir)
     run = RunDirectory(folder)

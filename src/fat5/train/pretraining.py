@@ -34,6 +34,7 @@ from fat5.train.run_directory import RunDirectory, write_atomically
 from fat5.train.samples import validation_samples
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
+from fat5.train.world import refuse_many_processes
 
 
 @dataclass
@@ -63,6 +64,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FAT5Error: something that the user can mend; nothing half-written is left behind.
         RunStopped: a signal stopped the run after its state was saved.
     """
+    refuse_many_processes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config.resolved()
     config = replace(config, precision=resolve_precision(config.precision, device))

@@ -2,7 +2,6 @@
 launch_table.py."""
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fat5.machine import available_cores
 from fat5.ops.attention import launch_table
 from fat5.ops.attention.api import attention
 from fat5.ops.attention.bias import RelativeBias
@@ -93,7 +93,7 @@ class Job(NamedTuple):
 def precompile(jobs: list[Job], arch: int, deadline: float) -> None:
     """Fills Triton's cache in processes that do not touch the GPU; compiling is most of the time that measuring
     takes."""
-    workers = min(14, len(os.sched_getaffinity(0)))
+    workers = min(14, available_cores())
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         done = pool.map_async(_compile, [(job, arch) for job in jobs], chunksize=1)
         done.wait(max(deadline - time.perf_counter(), 1))

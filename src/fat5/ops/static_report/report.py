@@ -1,12 +1,12 @@
 """Holds what the compiler made of each shipped configuration against the architecture: the table, and what is wrong."""
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from fat5.machine import available_cores
 from fat5.ops.attention.triton_launch import ARCHITECTURES, KERNELS, Launch, Recorded, assumed_architecture
 from fat5.ops.static_report.compile import Resources, compile_for, resources
 from fat5.ops.static_report.problems import FUSED, FusedProblem, Problem, launches
@@ -184,7 +184,7 @@ def report(
 ) -> Iterator[Row]:
     """A row a kernel, as they are compiled; Triton's cache (keyed by source) makes a second run short."""
     jobs = [(arch, problem) for arch in architectures for problem in shipped(quick)]
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     if workers == 1:
         for job in jobs:
             yield from _rows(job)
