@@ -21,7 +21,7 @@ TINY = {
     "tokenizer.vocab_size": "1024",
     "pretrain.steps": "4",
     "pretrain.eval_tokens": "512",
-    "pretrain.model.overrides": "{d_model: 64, d_ff: 128, num_layers: 2, num_decoder_layers: 2, num_heads: 2, d_kv: 32}",
+    "pretrain.model.overrides": "{d_model: 64, d_ff: 128, num_layers: 2, num_decoder_layers: 2, num_heads: 2}",
 }
 STOCK = """
 import sys
