@@ -95,8 +95,8 @@ def inputs_embeds(stock: Any) -> float:
 
 def decoder_mask(stock: Any) -> float:
     """decoder_attention_mask that hides the first tokens of a row."""
-    given, kept = _with_decoder_mask()
-    return difference(fat5_like(stock)(**given).logits[kept], stock(**given).logits[kept])
+    given = _with_decoder_mask()
+    return difference(fat5_like(stock)(**given).logits, stock(**given).logits)
 
 
 def hidden_states(stock: Any) -> float:
@@ -111,14 +111,13 @@ def hidden_states(stock: Any) -> float:
 
 def attentions(stock: Any) -> float:
     """output_attentions: self-attention of both stacks and cross-attention, and the logits beside them."""
-    given, kept = _with_decoder_mask()
-    source = given["attention_mask"].bool()
+    given = _with_decoder_mask()
     stock.set_attn_implementation("eager")
     want, got = stock(**given, output_attentions=True), fat5_like(stock)(**given, output_attentions=True)
-    worst = difference(got.logits[kept], want.logits[kept])
-    for name, seen in (("encoder_attentions", source), ("decoder_attentions", kept), ("cross_attentions", kept)):
+    worst = difference(got.logits, want.logits)
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
         for g, w in _pairs(getattr(got, name), getattr(want, name)):
-            worst = max(worst, difference(g.transpose(1, 2)[seen], w.transpose(1, 2)[seen]))
+            worst = max(worst, difference(g, w))
     return worst
 
 
@@ -157,8 +156,9 @@ CHECKS: dict[str, Callable[[Any], float]] = {
 
 
 def encoder_states(stock: Any, side: str = "right") -> float:
-    batch, kept = _source(side)
-    return difference(_encoder(stock)(**batch)[0][kept], stock(**batch)[0][kept])
+    """Padding too, as everywhere but in `encoder_packed`, which has none."""
+    batch, _ = _source(side)
+    return difference(_encoder(stock)(**batch)[0], stock(**batch)[0])
 
 
 def encoder_states_padded_left(stock: Any) -> float:
@@ -167,10 +167,9 @@ def encoder_states_padded_left(stock: Any) -> float:
 
 def encoder_gradients(stock: Any) -> float:
     batch, kept = _source()
-    weight = torch.randn(int(kept.sum()), stock.config.d_model)
-    ours = _encoder(stock)
+    weight, ours = torch.randn(*kept.shape, stock.config.d_model), _encoder(stock)
     for model in (stock, ours):
-        (model(**batch)[0][kept] * weight).sum().backward()
+        (model(**batch)[0] * weight).sum().backward()
     return gradient_difference(stock, ours)
 
 
@@ -183,22 +182,22 @@ def encoder_packed(stock: Any) -> float:
 
 
 def encoder_inputs_embeds(stock: Any) -> float:
-    batch, kept = _source()
+    batch, _ = _source()
     batch["inputs_embeds"] = stock.shared(batch.pop("input_ids"))
-    return difference(_encoder(stock)(**batch)[0][kept], stock(**batch)[0][kept])
+    return difference(_encoder(stock)(**batch)[0], stock(**batch)[0])
 
 
 def encoder_hidden_states(stock: Any) -> float:
-    batch, kept = _source()
+    batch, _ = _source()
     want, got = (model(**batch, output_hidden_states=True).hidden_states for model in (stock, _encoder(stock)))
-    return max(difference(g[kept], w[kept]) for g, w in _pairs(got, want))
+    return max(difference(g, w) for g, w in _pairs(got, want))
 
 
 def encoder_attentions(stock: Any) -> float:
-    batch, kept = _source()
+    batch, _ = _source()
     stock.set_attn_implementation("eager")
     want, got = (model(**batch, output_attentions=True).attentions for model in (stock, _encoder(stock)))
-    return max(difference(g.transpose(1, 2)[kept], w.transpose(1, 2)[kept]) for g, w in _pairs(got, want))
+    return max(difference(g, w) for g, w in _pairs(got, want))
 
 
 def encoder_way_back(stock: Any) -> float:
@@ -241,12 +240,12 @@ def _gradients(stock: Any, run: Callable[[Any, dict[str, Tensor]], Tensor], side
     return gradient_difference(stock, ours)
 
 
-def _with_decoder_mask() -> tuple[dict[str, Any], Tensor]:
+def _with_decoder_mask() -> dict[str, Any]:
     batch, mask = rows(), torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = 0
     given = {key: batch[key] for key in SOURCE}
     given |= {"decoder_input_ids": torch.randint(2, 99, (3, 9)), "decoder_attention_mask": mask, "use_cache": False}
-    return given, mask.bool()
+    return given
 
 
 def _pairs(got: Any, want: Any) -> list[tuple[Tensor, Tensor]]:

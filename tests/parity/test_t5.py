@@ -43,9 +43,7 @@ def test_decoder_mask_and_inputs():
     arguments = {key: batch[key] for key in ("input_ids", "attention_mask")}
     arguments |= {"decoder_input_ids": inputs, "decoder_attention_mask": mask, "use_cache": False}
     want, got = stock(**arguments).logits, fat5_like(stock)(**arguments).logits
-    kept = mask.bool()
-    assert difference(got[kept], want[kept]) <= LOGITS_TOLERANCE
-    assert not got[~kept].any()
+    assert difference(got, want) <= LOGITS_TOLERANCE
 
 
 def test_num_items_in_batch_divides_the_sum():

@@ -1,9 +1,10 @@
 """`fat5.accelerate`: a stock T5, mT5 or umT5 of transformers made fast in place, by giving its modules other classes.
 
 Parameters, module names, hooks and configuration stay as they are: only `__class__` changes, to a subclass of the stock
-class. The stacks take padding out on entry and put it back on exit; between the two, stock blocks run on packed tokens
-(1, T, d) and hand the packing (`packed=`) through to attention. What the stacks cannot pack they hand to the stock
-class: one-token steps of decoding, `output_attentions`, `output_hidden_states`, masks of four dimensions, tracing.
+class. The stacks take padding out on entry where nobody reads it, and put it back on exit; between the two, stock
+blocks run on packed tokens (1, T, d) and hand the packing (`packed=`) through to attention. The stacks hand to the
+stock class what they cannot pack: one-token steps of decoding, `output_attentions`, masks of four dimensions, masks
+that leave a query without a key, tracing.
 """
 
 from dataclasses import dataclass
@@ -28,15 +29,17 @@ from fat5.model.layout import Padding
 from fat5.ops import RelativeBias
 
 
-def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False) -> Any:
+def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, compute_padding: bool | None = None) -> Any:
     """Makes every stock T5, mT5 or umT5 in `model` fast, in place; same tokens, losses and gradients, up to rounding.
 
     Args:
         model: a T5, mT5 or umT5 of transformers (encoder-decoder, encoder, or with a head), or a module that holds one:
-            a PEFT model, a pipeline's text encoder. Hidden states of an encoder are zero at padding.
+            a PEFT model, a pipeline's text encoder.
         undo: give the model its stock classes back.
         fused_loss: in training, a model with a language-model head makes its loss without its logits, from the labels
             that count alone; `logits` of its output is then None.
+        compute_padding: whether encoders compute their hidden states at padding, as stock ones do, or leave them out,
+            which is faster, and return zeros. None: computed, unless a decoder follows, which does not read them.
 
     Returns:
         `model`.
@@ -55,6 +58,7 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False) -> A
     if undo:
         for module in modules:
             module.__class__ = STOCK.get(type(module), type(module))
+            vars(module).pop("computes_padding", None)
         return model
     for module in modules:
         if type(module) in FAST and "forward" in vars(module):
@@ -63,47 +67,15 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False) -> A
                 where="fat5.accelerate",
                 hint="Accelerate the model before it is hooked or offloaded",
             )
+    followed = [module.encoder for module in modules if hasattr(module, "encoder") and hasattr(module, "decoder")]
     for module in modules:
-        # The loss is chosen anew at each call.
+        # The loss, and what becomes of padding, are chosen anew at each call.
         stock = STOCK.get(type(module), type(module)) if type(module) in FUSED.values() else type(module)
         module.__class__ = FUSED[stock] if fused_loss and stock in FUSED else FAST.get(stock, stock)
+        if isinstance(module, _Stack):
+            read = all(module is not encoder for encoder in followed)
+            module.computes_padding = read if compute_padding is None else compute_padding
     return model
-
-
-@dataclass
-class Packing:
-    """Rows (B, L, ...) without their padding, (1, T, ...), or whole.
-
-    Args:
-        padding: the way there and back.
-        whole: every token of the rows is there, so that the way is a view.
-        mask: (B, L) bool of whole rows, True = a key to attend to; None = all.
-    """
-
-    padding: Padding
-    whole: bool
-    mask: Tensor | None = None
-
-    @classmethod
-    def of(cls, mask: Tensor | None, rows: Tensor, whole: bool = False) -> "Packing":
-        """Without padding, unless `whole`, or unless the mask has holes: there packing would move tokens."""
-        shape = (rows.shape[0], rows.shape[1])
-        mask = None if mask is None else mask.to(rows.device).bool()
-        if mask is not None and not whole:
-            padding = Padding.of(mask, shape, rows.device)
-            if padding is not None:
-                return cls(padding, whole=False)
-        padding = Padding.of(None, shape, rows.device)
-        assert padding is not None
-        return cls(padding, True, None if mask is None or bool(mask.all()) else mask)
-
-    def pack(self, rows: Tensor) -> Tensor:
-        """(B, L, ...) to (1, T, ...)."""
-        return rows.flatten(0, 1)[None] if self.whole else self.padding.pack(rows)[None]
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(T, ...) to (B, L, ...), zeros where there is no token."""
-        return packed.view(*self.padding.shape, *packed.shape[1:]) if self.whole else self.padding.pad(packed)
 
 
 @dataclass
@@ -111,18 +83,20 @@ class Plan:
     """What attention needs to know beside hidden states.
 
     Args:
-        own, memory: the packing of a stack's tokens, and of those it attends across to.
+        own, memory: the way from rows to a stack's tokens, and to those it attends across to.
         bias: of the blocks without a bucket table of their own; None where each is to make it from `table`.
         table: the first block's.
     """
 
-    own: Packing
-    memory: Packing | None
+    own: Padding
+    memory: Padding | None
     bias: RelativeBias | None
     table: Tensor
 
 
 class _Stack:
+    computes_padding: bool
+
     def forward(  # type: ignore[no-untyped-def]
         self: Any,
         input_ids=None,
@@ -139,7 +113,10 @@ class _Stack:
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
         memory: Any = encoder_hidden_states if self.is_decoder else None
         masks = [(attention_mask, rows), (encoder_attention_mask, memory)]
-        if not self._serves(input_ids, inputs_embeds, memory, masks, past_key_values, use_cache, kwargs):
+        own, across = None, None
+        if self._serves(input_ids, inputs_embeds, memory, masks, past_key_values, use_cache, kwargs):
+            own, across = self._paddings(masks, kept)
+        if own is None or own.layout.formed or (across is not None and across.layout.formed):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask, inputs_embeds=inputs_embeds,
@@ -149,11 +126,8 @@ class _Stack:
             past_key_values = None
         elif past_key_values is None and _wants_cache(self, use_cache):
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        # A decoder's loss may count tokens that its mask hides, so it keeps them all.
-        own = Packing.of(attention_mask if kept is None else kept, rows, whole=self.is_decoder and kept is None)
-        across = None if memory is None else Packing.of(encoder_attention_mask, memory)
-        hidden = own.pack(rows) if input_ids is None else self.embed_tokens(own.pack(rows))
-        packed_memory = None if across is None else across.pack(memory)
+        hidden = own.pack(rows)[None] if input_ids is None else self.embed_tokens(own.pack(rows)[None])
+        packed_memory = None if across is None else across.pack(memory)[None]
         first = self.block[0].layer[0].SelfAttention
         table = first.relative_attention_bias.weight
         # A checkpoint that runs backward on its own must find the table in each block, not a tensor made of it here.
@@ -161,11 +135,17 @@ class _Stack:
         plan = Plan(own, across, None if apart else _bias(first, table), table)
         between = () if isinstance(self, modeling_umt5.UMT5Stack) else (None,)
         hidden = self.dropout(hidden)
+        asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        states = []
         for block in self.block:
+            if asked:
+                states.append(own.restore(hidden[0]))
             out = block(hidden, None, *between, packed_memory, packed=plan, past_key_values=past_key_values)
             hidden = out[0] if isinstance(out, tuple) else out
-        hidden = own.pad(self.dropout(self.final_layer_norm(hidden))[0])
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, past_key_values=past_key_values)
+        last = own.restore(self.dropout(self.final_layer_norm(hidden))[0])
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=last, past_key_values=past_key_values, hidden_states=(*states, last) if asked else None
+        )
         return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
 
     def _serves(  # type: ignore[no-untyped-def]
@@ -173,9 +153,10 @@ class _Stack:
     ) -> bool:
         if (input_ids is None) == (inputs_embeds is None) or torch.jit.is_tracing() or torch.compiler.is_exporting():
             return False
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name, getattr(self.config, name, False)):
-                return False
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            return False
+        if kwargs.get("output_hidden_states", None) not in (True, False, None):  # layers of choice
+            return False
         if kwargs.get("is_causal", getattr(self.config, "is_causal", None)) is not None:
             return False
         rows = masks[0][1]
@@ -189,6 +170,18 @@ class _Stack:
             return self.config.is_encoder_decoder or not _wants_cache(self, use_cache)
         # A step of decoding is the stock class's, and so is anything behind tokens seen before.
         return isinstance(cache, EncoderDecoderCache) and rows.shape[1] > 1 and int(cache.get_seq_length()) == 0
+
+    def _paddings(self: Any, masks: Any, kept: Tensor | None) -> tuple[Padding, Padding | None]:  # type: ignore[misc]
+        """Of the stack's own tokens, and of those it attends across to."""
+        (mask, rows), (memory_mask, memory) = masks
+        device, decodes = rows.device, self.is_decoder
+        if kept is None:
+            whole = decodes or self.computes_padding
+            own = Padding.of(mask, tuple(rows.shape[:2]), device, whole=whole, causal=decodes)
+        else:
+            own = Padding.leaving_out(kept)
+        across = None if memory is None else Padding.of(memory_mask, tuple(memory.shape[:2]), device, whole=False)
+        return own, across
 
 
 class _Attention:
@@ -238,22 +231,22 @@ class _GatedFeedForward:
 
 
 def _attend(
-    module: Any, queries: Packing, keys: Packing, query: Tensor, key: Tensor, value: Tensor, bias: RelativeBias | None
+    module: Any, queries: Padding, keys: Padding, query: Tensor, key: Tensor, value: Tensor, bias: RelativeBias | None
 ) -> Tensor:
     """query (Tq, H, D), key, value (Tk, H, D) to (Tq, H, D)."""
     how: dict[str, Any] = {
         "bias": bias, "causal": module.is_causal, "scale": module.scaling,
         "dropout_p": module.dropout if module.training else 0.0,
     }  # fmt: skip
-    if keys.mask is None:
+    if keys.layout.mask is None:
         return ops.attention(
             query, key, value, **how,
-            cu_seqlens_q=queries.padding.layout.cu_seqlens, max_seqlen_q=queries.padding.layout.max_seqlen,
-            cu_seqlens_k=keys.padding.layout.cu_seqlens, max_seqlen_k=keys.padding.layout.max_seqlen,
+            cu_seqlens_q=queries.layout.cu_seqlens, max_seqlen_q=queries.layout.max_seqlen,
+            cu_seqlens_k=keys.layout.cu_seqlens, max_seqlen_k=keys.layout.max_seqlen,
         )  # fmt: skip
-    # Keys with holes between them stay in rows, and so must the queries.
+    # Where some keys of whole rows are hidden, all stay in rows, and so must the queries.
     rows = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
-    return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.mask).transpose(1, 2))[0]
+    return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.layout.mask).transpose(1, 2))
 
 
 def _bias(module: Any, table: Tensor) -> RelativeBias:
@@ -262,7 +255,7 @@ def _bias(module: Any, table: Tensor) -> RelativeBias:
     )
 
 
-def _keep(cache: Any, layer: int, keys: Packing, key: Tensor, value: Tensor, crosses: bool) -> None:
+def _keep(cache: Any, layer: int, keys: Padding, key: Tensor, value: Tensor, crosses: bool) -> None:
     """What a decoding step will find, at padding zeros that its mask hides."""
     side = cache.cross_attention_cache if crosses else cache.self_attention_cache
     side.update(keys.pad(key).transpose(1, 2), keys.pad(value).transpose(1, 2), layer)

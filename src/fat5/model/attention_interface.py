@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from fat5 import ops
@@ -33,16 +34,22 @@ def make_mask(
     attention_mask: Tensor | None = None,
     **how: Any,
 ) -> Tensor | None:
-    """The keys to attend to: None for all, (B, Lk) bool, or (B, 1, Lq, Lk) bool where queries see different ones.
+    """The keys to attend to: None for all, (B, Lk) bool, or (B, 1, Lq, Lk) bool.
 
     Causality is not in the first two: `module.is_causal` says it, which holds as long as queries and keys start
-    together. With a cache they do not, and the mask has four dimensions.
+    together. With a cache they do not, and the mask has four dimensions. So has one that leaves a query without a key:
+    attention is then sdpa's, where such a query attends to all keys alike.
     """
     causal = mask_function is causal_mask_function
     together = isinstance(q_offset, int) and q_offset == kv_offset == 0
     fits = attention_mask is None or attention_mask.shape == (batch_size, kv_length)
     if together and fits and ((causal and q_length == kv_length) or mask_function is bidirectional_mask_function):
-        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        if attention_mask is None:
+            return None
+        seen = (attention_mask[:, :1] if causal else attention_mask).any(dim=1).all()
+        everything, every_query = torch.stack([attention_mask.all(), seen]).tolist()
+        if everything or every_query:
+            return None if everything else attention_mask.bool()
     how |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **how)
 
@@ -60,30 +67,22 @@ def attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, Lq, D), key and value (B, H, Lk, D) to (B, Lq, H, D); weights are never formed."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias
+        )  # type: ignore[return-value]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     crosses = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", False)
     # In cross-attention a stock T5 adds zeros.
-    bias: RelativeBias | Tensor | None = None if crosses or position_bias is None else _of_distances(position_bias)
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    if attention_mask is not None and padding is None:
-        causal = False
-        length = key.shape[2]
-        mask = attention_mask[..., :length]
-        dense = 0.0 if bias is None else bias.dense(query.shape[2], length)  # type: ignore[union-attr]
-        bias = dense + mask if mask.is_floating_point() else _hidden(mask, dense, query)
+    bias = None if crosses or position_bias is None else _of_distances(position_bias)
     out = ops.attention(
-        query, key, value, bias=bias, causal=causal, dropout_p=dropout, key_padding_mask=padding,
+        query, key, value, bias=bias, dropout_p=dropout, key_padding_mask=attention_mask,
+        causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )  # fmt: skip
     return out.transpose(1, 2), None
-
-
-def _hidden(mask: Tensor, dense: Tensor | float, query: Tensor) -> Tensor:
-    zeros = torch.zeros((), device=query.device, dtype=torch.float32)
-    return torch.where(mask, dense + zeros, float("-inf"))
 
 
 def _of_distances(dense: Tensor) -> RelativeBias:

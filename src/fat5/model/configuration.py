@@ -15,6 +15,8 @@ FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config
 HEAD_FORMS = (None, "encoder", "encoder-decoder")
 DEFAULT_FORM = {"FAT5ForSequenceClassification": "encoder", "FAT5ForQuestionAnswering": "encoder-decoder"}
 POSITION_ENCODINGS = ("t5", "alibi", "rope", "fire", "absolute", "none")
+# Under these, padding on the left would shift the tokens, so that it is always left out.
+COUNTED_FROM_THE_FIRST_TOKEN = ("fire", "absolute")
 
 # T5 v1.1 in form: gated GELU, untied embeddings, no dropout in pretraining.
 _V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, vocab_size=32768, d_kv=64)
@@ -43,6 +45,8 @@ class FAT5Config(T5Config):
             the model_type under which stock classes read what `save_pretrained` writes.
         head_form: what classification and question answering read: "encoder", "encoder-decoder" (the form of the
             stock classes), or None for the class's own default.
+        compute_padding: whether an encoder computes its hidden states at padding, as stock T5 does, or leaves them out,
+            which is faster, and returns zeros. None: computes them unless a decoder follows, which does not read them.
 
     Raises:
         ConfigurationError: a value that cannot work, naming the key.
@@ -63,6 +67,7 @@ class FAT5Config(T5Config):
     fire_width: int = 32
     family: str = "t5"
     head_form: str | None = None
+    compute_padding: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Stock T5 reads `tie_word_embeddings` as "scale the output by d_model^-0.5" and then forgets it; here it
@@ -83,6 +88,15 @@ class FAT5Config(T5Config):
         _one_of("position_encoding", self.position_encoding, POSITION_ENCODINGS)
         _one_of("absolute_kind", self.absolute_kind, ("learned", "sinusoidal"))
         _one_of("head_form", self.head_form, HEAD_FORMS)
+        if self.compute_padding not in (True, False, None):
+            raise ConfigurationError(
+                f"expected true, false or null, got {self.compute_padding!r}", where="compute_padding"
+            )
+        if self.compute_padding and self.position_encoding in COUNTED_FROM_THE_FIRST_TOKEN:
+            raise ConfigurationError(
+                f"{self.position_encoding} positions count from a text's first token: padding has none; leave it out",
+                where="compute_padding",
+            )
         for key, kind in _OWN_NUMBERS.items():
             value = getattr(self, key)
             none = value is None and key == "attention_dropout_rate"

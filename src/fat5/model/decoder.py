@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from fat5.model.layout import Layout
+from fat5.model.layout import Layout, is_recorded
 from fat5.model.rows import Trace, check_mask, run_rows
 from fat5.model.stack import Stack
 
@@ -52,8 +53,9 @@ class Decoder(Stack):
             states, attentions, cross_attentions = trace.padded(lambda x: x)
         else:
             hidden, back = run_rows(
-                super().forward, rows, attention_mask, trace=trace, memory=memory, memory_mask=encoder_attention_mask
-            )
+                super().forward, rows, attention_mask, whole=True, causal=True, trace=trace, memory=memory,
+                memory_mask=encoder_attention_mask,
+            )  # fmt: skip
             hidden = back(hidden)
             states, attentions, cross_attentions = trace.padded(back)
         output = BaseModelOutputWithPastAndCrossAttentions(
@@ -77,15 +79,23 @@ class Decoder(Stack):
         """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows, (B, Lk) or, as generate
         makes it for a static cache, (B, 1, L, Lk).
         """
-        memory_layout = None
+        formed, memory_layout = is_recorded() or trace.attentions is not None, None
         if memory is not None:
             check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
-            memory_layout = Layout(None, memory.shape[1], None if memory_mask is None else memory_mask.bool())
+            memory_mask = None if memory_mask is None else memory_mask.bool()
+            readable = memory_mask is None or torch.compiler.is_compiling() or bool(memory_mask.any(dim=1).all())
+            memory_layout = Layout(None, memory.shape[1], memory_mask, formed or not readable)
+        blind = False
         if mask is not None and mask.dim() == 2:
-            mask = None if bool(mask.bool().all()) else mask.bool()
+            mask = mask.bool()
+            first = mask.shape[1] - rows.shape[1]
+            everything, seen = torch.stack([mask.all(), mask[:, : first + 1].any(dim=1).all()]).tolist()
+            mask, blind = None if everything else mask, not seen
+        elif mask is not None:
+            blind = rows.shape[1] > 1
         # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
             if type(side) is DynamicCache and side.layers:
                 side.layers.extend(type(side.layers[0])() for _ in range(len(self.block) - len(side.layers)))
-        layout = Layout(None, rows.shape[1], mask)
+        layout = Layout(None, rows.shape[1], mask, formed or blind)
         return super().forward(rows, layout, memory=memory, memory_layout=memory_layout, cache=cache, trace=trace)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from fat5.model.configuration import COUNTED_FROM_THE_FIRST_TOKEN
 from fat5.model.layers import Embedding
 from fat5.model.layout import Layout
 from fat5.model.pretrained import FAT5PreTrainedModel
@@ -22,6 +23,16 @@ class Encoder(Stack):
     """The encoder stack, also callable on padded rows as transformers' generation does."""
 
     main_input_name = "input_ids"
+    # Whether anybody reads the states at padding; a decoder does not.
+    padding_is_read = True
+
+    @property
+    def computes_padding(self) -> bool:
+        """Whether states at padding are computed, as stock T5 does, or left out and zero."""
+        asked = self.config.compute_padding
+        if self.config.position_encoding in COUNTED_FROM_THE_FIRST_TOKEN:
+            return False
+        return self.padding_is_read if asked is None else asked
 
     def forward(  # type: ignore[override]
         self,
@@ -34,14 +45,18 @@ class Encoder(Stack):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Packed with `layout`: hidden states (T, d). On rows: a BaseModelOutput with (B, L, d), zeros at padding."""
+        """Packed with `layout`: hidden states (T, d). On rows: a BaseModelOutput with (B, L, d); states at padding are
+        zeros unless the encoder `computes_padding`.
+        """
         rows = input_ids if inputs_embeds is None else inputs_embeds
         if rows is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         if layout is not None:
             return super().forward(rows, layout)
         trace = Trace.of(output_hidden_states, output_attentions)
-        hidden, back = run_rows(super().forward, rows, attention_mask, trace=trace)
+        hidden, back = run_rows(
+            super().forward, rows, attention_mask, whole=self.computes_padding, causal=False, trace=trace
+        )
         states, attentions, _ = trace.padded(back)
         output = BaseModelOutput(last_hidden_state=back(hidden), hidden_states=states, attentions=attentions)
         return output.to_tuple() if return_dict is False else output
@@ -75,7 +90,8 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Any:
-        """Hidden states of every token: rows (B, L, d), zeros at padding; packed (T, d).
+        """Hidden states of every token: rows (B, L, d), with padding as in transformers (`config.compute_padding`);
+        packed (T, d).
 
         Packed: input_ids (T,) or inputs_embeds (T, d), cu_seqlens int32 (N+1,), max_seqlen an int that bounds the
         documents' lengths.

@@ -22,6 +22,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)
         if has_decoder:
+            self.encoder.padding_is_read = False
             self.decoder = Decoder(config, is_decoder=True)
 
     def get_encoder(self, modality: str | None = None) -> Encoder:

@@ -68,6 +68,7 @@ class FAT5ForSequenceClassification(_Headed):
         self.classification_head = ClassificationHead(config)
         if not self.has_decoder:
             self._keys_to_ignore_on_load_unexpected = NOT_OF_AN_ENCODER  # type: ignore[misc]
+            self.transformer.get_encoder().padding_is_read = False  # the mean is over tokens
         self.post_init()
 
     def forward(

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
-from fat5.model.layout import Layout, is_recorded
+from fat5.model.layout import Layout
 from fat5.model.rows import Trace
 from fat5.ops import RelativeBias
 from fat5.ops.choice import uses_triton
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows.
 
-        `weights` receives the attention weights (B, H, Lq, Lk), which are formed only then, and only of rows.
+        `weights` receives the attention weights (B, H, Lq, Lk), of rows whose keys' layout says `formed`.
         """
         query = self._heads(ops.linear(self.q, hidden))
         if rotation is not None:
@@ -77,26 +77,27 @@ class Attention(nn.Module):
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
         key_layout = layout if memory_layout is None else memory_layout
         dropout_p = self.dropout if self.training else 0.0
-        if layout.packed:
+        if layout.packed and key_layout.mask is None:
             out = ops.attention(
                 query, key, value, bias=bias, causal=causal, dropout_p=dropout_p,
                 cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=key_layout.cu_seqlens,
                 max_seqlen_q=layout.max_seqlen, max_seqlen_k=key_layout.max_seqlen,
             )  # fmt: skip
-        elif weights is not None or is_recorded():
-            formed = ops.attention_weights(
-                query.transpose(1, 2), key.transpose(1, 2), bias=bias, causal=causal, key_padding_mask=key_layout.mask
-            )
-            formed = F.dropout(formed, dropout_p)
-            if weights is not None:
-                weights.append(formed)
-            out = (formed.to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2)
         else:
-            rows = ops.attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias=bias, causal=causal,
-                dropout_p=dropout_p, key_padding_mask=key_layout.mask,
-            )  # fmt: skip
-            out = rows.transpose(1, 2)
+            if layout.packed:  # whole rows
+                query, key, value = (x.unflatten(0, (len(key_layout.mask), -1)) for x in (query, key, value))  # type: ignore[arg-type]
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if key_layout.formed:
+                formed = ops.attention_weights(query, key, bias=bias, causal=causal, key_padding_mask=key_layout.mask)
+                formed = F.dropout(formed, dropout_p)
+                if weights is not None:
+                    weights.append(formed)
+                out = formed.to(value.dtype) @ value
+            else:
+                out = ops.attention(
+                    query, key, value, bias=bias, causal=causal, dropout_p=dropout_p, key_padding_mask=key_layout.mask
+                )
+            out = out.transpose(1, 2)
         return ops.linear(self.o, out.reshape(*hidden.shape[:-1], self.heads * self.width))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""Padded rows (B, L) through a stack: packed inside where that moves no token, as they are otherwise."""
+"""Padded rows (B, L) through a stack, packed inside."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fat5.model.layout import Layout, Padding, is_recorded
+from fat5.model.layout import Layout, Padding, is_recorded, keep, kept_positions
 
 
 @dataclass
@@ -40,37 +39,36 @@ def run_rows(
     rows: Tensor,
     mask: Tensor | None,
     *,
-    trace: Trace | None = None,
+    whole: bool,
+    causal: bool,
+    trace: Trace,
     memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its output and the way back to rows.
 
-    A mask with holes in it cannot be packed without moving tokens, which relative positions would notice; such rows
-    run as they are, and so does everything with a memory whose mask has holes, whose attention weights are asked for,
-    or whose graph is recorded (torch.export, torch.jit.trace).
+    `whole`: every position is computed, and the mask hides keys alone; otherwise hidden positions are left out, and
+    come back as zeros. Rows stay rows where attention weights are asked for, or a graph is recorded (torch.export,
+    torch.jit.trace).
     """
     shape = (rows.shape[0], rows.shape[1])
     check_mask("attention_mask", mask, shape)
+    memory_shape = (0, 0) if memory is None else (memory.shape[0], memory.shape[1])
     if memory is not None:
-        check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
-    formed = is_recorded() or (trace is not None and trace.attentions is not None)
-    padding = None if formed else Padding.of(mask, shape, rows.device)
-    how: dict[str, Any] = {"trace": trace}
+        check_mask("attention_mask of the encoder's tokens", memory_mask, memory_shape)
+    if is_recorded() or trace.attentions is not None:
+        tokens, memory_tokens = (None if x is None else x.bool() for x in (mask, memory_mask))
+        how: dict[str, Any] = {"trace": trace}
+        if memory is not None:
+            how |= {"memory": memory, "memory_layout": Layout(None, memory_shape[1], memory_tokens, formed=True)}
+        kept = None if whole or tokens is None else kept_positions(tokens)
+        return stack(rows, Layout(None, shape[1], tokens, formed=True), **how), lambda x: keep(x, kept)
+    padding = Padding.of(mask, shape, rows.device, whole=whole, causal=causal)
+    how = {"trace": trace}
     if memory is not None:
-        memory_padding = None if formed else Padding.of(memory_mask, (memory.shape[0], memory.shape[1]), rows.device)
-        if memory_padding is None:
-            padding = None
-        elif padding is not None:
-            how |= {"memory": memory_padding.pack(memory), "memory_layout": memory_padding.layout}
-        if padding is None:
-            kept = None if memory_mask is None else memory_mask.bool()
-            how |= {"memory": memory, "memory_layout": Layout(None, memory.shape[1], kept)}
-    if padding is not None:
-        return stack(padding.pack(rows), padding.layout, **how), padding.pad
-    tokens = None if mask is None else mask.bool()
-    keep = torch.ones(shape, dtype=torch.bool, device=rows.device) if tokens is None else tokens
-    return stack(rows, Layout(None, shape[1], tokens), **how), lambda x: x * keep[..., None].to(x)
+        across = Padding.of(memory_mask, memory_shape, rows.device, whole=False)
+        how |= {"memory": across.pack(memory), "memory_layout": across.layout}
+    return stack(padding.pack(rows), padding.layout, **how), padding.restore
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:

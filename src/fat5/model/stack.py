@@ -1,5 +1,6 @@
 """A stack of blocks, encoder or decoder: embeds, encodes positions, runs the blocks, normalises."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Stack(nn.Module):
         sources = range(len(self.block)) if self.own_bias else [0]
         biases = [self._bias(layout, cache, offset, hidden, source) for source in sources]
         if layout.mask is not None and layout.mask.dim() == 4:  # the biases hold it
-            layout = Layout(None, layout.max_seqlen)
+            layout = replace(layout, mask=None)
         causal = self.is_decoder and cache is None
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
@@ -135,9 +136,9 @@ class Stack(nn.Module):
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
             bias = torch.zeros(1, 1, length, capacity, device=device)
-        if layout.mask is not None and layout.mask.dim() == 4:
-            bias = bias + _added(layout.mask[..., :capacity])
-        return bias.masked_fill(future, float("-inf"))
+        if layout.mask is not None and layout.mask.dim() == 4:  # it hides the future too
+            return _masked(bias, layout.mask[..., :capacity])
+        return bias.masked_fill(future, torch.finfo(bias.dtype).min)
 
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
         config = self.config
@@ -156,10 +157,12 @@ class Stack(nn.Module):
         return None
 
 
-def _added(mask: Tensor) -> Tensor:
-    """A mask of any dtype as float32 to add to scores; finite, so that a query that sees no key is no NaN."""
-    lowest = torch.finfo(torch.float32).min / 2
-    return torch.where(mask, 0.0, lowest) if mask.dtype == torch.bool else mask.float().clamp(min=lowest)
+def _masked(bias: Tensor, mask: Tensor) -> Tensor:
+    """A bias under a mask, bool or to be added; hidden keys get the lowest finite number, as in stock T5."""
+    lowest = torch.finfo(bias.dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest)
+    return (bias + mask.to(bias.dtype)).clamp(min=lowest)
 
 
 def _is_static(cache: Any) -> bool:

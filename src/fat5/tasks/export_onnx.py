@@ -25,7 +25,7 @@ class EncoderRows(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, L) int64 ids and mask to (B, L, d_model), zeros at padding."""
+        """(B, L) int64 ids and mask to (B, L, d_model)."""
         return self.encoder(input_ids, attention_mask=attention_mask)[0]  # type: ignore[no-any-return]
 
 

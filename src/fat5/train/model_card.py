@@ -179,7 +179,7 @@ def _loading(facts: CardFacts) -> str:
             'session = InferenceSession("FOLDER/model.onnx")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
             'batch = tokenizer(["TEXT"], padding=True, return_tensors="np")\n'
             '(hidden,) = session.run(None, {key: batch[key] for key in ("input_ids", "attention_mask")})\n```\n\n'
-            "`hidden` is (batch, length, width), zeros at padding; batch and length are free."
+            "`hidden` is (batch, length, width), padding included; batch and length are free."
         )
     family = {"mt5": "MT5", "umt5": "UMT5"}.get(facts.config.family, "T5")
     auto = {

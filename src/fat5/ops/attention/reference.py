@@ -93,32 +93,47 @@ def attention_weights(
 ) -> Tensor:
     """softmax(scale * q k^T + bias, masked): the weights (B, H, Lq, Lk) themselves, in float32 at least.
 
-    Quadratic memory: for looking at. Arguments as in `fat5.ops.attention`, rows only; a query that sees no key gets
-    zeros.
+    Quadratic memory: for looking at, and the plain formula of stock T5. Arguments as in `fat5.ops.attention`, rows
+    only. A query that sees no key weighs all keys alike, hidden ones too, as in stock T5, which adds the lowest finite
+    number to the scores of hidden keys; gradients are those of that sum.
     """
     visible = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     if key_padding_mask is not None:
-        k = k.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
-    return _weights(q, k, bias, causal, scale, visible)
+        # What stands in padding may be NaN.
+        k = torch.where(key_padding_mask[:, None, :, None], k, k.nan_to_num(0.0, 0.0, 0.0))
+    scores = _scores(q, k, scale)
+    added = torch.zeros((), dtype=scores.dtype, device=q.device) if bias is None else _dense(bias, scores)
+    hidden = _hidden(scores, causal, visible)
+    return torch.softmax(scores + torch.where(hidden, torch.finfo(scores.dtype).min, added), dim=-1)
 
 
 def _weights(
     q: Tensor, k: Tensor, bias: RelativeBias | Tensor | None, causal: bool, scale: float, visible: Tensor | None
 ) -> Tensor:
-    """(B, H, Lq, Lk); `visible` is bool and broadcasts to that."""
-    query_length, key_length = q.shape[2], k.shape[2]
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
+    """(B, H, Lq, Lk); `visible` is bool and broadcasts to that. A query that sees no key gets zeros."""
+    scores = _scores(q, k, scale)
     if bias is not None:
-        dense = bias.dense(query_length, key_length) if isinstance(bias, RelativeBias) else bias
-        scores = scores + dense.to(compute)
-    hidden = torch.zeros(query_length, key_length, dtype=torch.bool, device=q.device)
-    if causal:
-        hidden = hidden | torch.ones_like(hidden).triu(1)
-    if visible is not None:
-        hidden = hidden | ~visible
+        scores = scores + _dense(bias, scores)
+    hidden = _hidden(scores, causal, visible)
     scores = scores.masked_fill(hidden, float("-inf"))
     # A row that sees nothing, because of masks or of a dense bias, is all -inf, whose softmax is NaN forward and
     # backward: let it see everything, then zero it.
     blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind | hidden, 0.0)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    return scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
+
+
+def _dense(bias: RelativeBias | Tensor, scores: Tensor) -> Tensor:
+    dense = bias.dense(scores.shape[-2], scores.shape[-1]) if isinstance(bias, RelativeBias) else bias
+    return dense.to(scores.dtype)
+
+
+def _hidden(scores: Tensor, causal: bool, visible: Tensor | None) -> Tensor:
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    if causal:
+        hidden = hidden | torch.ones_like(hidden).triu(1)
+    return hidden if visible is None else hidden | ~visible
