@@ -62,8 +62,24 @@ def test_a_function_with_positional_words() -> None:
         ("", "holds no keys"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("[" * 100_000, "YAML"),
+        ("output_dir: a\nsteps: 1\nsteps: 2\n", "recipe.yaml:3: key 'steps' stands twice"),
+        ("output_dir: a\noptimizer:\n  lr: 1\n  lr: 2\n", "recipe.yaml:4: key 'lr' stands twice"),
+        ('{"output_dir": "a", "steps": 1, "steps": 2}', "recipe.yaml:1: key 'steps' stands twice"),
+        ("output_dir: a\nmixture: [{mu: 3, r: 0.1, mu: 8}]\n", "recipe.yaml:2: key 'mu' stands twice"),
     ],
-    ids=["nested-typo", "typo", "type", "missing", "syntax", "alias", "text", "empty", "python-tag", "deep"],
+    ids=[
+        "nested-typo",
+        "typo",
+        "type",
+        "missing",
+        "syntax",
+        "alias",
+        "text",
+        "empty",
+        "python-tag",
+        "deep",
+        *("twice", "twice-nested", "twice-json", "twice-in-list"),
+    ],
 )
 def test_a_bad_file_gets_one_line(tmp_path: Path, yaml: str, said: str) -> None:
     file = tmp_path / "recipe.yaml"
@@ -81,6 +97,11 @@ def test_junk_huge_and_absent_files_are_named(tmp_path: Path) -> None:
     for file, said in [(junk, "UTF-8"), (huge, "too large"), (tmp_path / "hug.yaml", "Did you mean")]:
         with pytest.raises(ConfigurationError, match=said):
             parse(Recipe, [f"--config={file}"], "pretrain")
+
+
+def test_a_key_twice_on_the_command_line_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"--optimizer:1: key 'lr' stands twice"):
+        parse(Recipe, ["--output_dir", "a", "--optimizer", "{lr: 1, lr: 2}"], "pretrain")
 
 
 def test_an_unknown_flag_suggests_the_near_one() -> None:

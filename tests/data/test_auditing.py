@@ -6,6 +6,7 @@ from made_corpus import made_documents, write_corpus
 
 from fat5.data import Denoiser, load_tokenizer, sample_path
 from fat5.data.auditing import AuditConfig, audit
+from fat5.data.order import PieceStream
 from fat5.data.tokenizer import Tokenizer, byte_tokenizer
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
@@ -102,6 +103,21 @@ def test_fertility_and_corpora_are_measured(prepared, tmp_path, tokenizer):
     assert words["tokens_per_word"] == pytest.approx(len(ids) / len(text.split()), rel=0.05)
     assert words["tokens_per_byte"] == pytest.approx(len(ids) / len(text.encode()), rel=0.05)
     assert words["unknown_rate"] == 0.0
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
+    write_text(tmp_path / "many", tokenizer, made_documents([8] * 20_000, vocab_size=1024))
+    resolved = []
+    resolve = PieceStream.resolve
+
+    def count(self, positions):
+        resolved.append(positions.size)
+        return resolve(self, positions)
+
+    monkeypatch.setattr(PieceStream, "resolve", count)
+    report = audit(config(tmp_path / "many", tmp_path, tokens=10_000))
+    assert report["tokenizer"]["tokens_measured"] == 160_000
+    assert max(resolved) <= 1024
 
 
 def test_what_cannot_be_audited_is_named(prepared, tmp_path):

@@ -1,10 +1,15 @@
 """Corpora: every form, cut anywhere, read whole; and fault 20, each kind of bad input with its place."""
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,32 +32,30 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)))
 
 
+def compressed(content: bytes, extension: str) -> bytes:
+    """In two members or frames, as parallel compressors write, where there is a codec."""
+    half = content.index(b"\n") + 1
+    codec = Path(extension).suffix
+    if codec not in formats.CODECS:
+        return content
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[codec]
+    return pack(content[:half]) + pack(content[half:])
+
+
 def write_form(folder: Path, extension: str, texts: list[str]) -> Path:
     path = folder / f"corpus{extension}"
-    plain = folder / "plain"
-    write_jsonl(plain, texts)
-    lines = plain.read_bytes()
-    plain.unlink()
-    if extension == ".jsonl":
-        path.write_bytes(lines)
-    elif extension == ".jsonl.gz":
-        path.write_bytes(gzip.compress(lines))
-    elif extension == ".jsonl.zst":
-        # Two frames, as parallel compressors write.
-        half = lines.index(b"\n") + 1
-        compressor = zstandard.ZstdCompressor()
-        path.write_bytes(compressor.compress(lines[:half]) + compressor.compress(lines[half:]))
-    elif extension == ".parquet":
+    if extension == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(len(texts))}), path, row_group_size=2)
-    elif extension == ".csv":
-        import csv
-
+        return path
+    if extension.startswith(".json"):
+        content = "".join(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts))
+    elif extension.startswith(".csv"):
         buffer = io.StringIO()
-        writer = csv.writer(buffer)
-        writer.writerows([["n", "text"], *enumerate(texts)])
-        path.write_text(buffer.getvalue(), newline="")
+        csv.writer(buffer).writerows([["n", "text"], *enumerate(texts)])
+        content = buffer.getvalue()
     else:
-        path.write_text("\n\n".join(texts) + "\n")
+        content = "\n\n".join(texts) + "\n"
+    path.write_bytes(compressed(content.encode(), extension))
     return path
 
 
@@ -173,6 +176,91 @@ def test_a_dataset_is_streamed(tmp_path: Path) -> None:
     assert list(open_corpus([f"hf:{tmp_path}"]).rows(3)) == TEXTS[:3]
 
 
+@pytest.mark.parametrize("row", ['{"text": "a", "score": NaN}', '{"score": -Infinity, "text": "a"}'])
+def test_python_numbers_in_other_columns_are_read(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(row + '\n{"text": "b"}\n')
+    assert read_all(open_corpus([str(tmp_path)])) == ["a", "b"]
+
+
+def test_the_name_of_the_column_may_occur_in_a_row_again(tmp_path: Path) -> None:
+    row = {"type": "text", "text": 'le mot "text"', "meta": {"text": "not this"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_all(open_corpus([str(tmp_path)])) == ['le mot "text"']
+
+
+def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
+    rows = [{"translation": {"fr": "un", "en": "one"}}, {"translation": {"fr": None}}, {"translation": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"translation.fr": ["un"]}), tmp_path / "dot.parquet")
+    (tmp_path / "a.csv").write_text("n,translation.fr\n1,un\n")
+    options = CorpusOptions(text_column="translation.fr")
+    for name, texts in (("a.jsonl", ["un", "", ""]), ("a.parquet", ["un", "", ""]), ("dot.parquet", ["un"])):
+        assert read_all(open_corpus([str(tmp_path / name)], options)) == texts
+    assert read_all(open_corpus([str(tmp_path / "a.csv")], options)) == ["un"]
+    for name in ("a.jsonl", "a.parquet"):
+        for column, said in (("translation.de", "it has en, fr"), ("translation", "Name one of translation.")):
+            with pytest.raises(DataError, match=said):
+                read_all(open_corpus([str(tmp_path / name)], CorpusOptions(text_column=column)))
+
+
+TEXT = pyarrow.string()
+TYPES = [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), TEXT)]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("column", ["text", "nested.text"])
+def test_parquet_holds_text_in_several_types(tmp_path: Path, kind: pyarrow.DataType, column: str) -> None:
+    texts = pyarrow.array(["été", None, "été", "fin"]).cast(kind)
+    table = pyarrow.table({"text": texts, "nested": pyarrow.StructArray.from_arrays([texts], ["text"])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type == kind
+    assert read_all(open_corpus([str(tmp_path)], CorpusOptions(text_column=column))) == ["été", "", "été", "fin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "bad", "first"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"}\nnope\n{"text": 3}\n{"n": 1}\n{"text": "\xff"}\n{"text": "b"}',
+            "ab",
+            4,
+            ":2: not J",
+        ),
+        ("a.json.gz", b'{"text": "a"}\n' + b"x" * 2000 + b'\n{"text": "b"}', "ab", 1, ":2: a line longer"),
+        ("a.csv", b'n,text\n1,a\n2,b, c\n3,"\xff\n3,"\n\n4,d\n5\n', "ad", 3, ":3: a row of 3 fields"),
+        ("a.txt", b"a\n\nb\n\xff\nb\n\nc\n\n" + b"x\n" * 2000 + b"\nd", "acd", 2, ":4: invalid UTF-8"),
+        ("a.txt.zst", b"a\n\n" + b"x" * 2000 + b"\nb\n\nc\n", "ac", 1, ":3: a line longer"),
+    ],
+)
+def test_bad_rows_are_skipped_and_counted_if_asked(
+    tmp_path: Path, name: str, content: bytes, texts: str, bad: int, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (lines, formats):
+        monkeypatch.setattr(module, "LARGEST_DOCUMENT", 1000)
+    (tmp_path / name).write_bytes(compressed(content, name))
+    corpus = open_corpus([str(tmp_path)], CorpusOptions(on_bad_row="skip"))
+    for _ in range(2):
+        assert list(corpus.rows()) == list(texts)
+        assert corpus.bad_rows.count == bad
+    assert name + first in corpus.bad_rows.first
+    with pytest.raises(DataError, match=first):
+        read_all(open_corpus([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("content", [b'text\n"a"b\nc\n', b'text\n"a\nb\n', b"body\na\n"])
+def test_a_file_that_is_bad_as_a_whole_is_never_skipped(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"not CSV|no column"):
+        read_all(open_corpus([str(tmp_path)], CorpusOptions(on_bad_row="skip")))
+
+
+def test_csv_keeps_quoted_line_ends_and_drops_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,n\r\n"un,\r\ndeux",1\r\n\r\n"trois\n""quatre""",2\r\n')
+    assert read_all(open_corpus([str(tmp_path)])) == ["un,\r\ndeux", 'trois\n"quatre"']
+
+
 # Bad input: a function that writes it, its file, what must be said
 
 Writer = Callable[[Path], object]
@@ -212,7 +300,46 @@ BAD: dict[str, tuple[str, Writer, str]] = {
     ),
     "numbers-jsonl": ("a.jsonl", lambda p: p.write_text('{"text": 3}\n'), "holds int, not text"),
     "numbers-parquet": ("a.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table({"text": [3]}), p), "int64"),
-    "short-csv-row": ("a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), r"a\.csv:3: a row without"),
+    "short-csv-row": ("a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), r"a\.csv:3: a row of 1 fields under 2 col"),
+    "unquoted-comma": (
+        "a.csv",
+        lambda p: p.write_text("text\nBonjour\nBonjour, le monde\n"),
+        r"a\.csv:3: a row of 2 fields under 1 columns\. Quote",
+    ),
+    "unquoted-comma-in-bz2": (
+        "a.csv.bz2",
+        lambda p: p.write_bytes(bz2.compress(b"text\nBonjour, le monde\n")),
+        r"a\.csv\.bz2:2: a row of 2 fields",
+    ),
+    "csv-column-twice": ("a.csv", lambda p: p.write_text("text,text\na,b\n"), r"a\.csv:1: column 'text' stands twice"),
+    "csv-without-header": (
+        "a.csv",
+        lambda p: p.write_text("Un texte.\nUn autre.\n"),
+        "no column 'text'; it has Un texte",
+    ),
+    "csv-row-without-end": (
+        "a.csv",
+        lambda p: p.write_bytes(b'text\n"' + b"a\n" * (17 << 20)),
+        "a row longer than 32 MiB",
+    ),
+    "tsv": ("a.tsv", lambda p: p.write_text("text\nun\n"), r"unknown extension.*\.json and \.csv"),
+    "key-twice": (
+        "a.jsonl",
+        lambda p: p.write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n'),
+        r"a\.jsonl:2: not JSON \(key 'text' stands twice\)",
+    ),
+    "half-a-surrogate-pair": (
+        "a.jsonl",
+        lambda p: p.write_text('{"text": "\\ud83d"}'),
+        "not JSON .half of a surrogate",
+    ),
+    "deep": ("a.jsonl", lambda p: p.write_text('{"text": "a", "b": ' + "[" * 99_999), "not JSON .nested too deeply"),
+    "array": ("a.json", lambda p: p.write_text('[{"text": "a"}, {"text": "b"}]'), "not a JSON object.*jq -c"),
+    "pretty-array": ("a.json", lambda p: p.write_text('[\n {"text": "a"}\n]'), r"a\.json:1: not JSON.*jq -c"),
+    "cut-bz2": ("a.txt.bz2", lambda p: p.write_bytes(bz2.compress(b"a\n" * 9999)[:40]), "damaged or cut short"),
+    "cut-xz": ("a.txt.xz", lambda p: p.write_bytes(lzma.compress(b"a\n" * 9999)[:80]), "damaged or cut short"),
+    "damaged-xz": ("a.txt.xz", lambda p: p.write_bytes(lzma.compress(b"a")[:6] + b"x" * 50), "damaged or cut short"),
+    "nested-jsonl": ("a.jsonl", lambda p: p.write_text('{"text": {"fr": "a"}}'), "is nested. Name one of text.fr"),
     "open-csv-quote": ("a.csv", lambda p: p.write_text('id,text\n1,"a\n'), "not CSV"),
 }
 
@@ -227,17 +354,40 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, case: str) -> None:
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", *(f"a.jsonl{codec}" for codec in formats.CODECS)])
 def test_a_line_that_never_ends_is_refused_before_it_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "LARGEST_DOCUMENT", 1 << 20)
-    content = b"text\n" + b"a" * (3 << 20)
-    (tmp_path / name).write_bytes(
-        gzip.compress(content, 1) if name.endswith("gz") else content[5:] if name != "a.csv" else content
-    )
-    with pytest.raises(DataError, match=r"a\.[a-z.]+:\d: (a line longer than 1 MiB|not JSON)"):
+    for module in (lines, formats):
+        monkeypatch.setattr(module, "LARGEST_DOCUMENT", 1 << 20)
+    first = b"text\n" if name == "a.csv" else b'{"text": "a"}\n'
+    (tmp_path / name).write_bytes(compressed(first + b"a" * (3 << 20), name))
+    with pytest.raises(DataError, match=r"a\.[a-z0-9.]+:2: a (line|row) longer than 1 MiB"):
         read_all(open_corpus([str(tmp_path / name)]))
+
+
+BOMB = """
+import resource, sys
+from fat5.data.corpus import open_corpus
+from fat5.errors import DataError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    list(open_corpus([sys.argv[1]]).rows())
+except DataError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def test_a_small_file_of_one_huge_line_takes_little_memory(tmp_path: Path) -> None:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    block = b"a" * (1 << 20)
+    content = b"".join(compressor.compress(block) for _ in range(512)) + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert len(content) < 64_000
+    found = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path)], capture_output=True, text=True, check=True)
+    kilobytes, _, said = found.stdout.partition(" ")
+    assert "a.jsonl.zst:1: a line longer than 32 MiB" in said
+    assert int(kilobytes) < 200_000
 
 
 def test_a_paragraph_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

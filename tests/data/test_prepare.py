@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import json
 import os
 import pickle
 import signal
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from preparing import config, decoded, manifest, write_jsonl
 
-from fat5.data import Tokenizer, load_tokenizer, open_shards, verify
+from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, verify
+from fat5.data.corpus import CorpusOptions
 from fat5.data.prepare import prepare
 from fat5.data.prepare_plan import read_plan
 from fat5.data.tokenizer import byte_tokenizer
@@ -106,6 +108,42 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path: Path, tokenizer: str, text
     assert sorted(decoded(tmp_path / "out", "train")) == sorted(texts[:40])
 
 
+def test_a_hugging_face_dataset_is_read_as_strictly_as_files(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    (tmp_path / "dataset").mkdir()
+    rows = [{"translation": {"fr": text}, "media": "a column of that name"} for text in [*texts[:20], None]]
+    path = tmp_path / "dataset" / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = CorpusOptions(text_column="translation.fr")
+    keys = config(tmp_path, tokenizer, f"hf:{path.parent}", validation_fraction=0.0, corpus=options)
+    prepare(keys)
+    assert decoded(tmp_path / "out", "train") == texts[:20]
+    numbers = {"text": 5}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [numbers, numbers]))
+    keys = replace(keys, output_dir=str(tmp_path / "numbers"), corpus=CorpusOptions(on_bad_row="skip"))
+    with pytest.raises(DataError, match=r"2 rows were skipped, the first because of .*holds int, not text"):
+        prepare(keys)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("small_tasks")
+def test_skipped_rows_are_counted_in_the_manifest(
+    tmp_path: Path, tokenizer: str, texts: list[str], workers: int
+) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    rows = corpus.read_bytes().splitlines(keepends=True)
+    for index in (3, 200, 399):
+        rows[index] = b'{"text": "cut\n'
+    corpus.write_bytes(b"".join(rows))
+    keys = config(tmp_path, tokenizer, corpus, workers=workers, validation_fraction=0.0)
+    made = prepare(replace(keys, corpus=CorpusOptions(on_bad_row="skip")))
+    assert made
+    assert made.bad_rows == read_manifest(tmp_path / "out").bad_rows == 3
+    assert decoded(tmp_path / "out", "train") == [text for i, text in enumerate(texts) if i not in (3, 200, 399)]
+    first = json.loads((tmp_path / "out" / "logs" / "bad_rows" / "00000.json").read_bytes())["first"]
+    assert first.startswith(f"{corpus}:4: not JSON")
+    assert len(read_plan(tmp_path / "out").tasks) > 3
+
+
 # Restart
 
 KILLED = """
@@ -132,10 +170,10 @@ def test_killed_and_run_again_the_manifest_is_the_same(tmp_path: Path, tokenizer
     deadline = time.monotonic() + 60
     while len(done) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-        done = sorted((out / "logs" / "shards").glob("*.json"))
+        done = finished_tasks(out)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = sorted((out / "logs" / "shards").glob("*.json"))
+    done = finished_tasks(out)
     assert 2 <= len(done) < len(read_plan(out).tasks)
     with pytest.raises(DataError, match="Run `fat5 prepare` again"):
         open_shards(out)
@@ -146,6 +184,12 @@ def test_killed_and_run_again_the_manifest_is_the_same(tmp_path: Path, tokenizer
     assert {path: path.stat().st_mtime_ns for path in done} == stamps, "finished tasks were done again"
     assert not list(out.rglob("*.partial"))
     verify(out)
+
+
+def finished_tasks(out: Path) -> list[Path]:
+    """What the tasks that are marked as finished left; a killed task may have left its own as well."""
+    marks = sorted((out / "logs" / "tokens" / "completions").glob("*"))
+    return [out / "logs" / "shards" / f"{mark.name}.json" for mark in marks]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])

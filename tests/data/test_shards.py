@@ -143,6 +143,17 @@ def test_a_manifest_that_cannot_be_is_refused(folder: Path, change: object, said
         open_shards(folder)
 
 
+def test_a_manifest_with_a_key_twice_is_refused_and_one_of_before_bad_rows_is_read(folder: Path) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace(' "bad_rows": 0,\n', ""))
+    assert "bad_rows" not in path.read_text()
+    assert read_manifest(folder).bad_rows == 0
+    path.write_text(text.replace('"shards": {', '"shards": {}, "shards": {'))
+    with pytest.raises(DataError, match="not a manifest"):
+        read_manifest(folder)
+
+
 def test_what_is_no_prepared_folder_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match=r"no manifest\.json"):
         open_shards(tmp_path / "nowhere")

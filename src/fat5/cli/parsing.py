@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -71,6 +72,7 @@ def parse(
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     argv = _read_recipes(argv, section or verb, recipe)
     argv = spell_out(argv, actions, bool(positional or words), words)
+    _check_values(argv)
     try:
         namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)
@@ -124,6 +126,7 @@ def _check_yaml(text: str, name: str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST_CONFIGURATION:
                 raise ConfigurationError("YAML nested too deeply", where=name, hint="Give a YAML recipe")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), name)
         document = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigurationError):
@@ -135,6 +138,35 @@ def _check_yaml(text: str, name: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigurationError("holds no keys", where=name, hint="A recipe is `key: value` lines")
     return document
+
+
+def _refuse_repeated_keys(node: Any, name: str) -> None:
+    """PyYAML keeps the last of two equal keys and loses the others without a word."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    where = f"{name}:{key.start_mark.line + 1}"
+                    raise ConfigurationError(f"key {key.value!r} stands twice", where=where, hint="Keep one of them")
+                seen.add(key.value)
+            _refuse_repeated_keys(value, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value, name)
+
+
+def _check_values(argv: Sequence[str]) -> None:
+    """Judges lists and mappings written on the command line as those of a recipe."""
+    import yaml
+
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag != "--config" and value.startswith(("{", "[")) and "{" in value:
+            with suppress(yaml.YAMLError, RecursionError):  # the parser says what is wrong with these
+                _refuse_repeated_keys(yaml.compose(value, Loader=yaml.SafeLoader), flag)
 
 
 def _parameter_help(signature: Callable[..., Any], name: str) -> str:

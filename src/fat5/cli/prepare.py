@@ -17,6 +17,9 @@ def main(argv: list[str]) -> int:
     for split in manifest.shards:
         documents, tokens = manifest.documents(split), manifest.tokens(split)
         print(f"{config.output_dir}/{split}: {documents:,} documents, {tokens:,} tokens")
+    if manifest.bad_rows:
+        first = f"{config.output_dir}/logs/bad_rows names the first of each task"
+        print(f"skipped {manifest.bad_rows:,} rows that cannot be read; {first}")
     if not manifest.documents("validation"):
         print("the validation split is empty: a higher --validation_fraction fills it")
     if config.verify:

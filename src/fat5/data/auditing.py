@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fat5.errors import ConfigurationError, TokenizerError, check_writable
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
 DRAWS_SIGMA = 4.0  # standard deviations by which a measured proportion may differ from its own
 FERTILITY_TOKENS = 300_000  # raw tokens decoded to count words and bytes
+BLOCK = 1024  # positions of the stream resolved at a time
 SHOWN_TOKENS = 120  # of each side of an example
 
 
@@ -251,8 +252,8 @@ def _measure(config: AuditConfig, stream: PieceStream) -> dict[str, np.ndarray]:
     parts: list[kernels.Examples] = []
     total, position = 0, 0
     while total < config.tokens:
-        parts.append(stream.resolve(np.arange(position, position + 1024)))
-        total, position = total + int(parts[-1].length.sum()), position + 1024
+        parts.append(stream.resolve(np.arange(position, position + BLOCK)))
+        total, position = total + int(parts[-1].length.sum()), position + BLOCK
     return {side: np.concatenate([getattr(part, side) for part in parts]) for side in ("encoder", "decoder")}
 
 
@@ -296,7 +297,7 @@ def _corpora(stream: PieceStream, seen: _Seen) -> list[dict[str, Any]]:
 def _fertility(stream: PieceStream, tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokens per word (white space between words) and per byte, and the share of unknown tokens, on decoded pieces."""
     tokens = words = size = unknown = 0
-    for piece in stream.resolve(np.arange(sum(stream.num_pieces))).piece.tolist():
+    for piece in _pieces(stream):
         ids = stream.tokens(piece)
         text = tokenizer.decode(ids.tolist())
         tokens += len(ids)
@@ -312,3 +313,10 @@ def _fertility(stream: PieceStream, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens_per_byte": tokens / max(size, 1),
         "unknown_rate": unknown / max(tokens, 1),
     }
+
+
+def _pieces(stream: PieceStream) -> Iterator[int]:
+    """The pieces of the stream in order, as many as the sources have; resolved a block at a time."""
+    total = sum(stream.num_pieces)
+    for start in range(0, total, BLOCK):
+        yield from stream.resolve(np.arange(start, min(start + BLOCK, total))).piece.tolist()

@@ -1,26 +1,18 @@
 """Corpora: what the user names on the command line, cut into chunks that can be read independently and in any order.
 
 Every form is read strictly: a damaged line, a wrong column or a binary file stops the reading with its name and
-line, and nothing is skipped in silence. No form holds a file in memory, and no line above `LARGEST_DOCUMENT` is read.
+line. With `on_bad_row: skip` a row that cannot be read is counted instead. No form holds a file in memory, and no line
+above `LARGEST_DOCUMENT` is read.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fat5.data.formats import (
-    EXTENSIONS,
-    Row,
-    TxtDocuments,
-    extension_of,
-    missing_column,
-    read_rows,
-    row_text,
-    sniff,
-    split_points,
-)
+from fat5.data.formats import READ, TxtDocuments, extension_of, read_rows, sniff, split_points
+from fat5.data.rows import BadRows, Row, missing_column, row_text
 from fat5.data.sample_corpus import sample_path
 from fat5.errors import DataError
 
@@ -45,13 +37,15 @@ class CorpusOptions:
     """How to read a corpus.
 
     Args:
-        text_column: the column (or JSON key) that holds the text.
+        text_column: the column (or JSON key) that holds the text; `translation.fr` is the key `fr` in `translation`.
+        on_bad_row: `refuse` stops at a row that cannot be read; `skip` leaves it out and counts it.
         txt_documents: one document in a .txt file is a `paragraph` (blank lines between), a `line`, or the `file`.
         subset: configuration of a Hugging Face dataset, such as a language.
         split: split of a Hugging Face dataset.
     """
 
     text_column: str = "text"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     txt_documents: TxtDocuments = "paragraph"
     subset: str | None = None
     split: str = "train"
@@ -59,11 +53,16 @@ class CorpusOptions:
 
 @dataclass
 class Corpus:
-    """A corpus of local files, or one Hugging Face dataset (`dataset` is its name then, and `files` is empty)."""
+    """A corpus of local files, or one Hugging Face dataset (`dataset` is its name then, and `files` is empty).
+
+    Attributes:
+        bad_rows: what `read` (since this object was made) or the last pass of `rows` skipped.
+    """
 
     options: CorpusOptions
     files: list[str] = field(default_factory=list)
     dataset: str | None = None
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     @property
     def name(self) -> str:
@@ -106,7 +105,22 @@ class Corpus:
             DataError: anything that cannot be read as what it should be, with file and line.
         """
         options = self.options
-        return read_rows(chunk.path, chunk.start, chunk.stop, options.text_column, options.txt_documents, columns)
+        return self._sound(
+            read_rows(chunk.path, chunk.start, chunk.stop, options.text_column, options.txt_documents, columns)
+        )
+
+    def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> Row | None:
+        """One row of the Hugging Face dataset as `load_streamed` gave it, None where it is skipped.
+
+        Raises:
+            DataError: it has no text in the text column.
+        """
+        try:
+            text = row_text(row, self.options.text_column, where)
+        except DataError as error:
+            self._refuse_or_count(error)
+            return None
+        return Row(text, 0, {name: row[name] for name in columns if name in row})
 
     def rows(self, limit: int | None = None) -> Iterator[str]:
         """Texts of the corpus in order, at most `limit`; empty ones are left out."""
@@ -119,13 +133,28 @@ class Corpus:
                 yield text
 
     def _texts(self) -> Iterator[str]:
+        self.bad_rows = BadRows()
         if self.dataset is not None:
-            for row in load_streamed(self.dataset, self.options):
-                yield row_text(row, self.options.text_column, self.dataset)
+            for number, streamed in enumerate(load_streamed(self.dataset, self.options), 1):
+                row = self.streamed_row(streamed, f"{self.dataset}, row {number}")
+                if row is not None:
+                    yield row.text
             return
         for chunk in self.chunks():
             for row in self.read(chunk):
                 yield row.text
+
+    def _sound(self, found: Iterable[Row | DataError]) -> Iterator[Row]:
+        for row in found:
+            if isinstance(row, Row):
+                yield row
+            else:
+                self._refuse_or_count(row)
+
+    def _refuse_or_count(self, error: DataError) -> None:
+        if self.options.on_bad_row == "refuse":
+            raise error
+        self.bad_rows.add(error)
 
 
 def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
@@ -192,7 +221,7 @@ def load_streamed(name: str, options: CorpusOptions) -> Any:
             where=name,
             hint="Check its name, subset and split, and the network",
         ) from error
-    if columns is not None and options.text_column not in columns:
+    if columns is not None and not {options.text_column, options.text_column.split(".")[0]} & set(columns):
         raise missing_column(options.text_column, columns, name)
     return stream
 
@@ -206,5 +235,5 @@ def _files_in(folder: Path) -> list[str]:
         and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     )
     if not found:
-        raise DataError("no text files in this folder", where=folder, hint=f"FAT5 reads {', '.join(EXTENSIONS)}")
+        raise DataError("no text files in this folder", where=folder, hint=READ)
     return found

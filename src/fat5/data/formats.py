@@ -1,20 +1,28 @@
-"""The file forms of a corpus (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .csv), read row by row and strictly."""
+"""The file forms of a corpus (.txt, .jsonl, .json, .csv, also compressed; .parquet), read row by row and strictly."""
 
 import csv
 import gzip
+import json
+import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from fat5.data import strict_json
 from fat5.data.lines import LARGEST_DOCUMENT, Lines
+from fat5.data.parquet import parquet_rows, row_groups
+from fat5.data.rows import Row, missing_column, row_text
 from fat5.errors import DataError
 
 TxtDocuments = Literal["paragraph", "line", "file"]
-EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
+CODECS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
+TEXT_FORMS = (".txt", ".jsonl", ".json", ".csv")
+EXTENSIONS = (*(form + codec for form in TEXT_FORMS for codec in ("", *CODECS)), ".parquet")
+READ = "FAT5 reads .txt, .jsonl, .json and .csv (also .gz, .zst, .bz2, .xz of them) and .parquet"
 _MAGIC = {
     b"\x80\x02": "a pickle, which FAT5 never loads",
     b"\x80\x03": "a pickle, which FAT5 never loads",
@@ -23,22 +31,14 @@ _MAGIC = {
     b"PK\x03\x04": "a zip archive (or a torch pickle, which FAT5 never loads)",
     b"\x1f\x8b": "gzip data",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"\xfd7zXZ\x00": "xz data",
     b"PAR1": "Parquet data",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"%PDF": "a PDF",
 }
-_EXPECTED = {".jsonl.gz": b"\x1f\x8b", ".jsonl.zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1"}
 _HEAD = 4096
-
-
-@dataclass(slots=True)
-class Row:
-    """One document: its text, how many raw bytes of the file lie behind it, and the further columns asked for."""
-
-    text: str
-    position: int
-    columns: dict[str, Any]
+_HOW_LINES_LOOK = 'Each line is {"text": "…"}; `jq -c ".[]" FILE` makes lines of an array'
 
 
 def extension_of(name: str) -> str | None:
@@ -55,7 +55,7 @@ def sniff(path: str) -> None:
     """
     extension = extension_of(path)
     if extension is None:
-        raise DataError("unknown extension", where=path, hint=f"FAT5 reads {', '.join(EXTENSIONS)}")
+        raise DataError("unknown extension", where=path, hint=READ)
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
@@ -63,7 +63,7 @@ def sniff(path: str) -> None:
         raise DataError(f"cannot be read ({error.strerror})", where=path) from error
     if not head:
         raise DataError("this file is empty", where=path, hint="Leave it out")
-    expected = _EXPECTED.get(extension)
+    expected = b"PAR1" if extension == ".parquet" else CODECS.get(Path(extension).suffix)
     if expected and head.startswith(expected):
         return
     found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
@@ -78,12 +78,12 @@ def sniff(path: str) -> None:
 def split_points(path: str, target: int, txt_documents: TxtDocuments) -> Iterator[tuple[int, int, int]]:
     """Parts of a file that can be read alone: (start, stop, bytes) of about `target` bytes each.
 
-    Starts and stops are bytes for .txt and .jsonl, row groups for .parquet, and (0, -1) for a form read whole.
+    Starts and stops are bytes for .txt, .jsonl and .json, row groups for .parquet, and (0, -1) for a form read whole.
     """
     extension, size = extension_of(path), os.path.getsize(path)
     if extension == ".parquet":
-        yield from _row_groups(path, target)
-    elif extension == ".jsonl" or (extension == ".txt" and txt_documents != "file"):
+        yield from row_groups(path, target)
+    elif extension in (".jsonl", ".json") or (extension == ".txt" and txt_documents != "file"):
         parts = max(1, round(size / target))
         points = [size * part // parts for part in range(parts + 1)]
         for start, stop in pairwise(points):
@@ -99,21 +99,25 @@ def read_rows(
     text_column: str = "text",
     txt_documents: TxtDocuments = "paragraph",
     columns: Sequence[str] = (),
-) -> Iterator[Row]:
+) -> Iterator[Row | DataError]:
     """Rows of one part of a file, as `split_points` gave it; rows without text are yielded with text "".
 
+    A row that cannot be read is yielded as its error, with file and line; the rows after it follow.
+
     Raises:
-        DataError: damaged, too long, not UTF-8, or without the column; with file and line.
+        DataError: the file as a whole cannot be read: damaged, or without the column.
     """
-    extension = extension_of(path)
+    import zstandard
+
+    extension = extension_of(path) or ""
     if start == stop:
         return
     try:
         if extension == ".parquet":
-            yield from _parquet(path, start, stop, text_column, columns)
-        elif extension == ".csv":
+            yield from parquet_rows(path, start, stop, text_column, columns)
+        elif extension.startswith(".csv"):
             yield from _csv(path, text_column, columns)
-        elif extension == ".txt":
+        elif extension.startswith(".txt"):
             yield from _txt(path, start, stop, txt_documents)
         else:
             yield from _jsonl(path, start, stop, text_column, columns)
@@ -121,66 +125,67 @@ def read_rows(
         if isinstance(error, gzip.BadGzipFile):
             raise DataError("gzip data is damaged", where=path, hint="Fetch it again") from error
         raise DataError(f"cannot be read ({error.strerror or error})", where=path) from error
-    except (EOFError, zlib.error) as error:
-        raise DataError("compressed data is damaged or cut short", where=path, hint="Fetch it again") from error
+    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise DataError(
+            f"compressed data is damaged or cut short ({error})", where=path, hint="Fetch it again"
+        ) from error
 
 
-def row_text(row: dict[str, Any], column: str, where: object) -> str:
-    """The text of one row, "" where it is null.
-
-    Raises:
-        DataError: no such column, or no string in it.
-    """
-    if column not in row:
-        raise missing_column(column, list(row), where)
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(f"column {column!r} holds {type(text).__name__}, not text", where=where)
-    return text
-
-
-def missing_column(column: str, columns: Sequence[str], where: object) -> DataError:
-    """The error of a wrong text column, with the columns there are."""
-    shown = ", ".join(sorted(map(str, columns))[:20]) or "none"
-    return DataError(f"no column {column!r}; it has {shown}", where=where, hint="Name one with --corpus.text_column")
-
-
-def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
+def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row | DataError]:
     import orjson
-    import zstandard
 
     lines = Lines(path, start, stop)
-    try:
-        for line in lines:
-            if line.isspace():
-                continue
-            try:
-                row = orjson.loads(lines.text(line) if lines.number == 1 else line)
-            except orjson.JSONDecodeError as error:
-                lines.text(line)
-                raise DataError(f"not JSON ({error})", where=lines.where(), hint="Each line is one object") from error
-            if not isinstance(row, dict):
-                raise DataError("not a JSON object", where=lines.where(), hint='Each line is {"text": "…"}')
-            if text_column in row and type(row[text_column]) is str:
-                text = row[text_column]
+    # Where the name of the column stands before a colon twice, one object may have it twice.
+    names = [json.dumps(name, ensure_ascii=False).encode() for name in {text_column, *text_column.split(".")}]
+    keys = [(name, re.compile(re.escape(name) + rb"\s*:")) for name in names]
+    for line in lines:
+        if line.isspace():
+            continue
+        found: Row | DataError
+        try:
+            lines.check(line)
+            if any(line.count(name) > 1 and len(key.findall(line)) > 1 for name, key in keys):
+                row = _careful_json(lines.text(line), lines)
             else:
+                try:
+                    row = orjson.loads(lines.text(line) if lines.number == 1 else line)
+                except orjson.JSONDecodeError:
+                    row = _careful_json(lines.text(line), lines)
+            if not isinstance(row, dict):
+                raise DataError("not a JSON object", where=lines.where(), hint=_HOW_LINES_LOOK)
+            text = row.get(text_column)
+            if type(text) is not str:
                 text = row_text(row, text_column, lines.where())
-            yield Row(text, lines.position, {name: row[name] for name in columns if name in row})
-    except zstandard.ZstdError as error:
-        raise DataError("Zstandard data is damaged", where=path, hint="Fetch it again") from error
+            found = Row(text, lines.position, {name: row[name] for name in columns if name in row})
+        except DataError as error:
+            found = error
+        yield found
 
 
-def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[Row]:
+def _careful_json(line: str, lines: Lines) -> Any:
+    """A line that the fast parser refuses, or may read wrongly: one with `NaN`, or with a key that stands twice."""
+    try:
+        return strict_json.loads(line)
+    except ValueError as error:
+        raise DataError(f"not JSON ({error})", where=lines.where(), hint=_HOW_LINES_LOOK) from error
+
+
+def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[Row | DataError]:
     if documents == "file":
-        yield from _whole_file(path)
-        return
-    if documents == "line":
+        yield _whole_file(path)
+    elif documents == "line":
         lines = Lines(path, start, stop)
         for line in lines:
-            yield Row(lines.text(line).rstrip("\r\n"), lines.position, {})
-        return
+            try:
+                found: Row | DataError = Row(lines.text(line).rstrip("\r\n"), lines.position, {})
+            except DataError as error:
+                found = error
+            yield found
+    else:
+        yield from _paragraphs(path, start, stop)
+
+
+def _paragraphs(path: str, start: int, stop: int) -> Iterator[Row | DataError]:
     # A paragraph belongs to the part that holds the blank line before it; reading goes past `stop` to finish it.
     lines = Lines(path, start, -1)
     ours = start == 0
@@ -196,94 +201,84 @@ def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[
             ours, kept, size = True, [], 0
         elif ours:
             size += len(line)
-            if size > LARGEST_DOCUMENT:
-                raise DataError(
-                    f"a paragraph longer than {LARGEST_DOCUMENT >> 20} MiB",
-                    where=lines.where(),
-                    hint="Is it one document a line? Then add --corpus.txt_documents line",
-                )
-            kept.append(lines.text(line))
+            try:
+                kept.append(_line_of_paragraph(line, lines, size))
+            except DataError as error:
+                yield error
+                ours, kept = False, []
         elif past:
             return
     if kept:
         yield Row("".join(kept).rstrip("\r\n"), lines.position, {})
 
 
-def _whole_file(path: str) -> Iterator[Row]:
-    size = os.path.getsize(path)
-    if size > LARGEST_DOCUMENT:
+def _line_of_paragraph(line: bytes, lines: Lines, size: int) -> str:
+    if size > LARGEST_DOCUMENT >= len(line):
         raise DataError(
-            f"a document longer than {LARGEST_DOCUMENT >> 20} MiB",
-            where=path,
-            hint="Use --corpus.txt_documents paragraph",
+            f"a paragraph longer than {LARGEST_DOCUMENT >> 20} MiB",
+            where=lines.where(),
+            hint="Is it one document a line? Then add --corpus.txt_documents line",
         )
+    return lines.text(line)
+
+
+def _whole_file(path: str) -> Row | DataError:
     lines = Lines(path)
-    yield Row("".join(lines.text(line) for line in lines), size, {})
+    kept: list[str] = []
+    size = 0
+    for line in lines:
+        size += len(line)
+        if size > LARGEST_DOCUMENT:
+            hint = "Use --corpus.txt_documents paragraph"
+            return DataError(f"a document longer than {LARGEST_DOCUMENT >> 20} MiB", where=path, hint=hint)
+        try:
+            kept.append(lines.text(line))
+        except DataError as error:
+            return error
+    return Row("".join(kept), lines.position, {})
 
 
-def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
+def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row | DataError]:
     csv.field_size_limit(LARGEST_DOCUMENT)
-    lines = Lines(path)
-    reader = csv.DictReader((lines.text(line) for line in lines), strict=True)
+    lines = _CsvLines(path)
+    reader = csv.reader(map(lines.text, lines), strict=True)
     try:
-        if text_column not in (reader.fieldnames or []):
-            raise missing_column(text_column, reader.fieldnames or [], f"{path}:1")
-        for row in reader:
-            if row.get(text_column) is None:
-                raise DataError(f"a row without column {text_column!r}", where=lines.where(), hint="Quote the fields")
-            yield Row(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
+        names = next(reader, [])
+        if lines.fault:
+            raise lines.fault
+        if text_column not in names:
+            raise missing_column(text_column, names, f"{path}:1")
+        twice = next((name for name in (text_column, *columns) if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"column {twice!r} stands twice", where=f"{path}:1", hint="Rename one")
+        for values in reader:
+            if lines.fault:
+                yield lines.fault
+            elif len(values) == len(names):
+                row = dict(zip(names, values))
+                yield Row(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
+            elif values:
+                what = f"a row of {len(values)} fields under {len(names)} columns"
+                yield DataError(what, where=lines.where(), hint="Quote fields that hold commas")
+            lines.fault, lines.size = None, 0
     except csv.Error as error:
         raise DataError(f"not CSV ({error})", where=lines.where(), hint="Quote fields that hold line breaks") from error
 
 
-def _row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
-    metadata = _open_parquet(path).metadata
-    first, filled = 0, 0
-    for group in range(metadata.num_row_groups):
-        filled += metadata.row_group(group).total_byte_size
-        if filled >= target or group + 1 == metadata.num_row_groups:
-            yield first, group + 1, filled
-            first, filled = group + 1, 0
+class _CsvLines(Lines):
+    """Lines for the csv module, which needs every line to know where rows end. Counts and judges those of one row."""
 
+    fault: DataError | None = None
+    size = 0
 
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError("Parquet data is damaged", where=path, hint="Fetch it again") from error
-
-
-def _parquet(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow
-
-    file = _open_parquet(path)
-    names = file.schema_arrow.names
-    if text_column not in names:
-        raise missing_column(text_column, names, path)
-    kind = file.schema_arrow.field(text_column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(
-            f"column {text_column!r} holds {kind}, not text", where=path, hint="Name one with --corpus.text_column"
-        )
-    wanted = [text_column, *(name for name in columns if name in names and name != text_column)]
-    position = 0
-    try:
-        for group in range(start, stop):
-            size, count = (
-                file.metadata.row_group(group).total_byte_size,
-                max(1, file.metadata.row_group(group).num_rows),
+    def text(self, line: bytes) -> str:
+        self.size += len(line)
+        if self.size > LARGEST_DOCUMENT:
+            raise DataError(
+                f"a row longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Is a quote open?"
             )
-            done = 0
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
-                for row in batch.to_pylist():
-                    done += 1
-                    text = row_text(row, text_column, path)
-                    if len(text) > LARGEST_DOCUMENT:
-                        raise DataError(f"a document longer than {LARGEST_DOCUMENT >> 20} MiB", where=path)
-                    yield Row(text, position + size * done // count, row)
-            position += size
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError("Parquet data is damaged", where=path, hint="Fetch it again") from error
+        try:
+            return super().text(line)
+        except DataError as error:
+            self.fault = self.fault or error
+            return line.decode("utf-8", "replace")

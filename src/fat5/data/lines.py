@@ -1,7 +1,9 @@
 """Lines of text files, plain or compressed, between two bytes: bounded in length, with their number for an error."""
 
+import bz2
 import gzip
 import io
+import lzma
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -9,10 +11,16 @@ from fat5.errors import DataError
 
 # A line or document above this is a file without line breaks, not a text: reading on would fill the memory.
 LARGEST_DOCUMENT = 32 << 20
+# 4 bytes of Zstandard can hold 128 KiB, so this much compressed data makes 16 MiB at most.
+ZSTANDARD_INPUT = 512
 
 
 class Lines:
-    """Lines of a binary file between two bytes: those that start in [start, stop). Bounded in length."""
+    """Lines of a file, plain or compressed, between two bytes: those that start in [start, stop).
+
+    A line above `LARGEST_DOCUMENT` is cut there, and the rest of it is passed over where reading goes on; `check` and
+    `text` refuse it.
+    """
 
     def __init__(self, path: str, start: int = 0, stop: int = -1) -> None:
         self.path = path
@@ -27,20 +35,18 @@ class Lines:
             if offset:
                 # A line that began before `start` belongs to the part before.
                 raw.seek(offset - 1)
-                offset += self._skip_line(raw) - 1
+                offset += _skip_line(raw) - 1
             while self._stop < 0 or offset < self._stop:
                 line = stream.readline(LARGEST_DOCUMENT + 1)
                 if not line:
                     return
                 self.number += 1
-                if len(line) > LARGEST_DOCUMENT:
-                    raise DataError(
-                        f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up"
-                    )
                 self.begin = offset
                 offset += len(line)
                 self.position = tell() if tell else offset
                 yield line
+                if len(line) > LARGEST_DOCUMENT and not line.endswith(b"\n"):
+                    offset += _skip_line(stream)
 
     def where(self) -> str:
         """`path:line` of the line read last; counts the lines before `start` only now that they matter."""
@@ -54,12 +60,22 @@ class Lines:
             before += 1
         return f"{self.path}:{before + self.number}"
 
-    def text(self, line: bytes) -> str:
-        """The line as text, without a byte order mark.
+    def check(self, line: bytes) -> None:
+        """Refuses the line read last where it is too long.
 
         Raises:
-            DataError: not UTF-8.
+            DataError: longer than `LARGEST_DOCUMENT`.
         """
+        if len(line) > LARGEST_DOCUMENT:
+            raise DataError(f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up")
+
+    def text(self, line: bytes) -> str:
+        """The line read last as text, without a byte order mark.
+
+        Raises:
+            DataError: too long, or not UTF-8.
+        """
+        self.check(line)
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -72,21 +88,26 @@ class Lines:
             text = text.removeprefix("\ufeff")
         return text
 
-    @staticmethod
-    def _skip_line(raw: BinaryIO) -> int:
-        skipped = 0
-        while part := raw.readline(1 << 20):
-            skipped += len(part)
-            if part.endswith(b"\n"):
-                break
-        return skipped
+
+def _skip_line(stream: Any) -> int:
+    skipped = 0
+    while part := stream.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
+    """A stream that never holds more than asked for, however far the data expands, and what tells its position."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw), raw.tell
     if name.endswith(".zst"):
         return io.BufferedReader(Zstandard(raw), 1 << 17), raw.tell
+    if name.endswith(".bz2"):
+        return bz2.BZ2File(raw), raw.tell
+    if name.endswith(".xz"):
+        return lzma.LZMAFile(raw), raw.tell
     return raw, None
 
 
@@ -99,20 +120,21 @@ class Zstandard(io.RawIOBase):
         self._raw = raw
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._input = self._output = b""
+        self._input = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            self._input = self._input or self._raw.read(1 << 16)
+            self._input = self._input or self._raw.read(ZSTANDARD_INPUT)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the last Zstandard frame is cut short")
                 return 0
             self._frame = self._frame or self._new()
-            self._output, self._input = self._frame.decompress(self._input), b""
+            self._output, self._input = memoryview(self._frame.decompress(self._input)), b""
             if self._frame.eof:
                 self._input, self._frame = self._frame.unused_data, None
         size = min(len(buffer), len(self._output))

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from datatrove.pipeline.readers import HuggingFaceDatasetReader
 
 from fat5.data.corpus import Corpus
 from fat5.data.prepare_plan import LOGS, Plan, read_plan
+from fat5.data.rows import BadRows
 from fat5.data.shards import SPLITS, write_atomically
 from fat5.data.tokenizer import Tokenizer, load_tokenizer
 from fat5.errors import DataError
@@ -109,22 +110,28 @@ class CorpusReader(PipelineStep):
                 yield Document(text=row.text, id=f"{chunk.path}@{row.position}", metadata=row.columns)
             done += chunk.bytes
         progress.tell(done, final=True)
+        _write_bad_rows(self.folder, rank, corpus.bad_rows)
         self.stat_update("documents", value=progress.documents)
         self.stat_update("empty_documents", value=empty)
 
 
 class DatasetReader(HuggingFaceDatasetReader):
-    """datatrove's reader of a streamed Hugging Face dataset, telling its progress in documents."""
+    """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`; it tells its documents."""
 
-    def __init__(self, folder: str, plan: Plan) -> None:
+    def __init__(self, folder: str, plan: Plan, columns: tuple[str, ...] = ()) -> None:
         options = plan.options
         super().__init__(
-            str(plan.dataset),
-            dataset_options={"name": options.subset, "split": options.split},
-            streaming=True,
-            text_key=options.text_column,
+            str(plan.dataset), dataset_options={"name": options.subset, "split": options.split}, streaming=True
         )
-        self.folder = folder
+        self.folder, self.columns = folder, columns
+        self.corpus = Corpus(options, dataset=plan.dataset)
+
+    def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int | str) -> Document | None:
+        """The document of one row, None where it is empty or skipped."""
+        row = self.corpus.streamed_row(data, f"{source_file}, row {id_in_file}", self.columns)
+        if row is None or not row.text:
+            return None
+        return Document(text=row.text, id=f"{source_file}/{id_in_file}", metadata=row.columns)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the documents of one part of the dataset."""
@@ -135,6 +142,7 @@ class DatasetReader(HuggingFaceDatasetReader):
                 progress.tell(0)
             yield document
         progress.tell(0, final=True)
+        _write_bad_rows(self.folder, rank, self.corpus.bad_rows)
 
 
 class ShardWriter(PipelineStep):
@@ -245,9 +253,15 @@ class _Progress:
 
 
 def _reader(plan: Plan, folder: str) -> Any:
-    if plan.dataset is not None:
-        return DatasetReader(folder, plan)
-    return CorpusReader(folder, ("url",) if "urls" in plan.steps else ())
+    columns = ("url",) if "urls" in plan.steps else ()
+    return CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
+
+
+def _write_bad_rows(folder: str, rank: int, bad_rows: BadRows) -> None:
+    """Leaves what a task skipped for the manifest; the shards of a task are there only if this is."""
+    path = Path(folder) / LOGS / "bad_rows"
+    path.mkdir(exist_ok=True)
+    write_atomically(path / f"{rank:05d}.json", json.dumps(asdict(bad_rows), ensure_ascii=False).encode())
 
 
 @lru_cache(maxsize=1)

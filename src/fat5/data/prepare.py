@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fat5.data.corpus import CorpusOptions, load_streamed, open_corpus
 from fat5.data.prepare_plan import LOGS, PLAN, STEPS, Plan, difference, make_plan, read_plan, write_plan
 from fat5.data.progress import watch
+from fat5.data.rows import row_text
 from fat5.data.shards import (
     MANIFEST,
     SPLITS,
@@ -39,7 +40,8 @@ class PrepareConfig:
     """Turns text into token shards that `fat5 pretrain` reads; run again, it goes on where it stopped.
 
     Args:
-        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv), sample:fr, or one Hugging Face dataset.
+        inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
+            of the hub.
         tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or of T5, mT5, ByT5, …), or its name on the hub.
         output_dir: folder to write; new, empty, or begun by the same command.
         name: name of the corpus in the manifest; by default that of its first file.
@@ -128,6 +130,7 @@ def finish(folder: Path) -> Manifest:
         for split, entry in json.loads(path.read_bytes()).items():
             if entry:
                 shards[split].append(ShardEntry(**entry))
+    skipped = [json.loads(path.read_bytes()) for path in sorted((folder / LOGS / "bad_rows").glob("*.json"))]
     manifest = Manifest(
         name=plan.name,
         tokenizer_sha256=plan.tokenizer_sha256,
@@ -136,11 +139,15 @@ def finish(folder: Path) -> Manifest:
         validation_fraction=plan.validation_fraction,
         shards=shards,
         steps=plan.steps,
+        bad_rows=sum(task["count"] for task in skipped),
     )
     if not any(manifest.tokens(split) for split in SPLITS):
         for path in (folder / LOGS / "shards").glob("*.json"):
             path.unlink()
         why = "No document passed the steps" if plan.steps else "Every document is empty"
+        if manifest.bad_rows:
+            first = next(task["first"] for task in skipped if task["count"])
+            why = f"{manifest.bad_rows:,} rows were skipped, the first because of {first}"
         raise DataError("no text in this corpus", where=plan.name, hint=why)
     for entries in shards.values():
         for entry in entries:
@@ -218,12 +225,11 @@ def _check_plan(folder: Path, plan: Plan) -> None:
 
 def _check_dataset(name: str, options: CorpusOptions) -> None:
     """Streams one row, so that a wrong column is found before any task starts."""
-    from fat5.data.formats import row_text
-
     row = next(iter(load_streamed(name, options)), None)
     if row is None:
         raise DataError("this dataset is empty", where=name)
-    row_text(row, options.text_column, name)
+    if options.on_bad_row == "refuse":
+        row_text(row, options.text_column, name)
 
 
 def _remove(folder: Path, fresh: bool) -> None:

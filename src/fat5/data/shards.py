@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fat5.data import strict_json
 from fat5.errors import DataError
 
 FORMAT = "fat5-shards"
@@ -41,7 +42,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. Written last, so a folder with a manifest is complete."""
+    """What a prepared folder holds, and how many rows were skipped. It is written last: then the folder is complete."""
 
     name: str
     tokenizer_sha256: str
@@ -50,6 +51,7 @@ class Manifest:
     validation_fraction: float
     shards: dict[str, list[ShardEntry]] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    bad_rows: int = 0
 
     def documents(self, split: str) -> int:
         """Documents in one split."""
@@ -221,7 +223,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
         raise DataError("no manifest.json: not a (complete) folder of token shards", where=folder, hint=hint)
     try:
-        content = json.loads(path.read_bytes())
+        content = strict_json.loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise KeyError("format")
         if content["version"] != VERSION:
@@ -231,6 +233,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 hint="Prepare the corpus again",
             )
         shards = {split: [ShardEntry(**entry) for entry in entries] for split, entries in content["shards"].items()}
+        content.setdefault("bad_rows", 0)
         fields = {key: content[key] for key in Manifest.__dataclass_fields__ if key != "shards"}
         manifest = Manifest(**fields, shards=shards)
         files = [entry.file for entries in shards.values() for entry in entries]

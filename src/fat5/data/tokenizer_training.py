@@ -44,7 +44,8 @@ class TokenizerTraining:
     """Trains a tokenizer on your text and saves a folder that stock `AutoTokenizer` loads.
 
     Args:
-        inputs: files, folders (.txt .jsonl .jsonl.gz .jsonl.zst .parquet .csv), sample:fr, or one Hugging Face dataset.
+        inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
+            of the hub.
         output_dir: folder to write; must be new or empty.
         model: `bpe` or `unigram`, both with byte fallback.
         vocab_size: ids in all, special tokens included; a multiple of 128, at most 65,536.
@@ -76,11 +77,13 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
         raise RunDirectoryError("holds something already", where=output, hint="Choose a new --output_dir")
     corpus = open_corpus(config.inputs, config.corpus)
     content = learn(corpus, config, progress)
+    bad_rows = corpus.bad_rows.count
     tokenizer = Tokenizer(content, None, {}, output)
     report = {
         "model": config.model,
         "vocab_size": tokenizer.info.vocab_size,
         "sha256": tokenizer.info.sha256,
+        "bad_rows": bad_rows,
         **measure(tokenizer, corpus.rows(min(config.rows, REPORT_ROWS))),
     }
     tokenizer.save(output)
