@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(PieceStream, "resolve", count)
     report = audit(config(tmp_path / "many", tmp_path, tokens=10_000))
     assert report["tokenizer"]["tokens_measured"] == 160_000
-    assert max(resolved) <= 1024
+    assert max(resolved) <= 4096, "the packing looks at 4,096 positions at a time, nothing at more"
 
 
 def test_what_cannot_be_audited_is_named(prepared, tmp_path):
