@@ -38,6 +38,14 @@ class CheckpointError(FAT5Error, ValueError):
     """A checkpoint is damaged, unsafe, or of another configuration."""
 
 
+class CheckpointFileError(CheckpointError, OSError):
+    """A file of a checkpoint is missing or cannot be read, for which stock transformers raises OSError."""
+
+
+class CheckpointShapeError(CheckpointError, RuntimeError):
+    """A tensor has another shape than the configuration wants, for which stock transformers raises RuntimeError."""
+
+
 class RunDirectoryError(FAT5Error):
     """A run directory is in use, or holds something else."""
 

@@ -1,12 +1,6 @@
 """Checkpoints of the first FAT5 (`flash_t5`) give the logits that their own formulas imply.
 
-The formulas, written here once more in float64 and over the old names (x a token's vector, W its matrices):
-
-    norm(x) = w * x / sqrt(mean(x^2) + eps)
-    attention: softmax(attention_scale * Wq x (Wk y)^T + bias) Wv y, then o; the bias, of block 0's table, in every
-        block's self-attention, none in cross-attention
-    feed-forward: wo(act(wi_0 x) * wi_1 x), or wo(act(wi x)); act = tanh-GELU or ReLU
-    each added to its input; logits = lm_head(norm(x)), unscaled
+The formulas are written once more, in float64 and over the old names and keys: fat5.tasks.flash_t5_formulas.
 """
 
 import json
@@ -15,25 +9,26 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stock import difference
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
+import fat5
 from fat5.errors import CheckpointError
-from fat5.model import FAT5EncoderModel, FAT5ForConditionalGeneration
+from fat5.model import FAT5Config, FAT5EncoderModel, FAT5ForConditionalGeneration, FAT5ForSequenceClassification
+from fat5.tasks.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 
-# Formulas in float64 against a model in float32, whose rounding unscaled attention over weights this large amplifies:
-# 5e-6 to 1.2e-5, according to the processor's instructions. The other GELU (erf for tanh) is off by 3e-4 and more.
-FORMULAS_TOLERANCE = 5e-5
 WIDTH, HEADS, HEAD, INNER, LAYERS, VOCABULARY = 24, 3, 8, 40, 2, 99
-BUCKETS, REACH, EPS = 32, 128, 1e-6
-# Keys as the old configuration wrote them, with what is odd in them.
+BUCKETS, REACH = 32, 128
+# Keys as the old configuration wrote them, with what is odd in them. The three about the feed-forward are transformers
+# 4's, which derived the last two from the first; the old classes read none of them.
 KEYS = {
     "model_type": "flash_t5", "architectures": ["FlashT5ForConditionalGeneration"], "vocab_size": VOCABULARY,
     "d_model": WIDTH, "d_kv": HEAD, "d_ff": INNER, "num_heads": HEADS, "num_layers": LAYERS,
     "num_decoder_layers": LAYERS, "dropout_rate": 0.0, "position_encoding_type": "t5", "pad_token_id": -100,
     "decoder_start_token_id": 0, "eos_token_id": 1, "is_encoder_decoder": False, "z_loss": None,
+    "feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False,
     "tie_word_embeddings": False, "use_full_bias_size": True, "attention_type": "ref", "use_triton_layernorm": False,
     "auto_map": {"AutoModel": "modeling_flash_t5.FlashT5ForConditionalGeneration"},
 }  # fmt: skip
@@ -43,11 +38,17 @@ VARIANTS = {
     "ReLU, scale null": {"use_glu_mlp": False, "use_gelu_act": False, "attention_scale": None},
     "GELU, no scale": {"use_glu_mlp": False, "use_gelu_act": True},
     "gated ReLU, scale 0.5": {"use_glu_mlp": True, "use_gelu_act": False, "attention_scale": 0.5},
+    "defaults": {},
+}
+HEADS_OF = {
+    "ForSequenceClassification": {"classification_head.dense": WIDTH, "classification_head.out_proj": 3},
+    "ForTokenClassification": {"classifier": 3},
+    "ForQuestionAnswering": {"qa_outputs": 2},
 }
 EVERY_VARIANT = pytest.mark.parametrize("keys", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-def made(keys: dict) -> dict[str, Tensor]:
+def made(keys: dict, kind: str = "ForConditionalGeneration") -> dict[str, Tensor]:
     """Random weights under the old names."""
     tensors = {"shared.weight": torch.randn(VOCABULARY, WIDTH), "lm_head.weight": torch.randn(VOCABULARY, WIDTH)}
     inner = HEADS * HEAD
@@ -62,109 +63,123 @@ def made(keys: dict) -> dict[str, Tensor]:
                     tensors[f"{layer}.{part}_attention.W{name}.weight"] = 0.3 * torch.randn(inner, WIDTH)
                 tensors[f"{layer}.{part}_attention.o.weight"] = 0.3 * torch.randn(WIDTH, inner)
             tensors[f"{block}.ff_layer.layer_norm.weight"] = torch.rand(WIDTH) + 0.5
-            for name in ("wi_0", "wi_1") if keys["use_glu_mlp"] else ("wi",):
+            for name in ("wi_0", "wi_1") if keys.get("use_glu_mlp") else ("wi",):
                 tensors[f"{block}.ff_layer.act.{name}.weight"] = 0.3 * torch.randn(INNER, WIDTH)
             tensors[f"{block}.ff_layer.wo.weight"] = 0.3 * torch.randn(WIDTH, INNER)
-        table = f"{stack}.block.0.self_attention_layer.self_attention.pe_encoding.relative_attention_bias.weight"
-        tensors[table] = torch.randn(BUCKETS, HEADS)
+        if keys.get("position_encoding_type") != "ALiBi":
+            table = f"{stack}.block.0.self_attention_layer.self_attention.pe_encoding.relative_attention_bias.weight"
+            tensors[table] = torch.randn(BUCKETS, HEADS)
+    if kind in HEADS_OF:
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+        for name, rows in HEADS_OF[kind].items():
+            tensors |= {f"{name}.weight": torch.randn(rows, WIDTH), f"{name}.bias": torch.randn(rows)}
     return tensors
-
-
-def bucket(distance: int, bidirectional: bool) -> int:
-    """T5's (Raffel et al. 2020, section 2.1): half of the buckets exact, the others logarithmic up to REACH."""
-    buckets = BUCKETS // 2 if bidirectional else BUCKETS
-    side = buckets if bidirectional and distance > 0 else 0
-    behind = abs(distance) if bidirectional else max(-distance, 0)
-    exact = buckets // 2
-    if behind < exact:
-        return side + behind
-    return side + min(buckets - 1, exact + int(math.log(behind / exact) / math.log(REACH / exact) * (buckets - exact)))
-
-
-class Formulas:
-    """The model of the docstring above, one text at a time."""
-
-    def __init__(self, tensors: dict[str, Tensor], keys: dict) -> None:
-        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
-        self.keys = keys
-        scale = keys.get("attention_scale", 1.0)
-        self.scale = HEADS**-0.5 if scale is None else scale
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[f"{name}.weight"]
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        return self[name] * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
-
-    def attention(self, name: str, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = (
-            (source @ self[f"{name}.W{part}"].T).view(len(source), HEADS, HEAD).transpose(0, 1)
-            for part, source in (("q", x), ("k", y), ("v", y))
-        )
-        weights = torch.softmax(self.scale * query @ key.transpose(1, 2) + bias, dim=-1)
-        return (weights @ value).transpose(0, 1).reshape(len(x), -1) @ self[f"{name}.o"].T
-
-    def feed_forward(self, name: str, x: Tensor) -> Tensor:
-        def act(y: Tensor) -> Tensor:
-            return torch.nn.functional.gelu(y, approximate="tanh") if self.keys["use_gelu_act"] else y.clamp(min=0)
-
-        if self.keys["use_glu_mlp"]:
-            inner = act(x @ self[f"{name}.act.wi_0"].T) * (x @ self[f"{name}.act.wi_1"].T)
-        else:
-            inner = act(x @ self[f"{name}.act.wi"].T)
-        return inner @ self[f"{name}.wo"].T
-
-    def stack(self, stack: str, ids: Tensor, memory: Tensor | None = None) -> Tensor:
-        x, causal = self["shared"][ids], memory is not None
-        table = self[f"{stack}.block.0.self_attention_layer.self_attention.pe_encoding.relative_attention_bias"]
-        index = [[bucket(k - q, not causal) for k in range(len(ids))] for q in range(len(ids))]
-        bias = table[torch.tensor(index)].permute(2, 0, 1)
-        if causal:
-            bias = bias.masked_fill(torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1), -math.inf)
-        for i in range(LAYERS):
-            block = f"{stack}.block.{i}"
-            layer = f"{block}.self_attention_layer"
-            normed = self.norm(f"{layer}.layer_norm", x)
-            x = x + self.attention(f"{layer}.self_attention", normed, normed, bias)
-            if memory is not None:
-                layer = f"{block}.cross_attention_layer"
-                normed = self.norm(f"{layer}.layer_norm", x)
-                x = x + self.attention(f"{layer}.cross_attention", normed, memory, torch.zeros(()))
-            x = x + self.feed_forward(f"{block}.ff_layer", self.norm(f"{block}.ff_layer.layer_norm", x))
-        return self.norm(f"{stack}.final_layer_norm", x)
-
-    def logits(self, ids: Tensor, decoder_ids: Tensor) -> Tensor:
-        return self.stack("decoder", decoder_ids, self.stack("encoder", ids)) @ self["lm_head"].T
 
 
 @pytest.fixture
 def old(tmp_path):
     """Writes a folder of the old kind; returns it and its formulas."""
 
-    def write(keys: dict, binary: bool = False):
-        tensors = made(keys)
-        (tmp_path / "config.json").write_text(json.dumps(KEYS | keys))
+    def write(keys: dict, binary: bool = False, kind: str = "ForConditionalGeneration", dtype=torch.float32):
+        tensors = {name: x.to(dtype) for name, x in made(keys, kind).items()}
+        written = KEYS | keys | {"architectures": [f"FlashT5{kind}"]}
+        (tmp_path / "config.json").write_text(json.dumps(written))
         if binary:
             copies = {f"{stack}.embed_tokens.weight": tensors["shared.weight"] for stack in ("encoder", "decoder")}
             torch.save(tensors | copies, tmp_path / "pytorch_model.bin")
         else:
             save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        return tmp_path, Formulas(tensors, keys)
+        return tmp_path, FlashT5Formulas(tensors, written, kind)
 
     return write
+
+
+def rows():
+    """Texts that end in EOS: one longer than REACH, beyond which all distances share a bucket, and one of 9 tokens."""
+    lengths, ids = (REACH + 40, 9), torch.randint(2, VOCABULARY, (2, REACH + 40))
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    ids[torch.arange(2), torch.tensor(lengths) - 1] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @EVERY_VARIANT
 def test_logits_are_those_of_the_formulas(keys, old):
     folder, formulas = old(keys)
     ours = FAT5ForConditionalGeneration.from_pretrained(folder).eval()
-    # Beyond REACH, where all distances share a bucket; and a second row of another length.
-    lengths, ids = (REACH + 40, 9), torch.randint(2, VOCABULARY, (2, REACH + 40))
-    decoder_ids = torch.randint(2, VOCABULARY, (2, 20))
-    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    got = ours(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
-    for row, length in enumerate(lengths):
-        assert difference(got[row], formulas.logits(ids[row, :length], decoder_ids[row])) <= FORMULAS_TOLERANCE
+    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
+    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("keys", "read"),
+    [
+        ({"use_glu_mlp": True, "use_gelu_act": True}, ("gated-gelu", True, "gelu_new")),
+        ({"use_glu_mlp": False, "use_gelu_act": True}, ("gelu_new", False, "gelu_new")),
+        ({"use_glu_mlp": False, "use_gelu_act": False}, ("relu", False, "relu")),
+        ({"use_glu_mlp": True, "use_gelu_act": False}, ("gated-relu", True, "relu")),
+        ({}, ("gelu_new", False, "gelu_new")),
+    ],
+    ids=str,
+)
+def test_keys_that_transformers_derived_are_not_read(keys, read, old):
+    folder, _ = old(keys)
+    config = FAT5Config.from_pretrained(folder)
+    assert (config.feed_forward_proj, config.is_gated_act, config.dense_act_fn) == read
+
+
+def test_keywords_change_the_configuration(old):
+    """As of a t5 folder."""
+    folder, _ = old({"dropout_rate": 0.1})
+    ours = FAT5ForConditionalGeneration.from_pretrained(folder, dropout_rate=0.25, label_smoothing=0.1)
+    assert (ours.config.dropout_rate, ours.encoder.dropout.p, ours.config.label_smoothing) == (0.25, 0.25, 0.1)
+    classifier = FAT5ForSequenceClassification.from_pretrained(folder, num_labels=3, dropout_rate=0)
+    assert classifier(**rows()).logits.shape == (2, 3)
+
+
+def test_the_scale_is_folded_in_float32(old):
+    """Weights in bfloat16, and a factor that bfloat16 would round."""
+    folder, formulas = old(VARIANTS["gated GELU, scale 0.35"], dtype=torch.bfloat16)
+    ours = FAT5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
+    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+    assert FAT5ForConditionalGeneration.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_symmetric_alibi(old, tmp_path_factory):
+    """Of three heads, whose slopes are not those of a power of two alone."""
+    folder, formulas = old(VARIANTS["gated GELU, scale 0.35"] | {"position_encoding_type": "ALiBi"})
+    ours = FAT5ForConditionalGeneration.from_pretrained(folder).eval()
+    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
+    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+    again = tmp_path_factory.mktemp("again")
+    ours.save_pretrained(again)
+    assert json.loads((again / "config.json").read_text())["model_type"] == "fat5"
+
+
+@pytest.mark.parametrize("kind", HEADS_OF)
+def test_heads(kind, old, tmp_path_factory):
+    """On the encoder; a text's class from its state at the last EOS, and not from their mean."""
+    labels = {str(i): f"label {i}" for i in range(2 if kind == "ForQuestionAnswering" else 3)}
+    folder, formulas = old(VARIANTS["gated GELU, scale 0.35"] | {"id2label": labels}, kind=kind)
+    cls = getattr(fat5, f"FAT5{kind}")
+    given, again = rows(), tmp_path_factory.mktemp("again")
+    want = formulas(**given)
+    ours = cls.from_pretrained(folder).eval()
+    ours.save_pretrained(again)
+    for model in (ours, cls.from_pretrained(again).eval()):
+        got = model(**given)
+        for name in want:
+            at = given["attention_mask"].bool() if want[name].shape[1] > 3 else ...
+            assert difference(got[name][at], want[name][at]) <= FORMULAS_TOLERANCE
+
+
+def test_an_answering_head_that_read_a_decoder(old):
+    folder, _ = old(VARIANTS["gated GELU, scale 1"])
+    tensors = load_file(folder / "model.safetensors") | made(VARIANTS["gated GELU, scale 1"], "ForQuestionAnswering")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="head_form='encoder-decoder'"):
+        fat5.FAT5ForQuestionAnswering.from_pretrained(folder)
+    assert fat5.FAT5ForQuestionAnswering.from_pretrained(folder, head_form="encoder-decoder").has_decoder
 
 
 @EVERY_VARIANT
@@ -218,8 +233,32 @@ def test_a_name_on_the_hub(binary, old, tmp_path_factory):
     assert difference(got, formulas.logits(ids[0], decoder_ids[0])) <= FORMULAS_TOLERANCE
 
 
-@pytest.mark.parametrize("positions", ["ALiBi", "RoPE", "FIRE"])
-def test_other_positions_are_refused(positions, old):
-    folder, _ = old(VARIANTS["gated GELU, scale 1"] | {"position_encoding_type": positions})
-    with pytest.raises(CheckpointError, match=f"position_encoding_type '{positions}'; only T5 positions are read"):
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"position_encoding_type": "RoPE"},
+        {"position_encoding_type": "FIRE"},
+        {"position_encoding_type": None},
+        {"position_encoding_type": "ALiBi", "alibi_mode": "asymetric"},
+        {"use_randomized_position_encoding": True},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_keys_by_which_they_compute_something_else_are_refused(key, old):
+    folder, _ = old(VARIANTS["gated GELU, scale 1"] | key)
+    name, value = list(key.items())[-1]
+    with pytest.raises(CheckpointError, match=f"flash_t5 with {name} {value!r}, which FAT5 does not compute"):
+        FAT5ForConditionalGeneration.from_pretrained(folder)
+
+
+def test_keys_and_values_in_one_tensor_are_refused(old):
+    """As in the first weeks, when the decoder's positions were computed otherwise too."""
+    folder, _ = old(VARIANTS["gated GELU, scale 1"])
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".Wk." in name]:
+        pair = [tensors.pop(name), tensors.pop(name.replace(".Wk.", ".Wv."))]
+        tensors[name.replace(".Wk.", ".Wkv.")] = torch.cat(pair)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"Wkv\.weight is of a first version of flash_t5"):
         FAT5ForConditionalGeneration.from_pretrained(folder)

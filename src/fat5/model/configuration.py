@@ -12,7 +12,7 @@ from fat5.errors import CheckpointError, ConfigurationError
 from fat5.model.flash_t5 import translate_configuration
 
 FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
-HEAD_FORMS = (None, "encoder", "encoder-decoder")
+HEAD_FORMS = (None, "encoder", "encoder-eos", "encoder-decoder")
 DEFAULT_FORM = {"FAT5ForSequenceClassification": "encoder", "FAT5ForQuestionAnswering": "encoder-decoder"}
 POSITION_ENCODINGS = ("t5", "alibi", "rope", "fire", "absolute", "none")
 # Under these, padding on the left would shift the tokens, so that it is always left out.
@@ -44,7 +44,8 @@ class FAT5Config(T5Config):
         family: "t5" (v1.0, v1.1, FLAN, ByT5), "mt5" or "umt5", whose every layer has a bias table of its own. It is
             the model_type under which stock classes read what `save_pretrained` writes.
         head_form: what classification and question answering read: "encoder", "encoder-decoder" (the form of the
-            stock classes), or None for the class's own default.
+            stock classes), "encoder-eos" (a text's class from the encoder's state at its last EOS, as in the first
+            FAT5), or None for the class's own default.
         compute_padding: whether an encoder computes its hidden states at padding, as stock T5 does, or leaves them out,
             which is faster, and returns zeros. None: computes them unless a decoder follows, which does not read them.
 

@@ -18,6 +18,8 @@ class EncoderDecoder(FAT5PreTrainedModel):
     """Shared embeddings, encoder and decoder: what every model with a decoder is built on."""
 
     def __init__(self, config: Any, has_decoder: bool = True) -> None:
+        if has_decoder:
+            config.is_encoder_decoder = True  # nanoT5 writes False, by which `generate` would take it for a decoder
         super().__init__(config)
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)

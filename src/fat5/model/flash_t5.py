@@ -1,12 +1,13 @@
 """Checkpoints of the first FAT5 (model_type: flash_t5): their keys and names, said in T5's.
 
 The formulas are T5's with a factor on the attention scores, which is folded into the query projections; so what is
-loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: tests/parity/test_flash_t5.py.
+loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: fat5.tasks.flash_t5_formulas.
 """
 
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fat5.errors import CheckpointError
@@ -28,63 +29,92 @@ _PARTS = (
     (r"(encoder\.block\.\d+)\.ff_layer\.(?:act\.)?(wi|wi_0|wi_1|wo)\.", r"\1.layer.1.DenseReluDense.\2."),
     (r"(decoder\.block\.\d+)\.ff_layer\.(?:act\.)?(wi|wi_0|wi_1|wo)\.", r"\1.layer.2.DenseReluDense.\2."),
 )
+# Keys that mean the same here. No other is taken over as it stands: the file also holds choices of kernels, and what
+# transformers 4 derived (`is_gated_act`, `dense_act_fn`) from a `feed_forward_proj` that the old classes never read.
+_SAME = (
+    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
+    "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "initializer_factor",
+    "dropout_rate", "classifier_dropout", "decoder_start_token_id", "eos_token_id", "bos_token_id", "use_cache",
+    "num_labels", "id2label", "label2id", "problem_type", "dtype", "torch_dtype", "transformers_version",
+)  # fmt: skip
+_POSITIONS = {"t5": "t5", "ALiBi": "alibi"}
+_QUERIES = ("SelfAttention.q.weight", "EncDecAttention.q.weight")
+_TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 def translate_configuration(found: dict[str, Any], where: object) -> dict[str, Any]:
-    """T5's keys from a flash_t5 config.json.
+    """FAT5's keys from a flash_t5 config.json; a key that is absent has the default of the old classes.
 
     Raises:
-        CheckpointError: positions other than T5's, whose published variants are not read.
+        CheckpointError: a key by which the old classes compute something else than FAT5 does.
     """
-    positions = str(found.get("position_encoding_type") or "t5")
-    if positions.lower() != "t5":
-        raise CheckpointError(
-            f"flash_t5 with position_encoding_type {positions!r}; only T5 positions are read",
-            where=where,
-            hint="give a checkpoint with T5 positions",
-        )
-    activation = "gelu" if found.get("use_gelu_act", True) else "relu"
-    gated = found.get("use_glu_mlp", True)
-    # Absent, T5's; null, what the old model makes of None: the root of the number of heads, not of their width.
-    scale = found.get("attention_scale", 1.0)
-    if scale is None:
-        scale = int(found.get("num_heads", 8)) ** -0.5
-    pad = found.get("pad_token_id")
-    untouched = {key: value for key, value in found.items() if key not in _DROPPED}
-    return untouched | {
-        "feed_forward_proj": f"gated-{activation}" if gated else ("gelu_new" if activation == "gelu" else "relu"),
+    positions = found.get("position_encoding_type", "t5")
+    refused = {
+        "position_encoding_type": positions not in _POSITIONS,
+        "alibi_mode": positions == "ALiBi" and found.get("alibi_mode", "symetric") != "symetric",
+        "use_randomized_position_encoding": bool(found.get("use_randomized_position_encoding", False)),
         "tie_word_embeddings": bool(found.get("tie_word_embeddings", False)),
-        "flash_t5_attention_scale": float(scale),
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise CheckpointError(
+                f"flash_t5 with {key} {found.get(key)!r}, which FAT5 does not compute",
+                where=where,
+                hint="give a checkpoint with T5's or symmetric ALiBi positions, not randomized, and untied embeddings",
+            )
+    activation = "gelu" if found.get("use_gelu_act", True) else "relu"
+    plain = "gelu_new" if activation == "gelu" else "relu"
+    pad = found.get("pad_token_id")
+    return {key: found[key] for key in _SAME if key in found} | {
+        "model_type": "flash_t5",
+        "position_encoding": _POSITIONS[positions],
+        "feed_forward_proj": f"gated-{activation}" if found.get("use_glu_mlp", False) else plain,
+        "tie_word_embeddings": False,
         # The old model says False of itself, pads labels with -100 and leaves factors of its loss null.
         "is_encoder_decoder": True,
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
+        "attention_dropout_rate": found.get("attention_dropout_rate") or 0.0,
         "z_loss": found.get("z_loss") or 0.0,
         "label_smoothing": found.get("label_smoothing") or 0.0,
-        "architectures": None,
+        "head_form": _head_form(found),
     }
 
 
-def translate_tensors(tensors: dict[str, Tensor], attention_scale: float) -> dict[str, Tensor]:
-    """The tensors under T5's names, `attention_scale` folded into the query projections."""
-    translated = {}
+def attention_scale(found: dict[str, Any]) -> float:
+    """The factor on attention scores; null or absent, the root of the number of heads, not of their width."""
+    scale = found.get("attention_scale")
+    return float(int(found.get("num_heads", 8)) ** -0.5 if scale is None else scale)
+
+
+def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -> dict[str, Tensor]:
+    """The tensors under T5's names, `scale` folded into the query projections, in float32 or wider.
+
+    Raises:
+        CheckpointError: keys and values in one tensor, by which one knows weights of an earlier and other formula.
+    """
+    translated, folded = {}, {}
     for old, tensor in tensors.items():
+        if ".Wkv." in old:
+            raise CheckpointError(
+                f"{old} is of a first version of flash_t5, whose decoder had other positions",
+                where=where,
+                hint="give a checkpoint that has Wk and Wv",
+            )
         name = old
         for pattern, new in _PARTS:
             name = re.sub(pattern, new, name)
-        if name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")) and attention_scale != 1.0:
-            tensor = (tensor.double() * attention_scale).to(tensor.dtype)
-        translated[name] = tensor
-    for copied in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if name.endswith(_QUERIES) and scale != 1.0:
+            folded[name] = (tensor.double() * scale).to(torch.promote_types(tensor.dtype, torch.float32))
+        else:
+            translated[name] = tensor
+    for copied in _TABLES:
         if copied in translated:
             translated.setdefault("shared.weight", translated.pop(copied))
-    return translated
+    # The wider ones last: where no dtype is asked for, transformers takes that of the first.
+    return translated | folded
 
 
-# Choices of kernels and of position encodings that T5 positions do not read, and keys said anew above.
-_DROPPED = (
-    "model_type", "auto_map", "attention_scale", "attention_type", "position_encoding_type", "use_glu_mlp",
-    "use_gelu_act", "use_full_bias_size", "use_masking", "use_randomized_position_encoding", "alibi_mode",
-    "max_sequence_length", "fire_mlp_width", "rotary_emb_fraction", "rotary_base", "rotary_interleaved",
-    "rotary_scale_base", "use_triton_layernorm", "use_triton_crossentropy", "use_triton_gated_mlp",
-    "crossentropy_inplace_backward", "use_flash_attention", "feed_forward_proj",
-)  # fmt: skip
+def _head_form(found: dict[str, Any]) -> str | None:
+    """What the head of the class that was saved reads; None for the others."""
+    name = str((found.get("architectures") or [""])[0])
+    return {"FlashT5ForSequenceClassification": "encoder-eos", "FlashT5ForQuestionAnswering": "encoder"}.get(name)

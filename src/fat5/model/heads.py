@@ -53,8 +53,9 @@ class FAT5ForSequenceClassification(_Headed):
     """A label, or a number, for each text.
 
     By default (`head_form` None or "encoder") the mean of the encoder's hidden states over the tokens of the text; with
-    head_form "encoder-decoder" stock T5ForSequenceClassification: the decoder reads the text too, and its hidden state
-    at the text's last EOS is taken.
+    head_form "encoder-eos" the encoder's hidden state at the text's last EOS, as the first FAT5 has it; with
+    "encoder-decoder" stock T5ForSequenceClassification: the decoder reads the text too, and its hidden state at the
+    text's last EOS is taken.
     """
 
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
@@ -94,7 +95,7 @@ class FAT5ForSequenceClassification(_Headed):
 
         Raises:
             ValueError: an argument that this form cannot serve.
-            DataError: encoder-decoder form, and the rows do not all have one number, at least 1, of EOS tokens.
+            DataError: a form that reads at EOS, and the rows do not all have one number, at least 1, of EOS tokens.
         """
         asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if self.has_decoder:
@@ -117,11 +118,20 @@ class FAT5ForSequenceClassification(_Headed):
             "head_form 'encoder'", decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds, use_cache=use_cache or None,
         )  # fmt: skip
+        at_eos = self.config.head_form == "encoder-eos"
+        if at_eos:
+            refuse_given("head_form 'encoder-eos'", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            if input_ids is None:
+                raise ValueError("input_ids: head_form 'encoder-eos' finds EOS in them, got None")
         run = self.transformer(
             input_ids, attention_mask, inputs_embeds, return_dict=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
             **asked,
         )  # fmt: skip
-        logits = self.classification_head(_mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens))
+        if at_eos and input_ids is not None:
+            pooled = self._at_last_eos(run.last_hidden_state, input_ids)
+        else:
+            pooled = _mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens)
+        logits = self.classification_head(pooled)
         loss = None if labels is None else _classification_loss(logits, labels, self.config)
         output = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=run.hidden_states, attentions=run.attentions
@@ -135,7 +145,7 @@ class FAT5ForSequenceClassification(_Headed):
             raise DataError(
                 "texts with unlike numbers of EOS, or none",
                 where="input_ids",
-                hint="end each text with one EOS token, which marks where the decoder is read",
+                hint="end each text with one EOS token, which marks where its hidden state is read",
             )
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(is_eos, place, -1).amax(dim=1)

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from fat5.errors import ConfigurationError
+from fat5.errors import CheckpointError, ConfigurationError
 from fat5.model.seq2seq import FAT5ForConditionalGeneration
+
+# Narrower ones have no infinity to find, or are quantised.
+_WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(
@@ -23,7 +27,7 @@ def load_model(
 
     Raises:
         ConfigurationError: the device, or the library that quantised the weights, does not exist here.
-        CheckpointError: the folder holds no such model, or an incomplete one.
+        CheckpointError: the folder holds no such model, an incomplete one, or weights that are no numbers.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +45,25 @@ def load_model(
     except ImportError as error:  # weights quantised by a library that is not here
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(reason, where=path, hint="install it, or give the model unquantised") from error
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    check_finite(model, path)
+    return model
+
+
+def check_finite(model: Any, where: object) -> None:
+    """Raises CheckpointError with the name of a weight that holds NaN or infinity; quantised ones are not looked at."""
+    for name, weight in model.named_parameters():
+        if type(weight) is not torch.nn.Parameter or weight.is_meta or weight.dtype not in _WIDE:
+            continue
+        # One pass and no mask: NaN comes out as both of the extremes.
+        least, largest = weight.detach().aminmax()
+        if not bool(least.isfinite() & largest.isfinite()):
+            wider = ", or load it in a wider dtype" if weight.dtype == torch.float16 else ""
+            raise CheckpointError(
+                f"{name} holds NaN or infinity",
+                where=where,
+                hint=f"Take a checkpoint from before training broke down{wider}",
+            )
 
 
 @contextmanager

@@ -7,14 +7,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from fat5.errors import CheckpointError
+from fat5.errors import CheckpointError, CheckpointShapeError
 from fat5.model.configuration import FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.positions import AbsolutePositions, Fire
-from fat5.model.weight_files import configuration_of, generation_settings, readable, transformers_quiet, weight_source
+from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
 _EXACT = (None, "eager", "sdpa", "flex_attention", "fat5")
+# safetensors.torch.save_model keeps one name of a shared table, the first by the alphabet.
+_TABLE = {r"decoder\.embed_tokens\.weight$": "shared.weight"}
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
@@ -151,20 +153,24 @@ class FAT5PreTrainedModel(PreTrainedModel):
             kwargs["config"] = FAT5Config.from_stock(kwargs["config"])
         with readable(where), transformers_quiet():
             if where is not None and kwargs.get("state_dict") is None:
-                kwargs |= weight_source(where, args, kwargs)
+                kwargs |= weight_source(where, kwargs)
             elif where is not None and kwargs.get("config") is None:
-                kwargs["config"] = configuration_of(where, kwargs)
+                kwargs["config"] = where
+            kwargs["key_mapping"] = _TABLE | (kwargs.get("key_mapping") or {})
             given = None if "state_dict" in kwargs else where
             try:
                 model, info = super().from_pretrained(
                     given, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 )
             except NotImplementedError as error:  # embeddings that both were left out, being misshapen, are compared
-                raise CheckpointError(
+                raise CheckpointShapeError(
                     "the tensors are of another shape than the configuration wants",
                     where=where,
                     hint="config.json does not belong to these weights",
                 ) from error
+        # What was renamed is renamed back at saving, unless it is taken out here.
+        renamings = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [one for one in renamings if one.source_patterns != list(_TABLE)]
         if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
             model.generation_config = generation_settings(where, kwargs) or model.generation_config
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
@@ -175,9 +181,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 where=where,
                 hint="the checkpoint is incomplete or of another architecture",
             )
-        if info["mismatched_keys"] and not allows_mismatch:
-            name, found, wanted = sorted(info["mismatched_keys"])[0]
-            raise CheckpointError(
+        mismatched = sorted(info["mismatched_keys"])
+        if mismatched and not allows_mismatch:
+            name, found, wanted = mismatched[0]
+            raise CheckpointShapeError(
                 f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}",
                 where=where,
                 hint="ignore_mismatched_sizes=True begins a head anew"
@@ -191,9 +198,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 where=where,
                 hint="config.json does not belong to these weights, or they are of another architecture",
             )
-        if fresh:
-            names = ", ".join(sorted(fresh))
-            logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, names)
+        told = sorted(fresh) + [f"{name} (here {tuple(a)}, there {tuple(b)})" for name, b, a in mismatched]
+        if told:
+            logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, ", ".join(told))
         # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
         if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
             model.config.tie_word_embeddings = False

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, Seq2SeqQuestionAnsweringModelOutput
 
+from fat5.errors import ConfigurationError
 from fat5.model.encoder import NOT_OF_AN_ENCODER, encode
 from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, EncoderDecoder
 from fat5.model.heads import refuse_given, shifted
@@ -24,6 +25,10 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
 
     def __init__(self, config: Any) -> None:
+        if config.head_form == "encoder-eos":
+            raise ConfigurationError(
+                "encoder-eos is a form of sequence classification", where="head_form", hint="Use encoder"
+            )
         super().__init__(config, has_decoder=config.head_form != "encoder")
         self.has_decoder = config.head_form != "encoder"
         if not self.has_decoder:

@@ -12,64 +12,87 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from fat5.errors import CheckpointError
-from fat5.model.configuration import FAT5Config
-from fat5.model.flash_t5 import translate_tensors
+from fat5.errors import CheckpointError, CheckpointFileError
+from fat5.model.flash_t5 import attention_scale, translate_tensors
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keyword arguments of from_pretrained that say where a file is.
 _PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def weight_source(where: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of transformers' from_pretrained that make it read the weights of `where` safely.
 
     A folder with safetensors is read from those alone, one with pytorch_model.bin with weights_only=True. The tensors
     of a flash_t5 folder, or of one on the hub, are read here and handed over under T5's names.
 
     Raises:
-        CheckpointError: a folder with neither; other pickles are refused by name.
+        CheckpointError: a folder with neither, or with tensors that are not floating-point numbers; other pickles and
+            adapters are refused by name.
     """
     folder = Path(where)
-    config = args[0] if args else kwargs.get("config")
-    if isinstance(config, str | Path):
-        config = None
     if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
-        raise CheckpointError(
+        raise CheckpointFileError(
             "is a file" if folder.exists() else "no such folder",
             where=where,
             hint="give the folder that save_pretrained wrote",
         )
-    if not folder.is_dir():  # a name on the hub
-        config = configuration_of(where, kwargs) if config is None else config
-        if getattr(config, "flash_t5_attention_scale", None) is None:
+    place = {key: kwargs[key] for key in _PLACE if key in kwargs}
+    on_hub = not folder.is_dir()
+    if not on_hub:
+        folder = folder / (place.get("subfolder") or "")
+        refuse_adapter(folder)
+        if kwargs.get("config") is None and not (folder / "config.json").is_file():
+            raise CheckpointFileError("holds no config.json", where=folder, hint="put the model's config.json there")
+    found, _ = PreTrainedConfig.get_config_dict(where, **place)
+    is_old = found.get("model_type") == "flash_t5"
+    if on_hub:
+        if not is_old:
             return {}
-        place = {key: kwargs[key] for key in _PLACE if key in kwargs and key != "subfolder"}
-        folder = Path(snapshot_download(str(where), allow_patterns=["*.safetensors", "*.bin", "*.json"], **place))
-    if kwargs.get("subfolder"):
-        folder = folder / kwargs["subfolder"]
-    _check_index(folder)
-    named = kwargs.get("variant") is not None
-    safe = any(folder.glob("*.safetensors")) or (folder / _WEIGHTS[1]).is_file()
-    if not safe and not named and not any((folder / name).is_file() for name in _WEIGHTS):
+        subfolder = place.pop("subfolder", None) or ""
+        patterns = ["*.safetensors", "*.bin", "*.json"]
+        folder = Path(snapshot_download(str(where), allow_patterns=patterns, **place)) / subfolder
+    variant = kwargs.get("variant")
+    files = _weight_files(folder, variant)
+    if not files and variant is None:
         _refuse(folder)
-    how: dict[str, Any] = {"use_safetensors": safe}
-    if not safe:
-        how["weights_only"] = True
-    if config is None:
-        config = configuration_of(where, kwargs)
-    scale = getattr(config, "flash_t5_attention_scale", None)
-    if scale is None:
-        return how
-    tensors = translate_tensors(_read(folder), scale)
-    if "lm_head.weight" not in tensors:
-        config.tie_word_embeddings = config.scale_decoder_outputs = True
-    del config.flash_t5_attention_scale
-    return {"state_dict": tensors, "config": config}
+    if not found.get("quantization_config"):
+        for file in files:
+            _check_numbers(file)
+    if not is_old:
+        safe = not files or files[0].suffix == ".safetensors"
+        return {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
+    tensors = translate_tensors(read_tensors(folder, variant), attention_scale(found), where)
+    _check_form(tensors, kwargs, where)
+    return {"state_dict": tensors, "config": kwargs.get("config") or str(where)}
+
+
+def read_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of a folder, from one file or from shards."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder, variant):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        else:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises CheckpointError where a folder holds an adapter of PEFT, saying how to make a model of it."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    classes = "import fat5, peft; peft.AutoPeftModelForSeq2SeqLM"
+    raise CheckpointError(
+        "holds an adapter of PEFT, which is no model without its base model",
+        where=folder,
+        hint=f"merge the two: python -c \"{classes}.from_pretrained('{folder}').merge_and_unload()"
+        ".save_pretrained('MERGED')\"",
+    )
 
 
 def generation_settings(where: Any, kwargs: dict[str, Any]) -> GenerationConfig | None:
@@ -78,11 +101,6 @@ def generation_settings(where: Any, kwargs: dict[str, Any]) -> GenerationConfig 
         return GenerationConfig.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
     except OSError:
         return None
-
-
-def configuration_of(where: Any, kwargs: dict[str, Any]) -> FAT5Config:
-    """The configuration beside the weights that from_pretrained(where, **kwargs) asks for."""
-    return FAT5Config.from_pretrained(where, **{key: kwargs[key] for key in _PLACE if key in kwargs})
 
 
 @contextmanager
@@ -94,11 +112,11 @@ def readable(where: Any) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(str(error).splitlines()[0].rstrip("."), where=where) from error
+        raise CheckpointFileError(_first_line(error), where=where) from error
     except StrictDataclassError as error:
         raise CheckpointError(f"config.json cannot be used: {_last_line(error)}", where=where, hint=again) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
-        raise CheckpointError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
+        raise CheckpointFileError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{_binary(where)} is a pickle that holds more than tensors, which can run code when read, and is refused",
@@ -112,11 +130,9 @@ def readable(where: Any) -> Iterator[None]:
             ) from error
         if not any(part in str(error) for part in ("PytorchStreamReader", "unexpected EOF")):
             raise
-        raise CheckpointError(f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again) from error
-    except (TypeError, ValueError) as error:
-        if "dictionary update sequence" not in str(error):
-            raise
-        raise CheckpointError(f"{_binary(where)} holds no names with tensors", where=where, hint=again) from error
+        raise CheckpointFileError(
+            f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=again
+        ) from error
 
 
 @contextmanager
@@ -130,16 +146,67 @@ def transformers_quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_index(folder: Path) -> None:
-    """An index of shards that is JSON and yet names no file is damaged too."""
-    for path in sorted(folder.glob("*.index.json")):
-        content = json.loads(path.read_text())
-        named = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-            raise CheckpointError("damaged: names no file for each tensor", where=path, hint="restore it")
-        outside = sorted(file for file in set(named.values()) if Path(file).name != file)
-        if outside:
-            raise CheckpointError(f"names {outside[0]!r}, which is not in its folder", where=path, hint="restore it")
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that transformers reads: a whole one before shards, safetensors before pickles of tensors."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole = folder / (f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}")
+        index = folder / f"{stem}.{suffix}.index.{f'{variant}.' if variant else ''}json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return [folder / name for name in sorted(set(_index(index).values()))]
+    return []
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor → file; an index that is JSON and yet names no file is damaged too."""
+    content = json.loads(path.read_text())
+    named = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise CheckpointFileError("damaged: names no file for each tensor", where=path, hint="restore it")
+    outside = sorted(file for file in set(named.values()) if Path(file).name != file)
+    if outside:
+        raise CheckpointError(f"names {outside[0]!r}, which is not in its folder", where=path, hint="restore it")
+    return named
+
+
+def _check_numbers(file: Path) -> None:
+    """Raises CheckpointError unless a file holds floating-point tensors by name; it reads headers, and no weights."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        others = [name for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]
+    else:
+        held = torch.load(file, map_location="meta", weights_only=True)
+        if not isinstance(held, dict):
+            raise CheckpointError("holds no tensors by name", where=file, hint="save the model with save_pretrained")
+        named = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
+        if named:
+            raise CheckpointError(
+                f"holds {', '.join(named[:3])} beside or around its tensors, as a checkpoint of a training run does",
+                where=file,
+                hint="load it where it was made, and save the model in it with save_pretrained",
+            )
+        kinds = {str(name): str(value.dtype) for name, value in held.items()}
+        others = [name for name, value in held.items() if not value.is_floating_point()]
+    if others:
+        raise CheckpointError(
+            f"{others[0]} holds {kinds[others[0]]}, and weights are floating-point numbers",
+            where=file,
+            hint="restore it, or save it again",
+        )
+
+
+def _check_form(tensors: dict[str, Tensor], kwargs: dict[str, Any], where: Any) -> None:
+    """Raises CheckpointError for an answering head of flash_t5 that read a decoder, as that of its first versions."""
+    answers = "qa_outputs.weight" in tensors and any(name.startswith("decoder.") for name in tensors)
+    form = kwargs.get("head_form") or getattr(kwargs.get("config"), "head_form", None)
+    if answers and form != "encoder-decoder":
+        raise CheckpointError(
+            "holds a question-answering head that reads a decoder",
+            where=where,
+            hint="load it with head_form='encoder-decoder'",
+        )
 
 
 def _refuse(folder: Path) -> None:
@@ -150,24 +217,11 @@ def _refuse(folder: Path) -> None:
             where=pickles[0],
             hint="save it again as safetensors (model.save_pretrained of transformers does)",
         )
-    raise CheckpointError(
+    raise CheckpointFileError(
         "holds no model.safetensors and no pytorch_model.bin",
         where=folder,
         hint="give the folder that save_pretrained wrote",
     )
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, from one file or from shards."""
-    tensors: dict[str, Tensor] = {}
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        else:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True)
-    return tensors
 
 
 def _binary(where: Any) -> str:

@@ -3,8 +3,10 @@
 source (conversion_source.py)  FAT5, transformers' T5, mT5, umT5, ByT5, or the first FAT5 (flash_t5)
 hf, fat5                       here                        ctranslate2, onnx    export_ctranslate2.py, export_onnx.py
 verification.py                the same examples through both; above the tolerance nothing is written
+flash_t5_formulas.py           the first FAT5's model, to compare with
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,15 +22,19 @@ from safetensors import SafetensorError
 from fat5.data.shards import sync_folder
 from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
 from fat5.model import quiet
+from fat5.model.loading import check_finite
 from fat5.tasks.conversion_source import (
     STOCK_PREFIX,
     TOKENIZER_FILES,
     Source,
+    first_sentinel,
+    is_named_unigram,
     load_stock,
     load_stock_tokenizer,
     read_source,
 )
-from fat5.tasks.verification import Comparison, compare, outputs, random_examples
+from fat5.tasks.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
+from fat5.tasks.verification import TOLERANCE, Comparison, compare, outputs, random_examples
 from fat5.train.model_card import CARD, PLOT, CardFacts, read_card, write_card
 
 # Packages of each format that come with an extra of the same name.
@@ -109,7 +115,7 @@ def convert(config: ConvertConfig) -> Conversion:
     _check_expressible(source, config.to)
     stored = _stored_dtype(source, config)
     model = source.load(encoder_only=config.to == "onnx")
-    _check_finite(model, source.folder)
+    check_finite(model, source.folder)
     kind = "EncoderModel" if config.to == "onnx" else source.kind
     report = Conversion(
         source.folder,
@@ -119,6 +125,7 @@ def convert(config: ConvertConfig) -> Conversion:
         len(list(model.parameters())),
     )
     examples = random_examples(model.config, config.seed)
+    report.compared += _verify_source(source, model, kind, examples)
     _round(model, stored, kind, examples, report)
     if source.tokenizer is None:
         report.notes.append("the source holds no tokenizer, and so does the copy; give one with --tokenizer DIR")
@@ -141,7 +148,7 @@ def convert(config: ConvertConfig) -> Conversion:
             made.rmdir()
         else:
             _save(model, stored, partial)
-            report.compared.append(_verify_folder(partial, source, model, config.to, examples, stored))
+            report.compared.append(_verify_folder(partial, source, model, config.to, examples))
         for comparison in report.compared:
             comparison.require(source.folder)
         _copy_tokenizer(source, partial)
@@ -173,14 +180,6 @@ def _check(config: ConvertConfig) -> None:
             f"--to {config.to} needs {' and '.join(missing)}, not installed here",
             hint=f"pip install 'fat5[{config.to}]'",
         )
-
-
-def _check_finite(model: Any, folder: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise CheckpointError(
-                f"{name} holds NaN or infinity", where=folder, hint="Take a checkpoint from before training broke down"
-            )
 
 
 def _check_expressible(source: Source, to: str) -> None:
@@ -250,41 +249,54 @@ def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
             parameter.data = parameter.data.float()
 
 
-def _verify_folder(
-    folder: Path, source: Source, model: Any, to: str, examples: dict[str, Any], stored: torch.dtype
-) -> Comparison:
-    """Compares the copy with the source, each read by other code where there is other code for it."""
-    if to == "hf":
-        if not _stock_reads(folder):
-            raise ConfigurationError(
-                "no class of stock transformers computes what this model does",
-                where=source.folder,
-                hint="Use --to fat5",
-            )
-        got = outputs(load_stock(folder, source.kind), source.kind, examples)
-        want, sides = outputs(model, source.kind, examples), "stock transformers on the copy, FAT5 on the source"
+def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
+    """Compares what FAT5 reads with what code reads that shares no translation of keys and names with it."""
+    tolerance = TOLERANCE
+    if source.model_type == "flash_t5":
+        other: Any = FlashT5Formulas.of_folder(source.folder, kind)
+        name, tolerance = "the first FAT5's formulas", FORMULAS_TOLERANCE
+    elif source.model_type in STOCK_PREFIX:
+        other, name = load_stock(source.folder, kind), "stock transformers"
     else:
-        copy = Source(folder, "fat5", source.kind, source.config, None)
-        got, sides = outputs(copy.load(), source.kind, examples), "FAT5 on both"
-        if source.model_type in STOCK_PREFIX and _stock_reads(source.folder):
-            model, sides = load_stock(source.folder, source.kind), "FAT5 on the copy, stock transformers on the source"
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(stored).float()
-        want = outputs(model, source.kind, examples)
+        return []
+    got, want = outputs(model, kind, examples), outputs(other, kind, examples)
+    return [compare(got, want, f"{_what(examples)} ({name} and FAT5 on the source)", tolerance)]
+
+
+def _verify_folder(folder: Path, source: Source, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
+    """Compares the copy with the source, the copy read by stock transformers where it is for that."""
+    if to == "hf" and not _stock_reads(folder):
+        raise ConfigurationError(
+            "no class of stock transformers computes what this model does",
+            where=source.folder,
+            hint="Use --to fat5",
+        )
+    copy = Source(folder, "fat5", source.kind, source.config, None)
+    read = load_stock(folder, source.kind) if to == "hf" else copy.load()
+    got, want = outputs(read, source.kind, examples), outputs(model, source.kind, examples)
+    reader = "stock transformers" if to == "hf" else "FAT5"
+    return compare(got, want, f"{_what(examples)} ({reader} on the copy, FAT5 on the source)")
+
+
+def _what(examples: dict[str, Any]) -> str:
     rows, tokens = examples["input_ids"].shape[0], int(examples["attention_mask"].sum())
-    return compare(got, want, f"outputs for {rows} examples of {tokens} tokens ({sides})")
+    return f"outputs for {rows} examples of {tokens} tokens"
 
 
 def _stock_reads(folder: Path) -> bool:
-    import json
-
     return json.loads((folder / "config.json").read_text()).get("model_type", "t5") in STOCK_PREFIX
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> None:
+    if source.tokenizer is None:
+        return
     for name in TOKENIZER_FILES:
-        if source.tokenizer is not None and (source.tokenizer / name).is_file():
+        if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / name)
+    if is_named_unigram(folder):
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
 def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
@@ -296,6 +308,9 @@ def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
     if before != after:
         raise TokenizerError("the copy encodes otherwise than the source; nothing was written", where=source.tokenizer)
     report.notes.append(f"the tokenizer encodes {len(texts)} texts to the same {sum(map(len, after))} tokens")
+    first = first_sentinel(source.tokenizer) if source.model_type == "flash_t5" else None
+    if first not in (None, "<extra_id_0>"):
+        report.notes.append(f"the first FAT5 counted sentinels down from the highest id: the first blank is {first}")
 
 
 def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Conversion) -> None:

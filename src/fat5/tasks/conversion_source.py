@@ -14,7 +14,7 @@ from fat5 import model as fat5_model
 from fat5.data.tokenizer import refuse_pickle
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
-from fat5.model.weight_files import readable, transformers_quiet
+from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
 from fat5.train.scoring import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -68,6 +68,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
     """
     if not Path(path).exists():
         raise CheckpointError("does not exist", where=path, hint="Give the folder of a model or of a run")
+    refuse_adapter(Path(path))
     if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) and not (Path(path) / "config.json").is_file():
         raise CheckpointError("holds weights but no config.json", where=path, hint="Put the model's config.json there")
     folder = model_folder(Path(path))
@@ -119,8 +120,9 @@ def load_stock_tokenizer(folder: Path) -> Any:
     Raises:
         TokenizerError: it cannot be read.
     """
+    cls = transformers.PreTrainedTokenizerFast if is_named_unigram(folder) else transformers.AutoTokenizer
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # readers of tokenizers raise many kinds
         lines = str(error).strip().splitlines()
         raise TokenizerError(
@@ -128,6 +130,27 @@ def load_stock_tokenizer(folder: Path) -> Any:
             where=folder,
             hint="Give another with --tokenizer",
         ) from error
+
+
+def is_named_unigram(folder: Path) -> bool:
+    """Whether tokenizer_config.json names T5's class, whose model is Unigram in transformers 5, and it is another's.
+
+    The first FAT5 wrote that class for its BPE.
+    """
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    content, config = (_read_object(file) for file in files)
+    model = content.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    return config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") and kind not in (None, "Unigram")
+
+
+def first_sentinel(folder: Path) -> str | None:
+    """The sentinel of the highest id, with which the first FAT5 marked a text's first blank; None without sentinels."""
+    tokenizer = load_stock_tokenizer(folder)
+    names = [token for token in tokenizer.all_special_tokens if "extra" in token]
+    return max(names, key=tokenizer.convert_tokens_to_ids, default=None)
 
 
 def _kind(found: dict[str, Any], folder: Path) -> str:

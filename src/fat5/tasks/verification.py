@@ -91,8 +91,8 @@ def outputs(model: Any, kind: str, examples: dict[str, Tensor]) -> Tensor:
     return torch.cat([(x[keep] if x.shape[:2] == keep.shape else x).flatten() for x in found])
 
 
-def compare(got: Tensor, want: Tensor, what: str) -> Comparison:
+def compare(got: Tensor, want: Tensor, what: str, tolerance: float = TOLERANCE) -> Comparison:
     """The largest difference, relative to the largest entry of `want`."""
     if got.shape != want.shape:
-        return Comparison(f"{what} (of shape {tuple(got.shape)} for {tuple(want.shape)})", float("nan"))
-    return Comparison(what, float((got - want).abs().max() / want.abs().max()))
+        return Comparison(f"{what} (of shape {tuple(got.shape)} for {tuple(want.shape)})", float("nan"), tolerance)
+    return Comparison(what, float((got - want).abs().max() / want.abs().max()), tolerance)

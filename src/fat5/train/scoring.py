@@ -1,5 +1,6 @@
 """`evaluate_model(config)`: loss and accuracy of a finished model, by denoiser, on prepared data."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
+from fat5.model.weight_files import refuse_adapter
 from fat5.train.checkpoint import CheckpointStore
 from fat5.train.checkpoint_files import MANIFEST, verify_checkpoint
 from fat5.train.config import read_config
@@ -82,6 +84,12 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
         )
     scores = evaluate(model, model, batches, mixture.names(), precision)
     row = scores.row(0)
+    if not math.isfinite(row["loss"]):
+        raise CheckpointError(
+            f"its loss on this data is {row['loss']} in {precision.name}",
+            where=weights,
+            hint="Use --precision fp32; if it is no number there either, the weights are of no use",
+        )
     facts = {key: row[key] for key in ("loss", "accuracy", "tokens", "by_denoiser")}
     return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **facts}
 
@@ -109,6 +117,7 @@ def model_folder(folder: Path) -> Path:
     """
     if folder.is_file():
         raise CheckpointError("is a file; a model is a folder, and pickles are never read", where=folder)
+    refuse_adapter(folder)
     if (folder / MANIFEST).is_file():
         verify_checkpoint(folder)
         return folder
