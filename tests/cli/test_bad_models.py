@@ -113,6 +113,21 @@ def elsewhere(folder: Path) -> None:
     index.write_text(json.dumps(content))
 
 
+def as_integers(folder: Path) -> None:
+    """The same bytes under another type, as a wrong header says."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"'))
+
+
+def adapter(folder: Path) -> None:
+    """What `save_pretrained` of a PEFT model leaves."""
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "google/t5-v1_1-base"}'
+    )
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (tensors(lambda t: t.pop(KEY)), f"lacks 1 tensors, {KEY}"),
     "extra tensor": (tensors(lambda t: t.update({"encoder.extra": torch.zeros(2)})), "no place for, encoder.extra"),
@@ -136,6 +151,19 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         binary(dict, keep=0.5, _use_new_zipfile_serialization=False), "damaged: pytorch_model.bin: unexpected EOF",
     ),
     "a pickle of a list": (binary(list), "holds no names with tensors"),
+    "a checkpoint of Lightning": (
+        binary(lambda t: {"state_dict": t, "epoch": 3}), "holds state_dict, epoch beside or around its tensors",
+    ),
+    "a pickle of whole numbers": (
+        binary(lambda t: {name: x.int() for name, x in t.items()}), "holds torch.int32, and weights are",
+    ),
+    "whole numbers": (as_integers, "holds I32, and weights are floating-point numbers"),
+    "NaN": (tensors(lambda t: t[KEY][0].fill_(float("nan"))), f"{KEY} holds NaN or infinity"),
+    "infinity": (tensors(lambda t: t["lm_head.weight"][5, 5].fill_(-float("inf"))), "lm_head.weight holds NaN or inf"),
+    "an adapter": (adapter, "is no model without its base model. merge the two: python"),
+    "an adapter beside a model": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter of PEFT",
+    ),
     "an index that names a file of another folder": (shards(elsewhere), "model.safetensors', which is not in"),
     "another pickle": (lambda at: (at / "model.safetensors").rename(at / "model.pt"), "model.pt: is a pickle"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "holds"),

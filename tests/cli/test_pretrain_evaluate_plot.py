@@ -1,8 +1,10 @@
 """The three commands as a user types them, in one chain: pretrain, continue, evaluate, plot."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fat5.cli.main import main
 from made_run import tiny
@@ -47,14 +49,32 @@ def test_evaluate_agrees_with_the_run(prepared, run, tmp_path, capsys, part):
 
 
 def test_evaluate_refuses_another_tokenizer(prepared, run, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(run / "model", tmp_path / "model")
     tokenizer = tmp_path / "model" / "tokenizer.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), indent=3))
     words = ["--model", str(tmp_path / "model"), "--data", json.dumps([str(prepared)]), "--max_tokens", "64"]
     assert main(["evaluate", *words]) == 2
     assert "prepared with another tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [(float("nan"), "lm_head.weight holds NaN or infinity"), (1e38, "its loss on this data is")],
+    ids=["weights", "loss"],
+)
+def test_evaluate_writes_no_table_of_nan(factor, says, prepared, run, tmp_path, capsys):
+    shutil.copytree(run / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= factor / tensors["lm_head.weight"].abs().max()
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = ["--model", str(tmp_path / "model"), "--data", json.dumps([str(prepared)]), "--max_tokens", "64"]
+    assert main(["evaluate", *words, "--output", str(tmp_path / "scores.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+    assert not (tmp_path / "scores.json").exists()
 
 
 def test_plot(run, tmp_path, capsys, monkeypatch):

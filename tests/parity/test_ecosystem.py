@@ -1,6 +1,9 @@
 """The tools around transformers on our classes: Trainer, Seq2SeqTrainer, accelerate, PEFT; beside the stock class."""
 
 import copy
+import shlex
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 import fat5
+from fat5.errors import CheckpointError
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.model.decoding import generate
 
@@ -234,3 +238,18 @@ def test_a_model_is_pickled_and_copied_whole():
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(other(**batch).logits, ours(**batch).logits)
         assert isinstance(other, FAT5ForConditionalGeneration)
+
+
+@pytest.mark.parametrize("make", [t5_v1_1, lambda: fat5_like(t5_v1_1())], ids=["stock", "fat5"])
+def test_the_command_that_an_adapter_is_refused_with_merges_it(make, tmp_path, monkeypatch):
+    base, batch = make(), rows()
+    base.save_pretrained(tmp_path / "base")
+    tuned = lora(type(base).from_pretrained(tmp_path / "base"), init_lora_weights=False).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="holds an adapter of PEFT") as raised:
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    command = shlex.split(str(raised.value).split("merge the two: ")[1])
+    assert command[:2] == ["python", "-c"]
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    merged = FAT5ForConditionalGeneration.from_pretrained(tmp_path / "MERGED").eval()
+    assert difference(merged(**batch).logits, tuned(**batch).logits) <= LOGITS_TOLERANCE

@@ -163,11 +163,17 @@ def test_with_a_decoder_from_a_seq2seq_checkpoint(family, kind, tmp_path):
     assert difference(got[at], want[at]) <= LOGITS_TOLERANCE
 
 
-def test_a_head_of_another_size_is_begun_anew_on_request(tmp_path):
+def test_a_head_of_another_size_is_begun_anew_on_request(tmp_path, caplog):
     fat5.FAT5ForTokenClassification(FAT5Config(**SIZES, num_labels=3)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"classifier\..* ignore_mismatched_sizes=True begins a head anew"):
         fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5)
-    ours = fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    with caplog.at_level(logging.WARNING):
+        ours = fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == (
+        "FAT5ForTokenClassification: classifier.bias ((5,) here, (3,) in the checkpoint), classifier.weight ((5, 32) "
+        "here, (3, 32) in the checkpoint) are newly initialised; train them before use"
+    )
     assert ours(**source()).logits.shape[-1] == 5
 
 

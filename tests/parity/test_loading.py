@@ -20,7 +20,7 @@ from stock import (
     t5_v1_0,
     t5_v1_1,
 )
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, UMT5EncoderModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration, UMT5EncoderModel
 
 import fat5
 from fat5.errors import CheckpointError
@@ -189,6 +189,53 @@ def test_embeddings_under_either_name(family, names, tmp_path):
     assert difference(ours(**given)[0][kept], stock(**given)[0][kept]) <= LOGITS_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        ("EncoderModel", ""),
+        ("Model", ""),
+        ("ForConditionalGeneration", ""),
+        ("ForTokenClassification", ""),
+        ("ForTokenClassification", "transformer."),  # its own checkpoint, and not one of a seq2seq
+    ],
+)
+@pytest.mark.parametrize("family", [t5_v1_0, t5_v1_1, FAMILIES["umT5"]], ids=["v1.0", "v1.1", "umT5"])
+def test_embeddings_under_the_name_of_the_decoder(prefix, family, kind, tmp_path):
+    """What safetensors.torch.save_model leaves of a shared table: the first of its names, as of madlad400."""
+    stock = family().eval()
+    stock.save_pretrained(tmp_path / "source")
+    cls = getattr(fat5.model, f"FAT5{kind}")
+    if prefix:
+        cls.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors.pop(f"{prefix}shared.weight")
+    save_file(tensors | {f"{prefix}decoder.embed_tokens.weight": table}, file, metadata={"format": "pt"})
+    ours = cls.from_pretrained(tmp_path / "source").eval()
+    assert torch.equal(ours.get_input_embeddings().weight, table)
+    ours.save_pretrained(tmp_path / "again")
+    names = [
+        name for name in load_file(tmp_path / "again" / "model.safetensors") if "embed" in name or "shared" in name
+    ]
+    assert names == [f"{ours.base_model_prefix}.shared.weight" if kind.startswith("ForToken") else "shared.weight"]
+
+
+def test_a_configuration_that_calls_an_encoder_decoder_something_else(tmp_path):
+    """nanoT5 writes so."""
+    stock, batch = t5_v1_1().eval(), rows()
+    stock.save_pretrained(tmp_path / "source")
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(written | {"is_encoder_decoder": False}))
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path / "source").eval()
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    want = stock.generate(**prompt, max_new_tokens=6)
+    assert torch.equal(ours.generate(**prompt, max_new_tokens=6), want)
+    assert torch.equal(Decoder(ours).generate(**prompt, max_new_tokens=6), want)
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again.generate(**prompt, max_new_tokens=6), want)
+
+
 def test_the_first_checkpoints_of_t5(tmp_path):
     """A configuration with a handful of keys and an old class's name, and a table that no T5 reads."""
     stock, batch = t5_v1_0().eval(), rows()
@@ -288,6 +335,75 @@ def test_a_state_dict_stands_in_for_the_weights_of_a_folder(tmp_path):
     stock, batch = t5_v1_1().eval(), rows()
     t5_v1_1().save_pretrained(tmp_path)
     ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, state_dict=stock.state_dict()).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+
+
+def test_keywords_beside_a_state_dict(tmp_path):
+    stock = t5_v1_1()
+    stock.save_pretrained(tmp_path)
+    how = {"state_dict": stock.state_dict(), "dropout_rate": 0.25}
+    assert FAT5ForConditionalGeneration.from_pretrained(tmp_path, **how).encoder.dropout.p == 0.25
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def misshape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.block.1.layer.0.SelfAttention.q.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_a_shard(folder):
+    T5ForConditionalGeneration.from_pretrained(folder).save_pretrained(folder, max_shard_size=SHARD)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    sorted(folder.glob("model-*"))[1].unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (shutil.rmtree, OSError),
+        (remove("model.safetensors"), OSError),
+        (lambda folder: (folder / "config.json").write_text("{"), OSError),
+        (lose_a_shard, OSError),
+        (misshape, RuntimeError),
+    ],
+    ids=["no folder", "no weights", "no JSON", "no shard", "another shape"],
+)
+def test_errors_are_also_of_the_kind_that_stock_raises(damage, kind, tmp_path):
+    """So that `except OSError` around from_pretrained goes on working."""
+    t5_v1_1().save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model")
+    for cls in (T5ForConditionalGeneration, FAT5ForConditionalGeneration):
+        with pytest.raises(kind) as raised:
+            cls.from_pretrained(tmp_path / "model")
+    assert isinstance(raised.value, CheckpointError)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_configuration(tmp_path):
+    t5_v1_1().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match=r"holds no config\.json"):
+        FAT5ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_whole_file_is_read_and_not_shards_beside_it(tmp_path):
+    """Nor one of another variant, nor a safetensors file of another name."""
+    stock, batch = t5_v1_1().eval(), rows()
+    t5_v1_1().save_pretrained(tmp_path, max_shard_size=SHARD)
+    t5_v1_1().save_pretrained(tmp_path, variant="fp16")
+    stock.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path)
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    torch.save(stock.state_dict(), tmp_path / "pytorch_model.bin")
+    save_file({"x": torch.ones(1)}, tmp_path / "optimizer.safetensors")
+    ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
 
 

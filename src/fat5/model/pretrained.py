@@ -198,7 +198,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 where=where,
                 hint="config.json does not belong to these weights, or they are of another architecture",
             )
-        told = sorted(fresh) + [f"{name} (here {tuple(a)}, there {tuple(b)})" for name, b, a in mismatched]
+        told = sorted(fresh) + [
+            f"{name} ({tuple(wanted)} here, {tuple(found)} in the checkpoint)" for name, found, wanted in mismatched
+        ]
         if told:
             logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, ", ".join(told))
         # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.

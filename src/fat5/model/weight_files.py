@@ -179,7 +179,7 @@ def _check_numbers(file: Path) -> None:
     else:
         held = torch.load(file, map_location="meta", weights_only=True)
         if not isinstance(held, dict):
-            raise CheckpointError("holds no tensors by name", where=file, hint="save the model with save_pretrained")
+            raise CheckpointError("holds no names with tensors", where=file, hint="restore it, or save it again")
         named = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
         if named:
             raise CheckpointError(
