@@ -6,7 +6,8 @@
 For each preset, three runs of one recipe, each with compiler caches of its own: two from start to end, and one that is
 killed (SIGKILL) after its first checkpoint and started again. Weights, optimizer, generators and log are compared byte
 by byte. `--before` adds two runs with the former code (gradients by atomics, reductions chosen by timing).
-The cost is the time of a training step with and without each part of the mend, in turn on one card.
+The cost is the time of a training step in the former form and in today's, in turn on one card; it compiles while the
+runs go on, and is timed when they have ended.
 """
 
 import argparse
@@ -18,6 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +29,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from fat5.model.layers import Embedding
 from fat5.train import read_rows
 from fat5.train.metrics import TIMES
 from gpu_measure import Results
 from gpu_step import Case, Shape, batch, documents, first_step, free, say, steady
 
 STATE = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
-PARTS = {"before": ("atomics", "timed"), "sorted ids": ("timed",), "fixed forms": ("atomics",), "both": ()}
-"""Name → what of the former code it has."""
+BUDGETS = (8192, 5888)
+"""Encoder and decoder tokens of a pack: half of the usual ones, since up to nine runs share the card."""
+
+TINY = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 16}
 
 
 def main() -> None:
@@ -47,38 +54,46 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true", help="a short run with deterministic: true as well")
     parser.add_argument("--cost", nargs="*", default=[], help="presets whose step is timed")
     parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds of each form of a step")
-    parser.add_argument("--tiny", action="store_true", help="packs of 256 tokens, for a try without a GPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU"
+    )
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         form, *arguments = options.child
-        former(PARTS[form])
-        from fat5.cli.main import main as command
+        with former(form == "before"):
+            from fat5.cli.main import main as command
 
-        sys.exit(command(arguments))
+            sys.exit(command(arguments))
     results = Results(options.output_dir, "reproducible")
-    same = compare(options, results)
-    for preset in options.cost:
-        cost(options, results, preset)
+    with ThreadPoolExecutor(1) as aside:
+        comparison = aside.submit(compare, options, results)
+        for preset in options.cost:
+            cases = compiled_cases(options, preset)
+            comparison.result()
+            cost(options, results, preset, cases)
+        same = comparison.result()
     results.write()
     sys.exit(0 if same else 1)
 
 
-def former(parts: tuple[str, ...]) -> None:
-    """Puts parts of the code before the mend in place."""
-    if "atomics" in parts:
-        from fat5.model.layers import Embedding
-
+@contextmanager
+def former(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, the code before the mend: gradients by atomics, reductions chosen by timing."""
+    compile_now, forward_now = torch.compile, Embedding.forward
+    if wanted:
         Embedding.forward = lambda self, ids: F.embedding(ids, self.weight)  # type: ignore[method-assign]
-    if "timed" in parts:
-        original = torch.compile
-        torch.compile = lambda *args, **how: original(*args, **(how | {"options": None}))  # type: ignore[assignment]
+        torch.compile = lambda *args, **how: compile_now(*args, **(how | {"options": None}))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile, Embedding.forward = compile_now, forward_now  # type: ignore[assignment, method-assign]
 
 
 class Run:
     """One run in processes of its own."""
 
-    def __init__(self, options: argparse.Namespace, preset: str, name: str, form: str = "both", **keys: object) -> None:
+    def __init__(self, options: argparse.Namespace, preset: str, name: str, form: str = "now", **keys: object) -> None:
         self.name, self.form, self.options = f"{preset}, {name}", form, options
         self.folder = options.work / f"{preset}-{name}".replace(" ", "-")
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -92,7 +107,11 @@ class Run:
 
     def start(self) -> None:
         caches = {f"{name}_CACHE_DIR": str(self.folder / name) for name in ("TORCHINDUCTOR", "TRITON")}
-        environment = os.environ | caches | {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
+        environment = (
+            os.environ
+            | caches
+            | {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+        )
         with (self.folder / "log.txt").open("a") as log:
             self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -132,9 +151,10 @@ class Run:
 
 
 def recipe_of(options: argparse.Namespace, preset: str) -> dict:
-    encoder, decoder = (256, 256) if options.tiny else (16384, 11776)
+    encoder, decoder = (256, 256) if options.tiny else BUDGETS
+    overrides = {"dropout_rate": options.dropout, "z_loss": 1e-4} | (TINY if options.tiny else {})
     return {
-        "model": {"preset": preset, "overrides": {"dropout_rate": options.dropout, "z_loss": 1e-4}},
+        "model": {"preset": preset, "overrides": overrides},
         "data": {
             "sources": [{"path": str(options.shards)}],
             "max_tokens": 64 if options.tiny else 1024,
@@ -145,9 +165,9 @@ def recipe_of(options: argparse.Namespace, preset: str) -> dict:
         },
         "schedule": {"name": "cosine", "warmup_steps": options.steps // 10},
         "steps": options.steps,
-        "compile": True,
+        "compile": torch.cuda.is_available(),
         "eval_every": options.steps // 4,
-        "eval_tokens": 2048 if options.tiny else 13000,
+        "eval_tokens": 256 if options.tiny else 13000,
         "save_every": options.steps // 4,
     }
 
@@ -165,6 +185,7 @@ def compare(options: argparse.Namespace, results: Results) -> bool:
         runs[preset][2].kill(options.steps // 4 + options.steps // 8)
     for preset, started in runs.items():
         ended = [run.wait() for run in started]
+        results.write()
         if not all(ended[:3]):
             same = False
             continue
@@ -174,7 +195,7 @@ def compare(options: argparse.Namespace, results: Results) -> bool:
                 continue
             other = run.digests()
             equal = [name for name in first if other[name] == first[name]]
-            expected = run.form == "both" and "deterministic" not in run.name
+            expected = run.form == "now" and "deterministic" not in run.name
             same &= len(equal) == len(first) or not expected
             results.add(run.name, "fat5 compiled", "parts of the state equal to the first run", len(equal), "of 5")
             say(f"{run.name}: equal to the first run in {', '.join(equal) or 'nothing'} ({len(equal)} of {len(first)})")
@@ -189,25 +210,30 @@ def compare(options: argparse.Namespace, results: Results) -> bool:
     return same
 
 
-def cost(options: argparse.Namespace, results: Results, preset: str) -> None:
-    """Milliseconds of a step in each form, in turn, twice."""
-    shape = Shape.of(256 if options.tiny else 16384, 128 if options.tiny else 1024)
-    batches = [batch(shape, documents(shape, None, seed), seed) for seed in range(4)]
-    original = torch.compile
-    from fat5.model.layers import Embedding
-
-    forward = Embedding.forward
-    cases = {}
-    for name, parts in PARTS.items():
-        former(parts)
-        cases[name] = Case.of(preset)
-        first_step(cases[name], batches[0])
-        torch.compile, Embedding.forward = original, forward  # type: ignore[assignment, method-assign]
+def compiled_cases(options: argparse.Namespace, preset: str) -> dict[str, Case]:
+    """A step in the former form and in today's, compiled."""
+    shape, cases = shape_of(options), {}
+    for name in ("before", "now"):
+        with former(name == "before"):
+            cases[name] = Case.of(preset)
+            taken, _ = first_step(cases[name], batch(shape, documents(shape, None, 0), 0))
+        say(f"{preset} {name}: first step {taken:.0f} s")
         torch._dynamo.reset()
+    return cases
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    return Shape.of(256 if options.tiny else BUDGETS[0], 128 if options.tiny else 1024)
+
+
+def cost(options: argparse.Namespace, results: Results, preset: str, cases: dict[str, Case]) -> None:
+    """Milliseconds of a step in each form, in turn, three times."""
+    shape = shape_of(options)
+    batches = [batch(shape, documents(shape, None, seed), seed) for seed in range(4)]
     taken: dict[str, list[np.ndarray]] = {name: [] for name in cases}
-    for _ in range(2):
+    for _ in range(3):
         for name, case in cases.items():
-            timing = steady(lambda n, c=case: c.step(n, batches[n % 4]), options.seconds / 2)  # type: ignore[misc]
+            timing = steady(lambda n, c=case: c.step(n, batches[n % 4]), options.seconds / 3)  # type: ignore[misc]
             taken[name].append(timing.seconds)
     before = np.median(np.concatenate(taken["before"]))
     for name, samples in taken.items():
@@ -215,6 +241,7 @@ def cost(options: argparse.Namespace, results: Results, preset: str) -> None:
         results.add(f"{preset} step", name, "step", seconds, "s")
         results.add(f"{preset} step", name, "over before", seconds / before, "ratio")
         say(f"{preset} {name}: {np.median(seconds) * 1e3:.2f} ms a step, {np.median(seconds) / before:.4f} of before")
+    results.write()
     cases.clear()
     free()
 
