@@ -13,7 +13,7 @@ help:
 	@echo "make test-slow  the tests that take minutes (twenty kills, Ray, inductor)"
 	@echo "make wheel      build the wheel, install it in a fresh environment elsewhere, run a tiny demo there"
 	@echo "make lint       ruff, mypy, import-linter"
-	@echo "make bench      every benchmark; results go to benchmarks/results/"
+	@echo "make bench      every benchmark; results go to bench/, scripts/publish.py puts them on the pages"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FAT5 needs Python 3.11 or newer; say which with `make PYTHON=python3.11 …`")'

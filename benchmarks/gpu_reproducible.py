@@ -54,9 +54,7 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true", help="a short run with deterministic: true as well")
     parser.add_argument("--cost", nargs="*", default=[], help="presets whose step is timed")
     parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds of each form of a step")
-    parser.add_argument(
-        "--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU"
-    )
+    parser.add_argument("--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "bench"
+"""Results of this checkout, not part of it; `scripts/publish.py` takes them over into benchmarks/results/."""
+GENERATIONS = {("25", "1"): "7003 (Zen 3)", ("25", "17"): "9004 (Zen 4)", ("26", "2"): "9005 (Zen 5)"}
+"""Server processors of AMD by (family, model)."""
 FIELDS = [
     "case",
     "provider",
@@ -61,7 +64,7 @@ def row(case: str, provider: str, metric: str, samples: np.ndarray, unit: str) -
 
 
 def save(question: str, rows: list[dict[str, object]]) -> Path:
-    """Writes results/QUESTION.csv (replacing it) with machine, versions, commit and command, and prints a table."""
+    """Writes bench/QUESTION.csv (replacing it) with machine, versions, commit and command, and prints a table."""
     path = RESULTS / f"{question}.csv"
     path.parent.mkdir(exist_ok=True)
     stamp = {
@@ -90,13 +93,14 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
-            model,
-        )
+        lines = (line.partition(":")[::2] for line in cpuinfo.read_text().splitlines())
+        facts = {key.strip(): value.strip() for key, value in lines}
+        model = facts.get("model name", model)
+        # A hypervisor may hide the rest of the name.
+        generation = GENERATIONS.get((facts.get("cpu family"), facts.get("model")))
+        model = f"{model} {generation}" if generation else model
     return f"{model} ({os.cpu_count()} cores)"
 
 

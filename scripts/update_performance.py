@@ -1,4 +1,4 @@
-"""Writes the figures of docs/performance.md, its plot, and the README's GPU targets from benchmarks/results/h200-*.csv.
+"""Writes the GPU figures of docs/performance.md and its plot from benchmarks/results/h200-*.csv.
 
     python scripts/update_performance.py
 
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SPLIT = ROOT / "docs" / "images" / "h200-time-split.png"
@@ -44,12 +43,11 @@ Figures = dict[tuple[str, str, str], float]
 
 
 def main() -> None:
-    for page in (PAGE, README):
-        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     split = splits()
     if split:
         draw(split)
-    print(f"wrote {PAGE.relative_to(ROOT)} and {README.name}")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 def render(page: str) -> str:

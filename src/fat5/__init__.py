@@ -1,4 +1,4 @@
-"""FAT5 (Flash Attention T5): pretrain, fine-tune, run and convert T5-family encoder-decoder models, fast."""
+"""FAT5 (Flash Attention T5): pretrain, run and convert T5-family encoder-decoder models, fast."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
