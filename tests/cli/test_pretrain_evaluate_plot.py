@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from fat5.cli.main import main
+from fat5.train import SourceConfig, pretrain
 from made_run import tiny
 
 
@@ -30,22 +32,62 @@ def test_pretrain_continues_by_itself(run, capsys):
     assert "warning: steps was 4" in printed.err
 
 
-@pytest.mark.parametrize("part", ["", "model", "checkpoint"])
-def test_evaluate_agrees_with_the_run(prepared, run, tmp_path, capsys, part):
-    model = {"": run, "model": run / "model"}.get(part) or max((run / "checkpoints").iterdir())
-    words = ["--model", str(model), "--eval_tokens", "200", "--output", str(tmp_path / "scores.json")]
-    if part:
-        words += ["--data", json.dumps([str(prepared)]), "--max_tokens", "64"]
-        words += ["--encoder_tokens", "256", "--decoder_tokens", "128"]
-    assert main(["evaluate", *words]) == 0
+@pytest.fixture(scope="module")
+def weighted(prepared, tmp_path_factory):
+    """A run whose settings are all other than evaluate's own, on two folders of unequal weight."""
+    folder = tmp_path_factory.mktemp("weighted")
+    lines = (prepared.parent / "corpus.jsonl").read_text().splitlines(keepends=True)
+    (folder / "short.txt").write_text("\n".join(json.loads(line)["text"][:90].replace("\n", " ") for line in lines))
+    words = ["--tokenizer", str(prepared / "tokenizer"), "--output_dir", str(folder / "short"), "--workers", "1"]
+    words += ["--corpus.txt_documents", "line", "--validation_fraction", "0.3"]
+    assert main(["prepare", str(folder / "short.txt"), *words]) == 0
+    config = tiny(
+        prepared,
+        folder / "run",
+        data={"mixture": "ul2", "packs_per_micro_batch": 2, "max_tokens": 48},
+        precision="bf16",
+        steps=4,
+        eval_tokens=300,
+    )
+    config.data.sources = [SourceConfig(str(prepared), 3.0), SourceConfig(str(folder / "short"), 1.0)]
+    return folder / "run", pretrain(config)
+
+
+@pytest.mark.parametrize("part", ["", "model", "checkpoints/step-4"])
+def test_evaluate_agrees_with_the_run_exactly(weighted, tmp_path, capsys, part):
+    run, summary = weighted
+    assert main(["evaluate", "--model", str(run / part), "--output", str(tmp_path / "scores.json")]) == 0
     table = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["kind"] == "eval"][-1]
-    assert scores["loss"] == pytest.approx(last["loss"], rel=1e-5)
-    assert scores["by_denoiser"].keys() == last["by_denoiser"].keys()
+    assert scores["loss"] == summary["val_loss_last"]
+    assert {name: row["loss"] for name, row in scores["by_denoiser"].items()} == summary["val_loss_by_denoiser"]
+    assert scores["unigram_entropy"] == summary["unigram_entropy"]
     assert all(name in table for name in scores["by_denoiser"])
     assert "unigram entropy" in table
+
+
+def test_flags_of_evaluate_win_over_the_run(weighted, prepared, tmp_path, capsys):
+    run, summary = weighted
+    folders = [source["path"] for source in yaml.safe_load((run / "config.yaml").read_text())["data"]["sources"]]
+    losses = []
+    for words in (
+        ["--weights", "3", "1"],
+        ["--weights", "1", "3"],
+        [],
+        ["--weights", "3", "1", "--eval_tokens", "150"],
+    ):
+        words += ["--data", *folders, "--output", str(tmp_path / "scores.json")]
+        assert main(["evaluate", "--model", str(run), *words]) == 0
+        losses.append(json.loads((tmp_path / "scores.json").read_text())["loss"])
+    assert losses[0] == summary["val_loss_last"]
+    assert len(set(losses)) == 4
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(run), "--weights", "1"]) == 2
+    assert "1 weights for 2 folders" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text("of: something else")
+    assert main(["evaluate", "--model", str(tmp_path / "model")]) == 2
+    assert "data is not given" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_another_tokenizer(prepared, run, tmp_path, capsys):

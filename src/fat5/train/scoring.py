@@ -1,7 +1,7 @@
 """`evaluate_model(config)`: loss and accuracy of a finished model, by denoiser, on prepared data."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,25 @@ class EvaluateConfig:
     """Loss and token accuracy of a model, by denoiser, on a validation split with fixed noise."""
 
     model: str = ""
-    """Folder of a run, of a model (config.json and model.safetensors), or of a checkpoint"""
+    """Folder of a run, of a model (config.json and model.safetensors), or of a checkpoint. A run, its model/ and its
+    checkpoints are scored as the run was, unless a key below says otherwise"""
     data: list[str] = field(default_factory=list)
-    """Folders made by `fat5 prepare`; for the folder of a run, those it was trained on"""
+    """Folders made by `fat5 prepare`; for a run those it was trained on, with their weights"""
+    weights: list[float] = field(default_factory=list)
+    """Relative share of the tokens of each folder in data; all equal if empty"""
     mixture: str | None = None
-    """fat5, ul2, t5 or prefix-lm; for the folder of a run its own, else fat5"""
-    eval_tokens: int = 65536
-    """Validation text in raw tokens; each denoiser is applied to it"""
+    """fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
+    eval_tokens: int | None = None
+    """Validation text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
     max_tokens: int | None = None
-    """Raw tokens of one example; for the folder of a run its own, else 1024"""
+    """Raw tokens of one example; for a run its own, else 1024"""
     encoder_tokens: int | None = None
-    """Encoder tokens of a batch; for the folder of a run its own, else 16384"""
+    """Encoder tokens of a batch; for a run its own, else 16384"""
     decoder_tokens: int | None = None
-    """Decoder tokens of a batch; for the folder of a run its own, else 8192"""
-    precision: PrecisionName = "auto"
-    """fp32, bf16 or fp16 (autocast), bf16-pure; auto is bf16 on a GPU that has it and fp32 on a CPU"""
+    """Decoder tokens of a batch; for a run its own, else 8192"""
+    precision: PrecisionName | None = None
+    """fp32, bf16 or fp16 (autocast), bf16-pure, or auto: bf16 on a GPU that has it, fp32 on a CPU; for a run its own,
+    else auto"""
     output: str | None = None
     """Write the scores to this JSON file as well"""
 
@@ -61,18 +65,16 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError("does not exist", where=folder, hint="Give the folder of a run, a model or a checkpoint")
     recipe = _recipe(folder)
-    data = [Path(path) for path in config.data] or [Path(source["path"]) for source in recipe.get("sources", [])]
-    if not data:
-        raise ConfigurationError("data is not given", hint="Give a folder made by `fat5 prepare`: --data DIR")
-    sources = [Source(open_shards(path, "validation")) for path in data]
+    sources = _sources(config, recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = Precision(resolve_precision(config.precision, device), device)
-    info = load_tokenizer(data[0] / "tokenizer").info
-    mixture = MixtureOfDenoisers.of(config.mixture or recipe.get("mixture", "fat5"))
-    shapes = ("max_tokens", "encoder_tokens", "decoder_tokens", "max_examples")
-    chosen = {key: getattr(config, key, None) or recipe.get(key) for key in shapes}
-    batch = BatchConfig(**{key: value for key, value in chosen.items() if value is not None})
-    batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=config.eval_tokens))
+    precision = Precision(resolve_precision(config.precision or recipe.get("precision", "auto"), device), device)
+    info = load_tokenizer(sources[0].shards.folder / "tokenizer").info
+    data = recipe.get("data", {})
+    mixture = MixtureOfDenoisers.of(config.mixture or data.get("mixture", "fat5"))
+    shapes = {item.name: getattr(config, item.name, None) or data.get(item.name) for item in fields(BatchConfig)}
+    batch = BatchConfig(**{key: value for key, value in shapes.items() if value is not None})
+    eval_tokens = config.eval_tokens if config.eval_tokens is not None else recipe.get("eval_tokens", 65536)
+    batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=eval_tokens))
     weights = model_folder(folder)
     _check_tokenizer(weights, info)
     model = load_model(weights, device=device, dtype=precision.weight_dtype)
@@ -94,19 +96,40 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **facts}
 
 
+def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[Source]:
+    """The validation splits of the folders that are named, or of those of the run."""
+    named, weights = config.data, config.weights
+    if not named:
+        own = recipe.get("data", {}).get("sources", [])
+        named = [source["path"] for source in own]
+        weights = weights or [source.get("weight", 1.0) for source in own]
+    if not named:
+        raise ConfigurationError("data is not given", hint="Give a folder made by `fat5 prepare`: --data DIR")
+    weights = weights or [1.0] * len(named)
+    if len(weights) != len(named):
+        raise ConfigurationError(f"{len(weights)} weights for {len(named)} folders", where="weights")
+    return [Source(open_shards(path, "validation"), weight) for path, weight in zip(named, weights)]
+
+
 def _recipe(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says of its data; empty for any other folder."""
+    """The config.yaml of the run that a folder is, or whose model or checkpoint it is; empty for any other folder."""
     path = folder / "config.yaml"
     if not path.is_file():
-        return {}
-    recipe = read_config(path).get("data")
-    sources = recipe.get("sources", []) if isinstance(recipe, dict) else [None]
+        whole = folder.resolve()
+        run = whole.parent if whole.name == "model" else whole.parent.parent
+        path = run / "config.yaml"
+        inside = whole.name == "model" or whole.parent.name == "checkpoints"
+        if not (inside and path.is_file() and (run / "metrics.jsonl").is_file()):
+            return {}
+    recipe = read_config(path)
+    data = recipe.get("data")
+    sources = data.get("sources", []) if isinstance(data, dict) else [None]
     for source in sources if isinstance(sources, list) else [None]:
         if not isinstance(source, dict) or not isinstance(source.get("path"), str):
             raise ConfigurationError(
-                "says nothing of a run's data", where=path, hint="Restore it, or give the folder of the model itself"
+                "says nothing of a run's data", where=path, hint="Restore it, or give a copy of the model's folder"
             )
-    return recipe  # type: ignore[return-value]
+    return recipe
 
 
 def model_folder(folder: Path) -> Path:
