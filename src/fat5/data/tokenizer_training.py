@@ -8,6 +8,7 @@ as its UTF-8 bytes, so decoding gives back every text byte for byte.
 """
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,10 @@ ALPHABET_CHARACTERS = 200_000_000
 REPORT_ROWS = 5_000
 # Longest learned token, in characters: no token for a whole sentence where a script has no spaces.
 LONGEST_PIECE = 24
+# Unigram takes about 90 s of one core for each million characters of different words: 15 minutes at most.
+# A language without spaces reaches the bound after about as much text, others after gigabytes.
+UNIGRAM_CHARACTERS = 10_000_000
+_WORD = re.compile(rf"\w{{1,{LONGEST_PIECE}}}")
 
 
 @dataclass
@@ -49,7 +54,7 @@ class TokenizerTraining:
         output_dir: folder to write; must be new or empty.
         model: `bpe` or `unigram`, both with byte fallback.
         vocab_size: ids in all, special tokens included; a multiple of 128, at most 65,536.
-        rows: learn from the first so many documents.
+        rows: most documents to learn from, the first ones.
         normalization: `none` keeps every text as it is; `nfc` composes accents first (not byte-exact then).
         corpus: how to read the inputs.
     """
@@ -76,7 +81,7 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
     if output.exists() and any(output.iterdir()):
         raise RunDirectoryError("holds something already", where=output, hint="Choose a new --output_dir")
     corpus = open_corpus(config.inputs, config.corpus)
-    content = learn(corpus, config, progress)
+    content, learned = learn(corpus, config, progress)
     bad_rows = corpus.bad_rows.count
     tokenizer = Tokenizer(content, None, {}, output)
     report = {
@@ -84,6 +89,7 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
         "vocab_size": tokenizer.info.vocab_size,
         "sha256": tokenizer.info.sha256,
         "bad_rows": bad_rows,
+        "learned_documents": learned,
         **measure(tokenizer, corpus.rows(min(config.rows, REPORT_ROWS))),
     }
     tokenizer.save(output)
@@ -93,8 +99,10 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
     return report
 
 
-def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> dict[str, Any]:
-    """The content of `tokenizer.json`, learned from the first `config.rows` texts of a corpus."""
+def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> tuple[dict[str, Any], int]:
+    """The content of `tokenizer.json`, and from how many texts it is learned: the first of a corpus, at most
+    `config.rows`; for Unigram until their different words hold `UNIGRAM_CHARACTERS`.
+    """
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
@@ -123,9 +131,13 @@ def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> 
         )
     if config.normalization == "nfc":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    texts = _Counted(corpus.rows(config.rows), progress)
+    words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    # Unigram weighs all pieces of a word at once, so it learns from short parts of text without spaces.
+    parts = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), "isolated")
+    backend.pre_tokenizer = words if config.model == "bpe" else pre_tokenizers.Sequence([words, parts])
+    texts = _Counted(corpus.rows(config.rows), UNIGRAM_CHARACTERS if config.model == "unigram" else None)
     backend.train_from_iterator(iter(texts), trainer)
+    backend.pre_tokenizer = words
     if not texts.count:
         raise DataError("no text in this corpus", where=corpus.name, hint="Every document is empty")
     content: dict[str, Any] = json.loads(backend.to_str())
@@ -144,7 +156,7 @@ def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> 
     content["added_tokens"] = [added_token(vocabulary[token], token) for token in specials]
     content["post_processor"] = append_eos(vocabulary[EOS])
     content["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return content
+    return content, texts.count
 
 
 def alphabet(texts: Iterable[str], most: int, compose: bool = False) -> list[str]:
@@ -203,15 +215,26 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
 
 
 class _Counted:
-    """Counts the texts that pass, with a line now and then where the output is no terminal."""
+    """Counts the texts that pass; none does after their different words hold `most` characters."""
 
-    def __init__(self, texts: Iterator[str], progress: bool) -> None:
-        self.texts, self.progress, self.count = texts, progress, 0
+    def __init__(self, texts: Iterator[str], most: int | None) -> None:
+        self.texts, self.most, self.count = texts, most, 0
 
     def __iter__(self) -> Iterator[str]:
+        words: set[str] = set()
+        size = 0
         for text in self.texts:
             self.count += 1
             yield text
+            if self.most is not None:
+                new = set(_WORD.findall(text)) - words
+                words |= new
+                size += sum(map(len, new))
+                if size >= self.most:
+                    break
+        if self.most is not None:
+            said = f"learning from {self.count:,} documents, {size:,} characters of different words"
+            sys.stderr.write(said + (", the most that Unigram takes\n" if size >= self.most else "\n"))
 
 
 def _filled(tokens: list[str]) -> list[str]:

@@ -1,0 +1,44 @@
+"""Training on text without spaces: bounded work, said in a line, and a tokenizer that is of use."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fat5.data import load_tokenizer, tokenizer_training
+from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def spaceless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Pages of 4,000 characters without a space or a full stop, written with 500 words of one to three characters."""
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(0x4E00 + letter) for letter in rng.zipf(1.3, size) % 300) for size in rng.integers(1, 4, 500)]
+    pages = ["".join(words[index] for index in rng.zipf(1.2, 2000) % 500)[:4000] for _ in range(30)]
+    path = tmp_path_factory.mktemp("spaceless") / "pages.jsonl"
+    path.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    return path, pages
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_text_without_spaces_is_learned_from(spaceless, tmp_path: Path, capfd, model: str) -> None:
+    path, pages = spaceless
+    report = train_tokenizer(TokenizerTraining([str(path)], str(tmp_path / "t"), model=model, vocab_size=1536))
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert report["learned_documents"] == 30
+    ids, lengths = tokenizer.encode_documents(pages[:3])
+    assert tokenizer.decode(ids[: lengths[0]].tolist()) == pages[0]
+    assert len(ids) < 0.7 * sum(map(len, pages[:3])), "a token is a word of two characters on average"
+    assert report["byte_fallback_rate"] < 0.01
+    assert ("learning from 30 documents" in capfd.readouterr().err) == (model == "unigram")
+
+
+def test_unigram_learns_from_a_bounded_text(spaceless, tmp_path: Path, capfd, monkeypatch) -> None:
+    path, _ = spaceless
+    monkeypatch.setattr(tokenizer_training, "UNIGRAM_CHARACTERS", 10_000)
+    config = TokenizerTraining([str(path)], str(tmp_path / "t"), model="unigram", vocab_size=1024)
+    report = train_tokenizer(config)
+    assert 3 <= report["learned_documents"] <= 4
+    assert "the most that Unigram takes" in capfd.readouterr().err
+    assert json.loads((tmp_path / "t" / "training.json").read_text())["report"] == report
