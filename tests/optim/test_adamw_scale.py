@@ -34,7 +34,7 @@ def run(optimizer_class, weights, gradients, **options):
     return parameters, optimizer
 
 
-def formula(weight, gradients, lr, betas, eps, decay):
+def formula(weight, gradients, lr, betas, eps, decay, eps_before_correction=False):
     """The update, scalar arithmetic in float64, straight from the module's docstring."""
     weight, m, v = weight.double().clone(), torch.zeros(weight.shape).double(), torch.zeros(weight.shape).double()
     for t, gradient in enumerate(gradients, start=1):
@@ -42,8 +42,12 @@ def formula(weight, gradients, lr, betas, eps, decay):
         m = betas[0] * m + (1 - betas[0]) * gradient
         v = betas[1] * v + (1 - betas[1]) * gradient**2
         scale = max(1e-3, math.sqrt((weight**2).mean().item()))
-        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-        weight = weight - lr * decay * weight - lr * scale * m_hat / (v_hat.sqrt() + eps)
+        correction1, correction2 = 1 - betas[0] ** t, 1 - betas[1] ** t
+        if eps_before_correction:  # as the first FAT5 writes it
+            step = m / correction1 * math.sqrt(correction2) / (v.sqrt() + eps)
+        else:
+            step = m / correction1 / ((v / correction2).sqrt() + eps)
+        weight = weight - lr * decay * weight - lr * scale * step
     return weight
 
 
@@ -61,6 +65,36 @@ def test_follows_the_formula(options, decay):
     for index, parameter in enumerate(parameters):
         expected = formula(weights[index], [step[index] for step in gradients], *settings.values(), decay)
         assert_close(f"weight {index}", expected, parameter, FLOAT32_RATIO)
+
+
+@pytest.mark.parametrize("options", [IMPLEMENTATIONS["single"], IMPLEMENTATIONS["foreach"], {}], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_eps_before_the_correction_follows_its_formula(options, size):
+    """Also where nothing is chosen, which would be torch's fused step."""
+    weights, gradients = weights_and_gradients(20, torch.float32)
+    gradients = [[size * gradient for gradient in step] for step in gradients]
+    settings = {"lr": 2e-2, "betas": (0.9, 0.999), "eps": 1e-6}
+    parameters, _ = run(AdamWScale, weights, gradients, eps_before_correction=True, **settings, **options)
+    for index, parameter in enumerate(parameters):
+        expected = formula(weights[index], [step[index] for step in gradients], *settings.values(), 0.0, True)
+        assert_close(f"weight {index}", expected, parameter, FLOAT32_RATIO)
+
+
+def test_how_far_the_two_forms_of_eps_lie_apart():
+    """The first step with gradients of 1e-4, as docs/optimizers.md has it: (1e-4 + 1e-6) / (1e-4 + 1e-6 / √0.001)."""
+    steps = []
+    for before in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+        parameter.grad = torch.full_like(parameter, 1e-4)
+        AdamWScale([parameter], eps_before_correction=before).step()
+        steps.append(1 - parameter[0, 0].item())
+    assert steps[1] / steps[0] == pytest.approx((1e-4 + 1e-6) / (1e-4 + 1e-6 / math.sqrt(0.001)))
+    assert steps[1] / steps[0] == pytest.approx(0.767, abs=5e-4)
+
+
+def test_torch_s_fused_step_has_the_other_form():
+    with pytest.raises(ValueError, match="fused adds eps after the bias correction"):
+        AdamWScale([torch.nn.Parameter(torch.ones(2, 2))], fused=True, eps_before_correction=True)
 
 
 @implementations

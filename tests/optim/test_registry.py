@@ -76,6 +76,19 @@ def test_norms_and_biases_do_not_decay(name):
     assert [decay[id(weight)] for weight in (model.shared.weight, model.wi.weight, model.lm_head.weight)] == [0.1] * 3
 
 
+def test_the_place_of_eps_is_a_key_of_adamw_scale():
+    steps = []
+    for before in (None, True):
+        model = Tiny()
+        nn.init.constant_(model.wi.weight, 0.5)
+        model.wi.weight.grad = torch.full((8, 8), 1e-4)
+        build_optimizer(OptimizerConfig(lr=0.02, eps_before_correction=before), model).step()
+        steps.append(0.5 - model.wi.weight[0, 0].item())
+    assert steps[1] / steps[0] == pytest.approx(0.767, abs=1e-3)
+    with pytest.raises(ConfigurationError, match=r"optimizer\.eps_before_correction is set, and muon does not take it"):
+        build_optimizer(OptimizerConfig(name="muon", eps_before_correction=True), Tiny())
+
+
 def test_muon_takes_the_hidden_matrices_only():
     model = Tiny()
     optimizer = build_optimizer(OptimizerConfig(name="muon"), model)

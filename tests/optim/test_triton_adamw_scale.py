@@ -28,6 +28,9 @@ PRECISIONS = {
     "bf16 no Kahan": {"dtype": torch.bfloat16, "kahan": False},
     "fp32 Kahan": {"dtype": torch.float32, "kahan": True},
     "bf16 moment": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
+    # Large enough that its place shows.
+    "fp32, eps before": {"dtype": torch.float32, "eps": 0.1, "eps_before_correction": True},
+    "bf16, eps before": {"dtype": torch.bfloat16, "eps": 0.1, "eps_before_correction": True},
 }
 # One element; odd; a chunk of 16,384 exactly, and one element more; several chunks.
 SHAPES = [(1,), (7, 5), (128, 128), (16385,), (3, 100, 200)]
@@ -76,7 +79,7 @@ def assert_as_good(shapes, dtype, steps=4, **options):
 @pytest.mark.parametrize("options", PRECISIONS.values(), ids=PRECISIONS)
 def test_follows_the_specification(options):
     assert_as_good(SHAPES, **options)
-    assert_as_good([(33, 9)], **options, lr=0.3, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1)
+    assert_as_good([(33, 9)], **({"eps": 1e-3} | options), lr=0.3, betas=(0.5, 0.9), weight_decay=0.1)
 
 
 @settings(max_examples=10, deadline=None)

@@ -140,6 +140,7 @@ def adamw_scale_(
     eps: float,
     weight_decay: float,
     min_scale: float,
+    eps_before_correction: bool = False,
 ) -> None:
     """One step of all weights, in place.
 
@@ -155,8 +156,10 @@ def adamw_scale_(
     torch._foreach_add_(steps, 1)
     # Powers in float64: 1 - 0.999 keeps few digits in float32.
     counts = torch.stack(steps).double()
-    factors = (-lr / (1 - beta1**counts)).float()
-    roots = (1 - beta2**counts).rsqrt().float()
+    factors, roots = -lr / (1 - beta1**counts), (1 - beta2**counts).rsqrt()
+    if eps_before_correction:
+        factors, roots = factors / roots, torch.ones_like(roots)
+    factors, roots = factors.float(), roots.float()
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf.clamp(max=1)] * len(steps))
     lists = [weights, grads, exp_avgs, exp_avg_sqs, *([compensations] if compensations else [])]

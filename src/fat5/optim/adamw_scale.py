@@ -9,6 +9,9 @@ with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) (Loshchilov and H
 Stern 2018, section 8). T5's matrices have very unequal sizes; the scale lets one learning rate serve them all.
 The weight decay λ is decoupled and not scaled.
 
+With `eps_before_correction` the last product is s · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε) (Kingma and Ba 2015, end of
+section 2), as in the first FAT5, nanoT5 and the former AdamW of transformers: ε / √(1 − β₂ᵗ) where the formula has ε.
+
 Four implementations of the same arithmetic: single tensor (the specification), foreach (few kernels for many
 tensors), fused (one pass a tensor, float32 only), and Triton (three launches for all tensors of a group, any precision
 and Kahan; fat5.ops.choice says when). None of them reads a device value on the host.
@@ -43,6 +46,8 @@ class AdamWScale(torch.optim.Optimizer):
         fused: one pass a tensor, for float32 weights and moments without Kahan. None: wherever it applies and Triton
             was not chosen.
         kahan: keep the rounding error of each weight and add it back at the next step. None: for bf16 and fp16 weights.
+        eps_before_correction: add eps to the root of the second moment before its bias is corrected, as the first FAT5
+            does; early steps with small gradients are shorter. It has no fused path of torch.
         state_dtype: dtype of the first moment. None: float32 for bf16 and fp16 weights, else that of the weight. The
             second moment is never narrower than float32: it moves by 1 − β₂ = 0.1% a step, less than bf16 can resolve.
 
@@ -62,6 +67,7 @@ class AdamWScale(torch.optim.Optimizer):
         fused: bool | None = None,
         kahan: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        eps_before_correction: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
@@ -70,9 +76,12 @@ class AdamWScale(torch.optim.Optimizer):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
         if foreach and fused:
             raise ValueError("foreach and fused exclude each other: choose one")
+        if fused and eps_before_correction:
+            raise ValueError("fused adds eps after the bias correction: leave it out with eps_before_correction")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
         self._foreach, self._fused, self._kahan, self._state_dtype = foreach, fused, kahan, state_dtype
+        self._eps_before_correction = eps_before_correction
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         if fused:
             for weight in self._weights():
@@ -106,14 +115,15 @@ class AdamWScale(torch.optim.Optimizer):
             for weight in weights:
                 self._prepare(weight)
             for alike in _alike(triton, self.state):
-                _triton_step(alike, self.state, group, found_inf)
+                _triton_step(alike, self.state, group, found_inf, self._eps_before_correction)
             _fused_step(fused, self.state, group, found_inf)
             if self._foreach is False:
                 for weight in rest:
-                    _single_step(weight, self.state[weight], group)
+                    _single_step(weight, self.state[weight], group, self._eps_before_correction)
             else:
                 for bucket in _buckets(rest, self.state):
-                    _foreach_step(bucket, [self.state[weight] for weight in bucket], group)
+                    states = [self.state[weight] for weight in bucket]
+                    _foreach_step(bucket, states, group, self._eps_before_correction)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,6 +147,8 @@ class AdamWScale(torch.optim.Optimizer):
 
     def _can_fuse(self, weight: Tensor) -> bool:
         exact = weight.dtype == torch.float32 == self._moment_dtype(weight) and not self._compensates(weight)
+        if self._eps_before_correction:  # torch's fused step knows the other form
+            return False
         # torch's fused step walks through memory, and would pair elements of unlike layouts.
         return exact and weight.is_contiguous() and weight.device.type in ("cpu", "cuda")
 
@@ -176,7 +188,9 @@ class AdamWScale(torch.optim.Optimizer):
             state["compensation"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
 
-def _single_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+def _single_step(
+    weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], eps_before_correction: bool = False
+) -> None:
     """The specification: one weight, written as in the module's docstring."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     state["step"] += 1
@@ -187,7 +201,8 @@ def _single_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     exp_avg = state["exp_avg"].to(work).lerp(grad, 1 - beta1)
     state["exp_avg"].copy_(exp_avg)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = state["exp_avg_sq"].sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
+    eps = _eps(group, correction2, eps_before_correction)
+    root = state["exp_avg_sq"].sqrt().div_(math.sqrt(correction2)).add_(eps)
     update = exp_avg.div_(root).mul_(scale).mul_(-lr / correction1)
     update.add_(wide, alpha=-lr * group["weight_decay"])
     if "compensation" in state:
@@ -198,7 +213,9 @@ def _single_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any]
         weight.copy_(wide + update)
 
 
-def _foreach_step(weights: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
+def _foreach_step(
+    weights: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], eps_before_correction: bool
+) -> None:
     """The same for weights of one device, dtype and count, in few kernels."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     for state in states:
@@ -223,7 +240,7 @@ def _foreach_step(weights: list[Tensor], states: list[dict[str, Tensor]], group:
     torch._foreach_addcmul_(seconds, grads, grads, 1 - beta2)
     roots = torch._foreach_sqrt(seconds)
     torch._foreach_div_(roots, math.sqrt(correction2))
-    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_add_(roots, _eps(group, correction2, eps_before_correction))
     torch._foreach_div_(updates, roots)
     torch._foreach_mul_(updates, scales)
     wide = [weight.to(work) for weight in weights]  # the weight itself where it is already that wide
@@ -277,7 +294,9 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
-def _triton_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None) -> None:
+def _triton_step(
+    weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None, eps_before_correction: bool
+) -> None:
     """The same for weights of one device and one set of dtypes, in three launches."""
     from fat5.ops.triton_adamw_scale import adamw_scale_
 
@@ -295,6 +314,7 @@ def _triton_step(weights: list[Tensor], state: Any, group: dict[str, Any], found
         group["eps"],
         group["weight_decay"],
         MIN_SCALE,
+        eps_before_correction,
     )
 
 
@@ -303,6 +323,11 @@ def _decay(weights: list[Tensor], rate: float, found_inf: Tensor | None) -> None
         torch._foreach_mul_(weights, 1 - rate)
     else:
         torch._foreach_mul_(weights, 1 - rate * (1 - found_inf))
+
+
+def _eps(group: dict[str, Any], correction2: float, eps_before_correction: bool) -> float:
+    """What is added to the corrected root: ε, or ε corrected with it."""
+    return group["eps"] / math.sqrt(correction2) if eps_before_correction else group["eps"]
 
 
 def _bias_corrections(step: float, beta1: float, beta2: float) -> tuple[float, float]:

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "kahan": None,
         "state_dtype": None,
+        "eps_before_correction": False,
     },
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
     "adafactor": {"lr": 1e-2, "weight_decay": 0.0},
@@ -56,6 +57,8 @@ class OptimizerConfig:
     """adamw_scale: compensate the rounding of the weights; by default for bf16 and fp16 weights"""
     state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """adamw_scale: dtype of the first moment; float32 by default"""
+    eps_before_correction: bool | None = None
+    """adamw_scale: add eps before the bias correction, as the first FAT5 and nanoT5 do; false by default"""
     hidden_lr: float | None = None
     """muon: learning rate of the hidden matrices, on AdamW's scale; 1e-3 by default"""
     momentum: float | None = None
@@ -142,6 +145,7 @@ def _adamw_scale(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]
         eps=settings["eps"],
         kahan=settings["kahan"],
         state_dtype=DTYPES[settings["state_dtype"]] if settings["state_dtype"] else None,
+        eps_before_correction=bool(settings["eps_before_correction"]),
     )
 
 
