@@ -20,7 +20,7 @@ from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, ver
 from fat5.data.corpus import CorpusOptions
 from fat5.data.prepare import prepare
 from fat5.data.prepare_plan import read_plan
-from fat5.data.tokenizer import byte_tokenizer
+from fat5.data.tokenizer_json import byte_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 
 

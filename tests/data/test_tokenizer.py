@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, sample_path
-from fat5.data.tokenizer import MODES, added_token, byte_tokenizer
+from fat5.data.tokenizer_json import MODES, added_token, byte_tokenizer
 from fat5.data.tokenizer_training import TokenizerTraining, alphabet, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fat5.data import Tokenizer, load_tokenizer
-from fat5.data.tokenizer import added_token, byte_tokenizer
+from fat5.data.tokenizer_json import added_token, byte_tokenizer
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration

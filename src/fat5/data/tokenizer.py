@@ -1,12 +1,13 @@
 """The tokenizer as FAT5 needs it: special ids found by name, and documents encoded so that no text becomes a special.
 
-`load_tokenizer` reads what `fat5 tokenizer` writes, and the tokenizers of T5, FLAN-T5, mT5, umT5 and ByT5. Whatever is
-missing is added (mode tokens), and what cannot be done without is refused (sentinels). Only JSON is read: a pickle is
-refused by name, and code that comes with a tokenizer is never run.
+`load_tokenizer` reads what `fat5 tokenizer` writes, and every tokenizer with sentinels that `AutoTokenizer` reads: T5,
+FLAN-T5, mT5, umT5, ByT5, and T5s with a byte-level BPE (CodeT5) or WordPiece vocabulary. Missing mode tokens are added;
+a tokenizer without sentinels is refused. A pickle is refused by name, and code that comes with a tokenizer never runs.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,15 +16,27 @@ from typing import Any
 
 import numpy as np
 
+from fat5.data.tokenizer_json import (
+    CONFIG_FILE,
+    EOS,
+    MODES,
+    MULTIPLE,
+    PAD,
+    SPECIALS_FILE,
+    TOKENIZER_FILE,
+    UNK,
+    adapt,
+    append_eos,
+    byte_tokenizer,
+    dump,
+    ids_of,
+    opening_ids,
+    read_json,
+    refuse_pickle,
+    role_names,
+    sentinel_names,
+)
 from fat5.errors import TokenizerError
-
-MULTIPLE = 128
-MODES = ("[R]", "[S]", "[X]")
-PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-_BYTE_T5_SENTINELS = 125
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,9 @@ class TokenizerInfo:
 
 
 class Tokenizer:
-    """A tokenizer and its special ids. Encoding treats text as text: `</s>` in a document is five characters.
+    """A tokenizer and its special ids. Encoding treats text as text: `</s>` in a document is four characters.
+
+    Tokens that a user added and did not call special are text, and are found in documents.
 
     Args:
         content: the content of `tokenizer.json`.
@@ -64,12 +79,14 @@ class Tokenizer:
 
     Attributes:
         own_size: ids in the file. own_modes: the mode tokens among them; those it lacks are added behind them.
+        own_opening: ids that the file's post-processor puts before a text, such as the `<s>` of CodeT5. Training shows
+            none, so the tokenizer that is saved has none.
     """
 
     def __init__(
         self, content: dict[str, Any], text: bytes | None, names: dict[str, str], source: object = "tokenizer"
     ) -> None:
-        ids = _ids(content, source)
+        ids = ids_of(content, source)
         self.names = {"pad": PAD, "eos": EOS, "unk": UNK} | names
         for role, token in self.names.items():
             if token not in ids:
@@ -79,17 +96,21 @@ class Tokenizer:
         # What the file itself holds; a T5 of others has no mode tokens, and its model has never seen those added here.
         self.own_size = max(ids.values()) + 1
         self.own_modes = tuple(mode for mode in MODES if mode in ids)
-        sentinels = _sentinels(ids)
+        self.own_opening = opening_ids(content.get("post_processor"), source)
+        sentinels = sentinel_names(ids)
         if not sentinels:
             raise TokenizerError(
                 "no sentinel tokens (<extra_id_0>, <extra_id_1>, …), which span corruption needs",
                 where=source,
                 hint="Train one with `fat5 tokenizer`, or use a T5-family tokenizer",
             )
-        changed = _adapt(content, ids, [*self.names.values(), *sentinels])
+        changed = adapt(content, ids, [*self.names.values(), *sentinels])
+        if self.own_opening:
+            content["post_processor"] = append_eos(ids[self.names["eos"]], self.names["eos"])
+            changed = True
         self.content = content
-        self.text = text if text is not None and not changed else _dump(content)
-        ids = _ids(content, source)
+        self.text = text if text is not None and not changed else dump(content)
+        ids = ids_of(content, source)
         self.size = max(ids.values()) + 1
         self.info = TokenizerInfo(
             vocab_size=-(-self.size // MULTIPLE) * MULTIPLE,
@@ -111,9 +132,17 @@ class Tokenizer:
     def _documents(self) -> Any:
         """The same model without special tokens: none can come out of a document."""
         content = json.loads(json.dumps(self.content))
-        content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        content |= {"post_processor": None, "truncation": None, "padding": None}
         reserved = {self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()}
         vocabulary = content["model"]["vocab"]
+        learned = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+        added = content["added_tokens"]
+        # `tokenizers` numbers added tokens by their order, so a special token keeps its place under another name.
+        for entry in added:
+            if entry["special"] and entry["content"] not in learned:
+                entry["content"] = self._unreachable(entry["id"])
+        kept = [entry for entry in added if not (entry["special"] and entry["content"] in learned)]
+        content["added_tokens"] = kept if any(not entry["special"] for entry in kept) else []
         if isinstance(vocabulary, list):
             for index in {*reserved, self.info.unk_id}:
                 if index < len(vocabulary):
@@ -159,10 +188,19 @@ class Tokenizer:
             return list(self.backend.encode(text, add_special_tokens=False).ids)
         return [int(token) for token in self.encode_documents([text])[0]]
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of some ids; special tokens show by name unless skipped. Ids above the vocabulary show nothing."""
-        kept = [int(index) for index in ids if int(index) < self.size]
-        return str(self.backend.decode(kept, skip_special_tokens=skip_special_tokens))
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:
+        """Text of some ids; special tokens show by name unless skipped. Ids above the vocabulary show nothing.
+
+        With `after`, the text that `ids` adds when they follow those ids. SentencePiece and WordPiece write no space
+        before the first word of a text, so a span decoded alone lacks the space to its left.
+        """
+        before = [int(index) for index in after if int(index) < self.size]
+        kept = [*before, *(int(index) for index in ids if int(index) < self.size)]
+        text = str(self.backend.decode(kept, skip_special_tokens=skip_special_tokens))
+        if not before:
+            return text
+        left = str(self.backend.decode(before, skip_special_tokens=skip_special_tokens))
+        return text[len(os.path.commonprefix([left, text])) :]
 
     def save(self, folder: str | Path) -> Path:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which stock `AutoTokenizer` loads."""
@@ -201,127 +239,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
             raise TokenizerError("no such tokenizer", where=path, hint="Train one with `fat5 tokenizer`")
         return _from_transformers(str(path))
-    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     if not file.exists():
-        if config.get("tokenizer_class") == "ByT5Tokenizer":
-            return Tokenizer(byte_tokenizer(), None, {}, path)
-        if (folder / "spiece.model").exists():
+        try:
             return _from_transformers(str(path))
-        for other in sorted(folder.iterdir()):
-            if other.is_file():
-                refuse_pickle(other)
-        raise TokenizerError("no tokenizer.json in this folder", where=path, hint="Train one with `fat5 tokenizer`")
-    content = _read_json(file)
-    names = {}
-    for role in ("pad", "eos", "unk"):
-        token = config.get(f"{role}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            names[role] = token
-    return Tokenizer(content, file.read_bytes(), names, path)
-
-
-def byte_tokenizer() -> dict[str, Any]:
-    """ByT5's tokenizer as a `tokenizer.json`: byte b is id b + 3, then 125 sentinels (Xue et al. 2022)."""
-    specials = [PAD, EOS, UNK]
-    vocabulary = {token: index for index, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    sentinels = [f"<extra_id_{index}>" for index in range(_BYTE_T5_SENTINELS)]
-    added = [(vocabulary[token], token) for token in specials]
-    added += [(len(vocabulary) + index, token) for index, token in enumerate(sentinels)]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(index, token) for index, token in added],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": append_eos(vocabulary[EOS]),
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNK,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [],
-        },
-    }
-
-
-def added_token(index: int, token: str) -> dict[str, Any]:
-    """An entry of `added_tokens`: special, matched as it is written.
-
-    A sentinel takes the white space to its left, and a mode token that to its right, so that a prompt written with
-    spaces (`[R] Le <extra_id_0> dort`) gives the tokens of training, where a span holds the space before it.
-    """
-    flags = {"single_word": False, "lstrip": token.startswith("<extra_id_"), "rstrip": token in MODES}
-    return {"id": index, "content": token, **flags, "normalized": False, "special": True}
-
-
-def append_eos(eos_id: int, eos: str = EOS) -> dict[str, Any]:
-    """The post-processor of T5: EOS after the text, and after each of a pair."""
-    end = {"SpecialToken": {"id": eos, "type_id": 0}}
-    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, end],
-        "pair": [first, end, second, end],
-        "special_tokens": {eos: {"id": eos, "ids": [eos_id], "tokens": [eos]}},
-    }
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises TokenizerError where a file is a pickle (or a zip of pickles), by its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith(_PICKLES):
-        raise TokenizerError("a pickle, which FAT5 never loads: it can run code", where=path, hint="Use tokenizer.json")
-
-
-def _ids(content: dict[str, Any], source: object) -> dict[str, int]:
-    """Token → id over the model's vocabulary and the added tokens."""
-    try:
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):
-            ids = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        else:
-            ids = dict(vocabulary)
-        ids |= {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise TokenizerError("tokenizer.json lacks its model or vocabulary", where=source) from error
-    return ids
-
-
-def _sentinels(ids: dict[str, int]) -> list[str]:
-    """Names of `<extra_id_0>`, `<extra_id_1>`, … while they are there (mT5 writes them with a leading ▁)."""
-    found: list[str] = []
-    while True:
-        name = f"<extra_id_{len(found)}>"
-        match = next((token for token in (name, f"▁{name}") if token in ids), None)
-        if match is None:
-            return found
-        found.append(match)
-
-
-def _adapt(content: dict[str, Any], ids: dict[str, int], reserved: list[str]) -> bool:
-    """Adds missing mode tokens and makes every reserved token special; returns whether anything changed."""
-    before = json.dumps(content)
-    content["truncation"] = content["padding"] = None
-    present = {entry["content"]: entry for entry in content["added_tokens"]}
-    size = max(ids.values()) + 1
-    for mode in MODES:
-        if mode not in present:
-            index = ids.get(mode, size)
-            size = max(size, index + 1)
-            content["added_tokens"].append(added_token(index, mode))
-    for token in reserved:
-        if token in present:
-            present[token]["special"] = True
-    return json.dumps(content) != before
+        except TokenizerError:
+            for other in sorted(folder.iterdir()):
+                if other.is_file():
+                    refuse_pickle(other)
+            raise
+    content, roles = read_json(file), {}
+    for name in (SPECIALS_FILE, CONFIG_FILE):
+        if (folder / name).exists():
+            roles |= read_json(folder / name)
+    return Tokenizer(content, file.read_bytes(), role_names(roles), path)
 
 
 def _backend(content: dict[str, Any]) -> Any:
@@ -333,23 +263,12 @@ def _backend(content: dict[str, Any]) -> Any:
         raise TokenizerError(f"tokenizer.json is not one `tokenizers` can load ({str(error)[:120]})") from error
 
 
-def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8") + b"\n"
+def read_stock(name: str | Path) -> Any:
+    """What `AutoTokenizer` makes of a folder or a name on the hub; code that comes with it never runs.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    refuse_pickle(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise TokenizerError("damaged: not JSON", where=path, hint="Restore it, or train it again") from error
-    if not isinstance(content, dict):
-        raise TokenizerError("damaged: not a JSON object", where=path, hint="Restore it, or train it again")
-    return content
-
-
-def _from_transformers(name: str) -> Tokenizer:
-    """A tokenizer without `tokenizer.json` at hand: from the hub, or converted from SentencePiece by transformers."""
+    Raises:
+        TokenizerError: it cannot be read, or its class reads none of the folder's files.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -361,10 +280,23 @@ def _from_transformers(name: str) -> Tokenizer:
             where=name,
             hint="Give the folder of a tokenizer, or a name on the Hugging Face hub",
         ) from error
+    files = [file for file in loaded.vocab_files_names.values() if isinstance(file, str)]
+    if files and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        # Without its files, a class of transformers makes an empty vocabulary.
+        raise TokenizerError(
+            f"its class, {type(loaded).__name__}, reads {' or '.join(files)}, which this folder does not have",
+            where=name,
+            hint="Put them there, or name the right tokenizer_class in tokenizer_config.json",
+        )
+    return loaded
+
+
+def _from_transformers(name: str) -> Tokenizer:
+    """A tokenizer without `tokenizer.json`: from the hub, or converted by transformers from the files of its class."""
+    loaded = read_stock(name)
     if type(loaded).__name__.startswith("ByT5"):
-        return Tokenizer(byte_tokenizer(), None, {}, name)
+        return Tokenizer(byte_tokenizer(loaded.added_tokens_decoder), None, {}, name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError("has no fast (tokenizers) form", where=name)
-    roles = {"pad": loaded.pad_token, "eos": loaded.eos_token, "unk": loaded.unk_token}
-    return Tokenizer(json.loads(backend.to_str()), None, {k: v for k, v in roles.items() if v}, name)
+    return Tokenizer(json.loads(backend.to_str()), None, role_names(loaded.special_tokens_map), name)

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fat5.data.corpus import Corpus, CorpusOptions, open_corpus
-from fat5.data.tokenizer import EOS, MODES, MULTIPLE, PAD, UNK, Tokenizer, added_token, append_eos
+from fat5.data.tokenizer import Tokenizer
+from fat5.data.tokenizer_json import EOS, MODES, MULTIPLE, PAD, UNK, added_token, append_eos
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
 
 SENTINELS = 256

@@ -173,12 +173,12 @@ def _writer(model: Any, decoding: Decoding) -> Callable[..., torch.Tensor]:
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None) -> tuple[str, list[int]]:
-    """(resolved mode, input ids): mode token, text with sentinels, EOS, just as in pretraining."""
+    """(resolved mode, input ids): opening, mode token, text with sentinels, EOS, as the model saw them in training."""
     info = tokenizer.info
     has_blank = BLANK.search(prompt) is not None
     if mode == "auto":
         mode = "infill" if has_blank else "continue"
-    ids: list[int] = []
+    ids = list(tokenizer.own_opening)
     if mode_token is None:
         mode_token = {"infill": "[R]", "continue": "[S]"}.get(mode, "")
         mode_token = mode_token if mode_token in tokenizer.own_modes else ""
@@ -212,18 +212,22 @@ def _decode(tokenizer: Tokenizer, prompt: str, mode: str, row: list[int]) -> Com
     if mode == "text":
         text = tokenizer.decode(row, skip_special_tokens=True)
         return Completion(prompt, text.strip(), text.strip())
-    spans = _spans(row, info.sentinel_ids)
     if mode == "continue":
-        continuation = tokenizer.decode(
-            [token for token in row if token not in set(info.sentinel_ids)], skip_special_tokens=True
-        )
-        return Completion(prompt, continuation.strip(), prompt.rstrip(" ") + continuation)
-    pieces = BLANK.split(prompt)
-    fills = [tokenizer.decode(spans.get(index, []), skip_special_tokens=True) for index in range(len(pieces) - 1)]
-    text = "".join(
-        piece if index == len(pieces) - 1 else piece.rstrip(" ") + fills[index] for index, piece in enumerate(pieces)
-    )
-    return Completion(prompt, " … ".join(fill.strip() for fill in fills), text)
+        pieces, spans = [prompt, ""], {0: [token for token in row if token not in set(info.sentinel_ids)]}
+    else:
+        pieces, spans = BLANK.split(prompt), _spans(row, info.sentinel_ids)
+    text, before, fills = "", [], []
+    for index, piece in enumerate(pieces[:-1]):
+        left = piece.rstrip(" ")
+        before = tokenizer.encode(left) or before
+        fill = tokenizer.decode(spans.get(index, []), skip_special_tokens=True, after=before)
+        if left.endswith(("\n", "\t")) and not tokenizer.decode(before).endswith(("\n", "\t")):
+            # SentencePiece has one kind of white space: the space that the span begins with is this line break.
+            fill = fill.removeprefix(" ")
+        text += left + fill
+        fills.append(fill.strip())
+        before = spans.get(index) or before
+    return Completion(prompt, " … ".join(fills), text + pieces[-1])
 
 
 def _spans(row: list[int], sentinel_ids: Sequence[int]) -> dict[int, list[int]]:

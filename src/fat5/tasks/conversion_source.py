@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fat5 import model as fat5_model
-from fat5.data.tokenizer import refuse_pickle
+from fat5.data.tokenizer_json import refuse_pickle
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
 from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
