@@ -2,20 +2,15 @@
 time (docs/generate.md has the figures, decoding_step.py the step).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
 
 from fat5.model.decoding_step import DecoderWeights, Step
+from fat5.model.generation_settings import left_to_stock, processors, settings
 
 # On a GPU, whether every row has ended is asked this often: each answer makes the host wait.
 STEPS_BETWEEN_CHECKS = 8
@@ -44,55 +39,48 @@ class Decoder:
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int,
-        num_beams: int = 1,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
         generator: torch.Generator | None = None,
         cuda_graph: bool = False,
+        **how: Any,
     ) -> Tensor:
         """Writes up to `max_new_tokens` tokens for each prompt; the tokens are stock `generate`'s, ties aside.
 
         Args:
             input_ids: (B, L) int64. attention_mask: (B, L), non-zero = a token.
-            num_beams: above 1, beam search (length penalty 1, no early stopping); excludes `do_sample`.
-            do_sample: draw; then `temperature`, `top_k` (0 keeps all) and `top_p` shape the distribution.
-            repetition_penalty: above 1, tokens already written become less likely.
-            eos_token_id, pad_token_id: of the model's configuration where None.
             generator: of the draws; the global one where None.
             cuda_graph: on CUDA, replay each step as a graph.
+            how: fields of `GenerationConfig` (`num_beams`, `do_sample`, `top_p`, …). Those not given are the model's
+                own, from its `generation_config`; docs/generate.md lists what becomes of each field.
 
         Returns:
             (B, 1 + n) int64: the start token, then n <= max_new_tokens tokens; padding after an end.
 
         Raises:
-            ValueError: arguments that exclude each other or are out of range.
+            ValueError: a field that only stock `generate` obeys, or a value out of range.
         """
-        if num_beams > 1 and do_sample:
-            raise ValueError("num_beams: beam search does not sample here, expected do_sample=False")
-        if max_new_tokens < 1 or num_beams < 1:
-            raise ValueError(f"max_new_tokens, num_beams: expected at least 1, got {max_new_tokens} and {num_beams}")
+        config = settings(self.model, how)
+        beyond = left_to_stock(config)
+        if beyond:
+            raise ValueError(f"{', '.join(beyond)}: our decoding loop does not do this, stock generate does")
+        beams, sample = 1 if config.num_beams is None else config.num_beams, bool(config.do_sample)
+        if max_new_tokens < 1 or beams < 1:
+            raise ValueError(f"max_new_tokens, num_beams: expected at least 1, got {max_new_tokens} and {beams}")
         if cuda_graph and not input_ids.is_cuda:
             raise ValueError(f"cuda_graph: expected input_ids on CUDA, they are on {input_ids.device}")
-        config = self.model.config
-        ends = config.eos_token_id if eos_token_id is None else eos_token_id
+        ends = config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
+        pad = config.pad_token_id
         pad = (ends[0] if ends else 0) if pad is None else pad
-        start = config.decoder_start_token_id
+        start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
         memory = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        step = Step(self.weights, memory, attention_mask, max_new_tokens, num_beams)
+        step = Step(self.weights, memory, attention_mask, max_new_tokens, beams)
         following = step.graphed() if cuda_graph else step
-        processors = _processors(do_sample, temperature, top_k, top_p, repetition_penalty)
         first = torch.full((len(input_ids),), pad if start is None else start, device=input_ids.device)
         stop = torch.tensor(ends, device=input_ids.device, dtype=torch.long)
-        if num_beams > 1:
-            return _beam_search(following, step.reorder, first, max_new_tokens, num_beams, processors, stop, pad)
-        return _one_by_one(following, first, max_new_tokens, do_sample, processors, stop, pad, generator)
+        chosen = processors(config, max_new_tokens, input_ids, stop)
+        if beams > 1:
+            return _beam_search(following, step.reorder, first, max_new_tokens, beams, chosen, stop, pad)
+        return _one_by_one(following, first, max_new_tokens, sample, chosen, stop, pad, generator)
 
 
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:
@@ -193,19 +181,3 @@ def _beam_search(
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, m, ...) at index (B, k) of dimension 1."""
     return rows.gather(1, index.view(*index.shape, *(1,) * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:]))
-
-
-def _processors(
-    do_sample: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float
-) -> LogitsProcessorList:
-    """transformers' own, in its order."""
-    chosen = LogitsProcessorList()
-    if repetition_penalty != 1.0:
-        chosen.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    if do_sample and temperature != 1.0:
-        chosen.append(TemperatureLogitsWarper(temperature))
-    if do_sample and top_k > 0:
-        chosen.append(TopKLogitsWarper(top_k))
-    if do_sample and top_p < 1.0:
-        chosen.append(TopPLogitsWarper(top_p))
-    return chosen
