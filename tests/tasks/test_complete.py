@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from fat5.data import Tokenizer, load_tokenizer
 from fat5.data.tokenizer_json import added_token, byte_tokenizer
@@ -34,6 +35,7 @@ class Scripted(torch.nn.Linear):
     def __init__(self, rows: list[list[int]]) -> None:
         super().__init__(1, 1)
         self.config = FAT5Config.preset("fat5-demo")
+        self.generation_config = GenerationConfig()
         self.rows, self.shown = rows, []
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -134,8 +136,8 @@ def test_both_loops_write_the_same(
 
 def test_sampling_among_beams_goes_to_stock(model: FAT5ForConditionalGeneration, tokenizer: Tokenizer) -> None:
     assert complete(model, tokenizer, ["Le ___."], decoding=Decoding(max_new_tokens=4, num_beams=2, sample=True))
-    with pytest.raises(ConfigurationError, match="loop"):
-        Decoding(num_beams=2, sample=True, loop="fat5")
+    with pytest.raises(ConfigurationError, match="loop: .* does not obey do_sample with num_beams"):
+        complete(model, tokenizer, ["Le ___."], decoding=Decoding(num_beams=2, sample=True, loop="fat5"))
     with pytest.raises(ConfigurationError, match="does not serve a Scripted"):
         complete(Scripted([]), tokenizer, ["Le ___."], decoding=Decoding(loop="fat5"))
 

@@ -61,7 +61,7 @@ class Decoder:
         config = settings(self.model, how)
         beyond = left_to_stock(config)
         if beyond:
-            raise ValueError(f"{', '.join(beyond)}: our decoding loop does not do this, stock generate does")
+            raise ValueError(f"{', '.join(beyond)}: our decoding loop does not obey this, stock generate does")
         beams, sample = 1 if config.num_beams is None else config.num_beams, bool(config.do_sample)
         if max_new_tokens < 1 or beams < 1:
             raise ValueError(f"max_new_tokens, num_beams: expected at least 1, got {max_new_tokens} and {beams}")

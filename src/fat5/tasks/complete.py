@@ -3,17 +3,20 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 
 from fat5.data import Tokenizer
-from fat5.errors import ConfigurationError, DataError, TokenizerError
+from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
+from fat5.train.memory import GIB, available_memory
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
 MODES = ("auto", "infill", "continue", "text")
 LOOPS = ("auto", "fat5", "stock")
+DEFAULT_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -37,62 +40,65 @@ class Completion:
 
 @dataclass
 class Decoding:
-    """How an answer is written, token by token."""
+    """How an answer is written, token by token. What is not given is what the model's generation_config.json says."""
 
-    max_new_tokens: int = 64
-    """Limit of one answer"""
-    num_beams: int = 1
+    max_new_tokens: int | None = None
+    """Limit of one answer; 64 where the model's generation_config.json has none"""
+    num_beams: int | None = None
     """Above 1, beam search"""
-    sample: bool = False
+    sample: bool | None = None
     """Draw tokens rather than take the likeliest"""
-    temperature: float = 1.0
+    temperature: float | None = None
     """Flattens (above 1) or sharpens the distribution when sampling"""
-    top_k: int = 50
+    top_k: int | None = None
     """Keep this many likeliest tokens when sampling; 0 keeps all"""
-    top_p: float = 1.0
+    top_p: float | None = None
     """Keep the smallest set of tokens with this probability when sampling"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Above 1, tokens already written become less likely (Keskar et al. 2019)"""
     batch_size: int = 8
     """Prompts run together"""
     seed: int = 0
     """Of the sampling"""
     loop: Literal["auto", "fat5", "stock"] = "auto"
-    """fat5 is our decoding loop, stock the generate of transformers; auto is ours wherever it serves"""
+    """fat5 is our decoding loop, stock the generate of transformers; auto is ours for what it can do, else stock"""
 
     def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
         for name in ("max_new_tokens", "num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{getattr(self, name)} is below 1", where=name)
+            if given.get(name, 1) < 1:
+                raise ConfigurationError(f"{given[name]} is below 1", where=name)
         for name in ("temperature", "repetition_penalty"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{getattr(self, name)} is not above 0", where=name)
+            if not given.get(name, 1) > 0:
+                raise ConfigurationError(f"{given[name]} is not above 0", where=name)
         if not 0 <= self.seed < 1 << 63:
             raise ConfigurationError(f"{self.seed} is not from 0 up to 2^63 - 1", where="seed")
-        if self.top_k < 0:
+        if given.get("top_k", 0) < 0:
             raise ConfigurationError(f"{self.top_k} is below 0", where="top_k", hint="0 keeps all")
-        if not 0 < self.top_p <= 1:
+        if not 0 < given.get("top_p", 1) <= 1:
             raise ConfigurationError(f"{self.top_p} is not in (0, 1]", where="top_p", hint="1 keeps all")
         if self.loop not in LOOPS:
             raise ConfigurationError(f"no loop {self.loop!r}", where="loop", hint=f"Choose one of {', '.join(LOOPS)}")
-        if self.loop == "fat5" and self.num_beams > 1 and self.sample:
-            raise ConfigurationError(
-                "our decoding loop does not sample among beams",
-                where="loop",
-                hint="Use --loop stock, or one of the two",
-            )
 
-    def strategy(self) -> dict[str, Any]:
-        """Keyword arguments of stock `generate` and of ours."""
-        chosen: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
+    def fields(self, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The fields of `GenerationConfig` to ask for: what is given here, and what every answer needs."""
+        own = model.generation_config
+        length = self.max_new_tokens or own.max_new_tokens or (own.max_length or 1 + DEFAULT_LENGTH) - 1
+        asked = {
+            "max_new_tokens": max(length, 1),
             "num_beams": self.num_beams,
             "do_sample": self.sample,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
             "repetition_penalty": self.repetition_penalty,
+            "eos_token_id": tokenizer.info.eos_id if own.eos_token_id is None else None,
+            "pad_token_id": tokenizer.info.pad_id if own.pad_token_id is None else None,
+            # One answer a prompt, as a tensor.
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
         }
-        if self.sample:
-            chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return chosen
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 def complete(
@@ -114,10 +120,11 @@ def complete(
             other fine-tuned tasks); "auto" is infill where a prompt has a blank, else continue.
         mode_token: put first; None takes [R] for infill and [S] for continue where the tokenizer has them, as those of
             other T5s do not; "" puts none.
-        decoding: greedy by default.
+        decoding: what the model's generation configuration says by default; greedy where it says nothing.
 
     Raises:
-        ConfigurationError: an unknown mode or mode token, or a model that our decoding loop, asked for, cannot serve.
+        ConfigurationError: an unknown mode or mode token, what the decoding loop asked for cannot do, or more than the
+            memory holds.
         TokenizerError: more tokens than the model has rows for.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
@@ -138,38 +145,66 @@ def complete(
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][1]), reverse=True)
     answers: dict[int, Completion] = {}
     device = next(model.parameters()).device
-    write = _writer(model, decoding)
+    how = decoding.fields(model, tokenizer)
+    write, config = _writer(model, decoding.loop, how)
+    _check_memory(model, min(decoding.batch_size, len(prompts)), config)
+    ends = config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
         for batch in _batches(order, decoding.batch_size):
             input_ids, attention_mask = _pad([encoded[i][1] for i in batch], tokenizer.info.pad_id)
-            with torch.inference_mode():
-                outputs = write(
-                    input_ids=input_ids.to(device),
-                    attention_mask=attention_mask.to(device),
-                    eos_token_id=tokenizer.info.eos_id,
-                    pad_token_id=tokenizer.info.pad_id,
-                    **decoding.strategy(),
-                )
+            try:
+                with torch.inference_mode():
+                    outputs = write(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **how)
+            except FAT5Error:
+                raise
+            except ValueError as error:  # transformers refuses values and combinations of its own
+                raise ConfigurationError(
+                    " ".join(str(error).split())[:300],
+                    where="generation_config.json",
+                    hint="Change it in the model's folder, or the keys you gave",
+                ) from error
             for i, row in zip(batch, outputs.tolist()):
-                answers[i] = _decode(tokenizer, prompts[i], encoded[i][0], row[1:])
+                row = list(takewhile(lambda token: token not in ends, row[1:]))
+                answers[i] = _decode(tokenizer, prompts[i], encoded[i][0], row)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _writer(model: Any, decoding: Decoding) -> Callable[..., torch.Tensor]:
-    """Our decoding loop's `generate` or the model's own."""
+def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., torch.Tensor], Any]:
+    """Our decoding loop's `generate` or the model's own, and the generation configuration that holds."""
     # Here, since it brings transformers along, which `fat5 generate --help` can do without.
     from fat5.model.decoding import Decoder
     from fat5.model.decoding_step import Models
+    from fat5.model.generation_settings import left_to_stock, settings
 
+    config = settings(model, how)
     serves = isinstance(model, Models) and not any(parameter.is_meta for parameter in model.parameters())
-    if decoding.loop == "fat5" and not serves:
+    beyond = left_to_stock(config)
+    if loop == "fat5" and (beyond or not serves):
+        what = f"obey {', '.join(beyond)}" if beyond else f"serve a {type(model).__name__}"
+        raise ConfigurationError(f"our decoding loop does not {what}", where="loop", hint="Use --loop stock")
+    if loop == "stock" or beyond or not serves:
+        return model.generate, config
+    return Decoder(model).generate, config
+
+
+def _check_memory(model: Any, rows: int, config: Any) -> None:
+    """Raises ConfigurationError where the answers of one batch are larger than the memory."""
+    beams, length = config.num_beams or 1, config.max_new_tokens
+    shape = model.config
+    weight = next(model.parameters())
+    cache = 2 * shape.num_decoder_layers * shape.num_heads * shape.d_kv * length * weight.dtype.itemsize
+    # Logits, their softmax and two copies in float32; ids in int64, of open and finished beams.
+    needed = rows * beams * (cache + 4 * 4 * shape.vocab_size + 3 * 8 * length)
+    free = available_memory(weight.device)
+    if free is not None and needed > free:
         raise ConfigurationError(
-            f"our decoding loop does not serve a {type(model).__name__}", where="loop", hint="Use --loop stock"
+            f"{rows} x {beams} answers of up to {length:,} tokens need {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} "
+            "are free",
+            where="max_new_tokens, num_beams",
+            hint="Lower them, or batch_size",
         )
-    if decoding.loop == "stock" or not serves or (decoding.sample and decoding.num_beams > 1):
-        return model.generate  # type: ignore[no-any-return]
-    return Decoder(model).generate
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None) -> tuple[str, list[int]]:
@@ -206,8 +241,6 @@ def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None
 
 def _decode(tokenizer: Tokenizer, prompt: str, mode: str, row: list[int]) -> Completion:
     info = tokenizer.info
-    if info.eos_id in row:
-        row = row[: row.index(info.eos_id)]
     row = [token for token in row if token != info.pad_id]
     if mode == "text":
         text = tokenizer.decode(row, skip_special_tokens=True)
