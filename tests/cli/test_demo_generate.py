@@ -174,6 +174,8 @@ def test_bad_prompts_get_one_line(demo: Path, tmp_path: Path, capsys: pytest.Cap
     assert "not UTF-8" in refused([*model, "a\udcff ___"], capsys)
     assert "nothing to fill in" in refused([*model, "--mode", "infill", "no blank"], capsys)
     assert "cannot be written" in refused([*model, "--output", str(tmp_path / "no" / "out"), "a ___"], capsys)
+    for key in ("--max_new_tokens", "--num_beams"):
+        assert "are free. Lower them" in refused([*model, key, "1000000000", "a ___"], capsys)
 
 
 def test_bad_models_get_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

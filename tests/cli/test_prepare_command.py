@@ -10,6 +10,7 @@ import pytest
 from fat5.cli.main import main
 from fat5.data import sample_path
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from made_tokenizers import word_piece
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def test_prepares_says_what_it_made_and_verifies(tmp_path: Path, tokenizer: str,
     splits = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]
     assert splits["train"]["documents"] + splits["validation"]["documents"] == 1923
     assert f"{out}/train: {splits['train']['documents']:,} documents, {splits['train']['tokens']:,} tokens" in said.out
+    assert f"{splits['train']['tokens']:,} tokens, 0 of them <unk>" in said.out
     assert said.err == "", "datatrove's log belongs in the folder"
     assert main(["prepare", "--output_dir", out, "--verify", "true"]) == 0
     assert "agrees with its SHA-256" in capfd.readouterr().out
@@ -36,6 +38,16 @@ def test_prepares_says_what_it_made_and_verifies(tmp_path: Path, tokenizer: str,
     shard.write_bytes(content)
     assert main(["prepare", "--output_dir", out, "--verify", "true"]) == 2
     assert "00000.ds: shard is damaged" in capfd.readouterr().err
+
+
+def test_says_how_much_the_tokenizer_does_not_know(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("le 日 noyau")
+    words = ["--output_dir", str(tmp_path / "out"), "--validation_fraction", "0"]
+    assert main(["prepare", str(tmp_path / "a.txt"), "--tokenizer", str(word_piece(tmp_path / "t")), *words]) == 0
+    said = capfd.readouterr().out
+    assert f"{tmp_path}/out/train: 1 documents, 3 tokens, 1 of them <unk>\n" in said
+    assert "<unk> stands for text that the tokenizer has no token for" in said
+    assert f"training puts no [CLS] before a text, nor does the tokenizer in {tmp_path}/out/tokenizer" in said
 
 
 def test_the_log_is_off_the_terminal_in_processes_too(tmp_path: Path, tokenizer: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from preparing import config, decoded, manifest, write_jsonl
+from transformers import AutoTokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, verify
 from fat5.data.corpus import CorpusOptions
@@ -22,6 +23,7 @@ from fat5.data.prepare import prepare
 from fat5.data.prepare_plan import read_plan
 from fat5.data.tokenizer_json import byte_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
+from made_tokenizers import KINDS, sentencepiece
 
 
 def test_nothing_is_lost_and_nothing_added(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
@@ -98,6 +100,46 @@ def test_a_wide_vocabulary_is_written_as_uint32(tmp_path: Path, texts: list[str]
     assert shards.document(0).dtype == np.dtype("<u4")
     assert shards.document(0).tolist() == [byte + 3 for byte in texts[0].encode()]
     assert decoded(tmp_path / "out", "train") == texts[:20]
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_tokens_are_counted_whatever_the_tokenizer(tmp_path: Path, kind: str) -> None:
+    own = KINDS[kind](tmp_path / "t")
+    corpus = write_jsonl(tmp_path / "a.jsonl", [f"le noyau 日本, un paquet{' de' * i}" for i in range(150)])
+    made = prepare(config(tmp_path, str(own), corpus, validation_fraction=0.3))
+    assert made
+    unk, each = load_tokenizer(own).info.unk_id, {"sentencepiece": 1, "word_piece": 2}.get(kind, 0)
+    total = 0
+    for split in ("train", "validation"):
+        written = np.concatenate(list(open_shards(tmp_path / "out", split)))
+        assert made.unknown(split) == int((written == unk).sum())
+        assert json.loads(manifest(tmp_path / "out"))["splits"][split]["unknown"] == made.unknown(split)
+        total += int((written == unk).sum())
+    assert total == 150 * each
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").info == load_tokenizer(own).info
+
+
+def test_tokens_that_a_user_added_are_written(tmp_path: Path) -> None:
+    own = sentencepiece(tmp_path / "t", ["\n", "{"])
+    made = prepare(
+        config(tmp_path, str(own), write_jsonl(tmp_path / "a.jsonl", ["le\nun { noyau"]), validation_fraction=0.0)
+    )
+    assert made
+    assert made.unknown("train") == 0
+    stock = AutoTokenizer.from_pretrained(own)("le\nun { noyau", add_special_tokens=False).input_ids
+    assert open_shards(tmp_path / "out").document(0).tolist() == stock
+
+
+def test_a_manifest_of_before_does_not_say_how_many_are_unknown(tmp_path: Path, tokenizer: str) -> None:
+    made = prepare(config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", ["un"]), validation_fraction=0.0))
+    assert made
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_bytes())
+    for entry in content["shards"]["train"]:
+        del entry["unknown"]
+    path.write_text(json.dumps(content))
+    assert verify(tmp_path / "out").unknown("train") is None
 
 
 def test_a_hugging_face_dataset_is_streamed(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:

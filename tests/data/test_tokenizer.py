@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, sample_path
-from fat5.data.tokenizer_json import MODES, added_token, byte_tokenizer
+from fat5.data.tokenizer_json import MODES, added_token, append_eos, byte_tokenizer, opening_ids
 from fat5.data.tokenizer_training import TokenizerTraining, alphabet, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
+from made_tokenizers import KINDS
 
 VOCABULARY = 2048
 HARD_TEXTS = [
@@ -269,6 +270,83 @@ def test_mt5_sentinels_with_a_leading_mark_are_found(tmp_path: Path) -> None:
         loaded.backend.token_to_id("▁<extra_id_0>"),
         loaded.backend.token_to_id("▁<extra_id_1>"),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_that_autotokenizer_reads(tmp_path: Path, kind: str) -> None:
+    """From its own files, and again from what FAT5 saves; its ids are those of transformers."""
+    folder = KINDS[kind](tmp_path / "theirs")
+    stock, loaded = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    again = load_tokenizer(loaded.save(tmp_path / "ours"))
+    assert again.info == loaded.info
+    for text in ("le un noyau, paquet.", "de  pour le", "zéro"):
+        want = stock(text, add_special_tokens=False).input_ids
+        assert loaded.encode(text) == again.encode(text) == want
+        assert loaded.decode(want, skip_special_tokens=True) == stock.decode(want, skip_special_tokens=True)
+    info = loaded.info
+    assert (info.pad_id, info.unk_id) == (stock.pad_token_id, stock.unk_token_id)
+    assert info.eos_id == (stock.sep_token_id if stock.eos_token_id is None else stock.eos_token_id)
+    names = [name for name in ("<extra_id_1>", "extra1") if name in stock.get_vocab()]
+    assert info.sentinel_ids[1] == stock.convert_tokens_to_ids(names[0])
+    with_specials = stock("le").input_ids
+    assert [*loaded.own_opening, *loaded.encode("le"), info.eos_id] == with_specials
+    # Training shows no <s>, so the copy that goes with the model puts none.
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("le").input_ids == with_specials[-2 - (kind == "byte_t5") :]
+
+
+def test_the_opening_of_each_post_processor() -> None:
+    special = {"<s>": {"id": "<s>", "ids": [7], "tokens": ["<s>"]}}
+    first, sequence = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [first, sequence, first], "special_tokens": special}
+    assert opening_ids(template, "") == (7,)
+    assert opening_ids({"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]}, "") == (0,)
+    assert opening_ids({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}, "") == (7,)
+    assert opening_ids(append_eos(1), "") == opening_ids(None, "") == ()
+    with pytest.raises(TokenizerError, match="damaged post_processor"):
+        opening_ids({"type": "TemplateProcessing"}, "")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_t5"])
+def test_tokens_that_a_user_added_are_text(tmp_path: Path, kind: str) -> None:
+    folder = KINDS[kind](tmp_path / "theirs", ["\n", "{", "<hello>"])
+    stock, loaded = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    again = load_tokenizer(loaded.save(tmp_path / "ours"))
+    for text in ("le\nun { noyau<hello> le", "{{\n\n", "le"):
+        want = stock(text, add_special_tokens=False).input_ids
+        assert loaded.encode(text) == again.encode(text) == want
+        assert loaded.info.unk_id not in want
+        assert loaded.decode(want) == stock.decode(want)
+    assert loaded.encode("</s><extra_id_0>[R]") == load_tokenizer(KINDS[kind](tmp_path / "bare")).encode(
+        "</s><extra_id_0>[R]"
+    )
+
+
+def test_tokens_that_a_user_added_behind_special_ones_keep_their_ids(tmp_path: Path) -> None:
+    folder = t5(tmp_path, ["<extra_id_1>", "<extra_id_0>", "\n", "{"])
+    loaded = load_tokenizer(folder)
+    brace = loaded.backend.token_to_id("{")
+    assert brace == loaded.info.sentinel_ids[0] + 2
+    assert loaded.encode("a\n{") == [*loaded.encode("a"), brace - 1, brace]
+
+
+def test_a_folder_without_the_files_of_its_class_is_refused(tmp_path: Path) -> None:
+    """transformers would make an empty T5 vocabulary and go on."""
+    folder = KINDS["word_piece"](tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(TokenizerError, match=r"T5Tokenizer, reads spiece.model or .*name the right tokenizer_class"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_span_is_decoded_and_encoded_in_its_place(tmp_path: Path, kind: str) -> None:
+    loaded = load_tokenizer(KINDS[kind](tmp_path))
+    whole = loaded.encode("le paquet de, pour")
+    for cut in range(1, len(whole)):
+        before, behind = whole[:cut], whole[cut:]
+        assert loaded.decode(before) + loaded.decode(behind, after=before) == loaded.decode(whole)
+    assert loaded.encode(" paquet de, pour", after="le") == whole[len(loaded.encode("le")) :]
+    assert loaded.encode(", un", after="le") == loaded.encode("le, un")[len(loaded.encode("le")) :]
 
 
 def test_byt5_gives_the_ids_of_transformers(tmp_path: Path) -> None:

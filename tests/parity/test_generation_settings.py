@@ -1,5 +1,7 @@
-"""Every field of `GenerationConfig` in a model's generation_config.json: our loop obeys it, or stock `generate` is taken."""
+"""Every field of `GenerationConfig`: obeyed by our loop, or left to stock `generate`."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +107,13 @@ def test_every_field_has_its_place() -> None:
     config.of_tomorrow = True
     assert left_to_stock(config) == ["of_tomorrow"]
     assert not fields - listed, "new in this transformers: our loop leaves them to stock; list them in docs/generate.md"
+
+
+def test_the_page_lists_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (obeyed by our loop|change no token|stock `generate`[^|]*) \| (.+) \|$", page, re.MULTILINE)
+    listed = [set(re.findall(r"`(\w+)`", fields)) for _, fields in rows]
+    assert listed == [DONE, WITHOUT_EFFECT, set(STOCK), set(STOCK_AMONG_BEAMS), set(STOCK_IN_SAMPLING)]
 
 
 def test_stock_defaults_change_nothing() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from fat5.data import Tokenizer, load_tokenizer
 from fat5.data.tokenizer_json import added_token, byte_tokenizer
@@ -13,6 +13,7 @@ from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.tasks import Decoding, complete
+from made_tokenizers import KINDS, byte_level, sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_both_loops_write_the_same(
 
 def test_sampling_among_beams_goes_to_stock(model: FAT5ForConditionalGeneration, tokenizer: Tokenizer) -> None:
     assert complete(model, tokenizer, ["Le ___."], decoding=Decoding(max_new_tokens=4, num_beams=2, sample=True))
-    with pytest.raises(ConfigurationError, match="loop: .* does not obey do_sample with num_beams"):
+    with pytest.raises(ConfigurationError, match=r"loop: .* does not obey do_sample with num_beams"):
         complete(model, tokenizer, ["Le ___."], decoding=Decoding(num_beams=2, sample=True, loop="fat5"))
     with pytest.raises(ConfigurationError, match="does not serve a Scripted"):
         complete(Scripted([]), tokenizer, ["Le ___."], decoding=Decoding(loop="fat5"))
@@ -192,6 +193,146 @@ def test_a_tokenizer_without_mode_tokens_puts_none() -> None:
         assert model.shown == [[*own.encode("Le"), sentinel, *own.encode("." if mode == "infill" else ""), 1]]
     with pytest.raises(ConfigurationError, match="Its tokenizer has none"):
         complete(Scripted([]), own, ["Le ___."], mode_token="[R]")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_keep_the_space_between_them(kind: str, tmp_path: Path) -> None:
+    """Whatever the tokenizer: a span decoded apart from the word to its left would lose its space."""
+    own = load_tokenizer(KINDS[kind](tmp_path))
+    first, second = own.info.sentinel_ids[:2]
+
+    def behind(left: str, text: str) -> list[int]:
+        return own.encode(text, after=left)
+
+    answer = [first, *behind("le", " paquet de"), second, *behind("un", " noyau"), own.info.eos_id]
+    [got] = complete(Scripted([answer]), own, ["le ___ pour un ___, le."])
+    assert (got.text, got.completion) == ("le paquet de pour un noyau, le.", "paquet de … noyau")
+    [got] = complete(Scripted([[first, *behind("le", " paquet de")]]), own, ["le "], mode="continue")
+    assert (got.text, got.completion) == ("le paquet de", "paquet de")
+    # Blanks that touch, and one at the start.
+    answer = [first, *own.encode("le"), second, *behind("le", " paquet")]
+    [got] = complete(Scripted([answer]), own, ["___ ___ pour"])
+    assert got.text == "le paquet pour"
+    [got] = complete(Scripted([[*own.encode("le paquet"), own.info.eos_id]]), own, ["un"], mode="text")
+    assert got.text == "le paquet"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_shown_in_the_tokens_of_training(kind: str, tmp_path: Path) -> None:
+    own = load_tokenizer(KINDS[kind](tmp_path))
+    info, whole = own.info, own.encode("le noyau, un")
+    model = Scripted([[info.eos_id]])
+    complete(model, own, ["le ___, un"])
+    le, noyau = own.encode("le"), own.encode(" noyau", after="le")
+    rest = whole[len(le) + len(noyau) :]
+    assert whole == [*le, *noyau, *rest]
+    assert model.shown == [[*own.own_opening, *le, info.sentinel_ids[0], *rest, info.eos_id]]
+
+
+def test_a_line_break_before_a_blank_is_the_space_of_the_span(tmp_path: Path) -> None:
+    own = load_tokenizer(sentencepiece(tmp_path))
+    first = own.info.sentinel_ids[0]
+    [got] = complete(Scripted([[first, *own.encode(" noyau", after="le")]]), own, ["le\n___ un"])
+    assert got.text == "le\nnoyau un"
+
+
+@pytest.mark.parametrize("mode", ["infill", "continue", "text"])
+def test_what_the_tokenizer_puts_first_is_put_first(mode: str, tmp_path: Path) -> None:
+    """The <s> of CodeT5, as stock's tokenizer puts it."""
+    own = load_tokenizer(byte_level(tmp_path))
+    model = Scripted([[own.info.eos_id]])
+    complete(model, own, ["le ___"], mode=mode)
+    stock = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.shown[0][0] == stock.bos_token_id
+    assert model.shown[0].count(stock.bos_token_id) == 1
+    if mode == "text":
+        assert model.shown == [stock("le ___").input_ids]
+
+
+# What the model's generation_config.json says, beside what is asked for.
+
+
+@pytest.fixture
+def configured(tokenizer: Tokenizer) -> FAT5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = FAT5Config.preset("fat5-demo", vocab_size=tokenizer.info.vocab_size, num_layers=1, num_decoder_layers=1)
+    return FAT5ForConditionalGeneration(config).eval()
+
+
+ASKED = ["Le ___ est long.", "Un ___ vite."]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 9},
+        {"num_beams": 3, "min_new_tokens": 4, "max_length": 10},
+        {"do_sample": True, "top_k": 5, "temperature": 2.0},
+        {"forced_bos_token_id": 700, "decoder_start_token_id": 9, "suppress_tokens": [701, 702]},
+        {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 3, "num_beams": 3},
+    ],
+    ids=["no repetition", "beams", "sampling", "forced", "returns"],
+)
+def test_generation_config_is_obeyed_as_stock_does(
+    configured: FAT5ForConditionalGeneration,
+    tokenizer: Tokenizer,
+    fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = complete(configured, tokenizer, ASKED)
+    configured.generation_config.update(**fields)
+    stock = complete(configured, tokenizer, ASKED, decoding=Decoding(loop="stock"))
+    monkeypatch.setattr(configured, "generate", None)
+    assert complete(configured, tokenizer, ASKED) == stock != plain
+
+
+@pytest.mark.parametrize("name", ["sequence_bias", "length_penalty", "of_tomorrow"])
+def test_what_our_loop_cannot_do_goes_to_stock(
+    configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {"sequence_bias": [[[700], 50.0]]}.get(name, 3.0)
+    configured.generation_config.num_beams = 2
+    setattr(configured.generation_config, name, value)
+    called = []
+    generate = configured.generate
+    monkeypatch.setattr(configured, "generate", lambda **how: called.append(1) or generate(**how))
+    complete(configured, tokenizer, ASKED)
+    assert called
+    with pytest.raises(ConfigurationError, match=f"does not obey {name}. Use --loop stock"):
+        complete(configured, tokenizer, ASKED, decoding=Decoding(loop="fat5"))
+
+
+def test_what_is_asked_for_wins_over_generation_config(
+    configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer
+) -> None:
+    plain = complete(configured, tokenizer, ASKED, decoding=Decoding(max_new_tokens=8))
+    configured.generation_config.update(do_sample=True, max_new_tokens=30, num_beams=2)
+    asked = Decoding(max_new_tokens=8, sample=False, num_beams=1)
+    assert complete(configured, tokenizer, ASKED, decoding=asked) == plain
+
+
+def test_every_end_of_generation_config_ends_an_answer(
+    configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer
+) -> None:
+    configured.generation_config.forced_bos_token_id = end = 700
+    assert complete(configured, tokenizer, ["Le"], mode="text")[0].text
+    configured.generation_config.eos_token_id = [tokenizer.info.eos_id, end]
+    assert complete(configured, tokenizer, ["Le"], mode="text")[0].text == ""
+
+
+def test_what_transformers_refuses_is_one_error(configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    configured.generation_config.stop_strings = ["a"]
+    with pytest.raises(ConfigurationError, match=r"generation_config.json: .*tokenizer"):
+        complete(configured, tokenizer, ASKED)
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "num_beams"])
+def test_answers_larger_than_memory_are_refused_before_they_begin(
+    configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer, key: str
+) -> None:
+    for loop in ("auto", "stock"):
+        with pytest.raises(ConfigurationError, match=r"max_new_tokens, num_beams: 1 x .* need .* GiB, and .* are free"):
+            complete(configured, tokenizer, ["Le ___"], decoding=Decoding(loop=loop, **{key: 10**9}))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(model: FAT5ForConditionalGeneration) -> None:

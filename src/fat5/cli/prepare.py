@@ -7,6 +7,7 @@ from fat5.cli.parsing import parse
 
 def main(argv: list[str]) -> int:
     """Prepares a corpus and prints what the folder holds."""
+    from fat5.data import load_tokenizer
     from fat5.data.prepare import PrepareConfig, prepare
 
     config = PrepareConfig(**parse(PrepareConfig, argv, "prepare", words="inputs"))
@@ -15,13 +16,21 @@ def main(argv: list[str]) -> int:
         print(f"submitted to Slurm; the last job writes {config.output_dir}/manifest.json")
         return 0
     for split in manifest.shards:
-        documents, tokens = manifest.documents(split), manifest.tokens(split)
-        print(f"{config.output_dir}/{split}: {documents:,} documents, {tokens:,} tokens")
+        documents, tokens, unknown = manifest.documents(split), manifest.tokens(split), manifest.unknown(split)
+        missing = "" if unknown is None else f", {unknown:,} of them <unk>"
+        print(f"{config.output_dir}/{split}: {documents:,} documents, {tokens:,} tokens{missing}")
+    if any(manifest.unknown(split) for split in manifest.shards):
+        print("<unk> stands for text that the tokenizer has no token for; a model cannot learn it")
     if manifest.bad_rows:
         first = f"{config.output_dir}/logs/bad_rows names the first of each task"
         print(f"skipped {manifest.bad_rows:,} rows that cannot be read; {first}")
     if not manifest.documents("validation"):
         print("the validation split is empty: a higher --validation_fraction fills it")
+    if not config.verify:
+        tokenizer = load_tokenizer(config.tokenizer)
+        if tokenizer.own_opening:
+            opening = tokenizer.decode(tokenizer.own_opening)
+            print(f"training puts no {opening} before a text, nor does the tokenizer in {config.output_dir}/tokenizer")
     if config.verify:
         print("every shard agrees with its SHA-256")
     return 0

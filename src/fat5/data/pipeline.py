@@ -163,7 +163,8 @@ class ShardWriter(PipelineStep):
         plan = read_plan(self.folder)
         tokenizer = _tokenizer(self.folder, plan.tokenizer_sha256)
         folder = Path(self.folder)
-        parts = {split: _ShardFile(folder, split, rank, plan.token_bytes) for split in SPLITS}
+        unk = tokenizer.info.unk_id
+        parts = {split: _ShardFile(folder, split, rank, plan.token_bytes, unk) for split in SPLITS}
         limit = int(plan.validation_fraction * _HASH_RANGE)
         try:
             for texts in _batches(data):
@@ -190,12 +191,12 @@ class ShardWriter(PipelineStep):
 class _ShardFile:
     """One `.ds` file being written under a temporary name, hashed as it goes."""
 
-    def __init__(self, folder: Path, split: str, rank: int, token_bytes: int) -> None:
+    def __init__(self, folder: Path, split: str, rank: int, token_bytes: int, unk_id: int) -> None:
         self.name = f"{split}/{rank:05d}.ds"
         self.path = folder / self.name
         self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self.token_bytes = token_bytes
-        self.tokens = 0
+        self.token_bytes, self.unk_id = token_bytes, unk_id
+        self.tokens = self.unknown = 0
         self._ends: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         self._file: Any = None
@@ -211,6 +212,7 @@ class _ShardFile:
         self._digest.update(content)
         self._ends.append((np.cumsum(lengths) + self.tokens).astype("<u8"))
         self.tokens += int(lengths.sum())
+        self.unknown += int((tokens == self.unk_id).sum())
 
     def finish(self) -> dict[str, Any] | None:
         """Puts the shard in place; returns its manifest entry, None where nothing was written."""
@@ -229,6 +231,7 @@ class _ShardFile:
             "bytes": self.tokens * self.token_bytes,
             "sha256": self._digest.hexdigest(),
             "index_sha256": hashlib.sha256(ends.tobytes()).hexdigest(),
+            "unknown": self.unknown,
         }
 
     def discard(self) -> None:

@@ -38,6 +38,8 @@ class ShardEntry:
     bytes: int
     sha256: str
     index_sha256: str
+    unknown: int | None = None
+    """Tokens that are `<unk>`: text that the tokenizer has no token for; None in a manifest that does not say."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,21 @@ class Manifest:
         """Tokens in one split."""
         return sum(entry.tokens for entry in self.shards[split])
 
+    def unknown(self, split: str) -> int | None:
+        """`<unk>` tokens in one split; None where the manifest does not say."""
+        counts = [entry.unknown for entry in self.shards[split]]
+        return None if None in counts else sum(count or 0 for count in counts)
+
     def to_json(self) -> str:
         """The manifest's text: the same for the same content."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
         content["splits"] = {
-            split: {"documents": self.documents(split), "tokens": self.tokens(split)} for split in self.shards
+            split: {
+                "documents": self.documents(split),
+                "tokens": self.tokens(split),
+                "unknown": self.unknown(split),
+            }
+            for split in self.shards
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 

@@ -7,7 +7,6 @@ a tokenizer without sentinels is refused. A pickle is refused by name, and code 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,11 +181,19 @@ class Tokenizer:
             raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
         return tokens, lengths
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of one text, without EOS; with `special`, the names of special tokens in it stand for their ids."""
+    def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
+        """Ids of one text, without EOS; with `special`, the names of special tokens in it stand for their ids.
+
+        With `after`, the ids of `text` as they stand behind that text, where a token ends between the two. Alone, the
+        comma of ", un" gets a space to its left from SentencePiece.
+        """
         if special:
             return list(self.backend.encode(text, add_special_tokens=False).ids)
-        return [int(token) for token in self.encode_documents([text])[0]]
+        if not after:
+            return [int(token) for token in self.encode_documents([text])[0]]
+        tokens, lengths = self.encode_documents([text, after, after + text])
+        alone, before, whole = (part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1]))
+        return whole[len(before) :] if whole[: len(before)] == before else alone
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:
         """Text of some ids; special tokens show by name unless skipped. Ids above the vocabulary show nothing.
@@ -200,7 +207,9 @@ class Tokenizer:
         if not before:
             return text
         left = str(self.backend.decode(before, skip_special_tokens=skip_special_tokens))
-        return text[len(os.path.commonprefix([left, text])) :]
+        # A decoder may change the last characters of `left` when a token follows.
+        same = next((index for index, (one, other) in enumerate(zip(left, text)) if one != other), len(left))
+        return text[same:]
 
     def save(self, folder: str | Path) -> Path:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which stock `AutoTokenizer` loads."""
@@ -247,7 +256,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 if other.is_file():
                     refuse_pickle(other)
             raise
-    content, roles = read_json(file), {}
+    content = read_json(file)
+    roles: dict[str, Any] = {}
     for name in (SPECIALS_FILE, CONFIG_FILE):
         if (folder / name).exists():
             roles |= read_json(folder / name)
@@ -263,8 +273,8 @@ def _backend(content: dict[str, Any]) -> Any:
         raise TokenizerError(f"tokenizer.json is not one `tokenizers` can load ({str(error)[:120]})") from error
 
 
-def read_stock(name: str | Path) -> Any:
-    """What `AutoTokenizer` makes of a folder or a name on the hub; code that comes with it never runs.
+def read_stock(name: str | Path, cls: Any = None) -> Any:
+    """What `AutoTokenizer` (or `cls`) makes of a folder or a name on the hub; code that comes with it never runs.
 
     Raises:
         TokenizerError: it cannot be read, or its class reads none of the folder's files.
@@ -272,7 +282,7 @@ def read_stock(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded = (cls or AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub and the converters raise many kinds
         reason = str(error).strip().splitlines()
         raise TokenizerError(

@@ -52,7 +52,7 @@ def ids_of(content: dict[str, Any], source: object) -> dict[str, int]:
 
 def role_names(roles: Mapping[str, Any]) -> dict[str, str]:
     """`pad`, `eos` and `unk` from `pad_token`, …; BERT-like tokenizers end a text with `sep_token`."""
-    names = {}
+    names: dict[str, str] = {}
     for role, keys in {"pad": ["pad_token"], "eos": ["eos_token", "sep_token"], "unk": ["unk_token"]}.items():
         for key in keys:
             token = roles.get(key)
@@ -129,6 +129,7 @@ def byte_tokenizer(added: Mapping[int, Any] | None = None) -> dict[str, Any]:
         entries = [
             usual.get(token.content, token.__getstate__()) | {"id": index}
             for index, token in sorted(added.items())
+            if token.content in specials or index >= len(vocabulary)  # a single byte has its id already
         ]
     return {
         "version": "1.0",

@@ -1,4 +1,6 @@
-"""What each field of a `GenerationConfig` means to our decoding loop: done, without effect, or left to stock `generate`."""
+"""What becomes of each field of a `GenerationConfig`: our decoding loop obeys it, stock `generate` does, or no token
+changes.
+"""
 
 import copy
 from typing import Any

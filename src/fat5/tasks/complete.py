@@ -230,12 +230,15 @@ def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None
         raise DataError(
             f"{len(pieces) - 1} blanks", where=repr(prompt[:60]), hint=f"The tokenizer has {len(info.sentinel_ids)}"
         )
+    before = ""
     for index, piece in enumerate(pieces):
-        last = index == len(pieces) - 1
         # A token carries the space before it, so the space before a blank belongs to what fills it.
-        ids += tokenizer.encode(piece if last else piece.rstrip(" "))
-        if not last:
-            ids.append(info.sentinel_ids[index])
+        piece = piece if index == len(pieces) - 1 else piece.rstrip(" ")
+        if index:
+            ids.append(info.sentinel_ids[index - 1])
+            before = before or "a"  # a blank at the start is filled by some word
+        ids += tokenizer.encode(piece, after=before)
+        before = piece or before
     return mode, [*ids, info.eos_id]
 
 
@@ -249,7 +252,9 @@ def _decode(tokenizer: Tokenizer, prompt: str, mode: str, row: list[int]) -> Com
         pieces, spans = [prompt, ""], {0: [token for token in row if token not in set(info.sentinel_ids)]}
     else:
         pieces, spans = BLANK.split(prompt), _spans(row, info.sentinel_ids)
-    text, before, fills = "", [], []
+    text = ""
+    before: list[int] = []
+    fills: list[str] = []
     for index, piece in enumerate(pieces[:-1]):
         left = piece.rstrip(" ")
         before = tokenizer.encode(left) or before

@@ -290,7 +290,7 @@ def _stock_reads(folder: Path) -> bool:
 def _copy_tokenizer(source: Source, folder: Path) -> None:
     if source.tokenizer is None:
         return
-    for name in TOKENIZER_FILES:
+    for name in {*TOKENIZER_FILES, *load_stock_tokenizer(source.tokenizer).vocab_files_names.values()}:
         if (source.tokenizer / name).is_file():
             shutil.copyfile(source.tokenizer / name, folder / name)
     if is_named_unigram(folder):

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from fat5 import model as fat5_model
+from fat5.data.tokenizer import read_stock
 from fat5.data.tokenizer_json import refuse_pickle
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
@@ -22,12 +23,12 @@ KINDS = (
     "ForConditionalGeneration", "EncoderModel", "Model",
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
 )  # fmt: skip
+# Of every tokenizer; the files of its class (spiece.model, vocab.json, …) come to these.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-    "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 # Any of these makes a tokenizer; the others only add to it.
-_TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass
@@ -120,16 +121,7 @@ def load_stock_tokenizer(folder: Path) -> Any:
     Raises:
         TokenizerError: it cannot be read.
     """
-    cls = transformers.PreTrainedTokenizerFast if is_named_unigram(folder) else transformers.AutoTokenizer
-    try:
-        return cls.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # readers of tokenizers raise many kinds
-        lines = str(error).strip().splitlines()
-        raise TokenizerError(
-            f"cannot be read ({lines[0][:160] if lines else type(error).__name__})",
-            where=folder,
-            hint="Give another with --tokenizer",
-        ) from error
+    return read_stock(folder, transformers.PreTrainedTokenizerFast if is_named_unigram(folder) else None)
 
 
 def is_named_unigram(folder: Path) -> bool:

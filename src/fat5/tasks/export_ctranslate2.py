@@ -72,6 +72,8 @@ def _write(plain: Path, target: Path, names: list[str], quantization: str) -> No
 
         def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
             super().set_config(config, model, tokenizer)
+            # The tokenizer of a BERT-like T5 names no end, and the model's own is what ends its answers.
+            config.bos_token, config.eos_token = names[model.config.pad_token_id], names[model.config.eos_token_id]
             config.layer_norm_epsilon = model.config.layer_norm_epsilon
 
     class FromModel(Converter):  # type: ignore[misc]
