@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fat5.cli.parsing import parse
@@ -59,8 +60,6 @@ def machine() -> list[Finding]:
     """What this machine has."""
     import torch
 
-    from fat5.train.memory import available_memory
-
     python = sys.version_info
     findings = [
         Finding("Python", OK if python >= (3, 11) else BAD, platform.python_version(), "FAT5 needs 3.11 or newer"),
@@ -98,7 +97,7 @@ def machine() -> list[Finding]:
         findings.append(Finding("triton", OK, triton or "not installed (needed on a GPU only)"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     findings.append(Finding("CPU cores", OK, f"{cores}, torch uses {torch.get_num_threads()} threads"))
-    memory = available_memory(torch.device("cpu"))
+    memory = _memory()
     if memory:
         findings.append(
             Finding("memory", OK if memory > 4 * 2**30 else WARN, f"{memory / 2**30:.0f} GiB free", "4 GiB is little")
@@ -168,11 +167,11 @@ def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Fi
     import torch
 
     from fat5.ops.linear_cross_entropy import default_chunk_size
-    from fat5.train.memory import GIB, available_memory, plan_memory
+    from fat5.train.memory import GIB, plan_memory
 
     rows = default_chunk_size(torch.empty(model.config.vocab_size, 1, device=device))
     plan = plan_memory(config, model, rows)
-    free = available_memory(device)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _memory()
     parts = ", ".join(
         f"{name} {getattr(plan, name) / GIB:.2f}"
         for name in ("weights", "gradients", "optimizer", "activations", "logits")
@@ -224,3 +223,14 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return "found" if find_spec(name.replace("-", "_")) else None
+
+
+def _memory() -> int | None:
+    """Bytes of memory available, by the kernel's own count; None where it does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -26,11 +26,11 @@ def main(argv: list[str]) -> int:
         print(f"skipped {manifest.bad_rows:,} rows that cannot be read; {first}")
     if not manifest.documents("validation"):
         print("the validation split is empty: a higher --validation_fraction fills it")
-    if not config.verify:
-        tokenizer = load_tokenizer(config.tokenizer)
-        if tokenizer.own_opening:
-            opening = tokenizer.decode(tokenizer.own_opening)
-            print(f"training puts no {opening} before a text, nor does the tokenizer in {config.output_dir}/tokenizer")
     if config.verify:
         print("every shard agrees with its SHA-256")
+        return 0
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.own_opening:
+        opening = tokenizer.decode(tokenizer.own_opening)
+        print(f"training puts no {opening} before a text, nor does the tokenizer in {config.output_dir}/tokenizer")
     return 0

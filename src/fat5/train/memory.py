@@ -5,10 +5,7 @@ chunk of logits. Not counted: the allocator's rounding and what the libraries th
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from fat5.train.config import PretrainConfig
 
@@ -91,16 +88,3 @@ def activations(config: Any, encoder_tokens: int, decoder_tokens: int, size: int
         layers * encoder_block * encoder_tokens
         + decoder_layers * (decoder_block * decoder_tokens + cross_keys * encoder_tokens)
     )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes free on a GPU, or in the host's memory by the kernel's own count; None where it does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
