@@ -25,6 +25,7 @@ from transformers.utils import output_capturing
 from fat5 import ops
 from fat5.errors import UnsupportedModelError
 from fat5.model.decoding_step import scales_output
+from fat5.model.layers import bias_table
 from fat5.model.layout import Padding
 from fat5.ops import RelativeBias
 
@@ -84,14 +85,14 @@ class Plan:
 
     Args:
         own, memory: the way from rows to a stack's tokens, and to those it attends across to.
-        bias: of the blocks without a bucket table of their own; None where each is to make it from `table`.
-        table: the first block's.
+        first: the first block's self-attention, whose bucket table serves the blocks that have none.
+        bias: of that table; None where each block is to make it.
     """
 
     own: Padding
     memory: Padding | None
+    first: Any
     bias: RelativeBias | None
-    table: Tensor
 
 
 class _Stack:
@@ -129,10 +130,9 @@ class _Stack:
         hidden = own.pack(rows)[None] if input_ids is None else self.embed_tokens(own.pack(rows)[None])
         packed_memory = None if across is None else across.pack(memory)[None]
         first = self.block[0].layer[0].SelfAttention
-        table = first.relative_attention_bias.weight
         # A checkpoint that runs backward on its own must find the table in each block, not a tensor made of it here.
         apart = self.training and getattr(self.block[0], "gradient_checkpointing", False)
-        plan = Plan(own, across, None if apart else _bias(first, table), table)
+        plan = Plan(own, across, first, None if apart else _bias(first, hidden.device))
         between = () if isinstance(self, modeling_umt5.UMT5Stack) else (None,)
         hidden = self.dropout(hidden)
         asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
@@ -201,9 +201,9 @@ class _Attention:
             _keep(kwargs["past_key_values"], self.layer_idx, keys, key, value, memory is not None)
         bias = None
         if memory is None:
-            own = self.has_relative_attention_bias
-            table = self.relative_attention_bias.weight if own else packed.table
-            bias = packed.bias if packed.bias is not None and table is packed.table else _bias(self, table)
+            holder = self if self.has_relative_attention_bias else packed.first
+            shared = packed.bias if holder is packed.first else None
+            bias = _bias(holder, query.device) if shared is None else shared
         out = ops.linear(self.o, _attend(self, queries, keys, query, key, value, bias).flatten(-2)[None])
         return (out, None) if isinstance(self, modeling_umt5.UMT5Attention) else (out, None, None)
 
@@ -249,9 +249,11 @@ def _attend(
     return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.layout.mask).transpose(1, 2))
 
 
-def _bias(module: Any, table: Tensor) -> RelativeBias:
+def _bias(attention: Any, device: torch.device) -> RelativeBias:
     return RelativeBias.from_table(
-        table, bidirectional=not module.is_decoder, max_distance=module.relative_attention_max_distance
+        bias_table(attention, device),
+        bidirectional=not attention.is_decoder,
+        max_distance=attention.relative_attention_max_distance,
     )
 
 
@@ -279,7 +281,7 @@ def _with_fused_loss(stock: Any) -> Any:
         )  # fmt: skip
         usable = labels is not None and mask is None and inputs is None and given.get("past_key_values") is None
         asks = any(given.get(name) for name in ("output_attentions", "output_hidden_states", "use_cache"))
-        if not (self.training and usable) or asks or type(head) is not nn.Linear or head.bias is not None:
+        if not (self.training and usable) or asks or not ops.is_plain(head, nn.Linear) or head.bias is not None:
             return stock.forward(self, *args, **kwargs)
         return _loss_alone(self, given)
 

@@ -18,9 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration, UMT5ForConditionalGeneration
 from transformers.activations import ACT2FN
+from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
+from transformers.utils import output_capturing
 
+from fat5.model.layers import RMSNorm, bias_table
 from fat5.model.seq2seq import FAT5ForConditionalGeneration
-from fat5.ops import RelativeBias, rotary
+from fat5.ops import RelativeBias, is_hooked, is_plain, rotary
 
 # Keys attended are a multiple of this.
 WINDOW = 32
@@ -33,6 +38,7 @@ Models = (
     MT5ForConditionalGeneration,
     UMT5ForConditionalGeneration,
 )
+NORMS = (RMSNorm, T5LayerNorm, MT5LayerNorm, UMT5LayerNorm)
 
 
 class Projection:
@@ -45,7 +51,7 @@ class Projection:
     def __init__(self, *layers: Any, packs: bool = True) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        if packs and torch.backends.mkldnn.is_available() and all(_is_plain(layer) for layer in layers):
+        if packs and torch.backends.mkldnn.is_available() and all(_packs(layer) for layer in layers):
             weight = torch.cat([layer.weight.detach() for layer in layers])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
@@ -79,7 +85,8 @@ class DecoderWeights:
     """The decoder of a model, its projections ready for few rows.
 
     Raises:
-        TypeError: `model` is none of `Models`, or its weights are offloaded.
+        TypeError: `model` is none of `Models`, its weights are offloaded, or its decoder has hooks that a step would
+            not call.
     """
 
     def __init__(self, model: Any) -> None:
@@ -89,6 +96,9 @@ class DecoderWeights:
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise TypeError("model: weights that a device_map put elsewhere are not served, expected all of them here")
+        if isinstance(model, FAT5ForConditionalGeneration):
+            model.refuse_unread_embeddings()
+        _refuse_hooks(model.decoder)
         config = model.config
         self.decoder: Any = model.decoder
         self.heads, self.width = config.num_heads, config.d_kv
@@ -110,7 +120,7 @@ class DecoderWeights:
         if self.encoding == "t5":
             if not attention.has_relative_attention_bias:
                 return None
-            table = attention.relative_attention_bias.weight
+            table = bias_table(attention, device)
             relative = RelativeBias.from_table(table, bidirectional=False, max_distance=self.max_distance)
         elif i > 0:
             return None
@@ -291,12 +301,26 @@ class Step:
         return bias.reshape(self.items * self.heads, self.beams, window * self.beams)
 
 
-def _is_plain(layer: Any) -> bool:
-    if type(layer) is not nn.Linear or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
+def _refuse_hooks(decoder: Any) -> None:
+    """A step calls projections, embeddings and norms, and none of the modules around them."""
+    passed = {"decoder": decoder}
+    for i, block in enumerate(decoder.block):
+        passed[f"decoder.block.{i}"] = block
+        for j, (layer, name) in enumerate(zip(block.layer, ("SelfAttention", "EncDecAttention", "DenseReluDense"))):
+            place = f"decoder.block.{i}.layer.{j}"
+            passed |= {place: layer, f"{place}.{name}": getattr(layer, name)}
+    for place, module in passed.items():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers leaves inactive ones behind once hidden states or attention weights were asked for.
+        active = any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks)
+        if active or "forward" in module.__dict__:
+            raise TypeError(f"model: this loop would not call the hook of {place}; call model.generate instead")
+
+
+def _packs(layer: Any) -> bool:
+    if not is_plain(layer, nn.Linear) or layer.bias is not None:
         return False
-    # A quantised weight may be of a class of its own that says it is float32.
-    weight = layer.weight
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return bool(layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32)
 
 
 def _cast(x: Tensor, layer: Any) -> Tensor:
@@ -305,7 +329,9 @@ def _cast(x: Tensor, layer: Any) -> Tensor:
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    if not isinstance(norm, NORMS) or is_hooked(norm):
+        return norm(x)  # type: ignore[no-any-return]
+    eps: Any = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     weight = norm.weight
     if weight.dtype == torch.float32 == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)

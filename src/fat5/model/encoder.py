@@ -99,6 +99,7 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
         Raises:
             ValueError: an argument that the layout needs is missing, or one that it cannot serve is given.
         """
+        self.refuse_unread_embeddings()
         output = encode(
             self.encoder, input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states,
             cu_seqlens, max_seqlen,

@@ -48,6 +48,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
         output_hidden_states: bool | None,
     ) -> Seq2SeqModelOutput:
         """Encoder, unless its outputs are given, then decoder; last_hidden_state (B, U, d) is the decoder's."""
+        self.refuse_unread_embeddings()
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:

@@ -52,6 +52,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.has_relative_attention_bias = has_relative_attention_bias
         if has_relative_attention_bias:
+            self.relative_attention_num_buckets = config.relative_attention_num_buckets
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(
@@ -122,13 +123,15 @@ class Attention(nn.Module):
         return key, value
 
 
-def bias_table(embedding: nn.Embedding, device: torch.device) -> Tensor:
-    """The (num_buckets, H) weights of a bucket table, wherever they lie: those that a device_map put on the disk or
-    into host memory come with a call.
+def bias_table(attention: Any, device: torch.device) -> Tensor:
+    """The (num_buckets, H) bias table of an attention, ours or stock T5's.
+
+    An adapter, a hook, or the weights' place on the disk (device_map) shows in a call alone.
     """
-    if not embedding.weight.is_meta:
-        return embedding.weight
-    return embedding(torch.arange(embedding.num_embeddings, device=device))
+    embedding = attention.relative_attention_bias
+    if ops.is_plain(embedding, nn.Embedding):
+        return embedding.weight  # type: ignore[no-any-return]
+    return embedding(torch.arange(attention.relative_attention_num_buckets, device=device))  # type: ignore[no-any-return]
 
 
 class HeadProjection(nn.Linear):
@@ -190,8 +193,8 @@ class GatedFeedForward(nn.Module):
         return _project_safely(self.wo, self.dropout(self._gated(hidden)))
 
     def _gated(self, hidden: Tensor) -> Tensor:
-        untouched = type(self.wi_0) is type(self.wi_1) is nn.Linear and self.act is None
-        if untouched and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
+        plain = ops.is_plain(self.wi_0, nn.Linear) and ops.is_plain(self.wi_1, nn.Linear) and self.act is None
+        if plain and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
             # One product twice as wide; the kernel that casts the weights also joins them.
             return ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
         gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fat5 import ops
 from fat5.errors import DataError
 from fat5.model.configuration import FAT5Config
 from fat5.model.layers import Embedding
@@ -43,9 +44,15 @@ class Fire(nn.Module):
             slope, threshold = self.slope.float().abs(), self.threshold.float().abs()
             scale = torch.log1p(slope * torch.maximum(torch.maximum(queries, keys), threshold))
             share = distance.sign() * torch.log1p(slope * distance.abs()) / scale
-            hidden = F.relu(share[..., None] * self.hidden.weight.float()[:, 0] + self.hidden.bias.float())
-            bias = F.linear(hidden, self.output.weight.float(), self.output.bias.float())
+            bias = _in_float32(self.output, F.relu(_in_float32(self.hidden, share[..., None])))
         return bias.permute(2, 0, 1)[None]
+
+
+def _in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), float32 whatever the layer's dtype; an adapted layer computes in its own."""
+    if ops.is_plain(layer, nn.Linear):
+        return F.linear(x, layer.weight.float(), layer.bias.float())
+    return layer(x.to(layer.weight.dtype)).float()
 
 
 class AbsolutePositions(nn.Module):

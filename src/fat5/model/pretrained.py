@@ -11,6 +11,7 @@ from fat5.errors import CheckpointError, CheckpointShapeError
 from fat5.model.configuration import FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.positions import AbsolutePositions, Fire
+from fat5.model.stack import Stack
 from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,22 @@ class FAT5PreTrainedModel(PreTrainedModel):
         for stack in ("encoder", "decoder"):
             if hasattr(self, stack):
                 getattr(self, stack).embed_tokens = value
+
+    def refuse_unread_embeddings(self) -> None:
+        """Raises ValueError where an adapter took the place of `shared`, which no stack reads."""
+        if isinstance(self.encoder.embed_tokens, nn.Embedding) and not isinstance(self.shared, nn.Embedding):
+            raise ValueError(
+                f"shared: the {type(self.shared).__name__} in its place has no effect, since each stack reads its own "
+                "embed_tokens; adapt embed_tokens"
+            )
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, on the embeddings that the stacks read."""
+        super().enable_input_require_grads()
+        for module in self.modules():
+            if isinstance(module, Stack):
+                hook = module.embed_tokens.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+                self._require_grads_hooks.append(hook)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers it takes a module without parameters of its own, such as Attention, for

@@ -81,6 +81,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
                 encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds,
                 use_cache=use_cache or None,
             )  # fmt: skip
+            self.refuse_unread_embeddings()
             run = encode(
                 self.encoder, input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states,
                 cu_seqlens, max_seqlen,

@@ -136,10 +136,13 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         items: Tensor | int | None,
         per_token: bool,
     ) -> PackedLMOutput:
+        self.refuse_unread_embeddings()
         layout, decoder_layout = Layout(cu_seqlens, max_seqlen), Layout(decoder_cu_seqlens, decoder_max_seqlen)
         memory = self.encoder(input_ids, layout)
         inputs = shift_right(labels, document_positions(decoder_cu_seqlens, len(labels)), *self._start_and_pad())
         hidden = self._scaled(self.decoder(inputs, decoder_layout, memory=memory, memory_layout=layout))
+        if not ops.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
+            return self._output_of_logits(self.lm_head(hidden), labels, items, per_token)
         total = ops.linear_cross_entropy(
             hidden, self.lm_head.weight, labels, reduction="sum",
             z_loss=float(self.config.z_loss), label_smoothing=float(self.config.label_smoothing),
@@ -149,12 +152,22 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
             output["token_loss"], output["token_correct"] = ops.token_statistics(hidden, self.lm_head.weight, labels)
         return output
 
+    def _output_of_logits(
+        self, logits: Tensor, labels: Tensor, items: Tensor | int | None, per_token: bool
+    ) -> PackedLMOutput:
+        """The packed output of an adapted or quantised head, whose logits are made whole."""
+        output = PackedLMOutput(loss=self._loss_of_logits(logits, labels, items))
+        if per_token:
+            output["token_loss"] = F.cross_entropy(logits.float(), labels, reduction="none")
+            output["token_correct"] = logits.argmax(dim=-1) == labels
+        return output
+
     def _scaled(self, hidden: Tensor) -> Tensor:
         """T5 v1.0 ties its output to its embeddings and scales; v1.1 does neither."""
         return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
 
     def _loss_of_logits(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        flat, targets = logits.flatten(0, 1).float(), labels.to(logits.device).flatten()
+        flat, targets = logits.flatten(0, -2).float(), labels.to(logits.device).flatten()
         smoothing = float(self.config.label_smoothing)
         total = F.cross_entropy(flat, targets, label_smoothing=smoothing, reduction="sum")
         if self.config.z_loss > 0.0:

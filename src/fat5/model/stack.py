@@ -143,9 +143,9 @@ class Stack(nn.Module):
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
         config = self.config
         if config.position_encoding == "t5":
-            embedding = self.block[source].layer[0].SelfAttention.relative_attention_bias  # type: ignore[union-attr, index]
+            attention = self.block[source].layer[0].SelfAttention  # type: ignore[union-attr, index]
             return RelativeBias.from_table(
-                bias_table(embedding, device),
+                bias_table(attention, device),
                 bidirectional=not self.is_decoder,
                 max_distance=config.relative_attention_max_distance,
             )

@@ -6,7 +6,7 @@ from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weig
 from fat5.ops.choice import use_kernels
 from fat5.ops.embedding import embedding
 from fat5.ops.geglu import geglu, geglu_joined
-from fat5.ops.linear import linear
+from fat5.ops.linear import is_hooked, is_plain, linear
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from fat5.ops.rms_norm import add_rms_norm, rms_norm
 from fat5.ops.rotary import rotary
@@ -20,6 +20,8 @@ __all__ = [
     "embedding",
     "geglu",
     "geglu_joined",
+    "is_hooked",
+    "is_plain",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

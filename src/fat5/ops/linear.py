@@ -4,8 +4,11 @@ PyTorch multiplies float32 matrices with MKL, which uses half the width of an AM
 every PyTorch build for x86, uses all of it, and is 2.2 times as fast there (docs/decisions/0100).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import register_flop_formula
 
 # Below so many rows oneDNN's start costs what its speed saves.
@@ -19,10 +22,28 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     Anything but a plain, bias-free `nn.Linear` (LoRA, quantised, hooked) is called as it is.
     """
-    weight = _plain_weight(layer)
-    if weight is None or not serves(x.flatten(0, -2), weight):
+    if not is_plain(layer, nn.Linear) or layer.bias is not None:
+        return layer(x)
+    weight: Any = layer.weight
+    if not serves(x.flatten(0, -2), weight):
         return layer(x)
     return _product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+
+def is_plain(layer: Any, *classes: type[nn.Module]) -> bool:
+    """Whether `layer` is exactly one of `classes`, so that its weight may be read in place of a call.
+
+    False for adapters (LoRA), for quantised and parametrized layers, and for hooked ones.
+    """
+    return type(layer) in classes and type(layer.weight) is nn.Parameter and not is_hooked(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a call does more than the class's forward: hooks, or a forward that was replaced (device_map)."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if "forward" in layer.__dict__ or any(getattr(layer, name) for name in hooks):
+        return True
+    return bool(torch_module._has_any_global_hook())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -40,15 +61,6 @@ def serves(a: Tensor, b: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
-
-
-def _plain_weight(layer: nn.Module) -> Tensor | None:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if type(layer) is not nn.Linear or layer.bias is not None or any(getattr(layer, name) for name in hooks):
-        return None
-    if "forward" in layer.__dict__:  # as accelerate does it, whose hook fetches a weight from elsewhere
-        return None
-    return layer.weight if type(layer.weight) is nn.Parameter else None
 
 
 @torch.library.custom_op("fat5::product", mutates_args=())
