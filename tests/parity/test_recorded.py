@@ -1,6 +1,9 @@
 """Graphs of our classes, recorded by torch.export, torch.jit and the ONNX exporter, hold for batches not yet seen."""
 
+import copy
+import io
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,80 @@ def test_export_of_the_whole_model():
     program = torch.export.export(ours, (), given | how)
     given["input_ids"] = given["input_ids"].flip(0) * given["attention_mask"]
     assert difference(program.module()(**given, **how).logits, stock(**given, **how).logits) <= LOGITS_TOLERANCE
+
+
+class Logits(torch.nn.Module):
+    """What a program that reads logits records."""
+
+    def __init__(self, model: Any, use_cache: bool) -> None:
+        super().__init__()
+        self.model, self.how = model, {"use_cache": use_cache, "return_dict": True}
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+        return self.model(**dict(zip(names, tensors)), **self.how).logits
+
+
+def traced(model: Any, given: tuple[torch.Tensor, ...]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(model, given, check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(program, file)  # Python functions cannot be saved
+    file.seek(0)
+    assert "fat5::" not in str(program.inlined_graph)  # nor would another program know our operators
+    return torch.jit.load(file)
+
+
+def exported(model: Any, given: tuple[torch.Tensor, ...], strict: bool = False) -> Any:
+    # strict asks for limits, and refuses a graph that keeps to narrower ones.
+    source, target = (torch.export.Dim(name, min=2, max=512) for name in ("source", "target"))
+    sides = ({1: source}, {1: source}, {1: target}, {1: target})
+    program = torch.export.export(model, given, dynamic_shapes={"tensors": sides}, strict=strict)
+    assert not [node for node in program.graph.nodes if "fat5" in str(node.target)]
+    return program.module()
+
+
+CASES = {
+    "trace": ("fat5", traced, False),
+    "trace-cached": ("fat5", traced, True),
+    "export-cached": ("fat5", exported, True),
+    "strict": ("fat5", partial(exported, strict=True), False),
+    "accelerated-trace": ("accelerated", traced, True),
+    "attn_implementation-trace": ("attn_implementation", traced, True),
+    "attn_implementation-export": ("attn_implementation", exported, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "recorder", "use_cache"), CASES.values(), ids=CASES.keys())
+def test_a_graph_heeds_both_masks(kind, recorder, use_cache):
+    """Recorded with masks that hide nothing, and run with others, and with fewer tokens where a length is free."""
+    stock = t5_v1_1(num_layers=2, num_decoder_layers=2).eval()
+    ours = fat5_like(stock) if kind == "fat5" else copy.deepcopy(stock)
+    if kind == "accelerated":
+        fat5.accelerate(ours)
+    elif kind == "attn_implementation":
+        ours.set_attn_implementation("fat5")
+    ids, start = torch.randint(2, 99, (3, 70)), torch.randint(2, 99, (3, 40))
+    program = recorder(Logits(ours, use_cache), (ids, torch.ones_like(ids), start, torch.ones_like(start)))
+    if recorder is not traced:
+        ids, start = ids[:, :20], start[:, :9]
+    mask, start_mask = torch.ones_like(ids), torch.ones_like(start)
+    mask[1, 5:] = start_mask[0, :4] = 0
+    kept = start_mask.bool()
+    want = Logits(stock, use_cache)(ids, mask, start, start_mask)[kept]
+    assert difference(program(ids, mask, start, start_mask)[kept], want) <= LOGITS_TOLERANCE
+
+
+def test_a_graph_of_a_classifier():
+    config = fat5.FAT5Config(**SIZES, head_form="encoder-decoder", num_labels=3, return_dict=False)
+    ours = fat5.FAT5ForSequenceClassification(config).eval()
+    ids = torch.randint(2, 99, (3, 20))
+    ids[:, 12] = 1
+    program = torch.export.export(ours, (ids, torch.ones_like(ids)), {"use_cache": False}).module()
+    mask = torch.ones_like(ids)
+    mask[:, 13:] = 0
+    assert difference(program(ids, mask, use_cache=False)[0], ours(ids, mask, use_cache=False)[0]) <= LOGITS_TOLERANCE
 
 
 def test_the_onnx_exporter_takes_the_class_itself(tmp_path: Path):

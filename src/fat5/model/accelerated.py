@@ -151,7 +151,7 @@ class _Stack:
     def _serves(  # type: ignore[no-untyped-def]
         self: Any, input_ids, inputs_embeds, memory, masks, cache, use_cache, kwargs
     ) -> bool:
-        if (input_ids is None) == (inputs_embeds is None) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if (input_ids is None) == (inputs_embeds is None) or ops.is_recorded():
             return False
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             return False

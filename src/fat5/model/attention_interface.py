@@ -37,11 +37,11 @@ def make_mask(
     """The keys to attend to: None for all, (B, Lk) bool, or (B, 1, Lq, Lk) bool.
 
     Causality is not in the first two: `module.is_causal` says it, which holds as long as queries and keys start
-    together. With a cache they do not, and the mask has four dimensions. So has one that leaves a query without a key:
-    attention is then sdpa's, where such a query attends to all keys alike.
+    together. With a cache they do not, and the mask has four dimensions. So has one that leaves a query without a key,
+    and every mask of a graph that is recorded: attention is then sdpa's, where such a query attends to all keys alike.
     """
     causal = mask_function is causal_mask_function
-    together = isinstance(q_offset, int) and q_offset == kv_offset == 0
+    together = isinstance(q_offset, int) and q_offset == kv_offset == 0 and not ops.is_recorded()
     fits = attention_mask is None or attention_mask.shape == (batch_size, kv_length)
     if together and fits and ((causal and q_length == kv_length) or mask_function is bidirectional_mask_function):
         if attention_mask is None:

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from fat5.model.layout import Layout, is_recorded
+from fat5.model.layout import Layout
 from fat5.model.rows import Trace, check_mask, run_rows
 from fat5.model.stack import Stack
+from fat5.ops import is_recorded
 
 
 class Decoder(Stack):
@@ -83,14 +84,16 @@ class Decoder(Stack):
         if memory is not None:
             check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
             memory_mask = None if memory_mask is None else memory_mask.bool()
-            readable = memory_mask is None or torch.compiler.is_compiling() or bool(memory_mask.any(dim=1).all())
-            memory_layout = Layout(None, memory.shape[1], memory_mask, formed or not readable)
+            asks = not (formed or memory_mask is None or torch.compiler.is_compiling())
+            unreadable = asks and not bool(memory_mask.any(dim=1).all())  # type: ignore[union-attr]
+            memory_layout = Layout(None, memory.shape[1], memory_mask, formed or unreadable)
         blind = False
         if mask is not None and mask.dim() == 2:
             mask = mask.bool()
-            first = mask.shape[1] - rows.shape[1]
-            everything, seen = torch.stack([mask.all(), mask[:, : first + 1].any(dim=1).all()]).tolist()
-            mask, blind = None if everything else mask, not seen
+            if not formed:
+                first = mask.shape[1] - rows.shape[1]
+                everything, seen = torch.stack([mask.all(), mask[:, : first + 1].any(dim=1).all()]).tolist()
+                mask, blind = None if everything else mask, not seen
         elif mask is not None:
             blind = rows.shape[1] > 1
         # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.

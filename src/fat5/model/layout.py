@@ -11,13 +11,6 @@ import torch
 from torch import Tensor
 
 
-def is_recorded() -> bool:
-    """Whether a graph is being recorded that is to hold for other batches: nothing may hang on what a mask holds, and
-    only plain operations can be said in it.
-    """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
 @dataclass
 class Layout:
     """The documents of a tensor of tokens.

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fat5.model.layout import Layout, Padding, is_recorded, keep, kept_positions
+from fat5.model.layout import Layout, Padding, keep, kept_positions
+from fat5.ops import is_recorded
 
 
 @dataclass

@@ -3,7 +3,7 @@
 """
 
 from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
-from fat5.ops.choice import use_kernels
+from fat5.ops.choice import is_recorded, use_kernels
 from fat5.ops.embedding import embedding
 from fat5.ops.geglu import geglu, geglu_joined
 from fat5.ops.linear import is_hooked, is_plain, linear
@@ -22,6 +22,7 @@ __all__ = [
     "geglu_joined",
     "is_hooked",
     "is_plain",
+    "is_recorded",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

@@ -82,6 +82,14 @@ def uses_triton(operation: str, *tensors: Tensor) -> bool:
     return not reason
 
 
+def is_recorded() -> bool:
+    """Whether a graph is being recorded that other batches and other programs run (torch.export, torch.jit.trace).
+
+    It must not depend on the values of a mask or on a length, and can hold PyTorch's own operations only.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def unsupported(*tensors: Tensor) -> str:
     """Why the kernels cannot serve these tensors, or nothing."""
     if not _TRITON_INSTALLED:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fat5.ops.choice import is_recorded
+
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """weight[ids].
@@ -21,7 +23,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., d), of weight's dtype. Equal inputs give an equal gradient, compiled or not.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.requires_grad:
+    if torch.compiler.is_compiling() and not is_recorded() and torch.is_grad_enabled() and weight.requires_grad:
         return _Embedding.apply(ids, weight)
     return F.embedding(ids, weight)
 

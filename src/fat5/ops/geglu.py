@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fat5.ops.choice import uses_triton
+from fat5.ops.choice import is_recorded, uses_triton
 
 # gelu(x) = x/2 (1 + tanh(SLOPE (x + CUBIC x^3))) = x sigmoid(2 SLOPE (x + CUBIC x^3))
 SLOPE, CUBIC = math.sqrt(2.0 / math.pi), 0.044715
@@ -25,6 +25,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up, elementwise; both of one shape, which is the result's."""
     if gate.shape != up.shape:
         raise ValueError(f"up: expected the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}")
+    if is_recorded():
+        return F.gelu(gate, approximate="tanh") * up
     if uses_triton("geglu", gate, up):
         from fat5.ops.triton_geglu import geglu_forward
 

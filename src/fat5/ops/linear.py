@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import register_flop_formula
 
+from fat5.ops.choice import is_recorded
+
 # Below so many rows oneDNN's start costs what its speed saves.
 FEWEST_ROWS = 64
 # Asked once: torch.compile cannot trace the question.
@@ -53,13 +55,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN multiplies these: float32 on an x86 CPU, outside autocast, and large enough."""
+    if is_recorded():  # asked before the number of rows, which would bind the graph to it
+        return False
     return (
         a.device.type == b.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.shape[0] >= FEWEST_ROWS
         and ONEDNN
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
     )
 
 
