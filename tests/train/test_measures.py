@@ -122,15 +122,18 @@ def written(folder, steps=10):
 
 def test_log_is_cut_by_step_and_of_its_torn_line(tmp_path):
     log = written(tmp_path / "run")
+    torn = b'{"kind": "train", "step": 11, "lo'
     with open(log.path, "ab") as file:
-        file.write(b'{"kind": "train", "step": 11, "lo')
+        file.write(torn)
     assert len(read_rows(log.path)) == 12, "a row being written is not read"
-    assert log.rewind(10) == 1
-    assert log.rewind(4, tmp_path / "discarded.jsonl") == 7
+    kept = tmp_path / "discarded.jsonl"
+    assert log.rewind(10, kept) == [], "what a crash leaves is no damage"
+    assert kept.read_bytes() == torn + b"\n"
+    log.rewind(4, kept)
     assert [row["step"] for row in read_rows(log.path)] == [0, 1, 2, 3, 4]
-    discarded = [json.loads(line)["step"] for line in (tmp_path / "discarded.jsonl").read_text().splitlines()]
+    discarded = [json.loads(line)["step"] for line in kept.read_text().splitlines()[1:]]
     assert discarded == [5, 6, 7, 8, 9, 10, 10]
-    assert log.rewind(-1) == 5
+    log.rewind(-1, kept)
     assert log.path.read_bytes() == b""
 
 

@@ -1,13 +1,15 @@
 """metrics.jsonl, the record of truth: one JSON object a line, and what a resumed run does with its tail."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fat5.errors import DataError
+from fat5.json_text import parse_json
 
 TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
 """Keys that measure the machine; all others are equal in two runs of one configuration."""
@@ -17,6 +19,14 @@ ROW_KEYS = {
     "eval": ("step", "loss", "accuracy", "by_denoiser"),
 }
 """Kind of row → keys that every such row has."""
+
+MAY_BE_NULL = ("loss", "grad_norm", "accuracy")
+"""Keys of numbers that may not be finite."""
+
+LARGEST = 1 << 63
+"""Whole numbers of a row are below this."""
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -38,57 +48,73 @@ class MetricsLog:
         """Appends one row, whole or not at all."""
         line = (json.dumps(row, allow_nan=True, ensure_ascii=False) + "\n").encode()
         try:
-            with open(self.path, "ab") as file:
-                start = file.tell()
+            with open(self.path, "ab+") as file:
+                start = file.seek(0, os.SEEK_END)
                 try:
-                    file.write(line)
+                    # A crash may have left the last line incomplete; it must not swallow this one.
+                    file.seek(max(0, start - 1))
+                    file.write(line if file.read(1) in (b"", b"\n") else b"\n" + line)
                     file.flush()
                 except OSError:
                     file.truncate(start)
                     raise
         except OSError as error:
-            if not self._failing and self._on_failure is not None:
-                self._on_failure(f"{self.path.name} cannot be written ({error.strerror}); training goes on")
-            self._failing = True
+            self._tell(error)
         else:
             self._failing = False
 
     def flush_to_disk(self) -> None:
         """Makes the rows survive a power cut; called before a checkpoint that relies on them."""
-        if self.path.exists():
+        try:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._tell(error)
 
-    def rewind(self, step: int, discarded: Path | None = None) -> int:
-        """Cuts off the rows after `step`, and a last line that a crash left incomplete.
+    def rewind(self, step: int, discarded: Path) -> list[int]:
+        """Moves the rows after `step`, and lines that are not rows, to another file; all other rows stay.
 
         Args:
             step: the step of the checkpoint the run continues from; its own rows stay.
-            discarded: where the cut rows are appended, if anywhere.
+            discarded: where the lines are appended.
 
         Returns:
-            How many rows were cut.
+            Numbers of the lines inside the file that are not rows; an incomplete last line is what a crash leaves.
         """
         if not self.path.exists():
-            return 0
-        keep = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                row = _parse(line)
-                if row is None or row.get("step", 0) > step:
-                    break
-                keep += len(line)
-            file.seek(keep)
-            tail = file.read()
-        if tail:
-            if discarded is not None:
-                with open(discarded, "ab") as file:
-                    file.write(tail)
-            os.truncate(self.path, keep)
-        return len(tail.splitlines())
+            return []
+        partial, aside, bad = self.path.with_name(f".{self.path.name}.partial"), [], []
+        try:
+            with open(self.path, "rb") as file, open(partial, "wb") as kept:
+                for number, line in enumerate(file, start=1):
+                    try:
+                        keep = _parse(line)["step"] <= step
+                    except ValueError:
+                        keep = False
+                        bad += [number] if line.endswith(b"\n") else []
+                    whole = line.rstrip(b"\n") + b"\n"
+                    if keep:
+                        kept.write(whole)
+                    else:
+                        aside.append(whole)
+                kept.flush()
+                os.fsync(kept.fileno())
+            if aside:
+                _append(discarded, b"".join(aside))
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return bad
+
+    def _tell(self, error: OSError) -> None:
+        if not self._failing and self._on_failure is not None:
+            self._on_failure(f"{self.path.name} cannot be written ({error.strerror}); training goes on")
+        self._failing = True
 
 
 class EventLog:
@@ -103,38 +129,66 @@ class EventLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line still being written is left out.
+    """The rows of a metrics file. A last line still being written is left out; other lines that are not rows are told
+    of and left out.
 
     Raises:
-        DataError: the file is missing, or a line inside it is not a JSON object.
+        DataError: the file is missing, or holds lines and no row.
     """
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[int, str]] = []
     try:
-        return list(_rows(path))
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append(_parse(line))
+                except ValueError as error:
+                    bad += [(number, str(error))] if line.endswith(b"\n") else []
     except OSError as error:
         raise DataError(
             f"no metrics to read ({error.strerror})", where=path, hint="Give the folder of a run"
         ) from error
+    if bad and not rows:
+        raise DataError(bad[0][1], where=f"{path}:{bad[0][0]}")
+    if bad:
+        logger.warning("%s: %s", path, name_lines([number for number, _ in bad]))
+    return rows
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = _parse(line)
-            if row is None and not line.endswith(b"\n"):
-                return
-            if row is None:
-                raise DataError("not a JSON object", where=f"{path}:{number}", hint="There is one a line")
-            missing = [key for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)) if key not in row]
-            if missing:
-                raise DataError(f"not a row of a run: no {missing[0]}", where=f"{path}:{number}")
-            yield row
+def name_lines(numbers: Sequence[int]) -> str:
+    """Says in a few words which lines are not rows."""
+    named = ", ".join(map(str, numbers[:3])) + ", …" * (len(numbers) > 3)
+    return f"line {named} is not a row of a run" if len(numbers) == 1 else f"lines {named} are not rows of a run"
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
+def _parse(line: bytes) -> dict[str, Any]:
+    """The row of a line; raises ValueError, saying why, where it is none."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError("not a JSON object") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)):
+        if key not in row:
+            raise ValueError(f"not a row of a run: no {key}")
+        if not _fits(key, row[key]):
+            raise ValueError(f"not a row of a run: {key} is {str(row[key])[:40]!r}")
+    return row
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key == "by_denoiser":
+        scores = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(score, dict) and _fits("loss", score.get("loss", "")) for score in scores)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None and key in MAY_BE_NULL
+    return -LARGEST < value < LARGEST if isinstance(value, int) else key != "step"
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Appends whole lines, on the disk when this returns."""
+    with open(path, "ab") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())

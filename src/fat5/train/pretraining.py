@@ -202,12 +202,12 @@ def _continue(trainer: Trainer, config: PretrainConfig, run: RunDirectory) -> No
         trainer.events.write("swept", leftovers=leftovers)
     choice = _choose(trainer, config, run)
     if choice is None:
-        trainer.metrics.rewind(-1)
+        trainer.cut_log(-1)
         trainer.events.write("started", pid=os.getpid())
         return
     warnings = check_changes(read_trainer_state(choice.folder)["configuration"], trainer.configuration, choice.folder)
     trainer.restore(choice.folder)
-    trainer.metrics.rewind(trainer.progress.step)
+    trainer.cut_log(trainer.progress.step)
     for refused in choice.refused:
         trainer.display.warn(f"checkpoint passed over: {refused}")
     for warning in warnings:

@@ -6,6 +6,7 @@ DIR/config.yaml    the complete, resolved configuration        DIR/metrics.jsonl
 DIR/events.jsonl   starts, resumes, refusals, faults           DIR/loss.png        the curves so far
 DIR/checkpoints/   step-N/ folders                             DIR/model/          the trained model and tokenizer
 DIR/summary.json   written when the run is done
+DIR/discarded.jsonl  lines taken out of metrics.jsonl: rows after the checkpoint of a resume or rewind, damaged lines
 """
 
 import contextlib
@@ -51,6 +52,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
+        self.discarded = self.path / "discarded.jsonl"
         self.plot = self.path / "loss.png"
         self.summary = self.path / "summary.json"
         self.model = self.path / "model"

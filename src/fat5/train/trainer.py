@@ -26,7 +26,7 @@ from fat5.train.config import PretrainConfig
 from fat5.train.evaluation import Evaluation
 from fat5.train.flops import ModelShape, peak_flops
 from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, StepRecord, dump_examples
-from fat5.train.metrics import EventLog, MetricsLog
+from fat5.train.metrics import EventLog, MetricsLog, name_lines
 from fat5.train.plots import LivePlot
 from fat5.train.progress import RunDisplay
 from fat5.train.run_directory import RunDirectory
@@ -160,6 +160,12 @@ class Trainer:
             setattr(self.progress, item.name, content["progress"][item.name])
         state.restore_random_state(folder)
 
+    def cut_log(self, step: int) -> None:
+        """Takes the rows after `step` out of metrics.jsonl, and lines that are not rows, which the user is told of."""
+        bad = self.metrics.rewind(step, self.run_directory.discarded)
+        if bad:
+            self._warn(f"metrics.jsonl: {name_lines(bad)}; moved to {self.run_directory.discarded.name}")
+
     def _step(self) -> None:
         progress, began = self.progress, time.perf_counter()
         batches = [next(self._batches) for _ in range(self.loader.micro_batches_per_step)]
@@ -271,7 +277,7 @@ class Trainer:
         self._pending.clear()
         self.restore(choice.folder, keep_data=True)
         self.progress.broken_in_a_row = broken
-        self.metrics.rewind(self.progress.step, self.run_directory.path / "discarded.jsonl")
+        self.cut_log(self.progress.step)
         self._warn(f"{what}: rewound to step {self.progress.step}; its examples are in {dump}")
 
     def _evaluate_if_due(self) -> None:
