@@ -109,12 +109,13 @@ def in_child(work: Callable[[], object], seconds: int = 120) -> int:
 
 
 def start(config: PretrainConfig, *arguments: str) -> subprocess.Popen:
-    """Starts `fat5 pretrain` as a user does."""
+    """Starts `fat5 pretrain` as a user does, in a process group of its own."""
     recipe = Path(config.output_dir).with_suffix(".yaml")
     recipe.write_text(config.to_yaml())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fat5", "pretrain", "--config", str(recipe), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:

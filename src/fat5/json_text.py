@@ -1,7 +1,7 @@
 """JSON from files that may be damaged or hostile."""
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -14,3 +14,15 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number that fits into 63 bits, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a JSON file is a number that a float can hold; NaN and infinity are."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+    )

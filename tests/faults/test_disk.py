@@ -6,6 +6,8 @@ import pytest
 
 from fat5.errors import CheckpointError
 from fat5.train import checkpoint, pretrain, saving, verify_checkpoint
+from fat5.train.metrics import MetricsLog
+from fat5.train.step import StepRunner
 from made_run import assert_same_run, events, tiny
 
 
@@ -55,6 +57,44 @@ def test_it_stops_after_five_failures_with_the_last_good_checkpoint(prepared, tm
         pretrain(tiny(prepared, tmp_path / "run", steps=30))
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
     assert verify_checkpoint(tmp_path / "run" / "checkpoints" / "step-2")["step"] == 2
+
+
+def test_the_pause_decides_not_the_schedule(prepared, tmp_path, monkeypatch, capfd):
+    """A save falls due at every step, the disk is full for the first three attempts: none comes before its pause."""
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 60.0)
+    attempts, now = [], [0.0]
+    step_of = StepRunner.run
+
+    def run(self, batches, rate, step):
+        now[0] += 10.0
+        return step_of(self, batches, rate, step)
+
+    monkeypatch.setattr(StepRunner, "run", run)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    failing(monkeypatch, lambda save: attempts.append(now[0]) or save <= 3)
+    pretrain(tiny(prepared, tmp_path / "run", steps=60, save_every=1, eval_every=60))
+    # Failures show with the next step, ten seconds later; then 60, 120 and 240 s pass.
+    assert [round(attempt) for attempt in attempts[:5]] == [10, 80, 210, 460, 470]
+    assert capfd.readouterr().err.count("CHECKPOINT NOT SAVED") == 3
+
+
+def test_a_save_that_waits_for_its_pause_is_tried_before_the_run_leaves(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 1e6)
+    failing(monkeypatch, lambda save: save == 1)
+    pretrain(tiny(prepared, tmp_path / "run", save_every=2))
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-8"]
+
+
+def test_a_log_that_cannot_be_flushed_is_told_of(tmp_path, monkeypatch):
+    def failing_disk(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    told = []
+    log = MetricsLog(tmp_path / "metrics.jsonl", told.append)
+    log.write({"kind": "train"})
+    monkeypatch.setattr("fat5.train.metrics.os.fsync", failing_disk)
+    log.flush_to_disk()
+    assert told == ["metrics.jsonl cannot be written (Input/output error); training goes on"]
 
 
 def test_a_full_log_disk_does_not_stop_training(prepared, tmp_path, monkeypatch, capfd):

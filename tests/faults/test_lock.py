@@ -72,10 +72,22 @@ def test_a_running_process_touches_its_lock(tmp_path, monkeypatch):
         assert lock.stat().st_mtime > 0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}'])
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "[" * 100_000,
+    "\xff",
+    *(f'{{"pid": {pid}}}' for pid in ('"x"', 10**30, 1 << 31, -1, 0, "true")),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:20])
 def test_a_damaged_lock_is_stale(tmp_path, content):
+    if content.startswith('{"pid"'):
+        content = content.replace("}", f', "host": "{socket.gethostname()}"}}')
     RunDirectory(tmp_path / "run").mark()
-    (tmp_path / "run" / "run.lock").write_text(content)
+    (tmp_path / "run" / "run.lock").write_text(content, encoding="latin-1")
     with RunDirectory(tmp_path / "run"):
         pass
 

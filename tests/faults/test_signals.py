@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from fat5.train import RunStopped, pretrain, verify_checkpoint
+from fat5.train import RunStopped, evaluation, pretrain, verify_checkpoint
 from fat5.train.metrics import MetricsLog
 from fat5.train.step import StepRunner
+from fat5.train.trainer import Trainer
 from made_run import assert_same_run, events, in_child, last_checkpoint, rows_without_times, start, tiny, wait_for_step
 
 SECONDS_TO_LEAVE = 20.0  # a step and a save take well under one; the rest is a busy machine
@@ -69,6 +70,35 @@ def test_a_stopped_run_ends_like_one_that_was_not(prepared, tmp_path, monkeypatc
     pretrain(tiny(prepared, tmp_path / "run"))
     assert_same_run(tmp_path / "clean", tmp_path / "run")
     assert [event["event"] for event in events(tmp_path / "run")].count("stopped") == 2
+
+
+@pytest.mark.parametrize("at", [0, 4, 8])
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(prepared, tmp_path, monkeypatch, at):
+    """Before the first step, in the middle, and after the last step, whose checkpoint is not yet saved then."""
+    pretrain(tiny(prepared, tmp_path / "clean", eval_tokens=2000))
+    batches = []
+    score, run_evaluation = evaluation.denoiser_of_tokens, Trainer._evaluate_if_due
+
+    def interrupted(batch):
+        batches.append(batch)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(batch)
+
+    def noted(self):
+        monkeypatch.setattr(evaluation, "denoiser_of_tokens", interrupted if self.progress.step == at else score)
+        return run_evaluation(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate_if_due", noted)
+    with pytest.raises(RunStopped, match=f"stopped by SIGTERM after step {at}; the same command continues"):
+        pretrain(tiny(prepared, tmp_path / "run", eval_tokens=2000))
+    assert len(batches) == 2, "no batch is scored after the signal"
+    assert verify_checkpoint(last_checkpoint(tmp_path / "run"))["step"] == at
+    monkeypatch.undo()
+    pretrain(tiny(prepared, tmp_path / "run", eval_tokens=2000))
+    assert_same_run(tmp_path / "clean", tmp_path / "run")
+    saved = [verify_checkpoint(last_checkpoint(tmp_path / name))["val_loss"] for name in ("clean", "run")]
+    assert saved[0] == saved[1] is not None, "the checkpoint knows its validation loss all the same"
 
 
 def test_a_second_signal_leaves_at_once(prepared, tmp_path):

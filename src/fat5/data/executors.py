@@ -12,11 +12,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from loguru import logger
 from fat5.data.pipeline import Stage, build, stages
 from fat5.data.prepare_plan import LOGS, read_plan
 from fat5.data.slurm_options import SlurmOptions
+from fat5.data.worker_process import end_with_parent
 from fat5.errors import ConfigurationError, DataError
 
 
@@ -217,14 +217,7 @@ def _start_worker(threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_with(sentinel: Any) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _executor(folder: str, stage: Stage, pipeline: list[Any] | None = None) -> LocalPipelineExecutor:

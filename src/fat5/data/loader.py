@@ -6,18 +6,26 @@ each batch that ends a step brings the state after it.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from fat5.data.batch import BatchConfig, PackedBatch
 from fat5.data.denoisers import MixtureOfDenoisers
 from fat5.data.order import PieceStream, Source
 from fat5.data.steps import PackPlan, Plan, State, check_state
+from fat5.data.worker_process import end_with_parent, leave_signals_to_parent
 from fat5.errors import ConfigurationError, DataError, FAT5Error
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from fat5.data.tokenizer import TokenizerInfo
 
 PREFETCH = 4  # batches each worker prepares ahead
+POLL_SECONDS = 1.0  # between two looks at whether the workers live
 Batch = TypeVar("Batch")
 logger = logging.getLogger(__name__)
 
@@ -102,39 +111,58 @@ class Loader(Generic[Batch]):
             batches,
             batch_size=None,
             num_workers=self._num_workers,
-            timeout=self._timeout,
+            timeout=min(POLL_SECONDS, self._timeout),
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each start draws from the generator that dropout uses
             multiprocessing_context=self._context,
         )
         iterator: Any = iter(loader)
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        kill = partial(_kill, iterator._workers)
+        atexit.register(kill)  # multiprocessing's own way at exit is SIGTERM, and a wait
         try:
             while True:
-                try:
-                    item = next(iterator)
-                except (RuntimeError, OSError, EOFError) as error:  # a dead worker shows as any of them
-                    raise self._lost(iterator) from error
+                item = self._next(iterator)
                 if isinstance(item, str):
                     raise DataError(item)
                 yield item
         finally:
             iterator._shutdown_workers()
+            kill()
+            atexit.unregister(kill)
 
-    def _lost(self, iterator: Any) -> DataError:
+    def _next(self, iterator: Any) -> Any:
+        """The next item of the workers.
+
+        Raises:
+            DataError: a worker died, or none answers.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                with _raising_for_dead(iterator):
+                    return next(iterator)
+            except (RuntimeError, OSError, EOFError) as error:  # a dead worker shows as any of them
+                silent = str(error).startswith("DataLoader timed out")
+                dead = _dead(iterator._workers, wait=not silent)
+                if dead:
+                    raise self._lost(*dead) from error
+                if not silent:
+                    raise
+                if time.monotonic() >= deadline:
+                    hint = "See whether the disk answers; data.num_workers 0 loads in the main process"
+                    raise self._lost(f"no worker answered for {self._timeout:g} s", hint) from error
+
+    def _lost(self, who: str, hint: str) -> DataError:
         """What to tell when workers die or fall silent: which worker, and the batch that was awaited."""
         _, examples = next(self.plan.batches_from(self._state, self._consumed))
-        dead = [
-            f"worker {index} (pid {worker.pid}) died with exit code {worker.exitcode}"
-            for index, worker in enumerate(iterator._workers)
-            if worker.exitcode is not None
-        ]
-        who = ", ".join(dead) or f"no worker answered for {self._timeout:g} s"
         return DataError(
             f"data loading stopped: {who}; awaited was micro-batch {self._consumed} of step {self.step}, "
             f"which starts with piece {int(examples.piece[0])}",
-            hint="If memory ran out, lower data.num_workers; data.num_workers 0 loads in the main process",
+            hint=hint,
         )
 
 
@@ -189,11 +217,11 @@ class _Batches(IterableDataset):  # type: ignore[misc]
             for turn, (after, examples) in enumerate(self.plan.batches_from(self.state, self.first)):
                 if turn % count == index:
                     yield self._write(examples, pin=worker is None), after
-        except FAT5Error as error:
+        except (FAT5Error, OSError, MemoryError) as error:
             if worker is None:
                 raise
             # A worker's exception would reach the user as a traceback in a traceback; its line is enough.
-            yield f"worker {index} (pid {os.getpid()}): {error}"
+            yield f"worker {index} (pid {os.getpid()}): {error or 'out of memory'}"
 
     def _write(self, examples: Any, pin: bool) -> Any:
         try:
@@ -205,5 +233,43 @@ class _Batches(IterableDataset):  # type: ignore[misc]
         return batch.pin_memory() if pin and torch.cuda.is_available() else batch
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    leave_signals_to_parent()
+    end_with_parent()
+
+
+@contextmanager
+def _raising_for_dead(iterator: Any) -> Iterator[None]:
+    """Meanwhile, torch's handler of SIGCHLD raises RuntimeError when a worker dies, and at once for one that is dead.
+
+    Outside of this it must not: the error would come up in the middle of a step or of a save.
+    """
+    signal_handling._set_worker_pids(id(iterator), tuple(worker.pid for worker in iterator._workers))
+    try:
+        signal_handling._error_if_any_worker_fails()
+        yield
+    finally:
+        signal_handling._remove_worker_pids(id(iterator))
+
+
+def _dead(workers: Sequence[Any], wait: bool) -> tuple[str, str] | None:
+    """Which workers died, and what to do about it; with `wait`, one may be about to."""
+    if wait:
+        connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    found = {index: worker for index, worker in enumerate(workers) if worker.exitcode is not None}
+    if not found:
+        return None
+    told = [
+        f"worker {index} (pid {worker.pid}) died with exit code {worker.exitcode}" for index, worker in found.items()
+    ]
+    why = "Lower data.num_workers if memory ran out; 0 loads in the main process"
+    if any(worker.exitcode == -signal.SIGBUS for worker in found.values()):
+        why = "Shared memory (/dev/shm) is full: enlarge it (docker run --shm-size), or set data.num_workers to 0"
+    return ", ".join(told), f"{why}. The same command continues a run from its last checkpoint"
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()

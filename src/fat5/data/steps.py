@@ -19,8 +19,10 @@ from fat5.data.kernels import Examples
 from fat5.data.order import PieceStream
 from fat5.data.packing import Window
 from fat5.errors import ConfigurationError
+from fat5.json_text import is_count
 
 STATE_VERSION = 1
+FURTHEST = 1 << 62  # stream positions are int64, and a window is drawn beyond the cursor
 State = dict[str, Any]
 
 
@@ -65,7 +67,8 @@ def check_state(plan: Plan, state: State) -> None:
         division, saved = state["division"], state["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ConfigurationError("not the state of a data loader", where="data state") from error
-    if not all(isinstance(value, int) and value >= 0 for value in integers) or state["version"] != STATE_VERSION:
+    fits = all(map(is_count, integers)) and all(position < state["cursor"] < FURTHEST for position in state["window"])
+    if not fits or state["version"] != STATE_VERSION:
         raise ConfigurationError("not the state of a data loader of this version", where="data state")
     ours = plan.fingerprint
     if saved != ours:

@@ -1,6 +1,7 @@
 """The checkpoints of a run: saved in the background, kept or pruned by rule, and chosen when the run continues."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -105,7 +106,9 @@ class CheckpointStore:
         refused: list[str] = []
         for step in reversed(self.steps()):
             try:
-                verify_checkpoint(self.path(step))
+                named = verify_checkpoint(self.path(step))["step"]
+                if named != step:
+                    raise CheckpointError(f"is the checkpoint of step {named}", where=self.path(step))
             except CheckpointError as error:
                 if strict:
                     raise CheckpointError(
@@ -123,6 +126,13 @@ class CheckpointStore:
             )
         return None
 
+    def _misnamed(self, step: int) -> bool:
+        """True for a folder that was renamed or copied; it counts for no rule, and is never removed."""
+        try:
+            return bool(read_manifest(self.path(step))["step"] != step)
+        except CheckpointError:
+            return False
+
     def _write(self, snapshot: Snapshot) -> None:
         try:
             facts = {"step": snapshot.step, "val_loss": snapshot.val_loss}
@@ -133,7 +143,7 @@ class CheckpointStore:
 
     def _prune(self, newest: int) -> None:
         """Removes what no rule keeps, among checkpoints up to `newest`; a damaged newer one does not count as kept."""
-        steps = [step for step in self.steps() if step <= newest]
+        steps = [step for step in self.steps() if step <= newest and not self._misnamed(step)]
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
@@ -145,8 +155,16 @@ class CheckpointStore:
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer's own part of a checkpoint (position, counts, configuration)."""
-    return checkpoint_files.read_json(folder / TRAINER)
+    """The trainer's own part of a checkpoint: progress, data, loss_scale and configuration, each a mapping.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    content = checkpoint_files.read_json(folder / TRAINER)
+    for key in ("progress", "data", "loss_scale", "configuration"):
+        if not isinstance(content.get(key), dict):
+            raise CheckpointError(f"has no {key}", where=folder / TRAINER)
+    return content
 
 
 def to_text(content: Mapping[str, Any]) -> str:
@@ -164,8 +182,9 @@ def _val_loss(folder: Path) -> float | None:
         loss = read_manifest(folder).get("val_loss")
     except CheckpointError:
         return None
-    return float(loss) if isinstance(loss, int | float) else None
+    return None if loss is None or math.isnan(loss) else float(loss)
 
 
 def _is_step(name: str) -> bool:
-    return name.startswith(PREFIX) and name[len(PREFIX) :].isdecimal()
+    number = name.removeprefix(PREFIX)
+    return number.isascii() and number.isdecimal() and name == f"{PREFIX}{int(number)}"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fat5.errors import CheckpointError
+from fat5.json_text import is_count, is_number, parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = "fat5-checkpoint"
@@ -139,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if manifest.get("format") != FORMAT:
         raise CheckpointError("is not the manifest of a FAT5 checkpoint", where=path)
     if manifest.get("version") != VERSION:
         raise CheckpointError(
@@ -149,9 +150,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != _self_sha256(manifest):
         raise CheckpointError("is damaged: its own SHA-256 differs", where=path)
-    if any(Path(name).name != name for name in manifest["files"]):
-        raise CheckpointError("names files outside its folder", where=path)
+    _check_types(manifest, path)
     return manifest
+
+
+def _check_types(manifest: Mapping[str, Any], path: Path) -> None:
+    """Whoever can write the manifest can write its hash too: what is used of it must be of its type."""
+    files, step, loss = manifest.get("files"), manifest.get("step"), manifest.get("val_loss")
+    if not is_count(step):
+        raise CheckpointError(f"has no step (step is {_shown(step)})", where=path)
+    if loss is not None and not is_number(loss):
+        raise CheckpointError(f"val_loss is {_shown(loss)}, which is no number", where=path)
+    if not isinstance(files, dict):
+        raise CheckpointError("names no files", where=path)
+    for name, entry in files.items():
+        if Path(name).name != name or name in ("", ".."):
+            raise CheckpointError("names files outside its folder", where=path)
+        known = isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+        if not known:
+            raise CheckpointError(f"says {_shown(entry)} of {name}, which is no size and SHA-256", where=path)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
     except ValueError as error:

@@ -44,6 +44,7 @@ def evaluate(
     batches: Iterable[PackedBatch],
     names: Sequence[str],
     precision: Precision,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Scores a model on packed batches. Sums stay on the device until the end.
 
@@ -53,6 +54,7 @@ def evaluate(
         batches: every target token counts once.
         names: of the denoisers that `PackedBatch.denoiser` indexes.
         precision: of the forward pass.
+        before_batch: called before each batch; an exception of it ends the evaluation.
     """
     device = precision.device
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
@@ -61,6 +63,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
+            before_batch()
             rows = denoiser_of_tokens(batch).to(device)
             inputs = batch.to(device)
             with precision.autocast():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import DataError
-from fat5.json_text import parse_json
+from fat5.json_text import is_count, is_number, parse_json
 
 TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
 """Keys that measure the machine; all others are equal in two runs of one configuration."""
@@ -22,9 +22,6 @@ ROW_KEYS = {
 
 MAY_BE_NULL = ("loss", "grad_norm", "accuracy")
 """Keys of numbers that may not be finite."""
-
-LARGEST = 1 << 63
-"""Whole numbers of a row are below this."""
 
 logger = logging.getLogger(__name__)
 
@@ -169,21 +166,33 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError("not a JSON object") from error
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
+    fault = _fault(row)
+    if fault:
+        raise ValueError(f"not a row of a run: {fault}")
+    return row
+
+
+def is_row(value: object) -> bool:
+    """Whether a JSON value is a row with all the keys of its kind, each of its type."""
+    return isinstance(value, dict) and _fault(value) is None
+
+
+def _fault(row: dict[str, Any]) -> str | None:
     for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)):
         if key not in row:
-            raise ValueError(f"not a row of a run: no {key}")
-        if not _fits(key, row[key]):
-            raise ValueError(f"not a row of a run: {key} is {str(row[key])[:40]!r}")
-    return row
+            return f"no {key}"
+        if key != "kind" and not _fits(key, row[key]):
+            return f"{key} is {str(row[key])[:40]!r}"
+    return None
 
 
 def _fits(key: str, value: Any) -> bool:
     if key == "by_denoiser":
         scores = value.values() if isinstance(value, dict) else [None]
         return all(isinstance(score, dict) and _fits("loss", score.get("loss", "")) for score in scores)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None and key in MAY_BE_NULL
-    return -LARGEST < value < LARGEST if isinstance(value, int) else key != "step"
+    if value is None:
+        return key in MAY_BE_NULL
+    return is_count(value) if key == "step" else is_number(value)
 
 
 def _append(path: Path, lines: bytes) -> None:

@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 
-from fat5.errors import ConfigurationError
+from fat5.errors import CheckpointError, ConfigurationError
+from fat5.json_text import is_number
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
 
@@ -51,6 +52,12 @@ class Precision:
         return self.scaler.state_dict() if self.scaler else {}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Restores the loss scaler."""
+        """Restores the loss scaler.
+
+        Raises:
+            CheckpointError: not the state of one.
+        """
         if self.scaler and state:
+            if state.keys() != self.scaler.state_dict().keys() or not all(map(is_number, state.values())):
+                raise CheckpointError("loss_scale is not the state of a loss scaler")
             self.scaler.load_state_dict(state)

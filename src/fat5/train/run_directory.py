@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import FAT5Error, RunDirectoryError
+from fat5.json_text import is_count, parse_json
 
 MARKER = "run.json"
 LOCK = "run.lock"
@@ -30,6 +31,9 @@ FORMAT = 1
 
 HEARTBEAT_SECONDS = 10.0
 """How often a running process touches its lock, for those who look at it from another host."""
+
+LARGEST_PID = 1 << 31
+"""Process numbers are below this; 0 and negative numbers stand for groups of processes."""
 
 STALE_SECONDS = 60.0
 """A lock of another host without a touch for this long is stale: six heartbeats, to outlast a slow file server."""
@@ -156,7 +160,7 @@ def _acquiring(folder: Path) -> Iterator[None]:
 
 def _read_lock(lock: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(lock.read_text())
+        content = parse_json(lock.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -166,7 +170,7 @@ def _read_lock(lock: Path) -> dict[str, Any] | None:
 
 def _is_alive(holder: dict[str, Any], lock: Path) -> bool:
     pid = holder.get("pid")
-    if not isinstance(pid, int):
+    if not is_count(pid) or not 0 < pid < LARGEST_PID:
         return False
     if holder.get("host") != socket.gethostname():
         return _age(lock) < STALE_SECONDS

@@ -30,16 +30,21 @@ class Saver:
         self._snapshot, self._warn = snapshot, warn
         self._failures = 0
         self._unconfirmed = False
-        self._retry_at = float("inf")
+        self._owed = False
+        self._retry_at = 0.0
 
     def save(self) -> None:
         """Takes a snapshot and starts to write it, after the save before is done.
+
+        After a failure nothing is tried before its pause is over, however many saves fall due in between: the next
+        attempt saves the run as it then stands.
 
         Raises:
             CheckpointError: ATTEMPTS saves failed in a row.
         """
         self.settle()
-        self._start()
+        if not self._owed or time.monotonic() >= self._retry_at:
+            self._start()
 
     def settle(self) -> None:
         """Returns when no save is under way, and tells of a failure."""
@@ -47,28 +52,27 @@ class Saver:
         if self._unconfirmed:
             self._confirm(RETRY_SECONDS)
 
-    def poll(self) -> None:
-        """Looks after the save under way: tells of a failure, and saves again when its time has come. Never waits."""
+    def retry_due(self) -> bool:
+        """Whether a save failed and its pause is over. Tells of a failure; never waits."""
         if self.store.busy:
-            return
+            return False
         self.settle()
-        if time.monotonic() >= self._retry_at:
-            self._start()
+        return self._owed and time.monotonic() >= self._retry_at
 
     def finish(self) -> None:
-        """Returns when the last save is on the disk.
+        """Returns when the last save is on the disk; one that waits for its pause is tried at once.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        self.store.wait()
-        while self._unconfirmed and not self._confirm(LEAVING_SECONDS):
-            time.sleep(max(0.0, self._retry_at - time.monotonic()))
+        self.settle()
+        while self._owed:
             self._start()
             self.store.wait()
+            if not self._confirm(LEAVING_SECONDS):
+                time.sleep(max(0.0, self._retry_at - time.monotonic()))
 
     def _start(self) -> None:
-        self._retry_at = float("inf")
         self._unconfirmed = True
         self.store.save(self._snapshot())
 
@@ -76,6 +80,7 @@ class Saver:
         """True if the save that ended succeeded; else plans the next attempt."""
         self._unconfirmed = False
         error = self.store.take_error()
+        self._owed = error is not None
         if error is None:
             self._failures = 0
             return True

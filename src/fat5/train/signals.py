@@ -21,8 +21,8 @@ class RunStopped(KeyboardInterrupt):
 class StopRequest:
     """Context manager that turns the stop signals into a flag while training runs.
 
-    `received` is None or the number of the signal. Only the process that entered reacts: data workers inherit the
-    handler, and a Ctrl-C that a terminal sends to all of them must not take the data away from the last step.
+    `received` is None or the number of the signal. Only the process that entered reacts: a forked child inherits the
+    handler, and a signal sent to the whole group must not end a data worker before it ignores signals by itself.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""A run's state as plain tensors and JSON, and back: weights, optimizer, random generators."""
+"""A run's state as plain tensors and JSON, and back: progress, weights, optimizer, random generators."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fat5.errors import CheckpointError
+from fat5.json_text import is_count, is_number
 from fat5.optim import skips_on_device
 from fat5.train.checkpoint_files import read_json, read_tensors
+from fat5.train.metrics import is_row
 
 WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS = (
     "model.safetensors",
@@ -20,6 +23,51 @@ WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS = (
     "rng.safetensors",
     "rng.json",
 )
+
+_MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of each checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    """Encoder and decoder tokens trained on"""
+    raw_tokens: int = 0
+    """Tokens of text trained on"""
+    encoder_tokens: int = 0
+    decoder_tokens: int = 0
+    encoder_room: int = 0
+    decoder_room: int = 0
+    seconds: float = 0.0
+    """Wall time of all parts of the run"""
+    step_seconds: float = 0.0
+    """The part of it spent in steps"""
+    broken_in_a_row: int = 0
+    evaluated_at: int = -1
+    """Step of the last evaluation"""
+    first_evaluation: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+
+
+def restore_progress(progress: Progress, saved: Mapping[str, Any], where: Path) -> None:
+    """Takes over the numbers of a checkpoint.
+
+    Raises:
+        CheckpointError: one is missing, or of another type.
+    """
+    for item in fields(Progress):
+        value = saved.get(item.name)
+        if item.name.endswith("_evaluation"):
+            fits = value is None or is_row(value)
+        elif item.type is float:
+            fits = is_number(value)
+        else:
+            fits = is_count(value) or (value == -1 and item.name == "evaluated_at")
+        if not fits:
+            raise CheckpointError(f"progress.{item.name} is {str(value)[:60]!r}", where=where)
+        setattr(progress, item.name, value)
 
 
 def capture_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +127,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
     Raises:
         CheckpointError: moments of a weight that the model does not have, or of another shape.
     """
-    tensors, facts = read_tensors(folder / OPTIMIZER), read_json(folder / OPTIMIZER_FACTS)
+    tensors, (all_numbers, groups) = read_tensors(folder / OPTIMIZER), _read_facts(folder / OPTIMIZER_FACTS)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for label, tensor in tensors.items():
         key, _, name = label.partition("/")
@@ -92,10 +140,28 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
         on_host = scalar and not skips_on_device(optimizer)
         optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
-    for name, numbers in facts["numbers"].items():
+    if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
+        raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)
+    for name, numbers in all_numbers.items():
         optimizer.state[weights[name]].update(numbers)
-    for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True):
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in saved.items() if key not in group})
+
+
+def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The numbers of each weight, and the settings of each group."""
+    facts = read_json(path)
+    numbers, groups = facts.get("numbers"), facts.get("groups")
+    rows = list(numbers.values()) if isinstance(numbers, dict) else [None]
+    if (
+        not isinstance(numbers, dict)
+        or not isinstance(groups, list)
+        or not all(isinstance(row, dict) for row in [*rows, *groups])
+        or not all(is_number(value) for row in rows for value in row.values())
+        or not all(is_count(group.get("step", 0)) for group in groups)
+    ):
+        raise CheckpointError("is not the state of an optimizer", where=path)
+    return numbers, groups
 
 
 def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,16 +183,29 @@ def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(folder: Path) -> None:
-    """Puts every generator back to where the checkpoint found it."""
+    """Puts every generator back to where the checkpoint found it.
+
+    Raises:
+        CheckpointError: a state that a generator does not take.
+    """
     tensors, facts = read_tensors(folder / RNG), read_json(folder / RNG_FACTS)
-    torch.set_rng_state(tensors["torch"])
-    devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
-    if devices and torch.cuda.device_count() == len(devices):
-        torch.cuda.set_rng_state_all(devices)
-    python, numpy = facts["python"], facts["numpy"]
-    random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    try:
+        torch.set_rng_state(tensors["torch"])
+        devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+        if devices and torch.cuda.device_count() == len(devices):
+            torch.cuda.set_rng_state_all(devices)
+        python, numpy = facts["python"], facts["numpy"]
+        if (
+            not (python["gauss"] is None or is_number(python["gauss"]))
+            or not is_count(numpy["position"])
+            or numpy["position"] > _MT19937_WORDS
+        ):
+            raise ValueError("not the state of a Mersenne twister")
+        random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError("does not hold the state of the random generators", where=folder / RNG_FACTS) from error
 
 
 def _stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +37,6 @@ from fat5.train.tensorboard import TensorBoard
 
 
 @dataclass
-class Progress:
-    """How far a run is; part of each checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    """Encoder and decoder tokens trained on"""
-    raw_tokens: int = 0
-    """Tokens of text trained on"""
-    encoder_tokens: int = 0
-    decoder_tokens: int = 0
-    encoder_room: int = 0
-    decoder_room: int = 0
-    seconds: float = 0.0
-    """Wall time of all parts of the run"""
-    step_seconds: float = 0.0
-    """The part of it spent in steps"""
-    broken_in_a_row: int = 0
-    evaluated_at: int = -1
-    """Step of the last evaluation"""
-    first_evaluation: dict[str, Any] | None = None
-    last_evaluation: dict[str, Any] | None = None
-
-
-@dataclass
 class Pending:
     """A step that was started, and what is to be logged of it."""
 
@@ -78,7 +54,7 @@ class Trainer:
         model: in training mode, on its device.
         runner: makes the steps.
         loader: endless iterable of `PackedBatch` with `state_dict`, `load_state_dict` and `micro_batches_per_step`.
-        evaluation: scores the model on the validation stream.
+        evaluation: scores the model on the validation stream, and calls its argument `before_batch` between batches.
         configuration: what a later run is compared with (see compare.py); goes into each checkpoint.
         model_config: text of the model's config.json, for the checkpoints.
         plot: redraws loss.png.
@@ -91,7 +67,7 @@ class Trainer:
         model: nn.Module,
         runner: StepRunner,
         loader: Any,
-        evaluation: Callable[[], Evaluation],
+        evaluation: Callable[..., Evaluation],
         configuration: dict[str, Any],
         model_config: str,
         plot: LivePlot,
@@ -99,12 +75,13 @@ class Trainer:
         self.config, self.run_directory, self.model, self.runner = config, run, model, runner
         self.loader, self.evaluation = loader, evaluation
         self.configuration, self.model_config, self.plot = configuration, model_config, plot
-        self.progress = Progress()
+        self.progress = state.Progress()
         self.display = RunDisplay(config.steps, 0, config.log_every)
         self.events = EventLog(run.events)
         self.metrics = MetricsLog(run.metrics, on_failure=self._warn)
         self.store = CheckpointStore(run.checkpoints, config.keep_last, config.keep_best, config.keep_every)
         self.saver = Saver(self.store, self._snapshot, self._warn)
+        self.stop = StopRequest()
         self.tensorboard: TensorBoard | None = None
         self.shape = ModelShape.of(model.config)
         self.peak = peak_flops(runner.device, runner.precision.name)
@@ -126,16 +103,14 @@ class Trainer:
         if self.config.tensorboard:
             self.tensorboard = TensorBoard(self.run_directory.path / "tensorboard", progress.step, self._warn)
         self._began = time.perf_counter() - progress.seconds
-        with StopRequest() as stop, self.display:
+        with self.stop, self.display:
             self._batches = iter(self.loader)
             try:
-                self._evaluate_if_due()
+                if self._evaluate_if_due() and progress.step:
+                    self._save_if_due()  # a signal stopped the run between the step and its evaluation
                 while progress.step < steps:
                     self._step()
-                    if stop.received is not None:
-                        self._settle_all()
-                        if progress.step < steps:
-                            self._leave(stop.received)
+                    self._leave_if_asked()
                     self._evaluate_if_due()
                     self._save_if_due()
                     self.plot.poke()
@@ -156,8 +131,7 @@ class Trainer:
         self.runner.precision.load_state_dict(content["loss_scale"])
         if not keep_data:
             self.loader.load_state_dict(content["data"])
-        for item in fields(Progress):
-            setattr(self.progress, item.name, content["progress"][item.name])
+        state.restore_progress(self.progress, content["progress"], folder / TRAINER)
         state.restore_random_state(folder)
 
     def cut_log(self, step: int) -> None:
@@ -189,7 +163,6 @@ class Trainer:
         row["seconds"] = progress.seconds
         if known is not None and numbers is not None:
             self._settle(known, *numbers)
-        self.saver.poll()
 
     def _count(self, batches: list[PackedBatch], rate: float) -> dict[str, Any]:
         """Adds a step's batches to the totals; the part of its row that needs no device."""
@@ -280,16 +253,16 @@ class Trainer:
         self.cut_log(self.progress.step)
         self._warn(f"{what}: rewound to step {self.progress.step}; its examples are in {dump}")
 
-    def _evaluate_if_due(self) -> None:
-        """Evaluates before the first step, every `eval_every` steps and after the last."""
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates before the first step, every `eval_every` steps and after the last; True if it did."""
         due = self.progress.step % self.config.eval_every == 0 or self.progress.step == self.config.steps
         if not due or self.progress.evaluated_at == self.progress.step:
-            return
+            return False
         before = self.progress.step
         self._settle_all()
         if self.progress.step != before:  # rewound
-            return
-        row = self.evaluation().row(before)
+            return False
+        row = self.evaluation(before_batch=self._leave_if_asked).row(before)
         self.progress.evaluated_at = before
         self.progress.first_evaluation = self.progress.first_evaluation or row
         self.progress.last_evaluation = row
@@ -297,10 +270,12 @@ class Trainer:
         self.display.evaluation(row)
         if self.tensorboard is not None:
             self.tensorboard.write(row)
+        return True
 
     def _save_if_due(self) -> None:
         step = self.progress.step
-        if step % self.config.save_every and step != self.config.steps:
+        scheduled = step % self.config.save_every == 0 or step == self.config.steps
+        if not scheduled and not self.saver.retry_due():
             return
         self._settle_all()
         if self.progress.step == step:
@@ -311,10 +286,14 @@ class Trainer:
         self.saver.save()
         self._rewinds = 0
 
-    def _leave(self, signum: int) -> None:
+    def _leave_if_asked(self) -> None:
+        """Saves and leaves if a signal asked for it."""
+        if self.stop.received is None:
+            return
+        self._settle_all()
         self._save()
         self.saver.finish()
-        stopped = RunStopped(signum, self.progress.step)
+        stopped = RunStopped(self.stop.received, self.progress.step)
         self.events.write("stopped", step=self.progress.step, signal=stopped.signal.name)
         raise stopped
 
