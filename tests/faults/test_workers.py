@@ -108,7 +108,7 @@ def test_a_signal_to_the_whole_group_saves(prepared, tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGBUS)])
 def test_a_killed_worker_ends_the_run_in_one_line_and_resume_is_exact(prepared, tmp_path, number):
-    settings = {"save_every": 1, "eval_every": 50, "schedule": ScheduleConfig(name="constant")}
+    settings = {"save_every": 1, "eval_every": 50, "schedule": ScheduleConfig(name="constant", warmup_steps=0)}
     process = running(prepared, tmp_path / "run", **settings)
     victim = in_session(process.pid)[0]
     os.kill(victim, number)

@@ -152,16 +152,15 @@ def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, A
     """The numbers of each weight, and the settings of each group."""
     facts = read_json(path)
     numbers, groups = facts.get("numbers"), facts.get("groups")
-    rows = list(numbers.values()) if isinstance(numbers, dict) else [None]
-    if (
-        not isinstance(numbers, dict)
-        or not isinstance(groups, list)
-        or not all(isinstance(row, dict) for row in [*rows, *groups])
-        or not all(is_number(value) for row in rows for value in row.values())
-        or not all(is_count(group.get("step", 0)) for group in groups)
-    ):
-        raise CheckpointError("is not the state of an optimizer", where=path)
-    return numbers, groups
+    if isinstance(numbers, dict) and isinstance(groups, list):
+        rows: list[Any] = list(numbers.values())
+        if (
+            all(isinstance(row, dict) for row in [*rows, *groups])
+            and all(is_number(value) for row in rows for value in row.values())
+            and all(is_count(group.get("step", 0)) for group in groups)
+        ):
+            return numbers, groups
+    raise CheckpointError("is not the state of an optimizer", where=path)
 
 
 def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
