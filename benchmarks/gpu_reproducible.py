@@ -5,7 +5,7 @@
 
 For each preset, three runs of one recipe, each with compiler caches of its own: two from start to end, and one that is
 killed (SIGKILL) after its first checkpoint and started again. Weights, optimizer, generators and log are compared byte
-by byte. `--before` adds two runs with the former code (gradients by atomics, reductions chosen by timing).
+by byte. `--before PRESET` adds two runs with the former code (gradients by atomics, reductions chosen by timing).
 The cost is the time of a training step in the former form and in today's, in turn on one card; it compiles while the
 runs go on, and is timed when they have ended.
 """
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=Path("/tmp/fat5-reproducible"), help="runs and compiler caches")
-    parser.add_argument("--before", action="store_true", help="two runs with the former code as well")
-    parser.add_argument("--deterministic", action="store_true", help="a short run with deterministic: true as well")
+    parser.add_argument("--before", nargs="*", default=[], help="presets with two runs of the former code as well")
+    parser.add_argument("--deterministic", nargs="*", default=[], help="presets with a run of deterministic: true too")
     parser.add_argument("--cost", nargs="*", default=[], help="presets whose step is timed")
     parser.add_argument("--seconds", type=float, default=6.0, help="timed seconds of each form of a step")
     parser.add_argument("--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU")
@@ -175,9 +175,9 @@ def compare(options: argparse.Namespace, results: Results) -> bool:
     same, runs = True, {}
     for preset in options.presets:
         runs[preset] = [Run(options, preset, name) for name in ("first", "second", "killed")]
-        if options.before:
+        if preset in options.before:
             runs[preset] += [Run(options, preset, f"before {n}", "before") for n in (1, 2)]
-        if options.deterministic:
+        if preset in options.deterministic:
             runs[preset].append(Run(options, preset, "deterministic", deterministic=True))
     for preset in options.presets:
         runs[preset][2].kill(options.steps // 4 + options.steps // 8)

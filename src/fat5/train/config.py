@@ -117,7 +117,7 @@ class PretrainConfig:
     """When loss or gradient is not finite: abort, skip the step, or rewind (take the last checkpoint, and go on with
     the data that follows)"""
     deterministic: bool = False
-    """Bit-equal gradients on a GPU, at a cost; on a CPU they are always"""
+    """On a GPU, refuse operations that PyTorch does not guarantee to repeat. A run repeats bit for bit without it"""
     resume: str = "auto"
     """auto (newest checkpoint of output_dir that verifies), never (a folder that holds a run is refused), or the path
     of a checkpoint"""
