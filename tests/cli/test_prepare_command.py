@@ -113,3 +113,16 @@ def test_a_100_mb_line_is_one_line_and_little_memory(tmp_path: Path, tokenizer: 
     assert done.stderr.count("\n") == 1
     assert int(done.stdout.split()[-1]) < 600_000, "kilobytes at the peak"
     assert not (tmp_path / "out").exists()
+
+
+def test_skipped_rows_are_said(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text("text\nBonjour\nBonjour, le monde\nAu revoir\n")
+    words = ["prepare", str(tmp_path / "a.csv"), "--tokenizer", tokenizer, "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "a.csv:3: fields in this row: 2, in the header: 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    words += ["--corpus.on_bad_row", "skip", "--validation_fraction", "0"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "out/train: 2 documents" in said
+    assert f"and were skipped: 1 ({tmp_path}/out/logs/bad_rows names the first of each task)" in said

@@ -20,6 +20,13 @@ def test_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert len(AutoTokenizer.from_pretrained(output)) == 2048
 
 
+def test_skipped_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "un"}\n{"text": \n{"text": "deux"}\n')
+    words = ["tokenizer", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "t"), "--vocab_size", "640"]
+    assert main([*words, "--corpus.on_bad_row", "skip"]) == 0
+    assert "rows that cannot be read and were skipped: 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
 def test_the_smallest_vocabulary(model: str, tmp_path: Path) -> None:
     output, text = tmp_path / "tokenizer", "Été ☃ \t\n x=1;é <extra_id_0>"

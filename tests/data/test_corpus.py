@@ -116,7 +116,7 @@ def test_what_a_document_is_in_txt(tmp_path: Path, documents: formats.TxtDocumen
 
 
 def test_folders_are_searched_in_order_without_hidden_or_other_files(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "a/1.txt", "a/.hidden.txt", "a/README.md", ".git/x.txt"):
+    for name in ("b/2.txt", "a/1.txt", "a/.hidden.txt", "a/README.md", "a/dataset_info.json", ".git/x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert read_all(open_corpus([str(tmp_path)])) == ["a/1.txt", "b/2.txt"]
@@ -229,7 +229,7 @@ def test_parquet_holds_text_in_several_types(tmp_path: Path, kind: pyarrow.DataT
             ":2: not J",
         ),
         ("a.json.gz", b'{"text": "a"}\n' + b"x" * 2000 + b'\n{"text": "b"}', "ab", 1, ":2: a line longer"),
-        ("a.csv", b'n,text\n1,a\n2,b, c\n3,"\xff\n3,"\n\n4,d\n5\n', "ad", 3, ":3: a row of 3 fields"),
+        ("a.csv", b'n,text\n1,a\n2,b, c\n3,"\xff\n3,"\n\n4,d\n5\n', "ad", 3, ":3: fields in this row: 3"),
         ("a.txt", b"a\n\nb\n\xff\nb\n\nc\n\n" + b"x\n" * 2000 + b"\nd", "acd", 2, ":4: invalid UTF-8"),
         ("a.txt.zst", b"a\n\n" + b"x" * 2000 + b"\nb\n\nc\n", "ac", 1, ":3: a line longer"),
     ],
@@ -300,16 +300,20 @@ BAD: dict[str, tuple[str, Writer, str]] = {
     ),
     "numbers-jsonl": ("a.jsonl", lambda p: p.write_text('{"text": 3}\n'), "holds int, not text"),
     "numbers-parquet": ("a.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table({"text": [3]}), p), "int64"),
-    "short-csv-row": ("a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), r"a\.csv:3: a row of 1 fields under 2 col"),
+    "short-csv-row": (
+        "a.csv",
+        lambda p: p.write_text("id,text\n1,a\n2\n"),
+        r"a\.csv:3: fields in this row: 1, in the header: 2",
+    ),
     "unquoted-comma": (
         "a.csv",
         lambda p: p.write_text("text\nBonjour\nBonjour, le monde\n"),
-        r"a\.csv:3: a row of 2 fields under 1 columns\. Quote",
+        r"a\.csv:3: fields in this row: 2, in the header: 1\. Quote",
     ),
     "unquoted-comma-in-bz2": (
         "a.csv.bz2",
         lambda p: p.write_bytes(bz2.compress(b"text\nBonjour, le monde\n")),
-        r"a\.csv\.bz2:2: a row of 2 fields",
+        r"a\.csv\.bz2:2: fields in this row: 2",
     ),
     "csv-column-twice": ("a.csv", lambda p: p.write_text("text,text\na,b\n"), r"a\.csv:1: column 'text' stands twice"),
     "csv-without-header": (
@@ -371,10 +375,13 @@ import resource, sys
 from fat5.data.corpus import open_corpus
 from fat5.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+said = ""
 try:
-    list(open_corpus([sys.argv[1]]).rows())
+    for text in open_corpus([sys.argv[1]]).rows():
+        del text
 except DataError as error:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+    said = error
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, said)
 """
 
 
@@ -388,6 +395,17 @@ def test_a_small_file_of_one_huge_line_takes_little_memory(tmp_path: Path) -> No
     kilobytes, _, said = found.stdout.partition(" ")
     assert "a.jsonl.zst:1: a line longer than 32 MiB" in said
     assert int(kilobytes) < 200_000
+
+
+def test_a_small_parquet_file_of_huge_rows_takes_little_memory(tmp_path: Path) -> None:
+    huge = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 128, pyarrow.int32()), pyarrow.array(["a" * (8 << 20)])
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": huge}), tmp_path / "a.parquet", compression="zstd")
+    with (tmp_path / "a.parquet").open("rb") as file:
+        assert len(file.read()) < 64_000
+    found = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(found.stdout.split()[0]) < 600_000
 
 
 def test_a_paragraph_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +424,15 @@ def test_the_line_of_a_fault_is_counted_from_the_top_of_a_cut_file(
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:71: not JSON"):
         read_all(open_corpus([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("name", ["b.tsv", "b.jsonl.lz4", "wiki.xml.bz2", "sub/b.ndjson"])
+def test_data_of_a_form_that_is_not_read_is_not_passed_over_in_silence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / name).write_text("b")
+    with pytest.raises(DataError, match=rf"{name}: a form of data that is not read\. FAT5 reads \.txt, \.jsonl"):
+        open_corpus([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_a_hugging_face_dataset_is_read_as_strictly_as_files(tmp_path: Path, tok
     numbers = {"text": 5}
     path.write_text("".join(json.dumps(row) + "\n" for row in [numbers, numbers]))
     keys = replace(keys, output_dir=str(tmp_path / "numbers"), corpus=CorpusOptions(on_bad_row="skip"))
-    with pytest.raises(DataError, match=r"2 rows were skipped, the first because of .*holds int, not text"):
+    with pytest.raises(DataError, match=r"Rows skipped: 2; the first: .*holds int, not text"):
         prepare(keys)
 
 

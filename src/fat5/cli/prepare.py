@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         print("<unk> stands for text that the tokenizer has no token for; a model cannot learn it")
     if manifest.bad_rows:
         first = f"{config.output_dir}/logs/bad_rows names the first of each task"
-        print(f"skipped {manifest.bad_rows:,} rows that cannot be read; {first}")
+        print(f"rows that cannot be read and were skipped: {manifest.bad_rows:,} ({first})")
     if not manifest.documents("validation"):
         print("the validation split is empty: a higher --validation_fraction fills it")
     if config.verify:

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     config = TokenizerTraining(**parse(TokenizerTraining, argv, "tokenizer", words="inputs"))
     report = train_tokenizer(config, progress=sys.stderr.isatty())
     if report["bad_rows"]:
-        print(f"skipped {report['bad_rows']:,} rows that cannot be read")
+        print(f"rows that cannot be read and were skipped: {report['bad_rows']:,}")
     asked = config.vocab_size
     if report["vocab_size"] < asked:
         print(f"this corpus gives {report['vocab_size']:,} tokens, fewer than the {asked:,} asked for")

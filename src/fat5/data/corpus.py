@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fat5.data.formats import READ, TxtDocuments, extension_of, read_rows, sniff, split_points
+from fat5.data.formats import CODECS, READ, TxtDocuments, extension_of, read_rows, sniff, split_points
 from fat5.data.rows import BadRows, Row, missing_column, row_text
 from fat5.data.sample_corpus import sample_path
 from fat5.errors import DataError
@@ -20,6 +20,10 @@ SAMPLE = "sample:"
 SMALLEST_CHUNK = 2 << 20
 LARGEST_CHUNK = 256 << 20
 CHUNKS = 256
+# What the datasets library leaves beside its data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json")
+# Files that likely hold text and would be missed; others in a folder (README.md, pictures) are passed over.
+UNREAD = (*CODECS, ".lz4", ".br", ".lzma", ".tsv", ".ndjson", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -227,13 +231,15 @@ def load_streamed(name: str, options: CorpusOptions) -> Any:
 
 
 def _files_in(folder: Path) -> list[str]:
-    found = sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.is_file()
-        and extension_of(path.name)
-        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    found = []
+    for path in sorted(folder.rglob("*"), key=str):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.name in NO_DATA or not path.is_file():
+            continue
+        if extension_of(path.name):
+            found.append(str(path))
+        elif path.suffix.lower() in UNREAD:
+            raise DataError("a form of data that is not read", where=path, hint=f"{READ}; convert it or move it away")
     if not found:
         raise DataError("no text files in this folder", where=folder, hint=READ)
     return found

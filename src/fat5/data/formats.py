@@ -258,7 +258,7 @@ def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row | 
                 row = dict(zip(names, values))
                 yield Row(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
             elif values:
-                what = f"a row of {len(values)} fields under {len(names)} columns"
+                what = f"fields in this row: {len(values)}, in the header: {len(names)}"
                 yield DataError(what, where=lines.where(), hint="Quote fields that hold commas")
             lines.fault, lines.size = None, 0
     except csv.Error as error:

@@ -7,6 +7,9 @@ from fat5.data.lines import LARGEST_DOCUMENT
 from fat5.data.rows import Row, missing_column, row_text
 from fat5.errors import DataError
 
+# Decoded at a time: a small file can name one large document in every row.
+BATCH_ROWS = 16
+
 
 def row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
     """(first, past the last, bytes) of consecutive row groups that hold about `target` bytes together."""
@@ -39,7 +42,7 @@ def parquet_rows(
             metadata = file.metadata.row_group(group)
             size, count = metadata.total_byte_size, max(1, metadata.num_rows)
             done = 0
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=wanted):
                 for row in batch.to_pylist():
                     done += 1
                     text = row_text(row, text_column, path)

@@ -147,7 +147,7 @@ def finish(folder: Path) -> Manifest:
         why = "No document passed the steps" if plan.steps else "Every document is empty"
         if manifest.bad_rows:
             first = next(task["first"] for task in skipped if task["count"])
-            why = f"{manifest.bad_rows:,} rows were skipped, the first because of {first}"
+            why = f"Rows skipped: {manifest.bad_rows:,}; the first: {first}"
         raise DataError("no text in this corpus", where=plan.name, hint=why)
     for entries in shards.values():
         for entry in entries:
