@@ -58,7 +58,7 @@ MOST_STALLS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("."))
+    parser.add_argument("--output_dir", type=Path, default=Path("bench"))
     parser.add_argument("--workload", choices=("counters", "small"), help="what the tools run")
     parser.add_argument("--tools", default="ncu,memcheck,racecheck", help="which, in order")
     parser.add_argument("--toy", action="store_true", help="only the calls, small")
