@@ -190,6 +190,15 @@ class FAT5PreTrainedModel(PreTrainedModel):
         model._weight_conversions = [one for one in renamings if one.source_patterns != list(_TABLE)]
         if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
             model.generation_config = generation_settings(where, kwargs) or model.generation_config
+        cls._check_tensors(info, where, allows_mismatch)
+        # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
+        if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
+            model.config.tie_word_embeddings = False
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_tensors(cls, info: dict[str, Any], where: Any, allows_mismatch: bool) -> None:
+        """Raises CheckpointError unless the tensors were those of this class; weights that are new get one warning."""
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:
@@ -220,7 +229,3 @@ class FAT5PreTrainedModel(PreTrainedModel):
         ]
         if told:
             logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, ", ".join(told))
-        # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
-        if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
-            model.config.tie_word_embeddings = False
-        return (model, info) if wants_info else model
