@@ -90,6 +90,7 @@ def test_every_exact_attention_is_ours(name, tmp_path):
     stock, batch = t5_v1_1().eval(), rows()
     stock.save_pretrained(tmp_path)
     ours = FAT5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=name).eval()
+    assert ours.config._attn_implementation == ("eager" if name == "eager" else "sdpa")
     assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
     ours.set_attn_implementation(name)
     assert len(ours(**batch, output_attentions=True).encoder_attentions) == 3

@@ -86,6 +86,17 @@ def test_reentrant_checkpoints(family, layout):
     assert gradient_difference(stock, ours) <= GRADIENT_TOLERANCE
 
 
+def test_each_block_is_checkpointed_by_itself():
+    """As activation_checkpointing_enable(every_n_layers=2) asks."""
+    ours, runs = fat5_like(t5_v1_1()), []
+    ours.gradient_checkpointing_enable()
+    ours.encoder.block[1].gradient_checkpointing = False
+    for place, block in enumerate(ours.encoder.block):
+        block.layer[0].register_forward_hook(lambda *_, place=place: runs.append(place))
+    ours(**rows()).loss.backward()
+    assert sorted(runs) == [0, 0, 1, 2, 2]
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_mask_of_another_shape_is_refused(name, cached):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
@@ -214,7 +215,7 @@ class FeedForwardLayer(nn.Module):
         return hidden + self.dropout(self.DenseReluDense(self.layer_norm(hidden)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention in a decoder, feed-forward."""
 
     def __init__(self, config: FAT5Config, layer: int, is_decoder: bool, has_relative_attention_bias: bool) -> None:
@@ -228,18 +229,24 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: Tensor,
+        bias: Tensor | None,
+        memory: Tensor | None,
+        *,
+        relative: bool,
         layout: Layout,
-        bias: RelativeBias | Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
         causal: bool,
-        memory: Tensor | None = None,
-        memory_layout: Layout | None = None,
-        cache: Any = None,
-        trace: Trace | None = None,
+        memory_layout: Layout | None,
+        past_key_values: Any,
+        trace: Trace,
     ) -> Tensor:
-        own, across = (None, None) if trace is None else (trace.attentions, trace.cross_attentions)
+        """`bias` is the vector of a RelativeBias where it is `relative`: a reentrant checkpoint passes gradients on to
+        arguments by position, and of those to tensors alone.
+        """
+        known = RelativeBias(bias) if relative and bias is not None else bias
+        cache, own, across = past_key_values, trace.attentions, trace.cross_attentions
         hidden = _clamp(
-            self.layer[0](hidden, layout, bias=bias, causal=causal, rotation=rotation, cache=cache, weights=own)
+            self.layer[0](hidden, layout, bias=known, causal=causal, rotation=rotation, cache=cache, weights=own)
         )
         if self.is_decoder and memory is not None:
             hidden = _clamp(

@@ -29,6 +29,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # FAT5's attention computes what sdpa does.
+    _supports_sdpa = True
     _no_split_modules: ClassVar = ["Block"]
     _tied_weights_keys: ClassVar = {
         "encoder.embed_tokens.weight": "shared.weight",
@@ -71,11 +73,12 @@ class FAT5PreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """FAT5 has one attention, exact, whose kernel follows the device: every stock name of exact attention means it.
 
-        Returns "eager", by which transformers knows a model that can form attention weights and takes masks as they
-        are. Flash attention, which has no place for T5's bias, is refused, as stock T5 refuses it.
+        Returns "eager" where that is asked for, and "sdpa" for the other names: by them transformers knows which masks
+        to make. Attention weights are formed under either. Flash attention, which has no place for T5's bias, is
+        refused, as stock T5 refuses it.
         """
         if requested_attention in _EXACT:
-            return "eager"
+            return "eager" if requested_attention == "eager" else "sdpa"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:

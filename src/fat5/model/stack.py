@@ -40,9 +40,6 @@ class Stack(nn.Module):
             self.absolute = AbsolutePositions(config)
         elif config.position_encoding == "rope":
             self.rotary = Rotary(config)
-        # Set by transformers' gradient_checkpointing_enable().
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Any = None
 
     def forward(
         self,
@@ -86,35 +83,19 @@ class Stack(nn.Module):
         causal = self.is_decoder and cache is None
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
-        checkpointing = (
-            self.gradient_checkpointing and self.training and torch.is_grad_enabled() and trace.attentions is None
-        )
         for number, block in enumerate(self.block):
             if trace.hidden is not None:
                 trace.hidden.append(hidden)
             bias = biases[number if self.own_bias else 0]
-            arguments = (hidden, layout, bias, rotation, causal, memory, memory_layout, cache)
-            if checkpointing:
-                hidden = self._checkpointed(block, *arguments)
-            else:
-                hidden = block(*arguments, trace)
+            vector, relative = (bias.vector, True) if isinstance(bias, RelativeBias) else (bias, False)
+            hidden = block(
+                hidden, vector, memory, relative=relative, layout=layout, rotation=rotation,
+                causal=causal, memory_layout=memory_layout, past_key_values=cache, trace=trace,
+            )  # fmt: skip
         hidden = self.dropout(self.final_layer_norm(hidden))
         if trace.hidden is not None:
             trace.hidden.append(hidden)
         return hidden
-
-    def _checkpointed(
-        self, block: nn.Module, hidden: Tensor, layout: Layout, bias: RelativeBias | Tensor | None, *others: Any
-    ) -> Tensor:
-        """A block that backward computes again. Reentrant checkpoints know gradients of arguments that are tensors
-        alone: so a bias goes in as its vector.
-        """
-        relative = isinstance(bias, RelativeBias)
-
-        def run(hidden: Tensor, vector: Tensor | None, *others: Any) -> Tensor:
-            return block(hidden, layout, RelativeBias(vector) if relative else vector, *others)  # type: ignore[no-any-return, arg-type]
-
-        return self._gradient_checkpointing_func(run, hidden, bias.vector if relative else bias, *others)  # type: ignore[no-any-return, union-attr]
 
     def _bias(
         self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int
