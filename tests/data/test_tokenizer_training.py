@@ -9,12 +9,20 @@ import pytest
 from fat5.data import load_tokenizer, tokenizer_training
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 
+LETTERS = {
+    "chinese": [chr(0x4E00 + index) for index in range(300)],
+    # A consonant with or without a vowel mark: marks are no letters to Python's \w.
+    "thai": [chr(0x0E01 + index) + mark for index in range(40) for mark in ("", "\u0e34", "\u0e38", "\u0e35\u0e48")],
+}
 
-@pytest.fixture(scope="module")
-def spaceless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Pages of 4,000 characters without a space or a full stop, written with 500 words of one to three characters."""
+
+@pytest.fixture(scope="module", params=LETTERS)
+def spaceless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Pages of 4,000 characters without a space or a full stop, written with 500 words of one to three letters."""
     rng = np.random.default_rng(0)
-    words = ["".join(chr(0x4E00 + letter) for letter in rng.zipf(1.3, size) % 300) for size in rng.integers(1, 4, 500)]
+    letters = LETTERS[request.param]
+    sizes = rng.integers(1, 4, 500)
+    words = ["".join(letters[letter % len(letters)] for letter in rng.zipf(1.3, size)) for size in sizes]
     pages = ["".join(words[index] for index in rng.zipf(1.2, 2000) % 500)[:4000] for _ in range(30)]
     path = tmp_path_factory.mktemp("spaceless") / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))

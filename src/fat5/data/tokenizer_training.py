@@ -42,7 +42,7 @@ LONGEST_PIECE = 24
 # Unigram takes about 90 s of one core for each million characters of different words: 15 minutes at most.
 # A language without spaces reaches the bound after about as much text, others after gigabytes.
 UNIGRAM_CHARACTERS = 10_000_000
-_WORD = re.compile(rf"\w{{1,{LONGEST_PIECE}}}")
+_WORD = re.compile(rf"\S{{1,{LONGEST_PIECE}}}")
 
 
 @dataclass
