@@ -164,6 +164,9 @@ def test_heads(kind, old, tmp_path_factory):
     cls = getattr(fat5, f"FAT5{kind}")
     given, again = rows(), tmp_path_factory.mktemp("again")
     want = formulas(**given)
+    if kind == "ForSequenceClassification":  # a copy of theirs wrote the name alone, without a list
+        keys = json.loads((folder / "config.json").read_text()) | {"architectures": f"FlashT5{kind}"}
+        (folder / "config.json").write_text(json.dumps(keys))
     ours = cls.from_pretrained(folder).eval()
     ours.save_pretrained(again)
     for model in (ours, cls.from_pretrained(again).eval()):
@@ -249,6 +252,18 @@ def test_keys_by_which_they_compute_something_else_are_refused(key, old):
     folder, _ = old(VARIANTS["gated GELU, scale 1"] | key)
     name, value = list(key.items())[-1]
     with pytest.raises(CheckpointError, match=f"flash_t5 with {name} {value!r}, which FAT5 does not compute"):
+        FAT5ForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [{"attention_scale": "x"}, {"attention_scale": math.nan}, {"attention_scale": True}, {"num_heads": 0}],
+    ids=str,
+)
+def test_a_scale_that_is_no_number_is_refused(key, old):
+    folder, _ = old({"use_glu_mlp": True})
+    (folder / "config.json").write_text(json.dumps(KEYS | {"use_glu_mlp": True} | key))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used: attention_scale"):
         FAT5ForConditionalGeneration.from_pretrained(folder)
 
 

@@ -273,6 +273,13 @@ def test_keys_given_to_from_pretrained_win(tmp_path):
     assert (ours.config.dropout_rate, ours.encoder.dropout.p, ours.config.label_smoothing) == (0.25, 0.25, 0.1)
 
 
+def test_a_feed_forward_given_to_from_pretrained_wins_over_what_the_file_derived_from_its_own(tmp_path):
+    t5_v1_0().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dense_act_fn"] == "relu"
+    config = FAT5Config.from_pretrained(tmp_path, feed_forward_proj="gated-gelu")
+    assert (config.feed_forward_proj, config.is_gated_act, config.dense_act_fn) == ("gated-gelu", True, "gelu_new")
+
+
 def test_generation_settings_come_along(tmp_path):
     stock = t5_v1_1()
     stock.generation_config.num_beams = 3

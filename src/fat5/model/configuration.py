@@ -158,7 +158,11 @@ class FAT5Config(T5Config):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers; a folder of T5's families is a FAT5 configuration, any other is refused."""
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _as_fat5(found, pretrained_model_name_or_path), kwargs
+        found = _as_fat5(found, pretrained_model_name_or_path)
+        if "feed_forward_proj" in kwargs:  # two keys of the file were derived from its own
+            found = {key: value for key, value in found.items() if key not in ("dense_act_fn", "is_gated_act")}
+            found["feed_forward_proj"] = kwargs.pop("feed_forward_proj")
+        return found, kwargs
 
     @classmethod
     def from_stock(cls, config: Any) -> "FAT5Config":

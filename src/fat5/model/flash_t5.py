@@ -4,6 +4,7 @@ The formulas are T5's with a factor on the attention scores, which is folded int
 loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: fat5.tasks.flash_t5_formulas.
 """
 
+import math
 import re
 from typing import Any
 
@@ -80,10 +81,22 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
     }
 
 
-def attention_scale(found: dict[str, Any]) -> float:
-    """The factor on attention scores; null or absent, the root of the number of heads, not of their width."""
-    scale = found.get("attention_scale")
-    return float(int(found.get("num_heads", 8)) ** -0.5 if scale is None else scale)
+def attention_scale(found: dict[str, Any], where: object) -> float:
+    """The factor on attention scores; null or absent, the root of the number of heads, not of their width.
+
+    Raises:
+        CheckpointError: it is no number.
+    """
+    scale, heads = found.get("attention_scale"), found.get("num_heads", 8)
+    if scale is None and isinstance(heads, int) and heads > 0:
+        return float(heads**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise CheckpointError(
+            f"config.json cannot be used: attention_scale {scale!r} with num_heads {heads!r}",
+            where=where,
+            hint="restore it",
+        )
+    return float(scale)
 
 
 def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -> dict[str, Tensor]:
@@ -116,5 +129,6 @@ def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -
 
 def _head_form(found: dict[str, Any]) -> str | None:
     """What the head of the class that was saved reads; None for the others."""
-    name = str((found.get("architectures") or [""])[0])
+    classes = found.get("architectures") or [""]
+    name = classes if isinstance(classes, str) else classes[0]
     return {"FlashT5ForSequenceClassification": "encoder-eos", "FlashT5ForQuestionAnswering": "encoder"}.get(name)

@@ -65,7 +65,7 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not is_old:
         safe = not files or files[0].suffix == ".safetensors"
         return {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
-    tensors = translate_tensors(read_tensors(folder, variant), attention_scale(found), where)
+    tensors = translate_tensors(read_tensors(folder, variant), attention_scale(found, where), where)
     _check_form(tensors, kwargs, where)
     return {"state_dict": tensors, "config": kwargs.get("config") or str(where)}
 
