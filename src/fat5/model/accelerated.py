@@ -140,6 +140,7 @@ class _Stack:
         for block in self.block:
             if asked:
                 states.append(own.restore(hidden[0]))
+                hidden = own.pack(states[-1])[None]  # so that the gradient of what is returned can be read
             out = block(hidden, None, *between, packed_memory, packed=plan, past_key_values=past_key_values)
             hidden = out[0] if isinstance(out, tuple) else out
         last = own.restore(self.dropout(self.final_layer_norm(hidden))[0])

@@ -49,16 +49,16 @@ class Decoder(Stack):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         trace = Trace.of(output_hidden_states, output_attentions)
         memory, masks = encoder_hidden_states, (attention_mask, encoder_attention_mask)
-        if past_key_values is not None:
-            hidden = self._behind_a_cache(rows, memory, *masks, past_key_values, trace)
-            states, attentions, cross_attentions = trace.padded(lambda x: x)
+        masks_scores = attention_mask is not None and attention_mask.dim() == 4
+        if past_key_values is not None or masks_scores:
+            hidden = self._as_rows(rows, memory, *masks, past_key_values, trace)
         else:
             hidden, back = run_rows(
                 super().forward, rows, attention_mask, whole=True, causal=True, trace=trace, memory=memory,
                 memory_mask=encoder_attention_mask,
             )  # fmt: skip
             hidden = back(hidden)
-            states, attentions, cross_attentions = trace.padded(back)
+        states, attentions, cross_attentions = trace.kept()
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
@@ -68,7 +68,7 @@ class Decoder(Stack):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _behind_a_cache(
+    def _as_rows(
         self,
         rows: Tensor,
         memory: Tensor | None,
@@ -77,7 +77,7 @@ class Decoder(Stack):
         cache: Any,
         trace: Trace,
     ) -> Tensor:
-        """Rows (B, L) that follow what the cache holds; `mask` covers the cache and the rows, (B, Lk) or, as generate
+        """Rows (B, L) that follow those in the cache, if there is one; `mask` covers both, (B, Lk) or, as generate
         makes it for a static cache, (B, 1, L, Lk).
         """
         formed, memory_layout = is_recorded() or trace.attentions is not None, None
@@ -97,7 +97,7 @@ class Decoder(Stack):
         elif mask is not None:
             blind = rows.shape[1] > 1
         # transformers counts the encoder's layers when it makes a cache; the decoder may be deeper.
-        for side in (cache.self_attention_cache, cache.cross_attention_cache):
+        for side in () if cache is None else (cache.self_attention_cache, cache.cross_attention_cache):
             if type(side) is DynamicCache and side.layers:
                 side.layers.extend(type(side.layers[0])() for _ in range(len(self.block) - len(side.layers)))
         layout = Layout(None, rows.shape[1], mask, formed or blind)

@@ -57,7 +57,7 @@ class Encoder(Stack):
         hidden, back = run_rows(
             super().forward, rows, attention_mask, whole=self.computes_padding, causal=False, trace=trace
         )
-        states, attentions, _ = trace.padded(back)
+        states, attentions, _ = trace.kept()
         output = BaseModelOutput(last_hidden_state=back(hidden), hidden_states=states, attentions=attentions)
         return output.to_tuple() if return_dict is False else output
 
@@ -66,6 +66,7 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
     """The encoder alone, as transformers' T5EncoderModel; or on packed documents."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_OF_AN_ENCODER
+    _tied_weights_keys: ClassVar = {"encoder.embed_tokens.weight": "shared.weight"}
 
     def __init__(self, config: Any) -> None:
         config = copy.deepcopy(config)
@@ -74,9 +75,6 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config, is_decoder=False)
         self.post_init()
-
-    def get_encoder(self, modality: str | None = None) -> Encoder:
-        return self.encoder
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
@@ -10,12 +9,16 @@ from transformers.utils import ModelOutput
 from fat5.model.decoder import Decoder
 from fat5.model.encoder import Encoder
 from fat5.model.layers import Embedding
-from fat5.model.layout import shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
 
 
 class EncoderDecoder(FAT5PreTrainedModel):
     """Shared embeddings, encoder and decoder: what every model with a decoder is built on."""
+
+    _tied_weights_keys: ClassVar = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
 
     def __init__(self, config: Any, has_decoder: bool = True) -> None:
         if has_decoder:
@@ -26,9 +29,6 @@ class EncoderDecoder(FAT5PreTrainedModel):
         if has_decoder:
             self.encoder.padding_is_read = False
             self.decoder = Decoder(config, is_decoder=True)
-
-    def get_encoder(self, modality: str | None = None) -> Encoder:
-        return self.encoder
 
     def get_decoder(self) -> Decoder:
         return self.decoder
@@ -81,13 +81,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """(B, U) labels to decoder inputs, shifted right."""
-        positions = torch.arange(labels.shape[1], device=labels.device)[None]
-        return shift_right(labels, positions, *self._start_and_pad())
-
-    def _start_and_pad(self) -> tuple[int, int]:
-        pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0
-        start = self.config.decoder_start_token_id
-        return (pad if start is None else start), pad
+        return self._shift_right(labels)
 
 
 # Weights of a seq2seq checkpoint that what has a decoder but no language-model head does not need.

@@ -19,7 +19,6 @@ from fat5.errors import DataError
 from fat5.model.encoder import NOT_OF_AN_ENCODER, FAT5EncoderModel
 from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, FAT5Model
 from fat5.model.layers import HeadProjection
-from fat5.model.layout import shift_right
 from fat5.model.pretrained import FAT5PreTrainedModel
 from fat5.ops import is_recorded
 
@@ -104,11 +103,11 @@ class FAT5ForSequenceClassification(_Headed):
             if input_ids is None:
                 raise ValueError("input_ids: the encoder-decoder form finds EOS in them, got None")
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = shifted(input_ids, self.config)
+                decoder_input_ids = self._shift_right(input_ids)
             run = self.transformer(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
                 inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds,
-                use_cache=use_cache and labels is None, return_dict=True, **asked,
+                use_cache=use_cache if labels is None else False, return_dict=True, **asked,
             )  # fmt: skip
             logits = self.classification_head(self._at_last_eos(run.last_hidden_state, input_ids))
             loss = None if labels is None else _classification_loss(logits, labels, self.config)
@@ -200,13 +199,6 @@ def refuse_given(form: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: a head with {form} takes none")
-
-
-def shifted(input_ids: Tensor, config: Any) -> Tensor:
-    """The text as its own decoder input, one to the right."""
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
-    return shift_right(input_ids, positions, start, config.pad_token_id)
 
 
 def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

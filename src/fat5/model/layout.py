@@ -33,6 +33,11 @@ class Layout:
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
+    @property
+    def masks_scores(self) -> bool:
+        """Whether the mask has an entry for each query and key."""
+        return self.mask is not None and self.mask.dim() == 4
+
     def to(self, device: torch.device | str, **how: Any) -> "Layout":
         """The same layout on another device, as accelerate asks for where a model is spread over several."""
         starts, mask = (None if x is None else x.to(device, **how) for x in (self.cu_seqlens, self.mask))

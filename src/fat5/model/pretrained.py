@@ -3,13 +3,15 @@
 import logging
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from fat5.errors import CheckpointError, CheckpointShapeError
 from fat5.model.configuration import FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
+from fat5.model.layout import shift_right
 from fat5.model.positions import AbsolutePositions, Fire
 from fat5.model.stack import Stack
 from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
@@ -32,11 +34,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
     # FAT5's attention computes what sdpa does.
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["Block"]
-    _tied_weights_keys: ClassVar = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
-    }
+    _can_compile_fullgraph = True
     # Stock T5 v1.0 checkpoints hold a table of cross-attention that no T5 reads.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
@@ -58,13 +56,22 @@ class FAT5PreTrainedModel(PreTrainedModel):
         """The embeddings of both stacks are always the shared one; the output projection only if the configuration
         ties it.
         """
-        mine = {name: source for name, source in (self._tied_weights_keys or {}).items() if self._has(name)}
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[no-any-return]
+        mine = dict(self._tied_weights_keys or {})
         if not self.config.tie_word_embeddings:
             mine.pop("lm_head.weight", None)
         return mine
 
-    def _has(self, parameter: str) -> bool:
-        return hasattr(self, parameter.split(".")[0])
+    def _shift_right(self, ids: Tensor) -> Tensor:
+        """(B, U) labels, or a text, one to the right behind the start token, as decoder inputs."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return shift_right(ids, positions, *self._start_and_pad())
+
+    def _start_and_pad(self) -> tuple[int, int]:
+        pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0
+        start = self.config.decoder_start_token_id
+        return (pad if start is None else start), pad
 
     def wants_dict(self, return_dict: bool | None) -> bool:
         """Whether forward answers with a ModelOutput rather than a tuple."""

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, Seq2SeqQuestionAnsweringModelOutput
 
 from fat5.errors import ConfigurationError
-from fat5.model.encoder import NOT_OF_AN_ENCODER, encode
+from fat5.model.encoder import NOT_OF_AN_ENCODER, FAT5EncoderModel, encode
 from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, EncoderDecoder
-from fat5.model.heads import refuse_given, shifted
+from fat5.model.heads import refuse_given
 from fat5.model.layers import HeadProjection
 
 
@@ -33,6 +33,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         self.has_decoder = config.head_form != "encoder"
         if not self.has_decoder:
             self._keys_to_ignore_on_load_unexpected = NOT_OF_AN_ENCODER  # type: ignore[misc]
+            self._tied_weights_keys = FAT5EncoderModel._tied_weights_keys  # type: ignore[misc]
         self.num_labels = config.num_labels
         self.qa_outputs = HeadProjection(config.d_model, config.num_labels)
         self.post_init()
@@ -69,11 +70,14 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 if input_ids is None:
                     raise ValueError("decoder_input_ids: without input_ids they must be given, got None")
-                decoder_input_ids = shifted(input_ids, self.config)
-            # One pass over a whole text: there is no next token for which a cache would be kept.
+                decoder_input_ids = self._shift_right(input_ids)
+            if start_positions is not None and end_positions is not None:
+                use_cache = False
+            elif use_cache is None:
+                use_cache = self.config.use_cache and not self.training
             run = self.run(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-                inputs_embeds, decoder_inputs_embeds, False, output_attentions, output_hidden_states,
+                inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
             )  # fmt: skip
         else:
             refuse_given(
@@ -93,7 +97,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
                 raise ValueError("start_positions: packed documents (cu_seqlens) take none; give padded rows")
             loss = (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
         if self.has_decoder:
-            named = {key: value for key, value in run.items() if key not in ("last_hidden_state", "past_key_values")}
+            named = {key: value for key, value in run.items() if key != "last_hidden_state"}
             output: Any = Seq2SeqQuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **named)
         else:
             output = QuestionAnsweringModelOutput(

@@ -1,7 +1,7 @@
 """FAT5ForConditionalGeneration: T5's encoder-decoder with its language-model head, packed inside."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
     T5ForConditionalGeneration.
     """
 
+    _tied_weights_keys: ClassVar = EncoderDecoder._tied_weights_keys | {"lm_head.weight": "shared.weight"}
     # Trainer may hand `num_items_in_batch` over.
     accepts_loss_kwargs = True
 
@@ -114,7 +115,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+            use_cache = self.config.use_cache and not self.training
         outputs = self.run(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,

@@ -78,30 +78,26 @@ class Stack(nn.Module):
         # One bias for all blocks, or one a block, each with where it comes from.
         sources = range(len(self.block)) if self.own_bias else [0]
         biases = [self._bias(layout, cache, offset, hidden, source) for source in sources]
-        if layout.mask is not None and layout.mask.dim() == 4:  # the biases hold it
-            layout = replace(layout, mask=None)
         causal = self.is_decoder and cache is None
+        if layout.masks_scores:  # the biases hold the mask
+            layout, causal = replace(layout, mask=None), False
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
         for number, block in enumerate(self.block):
-            if trace.hidden is not None:
-                trace.hidden.append(hidden)
+            hidden = trace.passed(hidden)
             bias = biases[number if self.own_bias else 0]
             vector, relative = (bias.vector, True) if isinstance(bias, RelativeBias) else (bias, False)
             hidden = block(
                 hidden, vector, memory, relative=relative, layout=layout, rotation=rotation,
                 causal=causal, memory_layout=memory_layout, past_key_values=cache, trace=trace,
             )  # fmt: skip
-        hidden = self.dropout(self.final_layer_norm(hidden))
-        if trace.hidden is not None:
-            trace.hidden.append(hidden)
-        return hidden
+        return trace.passed(self.dropout(self.final_layer_norm(hidden)))
 
     def _bias(
         self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int
     ) -> RelativeBias | Tensor | None:
-        """What attention adds to the scores; with a cache it hides the future too, which attention does without."""
-        if cache is None:
+        """What attention adds to the scores. With a cache, or a mask of the scores, it hides keys too."""
+        if cache is None and not layout.masks_scores:
             return self._relative_bias(layout.max_seqlen, source, hidden.device)
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
         # decoding.
@@ -117,8 +113,8 @@ class Stack(nn.Module):
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
             bias = torch.zeros(1, 1, length, capacity, device=device)
-        if layout.mask is not None and layout.mask.dim() == 4:  # it hides the future too
-            return _masked(bias, layout.mask[..., :capacity])
+        if layout.masks_scores:  # it hides the future too
+            return _masked(bias, layout.mask[..., :capacity])  # type: ignore[index]
         return bias.masked_fill(future, torch.finfo(bias.dtype).min)
 
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
