@@ -311,6 +311,17 @@ def test_what_is_asked_for_wins_over_generation_config(
     assert complete(configured, tokenizer, ASKED, decoding=asked) == plain
 
 
+def test_a_generation_config_without_a_start_takes_that_of_the_model(
+    configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer
+) -> None:
+    """Where stock `generate` alone would refuse."""
+    plain = complete(configured, tokenizer, ASKED)
+    configured.config.decoder_start_token_id = 700
+    configured.generation_config.decoder_start_token_id = None
+    ours, stock = (complete(configured, tokenizer, ASKED, decoding=Decoding(loop=loop)) for loop in ("fat5", "stock"))
+    assert ours == stock != plain
+
+
 def test_every_end_of_generation_config_ends_an_answer(
     configured: FAT5ForConditionalGeneration, tokenizer: Tokenizer
 ) -> None:

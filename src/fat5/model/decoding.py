@@ -71,11 +71,12 @@ class Decoder:
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         pad = config.pad_token_id
         pad = (ends[0] if ends else 0) if pad is None else pad
-        start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+        starts = (config.decoder_start_token_id, config.bos_token_id, self.model.config.decoder_start_token_id, pad)
+        start = next(token for token in starts if token is not None)
         memory = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         step = Step(self.weights, memory, attention_mask, max_new_tokens, beams)
         following = step.graphed() if cuda_graph else step
-        first = torch.full((len(input_ids),), pad if start is None else start, device=input_ids.device)
+        first = torch.full((len(input_ids),), start, device=input_ids.device)
         stop = torch.tensor(ends, device=input_ids.device, dtype=torch.long)
         chosen = processors(config, max_new_tokens, input_ids, stop)
         if beams > 1:

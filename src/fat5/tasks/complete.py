@@ -93,12 +93,16 @@ class Decoding:
             "top_k": self.top_k,
             "top_p": self.top_p,
             "repetition_penalty": self.repetition_penalty,
-            "eos_token_id": tokenizer.info.eos_id if own.eos_token_id is None else None,
-            "pad_token_id": tokenizer.info.pad_id if own.pad_token_id is None else None,
             # One answer a prompt, as a tensor.
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
         }
+        needed = {
+            "eos_token_id": tokenizer.info.eos_id,
+            "pad_token_id": tokenizer.info.pad_id,
+            "decoder_start_token_id": model.config.decoder_start_token_id if own.bos_token_id is None else None,
+        }
+        asked |= {name: token for name, token in needed.items() if getattr(own, name) is None}
         return {name: value for name, value in asked.items() if value is not None}
 
 
