@@ -345,6 +345,10 @@ def test_a_span_is_decoded_and_encoded_in_its_place(tmp_path: Path, kind: str) -
     for cut in range(1, len(whole)):
         before, behind = whole[:cut], whole[cut:]
         assert loaded.decode(before) + loaded.decode(behind, after=before) == loaded.decode(whole)
+    # Samples and audits show whole examples, sentinels by name.
+    sentinel = loaded.info.sentinel_ids[0]
+    shown = loaded.decode([sentinel, *loaded.encode(" paquet de", after="le")])
+    assert shown == f"{loaded.decode([sentinel])} paquet de"
     assert loaded.encode(" paquet de, pour", after="le") == whole[len(loaded.encode("le")) :]
     assert loaded.encode(", un", after="le") == loaded.encode("le, un")[len(loaded.encode("le")) :]
 
@@ -412,6 +416,14 @@ def test_a_pickle_is_refused_by_name(tmp_path: Path, name: str) -> None:
 def test_damaged_json_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer in this folder"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Nope"}')
+    with pytest.raises(TokenizerError, match="AutoTokenizer cannot read it"):
         load_tokenizer(tmp_path)
 
 

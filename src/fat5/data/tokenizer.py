@@ -255,6 +255,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             for other in sorted(folder.iterdir()):
                 if other.is_file():
                     refuse_pickle(other)
+            if not any((folder / name).exists() for name in (CONFIG_FILE, "config.json")):
+                hint = "Train one with `fat5 tokenizer`"
+                raise TokenizerError("no tokenizer in this folder", where=path, hint=hint) from None
             raise
     content = read_json(file)
     roles: dict[str, Any] = {}
@@ -284,9 +287,9 @@ def read_stock(name: str | Path, cls: Any = None) -> Any:
     try:
         loaded = (cls or AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub and the converters raise many kinds
-        reason = str(error).strip().splitlines()
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise TokenizerError(
-            f"cannot be loaded ({reason[0][:160] if reason else type(error).__name__})",
+            f"AutoTokenizer cannot read it ({reason})",
             where=name,
             hint="Give the folder of a tokenizer, or a name on the Hugging Face hub",
         ) from error
