@@ -34,7 +34,7 @@ def test_a_plan_beyond_the_memory_is_bad(capsys: pytest.CaptureFixture[str]) -> 
     code, lines = report(["--config", "fr/large", "--gradient_checkpointing", "false", *flags], capsys)
     assert code == 2
     assert lines["memory plan"]["status"] == "bad"
-    assert "encoder_tokens" in lines["memory plan"]["advice"]
+    assert "encoder_tokens" in lines["memory plan"]["found"]
 
 
 def test_duration_follows_from_the_speed(capsys: pytest.CaptureFixture[str]) -> None:

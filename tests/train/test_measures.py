@@ -14,7 +14,8 @@ from fat5.train.flops import ModelShape, peak_flops
 from fat5.train.metrics import MetricsLog
 from fat5.train.plots import LivePlot, draw_comparison, draw_run, smooth
 from fat5.train.precision import Precision
-from fat5.train.pretraining import configure_model, open_data
+from fat5.train.pretraining import open_data
+from fat5.train.resolution import configure_model
 from made_run import tiny
 
 

@@ -1,10 +1,18 @@
-"""The memory plan against what autograd really keeps."""
+"""The memory plan against what autograd really keeps and what a process really takes; and what a run says of it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from fat5.cli.main import main
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.train.memory import activations
+from fat5.train import memory
+from fat5.train.memory import GIB, activations
+from made_run import tiny
 
 # The count leaves out the small (norms' roots, softmax statistics, dropout masks), so it may be a quarter off, no more.
 SHARE = 0.25
@@ -43,3 +51,57 @@ def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
         assert planned / 4 < measured < planned < activations(config, encoder, decoder, 4, False) / 2
     else:
         assert abs(measured - planned) < SHARE * measured
+
+
+MEASURED = """
+import sys
+from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, pretraining
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+plan, check = [], pretraining.check_memory
+pretraining.check_memory = lambda made, free: (plan.extend([made.total, kilobytes("VmRSS") * 1024]), check(made, free))
+data = DataConfig([SourceConfig(sys.argv[1])], max_tokens=256, encoder_tokens=4096, decoder_tokens=2944)
+pretrain(PretrainConfig(sys.argv[2], model=ModelConfig("fat5-demo"), data=data, steps=3, save_every=1, eval_tokens=256))
+print(plan[0], kilobytes("VmHWM") * 1024 - plan[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="waits for a system that tells a process's peak")
+def test_the_plan_is_what_a_process_takes(prepared: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURED, str(prepared), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned, measured = map(int, done.stdout.split())
+    assert abs(planned - measured) < SHARE * measured, f"planned {planned / GIB:.2f} GiB, measured {measured / GIB:.2f}"
+
+
+def test_a_run_beyond_the_memory_is_refused_before_it_spends(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny(prepared, tmp_path / "run").to_yaml())
+    flags = ["--config", str(recipe), "--model.preset", "fat5-large", "--model.overrides", "{}"]
+    assert main(["pretrain", *flags]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"fat5 pretrain: the run needs about [\d.]+ GiB \(weights .*\), and 2.0 GiB .*\n", err)
+    assert not (tmp_path / "run").exists()
+    assert main(["doctor", *flags, "--json_output"]) == 2
+    assert err.removeprefix("fat5 pretrain: ").strip()[:40] in capsys.readouterr().out, "doctor says the same"
+
+
+def test_a_run_says_what_it_will_take(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny(prepared, tmp_path / "run").to_yaml())
+    assert main(["pretrain", "--config", str(recipe)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    model, step, run, room = (next(line for line in lines if line.startswith(word)) for word in WORDS)
+    assert "parameters" in model
+    assert "768 tokens: 2 packs of 256 (encoder) + 128 (decoder)" in step
+    assert re.search(r"8 steps, 6,144 tokens; 0\.\d+ passes over [\d,]+ tokens of text", run)
+    assert re.search(r"about 0\.\d\d GiB \(weights .*\) of \d+\.\d GiB free", room)
+    assert any(re.match(r"time    about \d+:\d\d for the 3 steps that are left", line) for line in lines)
+
+
+WORDS = ("model ", "step ", "run ", "memory ")

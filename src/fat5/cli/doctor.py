@@ -1,19 +1,18 @@
 """`fat5 doctor`: what this machine has, and what a run of a given recipe will need of it."""
 
 import json
-import os
 import platform
 import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from fat5.cli.parsing import parse
 from fat5.cli.recipes import FOLDER, recipe_names
 from fat5.errors import ConfigurationError, FAT5Error
+from fat5.machine import available_cores, available_memory
 from fat5.train.config import PretrainConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
@@ -95,10 +94,10 @@ def machine() -> list[Finding]:
             Finding("GPU", WARN, "none: fat5 runs on the CPU here", "fine for the demo; training wants a GPU")
         )
         findings.append(Finding("triton", OK, triton or "not installed (needed on a GPU only)"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     findings.append(Finding("CPU cores", OK, f"{cores}, torch uses {torch.get_num_threads()} threads"))
-    memory = _memory()
-    if memory:
+    memory = available_memory()
+    if memory is not None:
         findings.append(
             Finding("memory", OK if memory > 4 * 2**30 else WARN, f"{memory / 2**30:.0f} GiB free", "4 GiB is little")
         )
@@ -124,64 +123,46 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     """What a run of this recipe needs: each fault it would meet, its size and its memory."""
     import torch
 
-    from fat5.train.precision import resolve_precision
+    from fat5.data import TokenizerInfo
     from fat5.train.pretraining import open_data
+    from fat5.train.resolution import configure_model, on_meta, settle
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings: list[Finding] = []
-    info: Any = None
     config.output_dir = config.output_dir or "runs/doctor"
-    config.precision = resolve_precision(config.precision, device)
     try:
-        data = open_data(config.resolved())
-        info = data.info
+        run = settle(config, device)
+        info = open_data(run).info
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
         try:
-            config.data.batch()
+            info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
+            run = settle(config, device, info)
         except FAT5Error:
             return findings  # shapes that cannot be have no plan
     try:
-        model = _model_on_meta(config, info)
+        model = on_meta(configure_model(run, info))
     except FAT5Error as error:
         return [*findings, Finding("model", BAD, str(error))]
-    findings.append(Finding("model", OK, f"{config.model.preset}: {model.num_parameters():,} parameters"))
-    return findings + _memory_findings(config, model, device) + _work_findings(config, model)
-
-
-def _model_on_meta(config: DoctorConfig, info: Any) -> Any:
-    import torch
-
-    from fat5.data import TokenizerInfo
-    from fat5.model import FAT5ForConditionalGeneration
-    from fat5.train.pretraining import configure_model
-
-    if info is None:
-        info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
-    with torch.device("meta"):
-        return FAT5ForConditionalGeneration(configure_model(config, info))
+    findings.append(Finding("model", OK, f"{run.model.preset}: {model.num_parameters():,} parameters"))
+    return findings + _memory_findings(run, model, device) + _work_findings(run, model, config.tokens_per_second)
 
 
 def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
-    import torch
+    from fat5.train.banner import TIGHT
+    from fat5.train.memory import LOWER, check_memory, free_memory, plan_memory
 
-    from fat5.ops.linear_cross_entropy import default_chunk_size
-    from fat5.train.memory import GIB, plan_memory
-
-    rows = default_chunk_size(torch.empty(model.config.vocab_size, 1, device=device))
-    plan = plan_memory(config, model, rows)
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _memory()
-    parts = ", ".join(
-        f"{name} {getattr(plan, name) / GIB:.2f}"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits")
-    )
-    fits = not free or plan.total < 0.9 * free
-    advice = "Set gradient_checkpointing: true, or lower data.encoder_tokens and data.decoder_tokens"
-    return [Finding("memory plan", OK if fits else BAD, f"{plan.total / GIB:.2f} GiB ({parts})", advice)]
+    plan, free = plan_memory(config, model, device), free_memory(device)
+    try:
+        check_memory(plan, free)
+    except FAT5Error as error:
+        return [Finding("memory plan", BAD, str(error))]
+    tight = free is not None and plan.total > TIGHT * free
+    return [Finding("memory plan", WARN if tight else OK, plan.describe(), LOWER)]
 
 
-def _work_findings(config: DoctorConfig, model: Any) -> list[Finding]:
+def _work_findings(config: PretrainConfig, model: Any, speed: float | None) -> list[Finding]:
     import torch
 
     from fat5.train.flops import ModelShape
@@ -195,7 +176,6 @@ def _work_findings(config: DoctorConfig, model: Any) -> list[Finding]:
     tokens = packs * (config.data.encoder_tokens + config.data.decoder_tokens)
     whole = flops * config.steps / 1e18
     found = f"{tokens:,} tokens and {flops / 1e12:,.2f} TFLOP a step; {whole:,.3g} EFLOP in {config.steps:,} steps"
-    speed = config.tokens_per_second
     if speed:
         found += f"; {tokens * config.steps / speed / 3600:,.1f} hours at {speed:,.0f} tokens/s"
     return [Finding("work", OK, found)]
@@ -223,14 +203,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return "found" if find_spec(name.replace("-", "_")) else None
-
-
-def _memory() -> int | None:
-    """Bytes of memory available, by the kernel's own count; None where it does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

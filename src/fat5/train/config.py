@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -10,6 +10,13 @@ from fat5.data import BatchConfig, DenoiserConfig, MixtureOfDenoisers
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train.precision import PrecisionName
+
+AUTO: Any = "auto"
+if TYPE_CHECKING:
+    Size = int
+    """A number; a configuration may say auto instead, until `fat5.train.sizes` has chosen."""
+else:
+    Size = int | Literal["auto"]
 
 
 @dataclass
@@ -30,22 +37,25 @@ class DataConfig:
     """Prepared folders; the tokenizer and the validation split are those of the first"""
     mixture: str | list[DenoiserConfig] = "fat5"
     """Mixture of denoisers: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}"""
-    max_tokens: int = 1024
-    """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated"""
-    encoder_tokens: int = 16384
-    """Encoder tokens of a pack, a multiple of 128"""
-    decoder_tokens: int = 8192
-    """Decoder tokens of a pack, a multiple of 128; `fat5 audit` suggests it"""
-    packs_per_step: int = 8
-    """Packs of one optimizer step: the global batch"""
+    max_tokens: Size = AUTO
+    """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated; auto is a quarter
+    of encoder_tokens, at most 1,024"""
+    encoder_tokens: Size = AUTO
+    """Encoder tokens of a pack, a multiple of 128; auto fits the corpus and the memory: 1,024 to 16,384, on a CPU to
+    2,048"""
+    decoder_tokens: Size = AUTO
+    """Decoder tokens of a pack, a multiple of 128; auto is what goes with encoder_tokens on this corpus, as
+    `fat5 audit` suggests it"""
+    packs_per_step: Size = AUTO
+    """Packs of one optimizer step: the global batch; auto fits the corpus: 1 to 8 packs of 16,384 encoder tokens"""
     packs_per_micro_batch: int = 1
     """Packs run at once; less memory with fewer, the same result with any"""
     window: int = 1024
     """Examples the packing looks ahead to"""
     max_examples: int | None = None
     """Most examples of a pack; a sixteenth of encoder_tokens if not given"""
-    num_workers: int = 2
-    """Processes that prepare batches; 0 prepares them in the training process"""
+    num_workers: Size = AUTO
+    """Processes that prepare batches; 0 prepares them in the training process; auto is 2 with a GPU and 0 without"""
 
     def batch(self) -> BatchConfig:
         """The shapes, as the loader takes them; refuses shapes that cannot work."""
@@ -61,8 +71,9 @@ class DataConfig:
 class ModelConfig:
     """The model to train."""
 
-    preset: str = "fat5-base"
-    """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo, at a vocabulary of 32,768"""
+    preset: str = "auto"
+    """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo (25M), at a vocabulary of 32,768;
+    auto is fat5-demo on a CPU, on a GPU fat5-small, or fat5-base for a billion tokens of text and more"""
     position_encoding: Literal["t5", "alibi", "rope", "fire", "absolute", "none"] = "t5"
     """How the model knows positions; a t5 model is a plain T5 checkpoint"""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -85,8 +96,8 @@ class PretrainConfig:
     """How it learns"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the run"""
-    steps: int = 1000
-    """Optimizer steps of the whole run"""
+    steps: Size = AUTO
+    """Optimizer steps of the whole run; auto makes four passes over the data, in 500 to 100,000 steps"""
     precision: PrecisionName = "auto"
     """fp32, bf16 (autocast, float32 weights), bf16-pure (bf16 weights with Kahan compensation), fp16 (autocast, dynamic
     loss scaling); auto is bf16 on a GPU that has it and fp32 on a CPU"""
@@ -101,10 +112,12 @@ class PretrainConfig:
     """Largest norm of the whole gradient; null leaves it as it is"""
     log_every: int = 10
     """Steps between two lines in a log (metrics.jsonl has every step) and between two points in TensorBoard"""
-    eval_every: int = 500
-    """Steps between two evaluations; there is one before the first and one after the last step in any case"""
-    eval_tokens: int = 65536
-    """Validation text of an evaluation, in raw tokens; each denoiser is applied to it"""
+    eval_every: Size = AUTO
+    """Steps between two evaluations; there is one before the first and one after the last step in any case; auto is a
+    fifth of the run, at most 500"""
+    eval_tokens: Size = AUTO
+    """Validation text of an evaluation, in raw tokens; each denoiser is applied to it; auto goes with the length of the
+    run: 1,024 to 65,536"""
     save_every: int = 500
     """Steps between two checkpoints; there is one at the end in any case"""
     keep_last: int = 2
@@ -127,7 +140,8 @@ class PretrainConfig:
     """Write TensorBoard events to DIR/tensorboard"""
 
     def resolved(self) -> "PretrainConfig":
-        """A copy with every default filled in; refuses what cannot work.
+        """A copy with every default filled in, but for sizes that say auto (`fat5.train.sizes`); refuses what cannot
+        work.
 
         Raises:
             ConfigurationError: a key is missing or has a value that cannot work.
@@ -145,15 +159,19 @@ class PretrainConfig:
             _at_least(1, keep_every=self.keep_every)
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigurationError(f"gradient_clip is {self.gradient_clip}", hint="Give a norm above 0, or null")
-        self.data.batch()
         self.data.denoisers()
-        self.schedule.validate(self.steps)
+        if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
+            self.data.batch()
+        schedule = self.schedule
+        if self.steps != "auto":
+            schedule.validate(self.steps)
+            schedule = schedule.resolved(self.steps)
         if self.precision == "bf16-pure" and self.optimizer.name != "adamw_scale":
             raise ConfigurationError(
                 f"precision is bf16-pure, and {self.optimizer.name} does not compensate the rounding of bf16 weights",
                 hint="Use adamw_scale, or precision bf16",
             )
-        return replace(self, optimizer=self.optimizer.resolved(), schedule=self.schedule.resolved(self.steps))
+        return replace(self, optimizer=self.optimizer.resolved(), schedule=schedule)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the YAML."""
@@ -183,5 +201,5 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigurationError(f"{name} is {value!r}", hint=f"Give a whole number of at least {least}")

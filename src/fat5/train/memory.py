@@ -1,12 +1,18 @@
-"""The memory a run will take, counted from its shapes before it starts.
+"""The memory a run will take, counted from its shapes before it starts, and the refusal of one that cannot fit.
 
 Counted: weights, gradients and optimizer state by parameter; the activations a backward pass needs by packed token; one
-chunk of logits. Not counted: the allocator's rounding and what the libraries themselves load (about 1 GB on a GPU).
+chunk of logits; the copy that a checkpoint is written from while training goes on (in the host's memory); and a flat
+amount for what the libraries still load. Not counted: the allocator's rounding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
+from fat5.errors import ConfigurationError
+from fat5.machine import available_memory
+from fat5.ops.linear_cross_entropy import default_chunk_size
 from fat5.train.config import PretrainConfig
 
 GIB = 1 << 30
@@ -16,30 +22,77 @@ GIB = 1 << 30
 STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "sophia": 8, "muon": 4, "adafactor": 0}
 
 
+LIBRARIES = {"cpu": GIB // 10, "cuda": GIB // 2}
+"""Compiled kernels and scratch buffers, beyond what importing FAT5 has taken: measured about 0.1 GiB on a CPU."""
+
+LOWER = "Lower data.encoder_tokens and data.decoder_tokens, set gradient_checkpointing, or take a smaller model.preset"
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose."""
+    """Bytes by purpose, beyond what the process has taken when it is made."""
 
+    device: str
+    """Type of the device: cpu or cuda"""
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    checkpoint: int
+    """The copy that a checkpoint is written from; on the host"""
+    libraries: int
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """Bytes on the device in all."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Purpose → bytes on the device."""
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "device"}
+        return {name: size for name, size in named.items() if name != "checkpoint" or self.device == "cpu"}
+
+    def describe(self) -> str:
+        """In GiB: the total and its parts."""
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items())
+        return f"{self.total / GIB:.2f} GiB ({parts})"
 
 
-def plan_memory(config: PretrainConfig, model: Any, logits_rows: int) -> MemoryPlan:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a run can still take on the device; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def check_memory(plan: MemoryPlan, free: int | None) -> None:
+    """Refuses a plan beyond what is free, on the device or for the checkpoints of a GPU's run on the host.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    if free is not None and plan.total > free:
+        raise ConfigurationError(
+            f"the run needs about {plan.describe()}, and {free / GIB:.1f} GiB of memory are free", hint=LOWER
+        )
+    host = available_memory() if plan.device != "cpu" else None
+    if host is not None and plan.checkpoint > host:
+        raise ConfigurationError(
+            f"a checkpoint is written from a copy of {plan.checkpoint / GIB:.1f} GiB, and {host / GIB:.1f} GiB of the "
+            "host's memory are free",
+            hint="Take a smaller model.preset, or give the job more memory",
+        )
+
+
+def plan_memory(config: PretrainConfig, model: Any, device: torch.device) -> MemoryPlan:
     """The plan for a resolved configuration.
 
     Args:
-        config: resolved, its precision too.
+        config: every size chosen, its precision resolved.
         model: a model of that configuration; it may be on the meta device.
-        logits_rows: rows of logits that exist at a time (`fat5.ops.linear_cross_entropy`).
+        device: what it will train on.
     """
+    stand_in = torch.empty(model.config.vocab_size, 0, device="cpu" if device.type == "cpu" else "meta")
+    logits_rows = default_chunk_size(stand_in)
     parameters = model.num_parameters()
     pure = config.precision == "bf16-pure"
     weight_bytes = 2 if pure else 4
@@ -53,6 +106,7 @@ def plan_memory(config: PretrainConfig, model: Any, logits_rows: int) -> MemoryP
     # Under autocast the weights are cast once a step and the casts are kept for the backward pass.
     casts = 2 * parameters if config.precision in ("bf16", "fp16") else 0
     return MemoryPlan(
+        device=device.type,
         weights=weight_bytes * parameters + casts,
         gradients=weight_bytes * parameters,
         optimizer=state * parameters,
@@ -64,6 +118,8 @@ def plan_memory(config: PretrainConfig, model: Any, logits_rows: int) -> MemoryP
             config.gradient_checkpointing,
         ),
         logits=2 * 4 * logits_rows * model.config.vocab_size,
+        checkpoint=(weight_bytes + state) * parameters,
+        libraries=LIBRARIES["cuda" if device.type == "cuda" else "cpu"],
     )
 
 

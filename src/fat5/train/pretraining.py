@@ -8,30 +8,32 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.optim import build_optimizer
+from fat5.train.banner import banner
 from fat5.train.checkpoint import Choice, read_trainer_state
 from fat5.train.checkpoint_files import verify_checkpoint
 from fat5.train.compare import check_changes
 from fat5.train.config import PretrainConfig
 from fat5.train.evaluation import evaluate, unigram_entropy
+from fat5.train.memory import check_memory, free_memory, plan_memory
 from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
 from fat5.train.plots import LivePlot, draw_run
-from fat5.train.precision import Precision, resolve_precision
+from fat5.train.precision import Precision
+from fat5.train.resolution import configure_model, on_meta, settle
 from fat5.train.run_directory import RunDirectory, write_atomically
 from fat5.train.samples import validation_samples
+from fat5.train.sizes import Text
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 from fat5.train.world import refuse_many_processes
@@ -66,20 +68,32 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     refuse_many_processes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = config.resolved()
-    config = replace(config, precision=resolve_precision(config.precision, device))
+    config = settle(config, device)
     data = open_data(config)
     model_config = configure_model(config, data.info)
+    announcement = _announce(config, data, model_config, device)
     with RunDirectory(config.output_dir) as run, _determinism(config.deterministic and device.type == "cuda"):
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         model = FAT5ForConditionalGeneration(model_config)
         trainer = _trainer(config, run, model, data, device)
+        for line in announcement:
+            trainer.display.say(line)
         _continue(trainer, config, run)
         write_atomically(run.config, config.to_yaml())
         trainer.run()
         return _finish(trainer, run, model, data)
+
+
+def _announce(config: PretrainConfig, data: RunData, model_config: FAT5Config, device: torch.device) -> list[str]:
+    """What the run says of itself; refuses one that the memory cannot hold."""
+    model = on_meta(model_config)
+    plan, free = plan_memory(config, model, device), free_memory(device)
+    check_memory(plan, free)
+    stream = data.loader.stream
+    corpora = [(source.weight, source.shards.num_tokens) for source in stream.sources]
+    return banner(config, model.num_parameters(), Text.of(stream), corpora, plan, free, device)
 
 
 def open_data(config: PretrainConfig) -> RunData:
@@ -102,37 +116,6 @@ def open_data(config: PretrainConfig) -> RunData:
     held = [source.shards.manifest for source in train]
     short = sum(loader.stream.short_tokens)
     return RunData(loader, validation, mixture.names(), tokenizer, info, identity, held, short)
-
-
-def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
-    """The model's configuration for the tokenizer's vocabulary.
-
-    Raises:
-        ConfigurationError: an override that the model's configuration does not have.
-    """
-    known = FAT5Config().to_dict()
-    ours = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "position_encoding")
-    for key in config.model.overrides:
-        if key in ours:
-            raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="Remove it")
-        if key not in known and not hasattr(FAT5Config, key):
-            near = get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
-            raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
-    try:
-        return FAT5Config.preset(
-            config.model.preset,
-            vocab_size=info.vocab_size,
-            position_encoding=config.model.position_encoding,
-            pad_token_id=info.pad_id,
-            eos_token_id=info.eos_id,
-            decoder_start_token_id=info.pad_id,
-            **config.model.overrides,
-        )
-    except (StrictDataclassError, TypeError, AttributeError) as error:
-        # transformers says on several lines which key has which type; the last of them is enough.
-        said = str(error).splitlines()[-1].strip()
-        raise ConfigurationError(said, where="model.overrides", hint="See docs/model.md for the keys") from error
 
 
 def comparable(config: PretrainConfig, identity: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Trainer:
         self.loader, self.evaluation = loader, evaluation
         self.configuration, self.model_config, self.plot = configuration, model_config, plot
         self.progress = state.Progress()
-        self.display = RunDisplay(config.steps, 0, config.log_every)
+        self.display = RunDisplay(config.steps, 0, config.log_every, config.eval_every)
         self.events = EventLog(run.events)
         self.metrics = MetricsLog(run.metrics, on_failure=self._warn)
         self.store = CheckpointStore(run.checkpoints, config.keep_last, config.keep_best, config.keep_every)
@@ -99,7 +99,7 @@ class Trainer:
             CheckpointError: checkpoints could not be written, again and again.
         """
         progress, steps = self.progress, self.config.steps
-        self.display = RunDisplay(steps, progress.step, self.config.log_every)
+        self.display = RunDisplay(steps, progress.step, self.config.log_every, self.config.eval_every)
         if self.config.tensorboard:
             self.tensorboard = TensorBoard(self.run_directory.path / "tensorboard", progress.step, self._warn)
         self._began = time.perf_counter() - progress.seconds
@@ -262,12 +262,13 @@ class Trainer:
         self._settle_all()
         if self.progress.step != before:  # rewound
             return False
+        began = time.perf_counter()
         row = self.evaluation(before_batch=self._leave_if_asked).row(before)
         self.progress.evaluated_at = before
         self.progress.first_evaluation = self.progress.first_evaluation or row
         self.progress.last_evaluation = row
         self.metrics.write(row)
-        self.display.evaluation(row)
+        self.display.evaluation(row, time.perf_counter() - began)
         if self.tensorboard is not None:
             self.tensorboard.write(row)
         return True

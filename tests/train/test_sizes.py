@@ -1,0 +1,135 @@
+"""Sizes that a configuration leaves open: they fit corpus and machine, and stay when a run goes on."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fat5.cli.main import main
+from fat5.data import suggest_budgets
+from fat5.errors import ConfigurationError
+from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows, sizes
+from fat5.train.memory import GIB
+from fat5.train.resolution import settle
+from fat5.train.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys
+from made_run import TINY, kill_at_row
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Model:
+    """As much of a model as its memory depends on: fat5-small's shapes."""
+
+    class config:  # noqa: N801
+        d_model, num_heads, d_kv, d_ff, is_gated_act = 512, 8, 64, 2048, True
+        num_layers = num_decoder_layers = 12
+        vocab_size = 32768
+
+    def num_parameters(self) -> int:
+        return 146_832_896
+
+
+def chosen(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, free: int = 80 * GIB, **data: object):
+    """Sizes for so much web text, without a corpus."""
+    monkeypatch.setattr(sizes, "WEB_PAGES", dataclasses.replace(WEB_PAGES, tokens=tokens))
+    monkeypatch.setattr(sizes, "free_memory", lambda device: free)
+    config = PretrainConfig("x", data=DataConfig([SourceConfig("nowhere")], **data), precision="bf16")
+    return choose_sizes(config, device, lambda config: Model(), prepared=False)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("tokens", [3_000, 170_000, 5_000_000, 200_000_000, 50_000_000_000])
+def test_they_fit_any_corpus(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = chosen(tokens, device, monkeypatch)
+    assert open_keys(config) == []
+    batch = config.data.batch()
+    batch.check_longest(*config.data.denoisers().max_lengths(batch.max_tokens, 256))
+    assert batch.encoder_tokens * batch.packs_per_step <= 8 * 16_384
+    assert 500 <= config.steps <= 100_000
+    passes = config.steps * dataclasses.replace(WEB_PAGES, tokens=tokens).tokens_a_step(batch) / tokens
+    assert passes == pytest.approx(4, rel=0.02) or config.steps in (500, 100_000)
+    assert 1 <= config.eval_every <= 500
+    assert 1_024 <= config.eval_tokens <= 65_536
+
+
+def test_a_laptop_and_a_large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    laptop = chosen(170_000, CPU, monkeypatch)
+    assert (laptop.model.preset, laptop.data.encoder_tokens, laptop.data.packs_per_step) == ("fat5-demo", 1024, 1)
+    assert (laptop.data.max_tokens, laptop.data.num_workers) == (256, 0)
+    large = chosen(50_000_000_000, GPU, monkeypatch)
+    assert (large.model.preset, large.data.encoder_tokens, large.data.packs_per_step) == ("fat5-base", 16384, 8)
+    assert (large.data.max_tokens, large.steps) == (1024, 100_000)
+
+
+def test_packs_shrink_to_the_memory_and_the_step_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = chosen(50_000_000_000, GPU, monkeypatch, free=12 * GIB)
+    assert small.data.encoder_tokens < 16_384
+    assert small.data.encoder_tokens * small.data.packs_per_step == 8 * 16_384
+
+
+def test_what_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = chosen(5_000_000, CPU, monkeypatch, max_tokens=1024, packs_per_step=3)
+    assert (config.data.max_tokens, config.data.packs_per_step) == (1024, 3)
+    assert config.data.encoder_tokens >= 4 * 1024
+    small = chosen(5_000_000, CPU, monkeypatch, encoder_tokens=512)
+    assert (small.data.encoder_tokens, small.data.max_tokens) == (512, 128)
+
+
+def test_the_decoder_s_budget_is_the_one_the_audit_suggests(prepared: Path) -> None:
+    config = settle(PretrainConfig("x", data=DataConfig([SourceConfig(str(prepared))], encoder_tokens=16384)), CPU)
+    text = Text.of(sizes._stream(config))
+    assert config.data.decoder_tokens == suggest_budgets(text.encoder, text.decoder, 16384)[1]
+    assert 8_000 < config.data.decoder_tokens < 16_384
+
+
+def open_run(prepared: Path, folder: Path, **changes: object) -> PretrainConfig:
+    """A run of which nothing is given but model, data and steps."""
+    model = ModelConfig(preset="fat5-demo", overrides=TINY)
+    settings = {"steps": 6, "save_every": 3, "log_every": 100} | changes
+    return PretrainConfig(str(folder), model=model, data=DataConfig([SourceConfig(str(prepared))]), **settings)  # type: ignore[arg-type]
+
+
+def test_a_run_keeps_what_was_chosen(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, and started again by the same command on another machine, it is the same run."""
+    from made_run import in_child
+
+    def work() -> None:
+        kill_at_row(6)()
+        pretrain(open_run(prepared, tmp_path / "run"))
+
+    assert in_child(work) == -9
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "auto" not in [before["steps"], before["eval_every"], before["eval_tokens"], *before["data"].values()]
+    monkeypatch.setattr(sizes, "SMALLEST_PACK", 4096)
+    monkeypatch.setattr(sizes, "PASSES", 40)
+    pretrain(open_run(prepared, tmp_path / "run"))
+    after = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert after == before
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"] == [
+        *range(1, 7)
+    ]
+
+
+def test_a_checkpoint_elsewhere_brings_its_sizes(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(open_run(prepared, tmp_path / "one", steps=3))
+    monkeypatch.setattr(sizes, "SMALLEST_PACK", 4096)
+    again = open_run(prepared, tmp_path / "two", steps=3, resume=str(tmp_path / "one" / "checkpoints" / "step-3"))
+    assert settle(again, CPU).data.encoder_tokens == 1024
+
+
+def test_auto_is_a_word_for_sizes_alone(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--output_dir", str(tmp_path / "run"), "--data.sources", f'[{{"path": "{prepared}"}}]']
+    assert main(["pretrain", *flags, "--log_every", "auto"]) == 2
+    assert main(["pretrain", *flags, "--steps", "many"]) == 2
+    assert main(["pretrain", *flags, "--data.packs_per_micro_batch", "0"]) == 2
+    assert "packs_per_micro_batch" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(ConfigurationError, match="steps is -1"):
+        PretrainConfig("x", data=DataConfig([SourceConfig("a")]), steps=-1).resolved()
+
+
+def test_every_open_key_exists() -> None:
+    assert open_keys(PretrainConfig()) == list(OPEN)
