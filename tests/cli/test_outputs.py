@@ -113,3 +113,15 @@ def test_the_seed_of_a_conversion(run, tmp_path, capsys):
 def test_an_argument_that_is_not_utf8(verb, capsys):
     assert main([verb, "--output_dir", "r\udcff"]) == 2
     assert capsys.readouterr().err == f"fat5 {verb}: 'r\\udcff': not UTF-8. Rename it, or set a UTF-8 locale\n"
+
+
+def test_tuning_asks_first_whether_its_rows_can_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a wheel in somebody else's environment: said before the minutes of measuring, not after."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["bench", "kernels", "--autotune"]) == 2
+    assert "launch_table.py: tuned rows are written here, which is not permitted" in capsys.readouterr().err

@@ -96,6 +96,12 @@ def _autotune(seconds: float) -> int:
     from fat5.ops.attention import launch_table
     from fat5.ops.attention.triton_tuning import tune, write_table
 
+    if not os.access(Path(launch_table.__file__).parent, os.W_OK):
+        raise ConfigurationError(
+            "tuned rows are written here, which is not permitted",
+            where=launch_table.__file__,
+            hint="Tune in a checkout, or in an environment of your own",
+        )
     counts = tune(time.perf_counter() + seconds, note=print)
     write_table(Path(launch_table.__file__), launch_table.TUNED)
     print(f"{counts['tuned']} rows measured, {counts['left']} left as they were; wrote {launch_table.__file__}")

@@ -13,7 +13,7 @@ from fat5.cli.parsing import parse
 from fat5.cli.recipes import FOLDER, recipe_names
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.machine import available_cores, available_memory
-from fat5.train.config import PretrainConfig
+from fat5.train.config import PretrainConfig, SourceConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
 
@@ -136,6 +136,7 @@ def recipe(config: DoctorConfig) -> list[Finding]:
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
+        config.data.sources = config.data.sources or [SourceConfig("not given")]
         try:
             info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
             run = settle(config, device, info)

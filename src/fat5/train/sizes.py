@@ -36,6 +36,9 @@ SHARE_OF_MEMORY = 0.8
 
 TYPICAL_FILL = 0.97
 MEASURED_EXAMPLES = 16_384
+SENTINELS = 256
+"""Of the tokenizers that `fat5 tokenizer` makes. Fewer make longer spans, and no longer targets."""
+
 OPEN = (
     "model.preset",
     "data.max_tokens",
@@ -150,7 +153,7 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
     """decoder_tokens in the ratio of the lengths, and packs_per_step."""
     decoder, packs = asked.decoder_tokens, asked.packs_per_step
     if decoder == "auto":
-        longest = max(data.denoisers().max_lengths(data.max_tokens, _SENTINELS)[1], 1)
+        longest = max(data.denoisers().max_lengths(data.max_tokens, SENTINELS)[1], 1)
         suggested = suggest_budgets(text.encoder, text.decoder, data.encoder_tokens)[1]
         decoder = max(suggested, -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE)
     if packs == "auto":
@@ -188,9 +191,6 @@ def _length(config: PretrainConfig, text: Text) -> PretrainConfig:
     if config.eval_tokens == "auto":
         config = replace(config, eval_tokens=max(1_024, min(65_536, int(config.steps * taken) // 256)))
     return replace(config, schedule=config.schedule.resolved(config.steps))
-
-
-_SENTINELS = 256  # of the tokenizers that `fat5 tokenizer` makes; fewer make longer spans, and no longer targets
 
 
 def _sources(config: PretrainConfig) -> list[Source]:

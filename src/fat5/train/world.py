@@ -15,5 +15,5 @@ def refuse_many_processes() -> None:
     if size.isdecimal() and int(size) > 1:
         raise ConfigurationError(
             f"WORLD_SIZE is {size}: training on many devices is not there yet",
-            hint="Run it without torchrun; CUDA_VISIBLE_DEVICES=1 chooses the GPU",
+            hint="Run it without torchrun; CUDA_VISIBLE_DEVICES=N chooses the GPU",
         )
