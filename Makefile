@@ -31,6 +31,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
 
 wheel:
+	rm -rf build
 	$(PYTHON) scripts/try_wheel.py
 
 lint: $(INSTALLED)
