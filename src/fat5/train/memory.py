@@ -1,8 +1,8 @@
 """The memory a run will take, counted from its shapes before it starts, and the refusal of one that cannot fit.
 
 Counted: weights, gradients and optimizer state by parameter; the activations a backward pass needs by packed token; one
-chunk of logits; the copy that a checkpoint is written from while training goes on (in the host's memory); and a flat
-amount for what the libraries still load. Not counted: the allocator's rounding.
+chunk of logits; the copy that a checkpoint is written from while training goes on (in the host's memory); on a GPU a
+flat amount for the libraries. Not counted: the allocator's rounding.
 """
 
 from dataclasses import dataclass, fields
@@ -22,8 +22,8 @@ GIB = 1 << 30
 STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "sophia": 8, "muon": 4, "adafactor": 0}
 
 
-LIBRARIES = {"cpu": GIB // 10, "cuda": GIB // 2}
-"""Compiled kernels and scratch buffers, beyond what importing FAT5 has taken: measured about 0.1 GiB on a CPU."""
+LIBRARIES = {"cpu": 0, "cuda": GIB // 2}
+"""Compiled kernels and scratch buffers of a GPU. On a CPU the process holds them already when the plan is made."""
 
 LOWER = "Lower data.encoder_tokens and data.decoder_tokens, set gradient_checkpointing, or take a smaller model.preset"
 
@@ -51,7 +51,7 @@ class MemoryPlan:
     def parts(self) -> dict[str, int]:
         """Purpose → bytes on the device."""
         named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "device"}
-        return {name: size for name, size in named.items() if name != "checkpoint" or self.device == "cpu"}
+        return {name: size for name, size in named.items() if size and (name != "checkpoint" or self.device == "cpu")}
 
     def describe(self) -> str:
         """In GiB: the total and its parts."""
