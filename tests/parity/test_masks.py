@@ -29,6 +29,7 @@ from transformers import (
 
 import fat5
 from fat5.errors import ConfigurationError
+from fat5.model.decoding import generate
 
 
 def with_interface(stock: Any) -> Any:
@@ -254,3 +255,14 @@ def test_accelerate_forgets_the_choice_when_undone():
     assert vars(model.encoder)["computes_padding"] is False
     fat5.accelerate(model, undo=True)
     assert "computes_padding" not in vars(model.encoder)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "FAT5"])
+def test_our_loop_decodes_a_text_without_a_token(ours):
+    stock = t5_v1_1().eval()
+    batch = {key: value for key, value in masked("text").items() if key in ("input_ids", "attention_mask")}
+    want = stock.generate(**batch, max_new_tokens=12)
+    model = fat5_like(stock).eval() if ours else stock
+    got = generate(model, **batch, max_new_tokens=12)
+    assert torch.equal(got, want)
+    assert torch.equal(model.generate(**batch, max_new_tokens=12), want)
