@@ -76,7 +76,8 @@ def test_an_error_of_the_system_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("fat5.cli.plot.main", full)
     assert main(["plot"]) == 2
-    assert capsys.readouterr().err == "fat5 plot: a b.png: No space left on device\n"
+    said = "fat5 plot: a b.png: No space left on device. Make room, and run the same command again\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("verb", VERBS)

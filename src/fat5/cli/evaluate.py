@@ -5,11 +5,10 @@ import json
 
 def main(argv: list[str]) -> int:
     """Prints a table; with `--output FILE` writes the same as JSON."""
-    from pathlib import Path
-
     from fat5.cli.parsing import parse
     from fat5.errors import check_writable
     from fat5.train.scoring import EvaluateConfig, evaluate_model
+    from fat5.writing import write_output
 
     config = EvaluateConfig(**parse(EvaluateConfig, argv, "evaluate"))
     if config.output:
@@ -22,5 +21,5 @@ def main(argv: list[str]) -> int:
         print(f"{name:{width}}  {score['loss']:8.4f}  {score['accuracy']:8.2%}  {score['tokens']:10,}")
     print(f"unigram entropy of the targets: {scores['unigram_entropy']:.4f}")
     if config.output:
-        Path(config.output).write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+        write_output(config.output, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     return 0

@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal
 from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError, DataError, check_writable
 from fat5.tasks.complete import Decoding, complete
+from fat5.writing import write_output
 
 # A prompt is a text for one context window; a line above this is some other file given by mistake.
 LONGEST_PROMPT = 1_000_000
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
     if config.output is None:
         print("\n".join(lines))
     else:
-        Path(config.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_output(config.output, "\n".join(lines) + "\n")
     return 0
 
 

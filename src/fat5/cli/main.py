@@ -1,5 +1,6 @@
 """`fat5 VERB …`: finds the verb's file and runs it. Imports nothing heavy, so `fat5 --help` answers at once."""
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -39,15 +40,65 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         # A terminal that cannot show a letter gets its code, not a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not _streams_are_open():
+        print("fat5: standard output is closed. Redirect it to a file or to /dev/null", file=sys.stderr)
+        return 2
+    code = 0
     try:
         code = _run(argv)
         sys.stdout.flush()
-        return code
     except BrokenPipeError:
-        # The reader has seen enough (`| head`); the interpreter's own flush at exit must not complain either.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()  # the reader has seen enough (`| head`)
         return 0
+    except OSError as error:
+        _silence_stdout()
+        if code == 0:
+            print(f"fat5: standard output: {_describe(error)}", file=sys.stderr)
+        return code or 2
+    return code
+
+
+def _streams_are_open() -> bool:
+    """Whether something takes what is printed. A closed stream becomes /dev/null: else the next file that is opened
+    would take its number, and with it what libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    return sys.stdout is not None
+
+
+def _stdout_works() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _silence_stdout() -> None:
+    """Keeps the interpreter's own flush at exit from complaining."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _describe(error: OSError) -> str:
+    """What failed, and what to do."""
+    remedies = {
+        errno.ENOSPC: "Make room, and run the same command again",
+        errno.EDQUOT: "Make room, and run the same command again",
+        errno.EFBIG: "Raise the limit on the size of a file (ulimit -f)",
+        errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+        errno.EIO: "The disk fails; the system's log (dmesg) says more",
+        errno.EROFS: "Choose a folder that can be written",
+        errno.EACCES: "Choose a folder that can be written, or change its permissions",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = f". {remedies[error.errno]}" if error.errno in remedies else ""
+    return " ".join(f"{where}{error.strerror or error}{remedy}".splitlines())
 
 
 def _run(argv: list[str]) -> int:
@@ -87,8 +138,9 @@ def _run(argv: list[str]) -> int:
         raise
     except OSError as error:
         # A full disk, a folder that is not ours: the user's to mend, like any other bad input.
-        where = f"{error.filename}: " if error.filename else ""
-        print(" ".join(f"fat5 {verb}: {where}{error.strerror or error}".splitlines()), file=sys.stderr)
+        if error.filename is None and not _stdout_works():
+            error.filename = "standard output"
+        print(f"fat5 {verb}: {_describe(error)}", file=sys.stderr)
         return 2
 
 

@@ -22,6 +22,7 @@ from fat5.data.shards import open_shards
 from fat5.data.steps import PackPlan
 from fat5.data.tokenizer import Tokenizer, load_tokenizer
 from fat5.errors import ConfigurationError, TokenizerError, check_writable
+from fat5.writing import naming, write_atomically
 
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
 DRAWS_SIGMA = 4.0  # standard deviations by which a measured proportion may differ from its own
@@ -109,8 +110,9 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     }
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audit.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(mixture.names(), seen.encoder, seen.decoder, np.concatenate(seen.raw), folder / "audit.png")
+    write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    with naming(folder / "audit.png"):
+        draw(mixture.names(), seen.encoder, seen.decoder, np.concatenate(seen.raw), folder / "audit.png")
     return report
 
 

@@ -25,9 +25,10 @@ from datatrove.pipeline.readers import HuggingFaceDatasetReader
 from fat5.data.corpus import Corpus
 from fat5.data.prepare_plan import LOGS, Plan, read_plan
 from fat5.data.rows import BadRows
-from fat5.data.shards import SPLITS, write_atomically
+from fat5.data.shards import SPLITS
 from fat5.data.tokenizer import Tokenizer, load_tokenizer
 from fat5.errors import DataError
+from fat5.writing import naming, write_atomically
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 8192
@@ -208,7 +209,8 @@ class _ShardFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("wb")
         content = np.ascontiguousarray(tokens).data
-        self._file.write(content)
+        with naming(self.path):
+            self._file.write(content)
         self._digest.update(content)
         self._ends.append((np.cumsum(lengths) + self.tokens).astype("<u8"))
         self.tokens += int(lengths.sum())
@@ -218,9 +220,10 @@ class _ShardFile:
         """Puts the shard in place; returns its manifest entry, None where nothing was written."""
         if self._file is None:
             return None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         ends = np.concatenate(self._ends)
         write_atomically(self.path.with_name(f"{self.path.name}.index"), ends.tobytes())
         self.partial.replace(self.path)
@@ -252,7 +255,8 @@ class _Progress:
     def tell(self, size: int, final: bool = False) -> None:
         if final or time.monotonic() > self._next:
             self._next = time.monotonic() + PROGRESS_SECONDS
-            self.path.write_text(json.dumps({"bytes": size, "documents": self.documents, "final": final}))
+            with naming(self.path):
+                self.path.write_text(json.dumps({"bytes": size, "documents": self.documents, "final": final}))
 
 
 def _reader(plan: Plan, folder: str) -> Any:

@@ -5,7 +5,6 @@ is being made, and the same command goes on where it stopped.
 """
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +22,16 @@ from fat5.data.shards import (
     Manifest,
     ShardEntry,
     check_size,
+    read_entry,
     read_manifest,
     verify,
-    write_atomically,
 )
 from fat5.data.slurm_options import SlurmOptions
 from fat5.data.tokenizer import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
+from fat5.json_text import parse_json
 from fat5.machine import available_cores
+from fat5.writing import write_atomically
 
 LOCK = f"{LOGS}/lock"
 
@@ -127,10 +128,10 @@ def finish(folder: Path) -> Manifest:
             raise DataError(
                 f"task {rank} of {len(plan.tasks)} is not done", where=folder, hint="Run fat5 prepare again"
             )
-        for split, entry in json.loads(path.read_bytes()).items():
+        for split, entry in _read_record(path).items():
             if entry:
-                shards[split].append(ShardEntry(**entry))
-    skipped = [json.loads(path.read_bytes()) for path in sorted((folder / LOGS / "bad_rows").glob("*.json"))]
+                shards[split].append(_read_entry(entry, path))
+    skipped = [_read_record(path) for path in sorted((folder / LOGS / "bad_rows").glob("*.json"))]
     manifest = Manifest(
         name=plan.name,
         tokenizer_sha256=plan.tokenizer_sha256,
@@ -159,6 +160,24 @@ def finish(folder: Path) -> Manifest:
     shutil.rmtree(folder / LOGS / "minhash", ignore_errors=True)
     write_atomically(folder / MANIFEST, manifest.to_json().encode("utf-8"))
     return manifest
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What a task wrote when it was done; raises DataError where the file is damaged."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again")
+    return content
+
+
+def _read_entry(content: Any, path: Path) -> ShardEntry:
+    try:
+        return read_entry(content)
+    except (KeyError, TypeError) as error:
+        raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again") from error
 
 
 def _run(folder: Path, config: PrepareConfig) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fat5.data.corpus import Chunk, Corpus, CorpusOptions, load_streamed
-from fat5.data.shards import write_atomically
 from fat5.errors import RunDirectoryError
+from fat5.json_text import is_count, parse_json
+from fat5.writing import write_atomically
 
 VERSION = 1
 STEPS = ("language", "c4", "gopher_quality", "gopher_repetition", "urls", "pii", "minhash")
@@ -97,11 +98,16 @@ def read_plan(folder: str | Path) -> Plan:
 
 @lru_cache(maxsize=2)
 def _read_plan(path: str, _modified: int) -> Plan:
-    content = json.loads(Path(path).read_bytes())
+    content = parse_json(Path(path).read_bytes())
     if content.pop("version") != VERSION:
         raise KeyError("version")
     content["tasks"] = [[Chunk(**chunk) for chunk in task] for task in content["tasks"]]
-    return Plan(**content)
+    plan = Plan(**content)
+    CorpusOptions(**plan.corpus)
+    sizes = all(is_count(chunk.bytes) for task in plan.tasks for chunk in task)
+    if not sizes or not all(isinstance(step, str) for step in plan.steps):
+        raise TypeError("a value of another type")
+    return plan
 
 
 def difference(old: Plan, new: Plan) -> str | None:

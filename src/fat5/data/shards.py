@@ -19,6 +19,7 @@ import numpy as np
 
 from fat5.data import strict_json
 from fat5.errors import DataError
+from fat5.json_text import is_count, is_number
 
 FORMAT = "fat5-shards"
 VERSION = 1
@@ -187,7 +188,11 @@ class TokenShards:
             entry = self.entries[shard]
             path = self.folder / f"{entry.file}.index"
             check_hash(path, entry.index_sha256, self.folder)
-            ends = self._ends[shard] = _map(path, np.dtype("<u8"))
+            ends = _map(path, np.dtype("<u8"))
+            last = int(ends[-1]) if ends.size else 0
+            if last != entry.tokens or (ends[1:] < ends[:-1]).any():
+                raise DataError("does not divide its shard into documents", where=path, hint="Prepare it again")
+            self._ends[shard] = ends
         return ends
 
 
@@ -244,18 +249,37 @@ def read_manifest(folder: str | Path) -> Manifest:
                 where=path,
                 hint="Prepare the corpus again",
             )
-        shards = {split: [ShardEntry(**entry) for entry in entries] for split, entries in content["shards"].items()}
+        shards = {split: [read_entry(entry) for entry in entries] for split, entries in content["shards"].items()}
         content.setdefault("bad_rows", 0)
         fields = {key: content[key] for key in Manifest.__dataclass_fields__ if key != "shards"}
         manifest = Manifest(**fields, shards=shards)
-        files = [entry.file for entries in shards.values() for entry in entries]
-        if manifest.token_bytes not in (2, 4) or any(Path(f).is_absolute() or ".." in Path(f).parts for f in files):
-            raise KeyError("shards")
+        texts = (manifest.name, manifest.tokenizer_sha256, *manifest.steps)
+        counts = (manifest.token_bytes, manifest.vocab_size, manifest.bad_rows)
+        if (
+            not all(map(is_count, counts))
+            or manifest.token_bytes not in (2, 4)
+            or not 0 < manifest.vocab_size <= 1 << 8 * manifest.token_bytes
+            or not is_number(manifest.validation_fraction)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise KeyError("a value of another type")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError("not a manifest of token shards, or damaged", where=path, hint="Prepare it again") from error
     return manifest
+
+
+def read_entry(content: Any) -> ShardEntry:
+    """A shard's entry in a manifest; raises KeyError or TypeError where a value is of another type."""
+    entry = ShardEntry(**content)
+    path = Path(entry.file)
+    hashes = isinstance(entry.sha256, str) and isinstance(entry.index_sha256, str)
+    unknown = 0 if entry.unknown is None else entry.unknown
+    counts = all(map(is_count, (entry.documents, entry.tokens, entry.bytes, unknown)))
+    if not hashes or not counts or path.is_absolute() or ".." in path.parts or "\0" in entry.file:
+        raise KeyError(entry.file)
+    return entry
 
 
 def check_size(folder: Path, entry: ShardEntry, token_bytes: int) -> None:
@@ -309,26 +333,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all: temporary sibling, fsync, rename, fsync of the folder."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_text(path: Path) -> str | None:

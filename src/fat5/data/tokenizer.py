@@ -36,6 +36,7 @@ from fat5.data.tokenizer_json import (
     sentinel_names,
 )
 from fat5.errors import TokenizerError
+from fat5.writing import naming
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,10 @@ class Tokenizer:
             "model_max_length": 1_000_000_000,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        (folder / TOKENIZER_FILE).write_bytes(self.text)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with naming(folder):
+            (folder / TOKENIZER_FILE).write_bytes(self.text)
+            text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         return folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import TokenizerError
+from fat5.json_text import is_count, parse_json
 
 MULTIPLE = 128
 MODES = ("[R]", "[S]", "[X]")
@@ -16,11 +17,13 @@ SPECIALS_FILE = "special_tokens_map.json"
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _BYTE_T5_SENTINELS = 125
 
+LARGEST_SIZE = 1 << 24  # ids of a tokenizer; the largest in use have 2^18
+
 
 def read_json(path: Path) -> dict[str, Any]:
     refuse_pickle(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise TokenizerError("damaged: not JSON", where=path, hint="Restore it, or train it again") from error
     if not isinstance(content, dict):
@@ -44,10 +47,21 @@ def ids_of(content: dict[str, Any], source: object) -> dict[str, int]:
             ids = {entry[0]: index for index, entry in enumerate(vocabulary)}
         else:
             ids = dict(vocabulary)
+            check_ids(ids, source)
         ids |= {entry["content"]: entry["id"] for entry in content["added_tokens"]}
     except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, TokenizerError):
+            raise
         raise TokenizerError("tokenizer.json lacks its model or vocabulary", where=source) from error
+    check_ids(ids, source)
     return ids
+
+
+def check_ids(ids: Mapping[str, Any], source: object) -> None:
+    """Raises TokenizerError, naming the token, where an id is no id."""
+    odd = next((token for token, index in ids.items() if not is_count(index) or index >= LARGEST_SIZE), None)
+    if odd is not None:
+        raise TokenizerError(f"the id of {odd[:40]!r} is {str(ids[odd])[:40]}", where=source, hint="Restore the file")
 
 
 def role_names(roles: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from fat5.data.corpus import Corpus, CorpusOptions, open_corpus
 from fat5.data.tokenizer import Tokenizer
 from fat5.data.tokenizer_json import EOS, MODES, MULTIPLE, PAD, UNK, added_token, append_eos
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
+from fat5.writing import whole_folder
 
 SENTINELS = 256
 SMALLEST_VOCABULARY = 640  # 518 ids are special tokens and bytes; the next multiple that leaves room to learn
@@ -93,10 +94,12 @@ def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[s
         "learned_documents": learned,
         **measure(tokenizer, corpus.rows(min(config.rows, REPORT_ROWS))),
     }
-    tokenizer.save(output)
     settings = asdict(config) | {"report": report}
     del settings["output_dir"]
-    (output / "training.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_folder(output) as folder:
+        tokenizer.save(folder)
+        text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+        (folder / "training.json").write_text(text, encoding="utf-8")
     return report
 
 

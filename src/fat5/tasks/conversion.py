@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from fat5.data.shards import sync_folder
 from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
 from fat5.model import quiet
 from fat5.model.loading import check_finite
@@ -36,6 +35,7 @@ from fat5.tasks.conversion_source import (
 from fat5.tasks.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.tasks.verification import TOLERANCE, Comparison, compare, outputs, random_examples
 from fat5.train.model_card import CARD, PLOT, CardFacts, read_card, write_card
+from fat5.writing import sync_folder
 
 # Packages of each format that come with an extra of the same name.
 PACKAGES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxscript", "onnxruntime")}

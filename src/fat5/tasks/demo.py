@@ -13,8 +13,9 @@ from fat5.data.prepare import PrepareConfig, prepare
 from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
 from fat5.tasks.complete import Decoding, complete
 from fat5.train import PretrainConfig, pretrain
-from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.run_directory import RunDirectory
 from fat5.train.world import refuse_many_processes
+from fat5.writing import write_atomically
 
 PROMPTS = {
     "fr": [

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fat5.errors import CheckpointError
 from fat5.json_text import is_count, is_number, parse_json
+from fat5.writing import sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = "fat5-checkpoint"
@@ -64,21 +65,21 @@ def write_checkpoint(
             reached(f"before {name}")
             write(partial / name)
             reached(f"before fsync of {name}")
-            _flush(partial / name)
+            sync_folder(partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
             reached(f"after {name}")
         manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
         reached("before manifest")
         manifest["sha256"] = _self_sha256(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(partial / MANIFEST)
-        _flush(partial)
+        sync_folder(partial / MANIFEST)
+        sync_folder(partial)
         reached("before rename")
         if target.exists():
             remove_checkpoint(target)
         os.rename(partial, target)
         reached("after rename")
-        _flush(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         _remove(partial)
         raise
@@ -236,14 +237,6 @@ def _text_writer(content: str) -> Callable[[Path], None]:
         path.write_text(content)
 
     return write
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

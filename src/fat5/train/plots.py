@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fat5.errors import DataError, FAT5Error
 from fat5.train.metrics import read_rows
+from fat5.writing import naming
 
 Axis = Literal["step", "tokens", "hours"]
 Rows = list[dict[str, Any]]
@@ -171,8 +172,9 @@ def _save(figure: Any, target: Path, title: str) -> None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        figure.savefig(partial, format="png", dpi=110)
-        partial.replace(target)
+        with naming(target):
+            figure.savefig(partial, format="png", dpi=110)
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 

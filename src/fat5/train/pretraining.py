@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
@@ -31,12 +32,13 @@ from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
 from fat5.train.plots import LivePlot, draw_run
 from fat5.train.precision import Precision
 from fat5.train.resolution import configure_model, on_meta, settle
-from fat5.train.run_directory import RunDirectory, write_atomically
+from fat5.train.run_directory import RunDirectory
 from fat5.train.samples import validation_samples
 from fat5.train.sizes import Text
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 from fat5.train.world import refuse_many_processes
+from fat5.writing import naming, write_atomically
 
 
 @dataclass
@@ -281,8 +283,11 @@ def export(
     for leftover in (partial_folder, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    with quiet():
-        model.save_pretrained(partial_folder)
+    with naming(target), quiet():
+        try:
+            model.save_pretrained(partial_folder)
+        except SafetensorError as error:  # its only fault here is the disk's
+            raise OSError(f"{target} cannot be written: {error}") from error
     for file in sorted(tokenizer.iterdir()):
         if file.is_file():
             shutil.copyfile(file, partial_folder / file.name)

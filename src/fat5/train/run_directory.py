@@ -23,6 +23,7 @@ from typing import Any
 
 from fat5.errors import FAT5Error, RunDirectoryError
 from fat5.json_text import is_count, parse_json
+from fat5.writing import write_atomically
 
 MARKER = "run.json"
 LOCK = "run.lock"
@@ -134,19 +135,6 @@ class RunDirectory:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path / LOCK)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
