@@ -68,7 +68,10 @@ def test_unigram_entropy_of_known_frequencies(scored):
 
 
 def test_flops_agree_with_torchs_count_of_the_matrices():
-    """torch counts the same matrix products; attention and the head are custom ops, which it does not see into."""
+    """torch counts the same matrix products, but for attention, a custom op that it does not see into.
+
+    Its hooks on every module make the model call its output projection, which is counted so.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     config = FAT5Config.preset("fat5-demo", vocab_size=1024)
@@ -81,10 +84,7 @@ def test_flops_agree_with_torchs_count_of_the_matrices():
     with counter:
         model(**inputs, **packed, max_seqlen=256, decoder_max_seqlen=128).loss.backward()
     shape = ModelShape.of(config)
-    head = 6 * 128 * config.d_model * 1024
-    assert shape.training_flops(encoder, decoder) - attention_of(shape, encoder, decoder) - head == (
-        counter.get_total_flops()
-    )
+    assert shape.training_flops(encoder, decoder) - attention_of(shape, encoder, decoder) == counter.get_total_flops()
 
 
 def attention_of(shape, encoder, decoder):
