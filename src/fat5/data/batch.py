@@ -14,6 +14,7 @@ from fat5.data.packing import BUDGET_MULTIPLE, Budget
 from fat5.errors import ConfigurationError
 
 EXAMPLE_TOKENS = 16  # encoder tokens of a pack per example it may hold
+LARGEST = 1 << 24  # of any number here: larger ones overflow int32 or are counted for hours
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class BatchConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"must be a whole number above 0, not {value!r}", where=f"data.{item.name}")
+            if value > LARGEST:
+                raise ConfigurationError(f"is {value:,}", where=f"data.{item.name}", hint=f"Give at most {LARGEST:,}")
         for name in ("encoder_tokens", "decoder_tokens"):
             value = getattr(self, name)
             if value % BUDGET_MULTIPLE:

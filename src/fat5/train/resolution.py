@@ -41,6 +41,11 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
     return choose_sizes(config, device, model_of, prepared=stand_in is None).resolved()
 
 
+LARGEST_SIZE, MOST_LAYERS = 1 << 24, 4096
+"""Beyond any model: larger numbers overflow, or build layers for hours, before the memory is planned."""
+LAYERS = ("num_layers", "num_decoder_layers")
+
+
 def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
     """The model's configuration for the tokenizer's vocabulary.
 
@@ -56,6 +61,9 @@ def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
             near = get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
+        value, most = config.model.overrides[key], MOST_LAYERS if key in LAYERS else LARGEST_SIZE
+        if isinstance(value, int) and value > most:
+            raise ConfigurationError(f"model.overrides.{key} is {value:,}", hint=f"Give at most {most:,}")
     try:
         return FAT5Config.preset(
             config.model.preset,
