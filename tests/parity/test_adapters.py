@@ -26,7 +26,7 @@ from fat5.model.decoding import Decoder, generate
 peft = pytest.importorskip("peft")
 
 # Adapters are small and random here, and some of their gradients are tiny differences of large terms.
-ADAPTER_TOLERANCE = 10 * GRADIENT_TOLERANCE
+ADAPTER_TOLERANCE = 20 * GRADIENT_TOLERANCE
 LAYERS = ["embed_tokens", "relative_attention_bias", "q", "k", "v", "o", "wo", "lm_head"]
 LAYERS_OF = {t5_v1_0: [*LAYERS, "wi"], t5_v1_1: [*LAYERS, "wi_0", "wi_1"], umt5: [*LAYERS, "wi_0", "wi_1"]}
 MATRICES = ["q", "v", "wo"]
