@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers.utils.output_capturing import selected_hidden_states
 
 from fat5.model.layout import Layout, Padding, keep, kept_positions
 from fat5.ops import is_recorded
@@ -34,7 +33,9 @@ class Trace:
     @classmethod
     def of(cls, hidden_states: bool | int | list[int] | None, attentions: bool | None) -> "Trace":
         """Lists for what is asked for; `hidden_states` may name places, as in transformers."""
-        chosen = selected_hidden_states(hidden_states)
+        chosen = None
+        if hidden_states is not None and not isinstance(hidden_states, bool):
+            chosen = [hidden_states] if isinstance(hidden_states, int) else list(hidden_states)
         return cls([] if hidden_states else None, [] if attentions else None, [] if attentions else None, chosen)
 
     def passed(self, hidden: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ def is_recorded() -> bool:
 
     It must not depend on the values of a mask or on a length, and can hold PyTorch's own operations only.
     """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # torch.compiler.is_exporting() is this flag, but PyTorch 2.11 answers True in every function it compiles.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def unsupported(*tensors: Tensor) -> str:

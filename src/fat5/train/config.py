@@ -130,8 +130,8 @@ class PretrainConfig:
     """When loss or gradient is not finite: abort, skip the step, or rewind (take the last checkpoint, and go on with
     the data that follows)"""
     deterministic: bool = False
-    """On a GPU, refuse operations that PyTorch does not guarantee to repeat. A compiled run does not repeat bit for bit
-    with it either (docs/lab-log.md)"""
+    """On a GPU, refuse operations that PyTorch does not guarantee to repeat. A compiled run repeats bit for bit without
+    it too (docs/checkpoints.md)"""
     resume: str = "auto"
     """auto (newest checkpoint of output_dir that verifies), never (a folder that holds a run is refused), or the path
     of a checkpoint"""
