@@ -138,7 +138,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index without a map": (shards(no_map), "names no file for each tensor"),
     "another type of model": (config(model_type="bert"), "'bert'"),
     "another width": (config(d_model=24), "shape"),
-    "a width that no memory holds": (config(d_model=10**11), "more memory than there is"),
+    "a width that no memory holds": (config(d_model=1 << 24, d_ff=1 << 24), "more memory than there is"),
     "padding outside the vocabulary": (config(pad_token_id=10**6), "pad_token_id: expected a token of the 384"),
     "weights quantised by a library that is not here": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantised",

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from fat5.cli.parsing import LARGEST_CONFIGURATION, parse
+from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError
+from fat5.yaml_text import LARGEST_CONFIGURATION
 
 
 @dataclass
@@ -180,3 +181,11 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path) -> None:
     file.write_text("seed: 3\ninputs: [a]\nnote: kept\n")
     values = parse(Job, ["--seed", "4", "b", "--config", str(file)], "prepare", words="inputs")
     assert (values["seed"], values["inputs"], values["note"]) == (4, ["b"], "kept")
+
+
+@pytest.mark.parametrize("key", ["strict", "compile", "note", "inputs"])
+def test_null_is_refused_where_the_key_does_not_allow_it(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{key}: null\nsizes: null\n")
+    with pytest.raises(ConfigurationError, match=f"{key}: null is no value here"):
+        parse(Job, ["--config", str(file)], "prepare", words="inputs")

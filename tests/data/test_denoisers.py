@@ -156,7 +156,7 @@ def test_fewer_sentinels_make_fewer_longer_spans():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((0.5, 0.15), "mu .* at least 1"),
+        ((0.5, 0.15), "mu .* from 1 to"),
         ((float("nan"), 0.15), "mu"),
         (("3", 0.15), "mu"),
         ((3.0, 1.0), r"r \(corruption rate\)"),
@@ -182,7 +182,7 @@ def test_a_denoiser_that_cannot_work_is_refused(values, message):
         ([], "1 to 127"),
         ([{"mu": 3.0}], r"mixture\[0\]: r is missing"),
         ([{"mu": 3.0, "r": 0.1, "rate": 1}], "unknown key 'rate'"),
-        ([{"mu": 3.0, "r": 0.1, "proportion": 0}], r"mixture\[0\]: proportion"),
+        ([{"mu": 3.0, "r": 0.1, "proportion": 0}], r"mixture\[0\]\.proportion"),
         ([{"mu": 3.0, "r": 0.1, "proportion": float("inf")}], "proportion"),
         (["R"], r"mixture\[0\]"),
         (7, "a name or a list"),

@@ -5,6 +5,7 @@ And fault 6 as pretrain sees it: a damaged shard is named.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -45,12 +46,33 @@ BAD_KEYS = {
     "budget below an example": ({"data": {"max_tokens": 4096}}, "is smaller than one example"),
     "budget beyond int32": ({"data": {"encoder_tokens": 128 * 10**30}}, "Give at most 16,777,216"),
     "endless step": ({"data": {"packs_per_step": 10**12}}, "data.packs_per_step: is 1,000,000,000,000"),
-    "endless model": (
-        {"model": {"overrides": {"num_layers": 10**12}}},
-        "model.overrides.num_layers is 1,000,000,000,000",
+    "endless model": ({"model": {"overrides": {"num_layers": 10**12}}}, "num_layers: expected 1 to 4,096, got 1,000,"),
+    "width beyond int64": ({"model": {"overrides": {"d_model": 10**30}}}, "d_model: expected 1 to 16,777,216"),
+    "distance beyond int64": (
+        {"model": {"overrides": {"relative_attention_max_distance": 10**30}}},
+        "relative_attention_max_distance: expected 1 to 16,777,216",
     ),
-    "width beyond int64": ({"model": {"overrides": {"d_model": 10**30}}}, "Give at most 16,777,216"),
-    "distance beyond int64": ({"model": {"overrides": {"relative_attention_max_distance": 10**30}}}, "Give at most"),
+    "norm that divides everything away": (
+        {"model": {"overrides": {"layer_norm_epsilon": 1e300}}},
+        "layer_norm_epsilon: expected 0 to 1, got 1e+300",
+    ),
+    "rotary base": ({"model": {"overrides": {"rotary_base": 1e300}}}, "rotary_base: expected 2 to 1,000,"),
+    "no bool as override": ({"model": {"overrides": {"alibi_asymmetric": "x"}}}, "alibi_asymmetric: expected true or"),
+    "override of an output": ({"model": {"overrides": {"output_attentions": True}}}, "has no key 'output_attentions'"),
+    "endless span": ({"data": {"mixture": [{"mu": 1e300, "r": 0.15}]}}, "must be a number from 1 to 16,777,216"),
+    "share of a denoiser": (
+        {"data": {"mixture": [{"mu": 3.0, "r": 0.15, "proportion": 1e300}]}},
+        "mixture[0].proportion: must be a number",
+    ),
+    "endless run": ({"steps": 2**63}, "at most 1,099,511,627,776"),
+    "endless evaluation": ({"eval_tokens": 2**70}, "eval_tokens is 1180591620717411303424"),
+    "workers": ({"data": {"num_workers": 2**31}}, "at most 1,024"),
+    "eps": ({"optimizer": {"eps": 1e300}}, "optimizer.eps is 1e+300. Give a number from 0 to 1,000"),
+    "decay": ({"optimizer": {"weight_decay": 2**70}}, "optimizer.weight_decay is"),
+    "null for a name": ({"optimizer": {"name": None}}, "optimizer.name: null is no value here"),
+    "null for a mapping": ({"model": {"overrides": None}}, "model.overrides: null is no value here"),
+    "null for a mixture": ({"data": {"mixture": None}}, "data.mixture: null is no value here"),
+    "null for a checkpoint": ({"resume": None}, "resume: null is no value here"),
     "division": ({"data": {"packs_per_micro_batch": 3}}, "packs_per_step"),
     "preset": ({"model": {"preset": "fat5-huge"}}, "fat5-huge"),
     "override": (
@@ -74,6 +96,10 @@ BAD_KEYS = {
     "clip": ({"gradient_clip": 0.0}, "gradient_clip is 0.0"),
     "keep": ({"keep_last": 0}, "keep_last is 0"),
     "no sources": ({"data": {"sources": []}}, "data.sources is empty"),
+    "null for a share": (
+        {"data": {"sources": [{"path": "PREPARED", "weight": None}]}},
+        "data.sources[0].weight: must be a number",
+    ),
     "no folder": ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere"),
     "no output": ({"output_dir": ""}, "output_dir is not given"),
 }
@@ -81,7 +107,9 @@ BAD_KEYS = {
 
 @pytest.mark.parametrize(("changes", "named"), BAD_KEYS.values(), ids=BAD_KEYS.keys())
 def test_bad_key(prepared, tmp_path, capsys, changes, named):
-    line = refused(capsys, "pretrain", "--config", recipe(tmp_path, tiny(prepared, tmp_path / "run"), **changes))
+    file = recipe(tmp_path, tiny(prepared, tmp_path / "run"), **changes)
+    Path(file).write_text(Path(file).read_text().replace("PREPARED", str(prepared)))
+    line = refused(capsys, "pretrain", "--config", file)
     assert named in line
     assert not (tmp_path / "run").exists(), "nothing half-written"
 
@@ -176,3 +204,11 @@ def test_plot(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     assert "metrics.jsonl:1: not a row of a run: no loss" in refused(capsys, "plot", str(tmp_path))
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_key_twice_in_the_configuration_of_a_run(prepared, tmp_path, capsys):
+    pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("seed: 1\n" + config.read_text())
+    line = refused(capsys, "evaluate", "--model", str(tmp_path / "run"))
+    assert "run/config.yaml:3: key 'seed' stands twice" in line

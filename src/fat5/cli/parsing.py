@@ -4,9 +4,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -14,12 +13,9 @@ from fat5.cli.main import VERBS
 from fat5.cli.recipes import find_recipe, recipe_names
 from fat5.cli.spelling import spell_out
 from fat5.errors import ConfigurationError
+from fat5.yaml_text import read_yaml, refuse_repeated_keys
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-# A recipe is a page of text; a larger "configuration" is some other file given by mistake, or an attack on the parser.
-LARGEST_CONFIGURATION = 1 << 20
-DEEPEST_CONFIGURATION = 32
 
 _CONFIG_HELP = (
     f"A recipe: one that ships with FAT5, by name ({', '.join(recipe_names())}), or a YAML file, by its path, with any "
@@ -75,6 +71,7 @@ def parse(
     _check_values(argv)
     try:
         namespace = parser.parse_args(argv)
+        _refuse_null(namespace, parser)
         values = parser.instantiate_classes(namespace)
     except ConfigurationError:
         raise
@@ -95,7 +92,7 @@ def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> lis
         words = ["--config", default, *words]
     for i, word in enumerate(words[:-1]):
         if word == "--config":
-            recipe = _read_yaml(words[i + 1])
+            recipe = read_yaml(find_recipe(words[i + 1]), words[i + 1])
             sectioned = all(key in VERBS and isinstance(value, dict) for key, value in recipe.items())
             if sectioned and section in recipe:
                 recipe = recipe[section]
@@ -103,70 +100,20 @@ def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> lis
     return words
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
-    try:
-        with find_recipe(name).open(encoding="utf-8") as file:
-            text = file.read(LARGEST_CONFIGURATION + 1)
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error
-    if len(text) > LARGEST_CONFIGURATION:
-        raise ConfigurationError("too large for a configuration (over 1 MiB)", where=name, hint="Give a YAML recipe")
-    return _check_yaml(text, name)
-
-
-def _check_yaml(text: str, name: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        # A recipe needs no aliases, which expand without bound, and no depth, which PyYAML reads in quadratic time.
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigurationError("YAML aliases (*name) are not read", where=name, hint="Write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST_CONFIGURATION:
-                raise ConfigurationError("YAML nested too deeply", where=name, hint="Give a YAML recipe")
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), name)
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        problem = getattr(error, "problem", None) or "too deeply nested, or not YAML"
-        raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Mend that line") from error
-    if not isinstance(document, dict):
-        raise ConfigurationError("holds no keys", where=name, hint="A recipe is `key: value` lines")
-    return document
-
-
-def _refuse_repeated_keys(node: Any, name: str) -> None:
-    """PyYAML keeps the last of two equal keys and loses the others without a word."""
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    where = f"{name}:{key.start_mark.line + 1}"
-                    raise ConfigurationError(f"key {key.value!r} stands twice", where=where, hint="Keep one of them")
-                seen.add(key.value)
-            _refuse_repeated_keys(value, name)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_repeated_keys(value, name)
-
-
 def _check_values(argv: Sequence[str]) -> None:
     """Judges lists and mappings written on the command line as those of a recipe."""
-    import yaml
-
     for word in argv:
         flag, _, value = word.partition("=")
         if flag != "--config" and value.startswith(("{", "[")) and "{" in value:
-            with suppress(yaml.YAMLError, RecursionError):  # the parser says what is wrong with these
-                _refuse_repeated_keys(yaml.compose(value, Loader=yaml.SafeLoader), flag)
+            refuse_repeated_keys(value, flag)
+
+
+def _refuse_null(namespace: Any, parser: ArgumentParser) -> None:
+    """The parser takes null for every key that has a default, whatever the key's type."""
+    for action in parser._actions:
+        kind = getattr(action, "_typehint", None)
+        if kind is not None and type(None) not in get_args(kind) and namespace.get(action.dest, 0) is None:
+            raise ConfigurationError("null is no value here", where=action.dest, hint="Give one, or leave the key out")
 
 
 def _parameter_help(signature: Callable[..., Any], name: str) -> str:

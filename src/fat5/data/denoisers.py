@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fat5.data.tokenizer import TokenizerInfo
 
 DEFAULT_SENTINELS = 256
+LARGEST = 1 << 24  # of a mean span or a relative share: beyond any that says something
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         where = f"denoiser (mu={self.mu!r}, r={self.r!r}, max_spans={self.max_spans!r}, prefix={self.prefix!r})"
-        if not _is_number(self.mu) or not math.isfinite(self.mu) or self.mu < 1:
-            raise ConfigurationError("mu (mean span length) must be a number of at least 1", where=where)
+        if not _is_number(self.mu) or not 1 <= self.mu <= LARGEST:
+            raise ConfigurationError(f"mu (mean span length) must be a number from 1 to {LARGEST:,}", where=where)
         if not _is_number(self.r) or not 0 <= self.r < 1:
             raise ConfigurationError("r (corruption rate) must be a number in [0, 1)", where=where)
         unlimited = self.max_spans is None or self.max_spans == "max_token_length"
@@ -188,10 +189,7 @@ class MixtureOfDenoisers:
         if len(denoisers) != len(proportions):
             raise ConfigurationError(f"{len(denoisers)} denoisers but {len(proportions)} proportions", where="mixture")
         for index, proportion in enumerate(proportions):
-            if not _is_number(proportion) or not math.isfinite(proportion) or proportion <= 0:
-                raise ConfigurationError(
-                    f"proportion must be a number above 0, not {proportion!r}", where=f"mixture[{index}]"
-                )
+            check_share(proportion, f"mixture[{index}].proportion")
         self.denoisers = tuple(denoisers)
         total = math.fsum(proportions)
         self.proportions = tuple(float(proportion) / total for proportion in proportions)
@@ -333,6 +331,12 @@ def split_seed(seed: int) -> tuple[int, int]:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise ConfigurationError(f"seed must be a whole number in [0, 2^63), not {seed!r}", where="seed")
     return int(seed) & kernels.MASK32, int(seed) >> 32
+
+
+def check_share(value: object, where: str) -> None:
+    """Raises ConfigurationError unless a value can be the relative share of something."""
+    if not _is_number(value) or not 0 < value <= LARGEST:  # type: ignore[operator]
+        raise ConfigurationError(f"must be a number above 0 and at most {LARGEST:,}, not {value!r}", where=where)
 
 
 def _is_number(value: object) -> bool:

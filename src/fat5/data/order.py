@@ -8,7 +8,6 @@ before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fat5.data import kernels
-from fat5.data.denoisers import MixtureOfDenoisers, sentinel_array, split_seed
+from fat5.data.denoisers import MixtureOfDenoisers, check_share, sentinel_array, split_seed
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 if TYPE_CHECKING:
@@ -77,10 +76,7 @@ class PieceStream:
 
     def _check(self) -> None:
         for index, source in enumerate(self.sources):
-            if not math.isfinite(source.weight) or source.weight <= 0:
-                raise ConfigurationError(
-                    f"weight must be a number above 0, not {source.weight!r}", where=f"data.sources[{index}]"
-                )
+            check_share(source.weight, f"data.sources[{index}].weight")
             if source.shards.manifest.tokenizer_sha256 != self.info.sha256:
                 raise TokenizerError(
                     "the shards were made with another tokenizer",

@@ -1,7 +1,6 @@
 """The configuration of a FAT5 model: T5's, with the choice of position encoding and the loss's options."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ class FAT5Config(T5Config):
         if self.family != "t5":
             kwargs.setdefault("scale_decoder_outputs", _stock_scales(self.family, tied))
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = tied is not False
+        self.tie_word_embeddings = True if tied is None else tied
         self.validate()
 
     def validate(self) -> None:
@@ -89,10 +88,10 @@ class FAT5Config(T5Config):
         _one_of("position_encoding", self.position_encoding, POSITION_ENCODINGS)
         _one_of("absolute_kind", self.absolute_kind, ("learned", "sinusoidal"))
         _one_of("head_form", self.head_form, HEAD_FORMS)
-        if self.compute_padding not in (True, False, None):
-            raise ConfigurationError(
-                f"expected true, false or null, got {self.compute_padding!r}", where="compute_padding"
-            )
+        for key in ("alibi_asymmetric", "scale_decoder_outputs", "tie_word_embeddings", "compute_padding"):
+            value = getattr(self, key)
+            if not (isinstance(value, bool) or (value is None and key == "compute_padding")):
+                raise ConfigurationError(f"expected true or false, got {value!r}", where=key)
         if self.compute_padding and self.position_encoding in COUNTED_FROM_THE_FIRST_TOKEN:
             raise ConfigurationError(
                 f"{self.position_encoding} positions count from a text's first token: padding has none; leave it out",
@@ -103,10 +102,9 @@ class FAT5Config(T5Config):
             none = value is None and key == "attention_dropout_rate"
             if not none and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ConfigurationError(f"expected a number, got {value!r}", where=key)
-        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "fire_width")
-        for key in (*sizes, "max_positions", "relative_attention_max_distance"):
-            if getattr(self, key) < 1:
-                raise ConfigurationError(f"expected at least 1, got {getattr(self, key)}", where=key)
+        for key, (least, most) in _RANGES.items():
+            if not least <= getattr(self, key) <= most:
+                raise ConfigurationError(f"expected {least:,} to {most:,}, got {getattr(self, key):,}", where=key)
         for key in ("pad_token_id", "decoder_start_token_id"):
             token = getattr(self, key)
             if isinstance(token, int) and token >= self.vocab_size:
@@ -117,21 +115,18 @@ class FAT5Config(T5Config):
                 f"expected an activation of transformers, alone or after gated-, got {self.feed_forward_proj!r}",
                 where="feed_forward_proj",
             )
-        if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
+        if self.relative_attention_num_buckets % 2:
             raise ConfigurationError(
-                f"expected an even number of at least 4, got {self.relative_attention_num_buckets}",
+                f"expected an even number, got {self.relative_attention_num_buckets}",
                 where="relative_attention_num_buckets",
             )
         for key in ("dropout_rate", "attention_dropout_rate", "label_smoothing"):
             rate = getattr(self, key)
             if rate is not None and not 0.0 <= rate < 1.0:
                 raise ConfigurationError(f"expected a number in [0, 1), got {rate}", where=key)
-        if not 0.0 <= self.z_loss < math.inf:
-            raise ConfigurationError(f"expected 0 or more, got {self.z_loss}", where="z_loss")
-        if not (0.0 < self.rotary_fraction <= 1.0 and self.rotary_scaling > 0.0 and self.rotary_base > 1.0):
-            raise ConfigurationError(
-                "expected rotary_fraction in (0, 1], rotary_scaling above 0 and rotary_base above 1", where="rotary_*"
-            )
+        for key, most in (("rotary_fraction", 1), ("rotary_scaling", 1_000_000)):
+            if not 0 < getattr(self, key) <= most:
+                raise ConfigurationError(f"expected a number in (0, {most:,}], got {getattr(self, key)}", where=key)
         rotating = self.d_kv * self.rotary_fraction
         if self.position_encoding == "rope" and int(rotating) % 2:
             raise ConfigurationError(
@@ -189,7 +184,7 @@ class FAT5Config(T5Config):
             if key in written and written[key] == getattr(default, key):
                 del written[key]
         # Families have different defaults: nothing that a stock class reads is left to them.
-        for key in T5Config.__annotations__.keys() - {"model_type", "keys_to_ignore_at_inference", "attribute_map"}:
+        for key in _STOCK_KEYS:
             written.setdefault(key, getattr(self, key))
         written.pop("family", None)
         written["model_type"] = self.family
@@ -215,7 +210,20 @@ _OWN_NUMBERS: dict[str, Any] = {
     **dict.fromkeys(("rotary_base", "rotary_fraction", "rotary_scaling"), int | float),
     **dict.fromkeys(("max_positions", "fire_width"), int),
 }
+# Beyond any model: larger sizes overflow, or build layers for hours, and such numbers train nothing.
+_RANGES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "fire_width"), (1, 1 << 24)),
+    **dict.fromkeys(("max_positions", "relative_attention_max_distance"), (1, 1 << 24)),
+    **dict.fromkeys(("num_layers", "num_decoder_layers"), (1, 4096)),
+    "relative_attention_num_buckets": (4, 1 << 24),
+    **dict.fromkeys(("z_loss", "initializer_factor"), (0, 1000)),
+    "layer_norm_epsilon": (0, 1),
+    "rotary_base": (2, 10**12),
+}
+_STOCK_KEYS = T5Config.__annotations__.keys() - {"model_type", "keys_to_ignore_at_inference", "attribute_map"}
 _ADDED_KEYS = tuple(key for key in FAT5Config.__annotations__ if key != "model_type")
+MODEL_KEYS = {*_STOCK_KEYS, *_ADDED_KEYS, "tie_word_embeddings"} - {"is_decoder", "is_encoder_decoder"}
+"""The keys that say what a model computes."""
 _CLASS_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 
 

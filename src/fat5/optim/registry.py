@@ -1,6 +1,5 @@
 """Optimizers by name, with their parameter groups: AdamWScale is ours, the others come from well-kept libraries."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -15,6 +14,9 @@ from fat5.optim.combined import CombinedOptimizer
 OptimizerName = Literal["adamw_scale", "adamw", "adafactor", "muon", "lamb", "sophia"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LARGEST_SETTING = 1000
+"""Of a learning rate, weight decay, eps or clip: beyond any that trains."""
 
 HESSIAN_EVERY = 10
 """Steps between two curvature estimates of Sophia (Liu et al. 2023, section 2.3)."""
@@ -81,8 +83,9 @@ class OptimizerConfig:
                     hint=f"{self.name} takes {', '.join(taken)}",
                 )
         for key in ("lr", "eps", "weight_decay", "hidden_lr", "clip"):
-            if given[key] is not None and not 0 <= given[key] < math.inf:
-                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint="Give a finite value of at least 0")
+            if given[key] is not None and not 0 <= given[key] <= LARGEST_SETTING:
+                hint = f"Give a number from 0 to {LARGEST_SETTING:,}"
+                raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint=hint)
         for beta in (*(self.betas or ()), *([] if self.momentum is None else [self.momentum])):
             if not 0 <= beta < 1:
                 raise ConfigurationError(f"optimizer has a decay of {beta}", hint="Betas and momentum lie in [0, 1)")

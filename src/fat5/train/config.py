@@ -1,7 +1,7 @@
 """The configuration of a pretraining run: what a recipe's YAML holds, and its complete, resolved form."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -12,6 +12,9 @@ from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train.precision import PrecisionName
 
 AUTO: Any = "auto"
+LARGEST_COUNT = 1 << 40
+"""Of steps and tokens: beyond any run."""
+MOST_WORKERS = 1024
 if TYPE_CHECKING:
     Size = int
     """A number; a configuration may say auto instead, until `fat5.train.sizes` has chosen."""
@@ -153,13 +156,16 @@ class PretrainConfig:
             raise ConfigurationError(
                 "data.sources is empty", hint="Give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
             )
-        _at_least(1, steps=self.steps, log_every=self.log_every, eval_every=self.eval_every, save_every=self.save_every)
-        _at_least(1, eval_tokens=self.eval_tokens, keep_last=self.keep_last)
-        _at_least(0, keep_best=self.keep_best, **{"data.num_workers": self.data.num_workers})
+        _count(1, steps=self.steps, log_every=self.log_every, eval_every=self.eval_every, save_every=self.save_every)
+        _count(1, eval_tokens=self.eval_tokens, keep_last=self.keep_last)
+        _count(0, keep_best=self.keep_best)
+        _count(0, MOST_WORKERS, **{"data.num_workers": self.data.num_workers})
         if self.keep_every is not None:
-            _at_least(1, keep_every=self.keep_every)
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ConfigurationError(f"gradient_clip is {self.gradient_clip}", hint="Give a norm above 0, or null")
+            _count(1, keep_every=self.keep_every)
+        if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
+            raise ConfigurationError(
+                f"gradient_clip is {self.gradient_clip}", hint="Give a finite norm above 0, or null"
+            )
         self.data.denoisers()
         if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
             self.data.batch()
@@ -185,22 +191,9 @@ class PretrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a run's config.yaml.
-
-    Raises:
-        ConfigurationError: missing, or not a configuration.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigurationError("cannot be read as a configuration", where=path) from error
-    if not isinstance(content, dict):
-        raise ConfigurationError("does not hold a configuration", where=path)
-    return content
-
-
-def _at_least(least: int, **values: int) -> None:
+def _count(least: int, most: int = LARGEST_COUNT, /, **values: int) -> None:
     for name, value in values.items():
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigurationError(f"{name} is {value!r}", hint=f"Give a whole number of at least {least}")
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+            raise ConfigurationError(
+                f"{name} is {value!r}", hint=f"Give a whole number of at least {least} and at most {most:,}"
+            )

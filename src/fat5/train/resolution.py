@@ -11,12 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from fat5.data import TokenizerInfo, load_tokenizer
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.model.configuration import MODEL_KEYS
 from fat5.train.checkpoint import read_trainer_state
 from fat5.train.checkpoint_files import verify_checkpoint
-from fat5.train.config import PretrainConfig, read_config
+from fat5.train.config import PretrainConfig
 from fat5.train.precision import resolve_precision
 from fat5.train.run_directory import RunDirectory
 from fat5.train.sizes import choose_sizes, open_keys, take_over
+from fat5.yaml_text import read_yaml
 
 
 def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
@@ -41,29 +43,20 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
     return choose_sizes(config, device, model_of, prepared=stand_in is None).resolved()
 
 
-LARGEST_SIZE, MOST_LAYERS = 1 << 24, 4096
-"""Beyond any model: larger numbers overflow, or build layers for hours, before the memory is planned."""
-LAYERS = ("num_layers", "num_decoder_layers")
-
-
 def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
     """The model's configuration for the tokenizer's vocabulary.
 
     Raises:
         ConfigurationError: an override that the model's configuration does not have.
     """
-    known = FAT5Config().to_dict()
     ours = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "position_encoding")
     for key in config.model.overrides:
         if key in ours:
             raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="Remove it")
-        if key not in known and not hasattr(FAT5Config, key):
-            near = get_close_matches(key, known, n=1)
+        if key not in MODEL_KEYS:
+            near = get_close_matches(key, sorted(MODEL_KEYS), n=1)
             hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
-        value, most = config.model.overrides[key], MOST_LAYERS if key in LAYERS else LARGEST_SIZE
-        if isinstance(value, int) and value > most:
-            raise ConfigurationError(f"model.overrides.{key} is {value:,}", hint=f"Give at most {most:,}")
     try:
         return FAT5Config.preset(
             config.model.preset,
@@ -93,4 +86,6 @@ def _earlier(config: PretrainConfig) -> dict[str, Any]:
         configuration: dict[str, Any] = read_trainer_state(Path(config.resume))["configuration"]
         return configuration
     run = RunDirectory(config.output_dir)
-    return read_config(run.config) if config.resume == "auto" and run.holds_run and run.config.exists() else {}
+    return (
+        read_yaml(run.config, run.config) if config.resume == "auto" and run.holds_run and run.config.exists() else {}
+    )

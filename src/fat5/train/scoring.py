@@ -13,9 +13,9 @@ from fat5.model import load_model
 from fat5.model.weight_files import refuse_adapter
 from fat5.train.checkpoint import CheckpointStore
 from fat5.train.checkpoint_files import MANIFEST, verify_checkpoint
-from fat5.train.config import read_config
 from fat5.train.evaluation import evaluate, unigram_entropy
 from fat5.train.precision import Precision, PrecisionName, resolve_precision
+from fat5.yaml_text import read_yaml
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
         inside = whole.name == "model" or whole.parent.name == "checkpoints"
         if not (inside and path.is_file() and (run / "metrics.jsonl").is_file()):
             return {}
-    recipe = read_config(path)
+    recipe = read_yaml(path, path)
     data = recipe.get("data")
     sources = data.get("sources", []) if isinstance(data, dict) else [None]
     for source in sources if isinstance(sources, list) else [None]:
