@@ -182,6 +182,9 @@ def test_evaluate(prepared, tmp_path, capsys):
     assert "data is not given" in refused(capsys, "evaluate", "--model", str(tmp_path))
     line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", json.dumps([str(prepared)]))
     assert "holds no model and no checkpoint" in line
+    for key in ("max_tokens", "encoder_tokens", "decoder_tokens", "eval_tokens"):
+        words = ["--model", str(tmp_path), "--data", str(prepared), f"--{key}", "0"]
+        assert key in refused(capsys, "evaluate", *words)
     line = refused(capsys, "evaluate", "--model", str(tmp_path), "--data", str(tmp_path))
     assert "no manifest.json" in line
     pretrain(tiny(prepared, tmp_path / "run", steps=1))

@@ -28,6 +28,7 @@ RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents
 DRAWS_SIGMA = 4.0  # standard deviations by which a measured proportion may differ from its own
 FERTILITY_TOKENS = 300_000  # raw tokens decoded to count words and bytes
 BLOCK = 1024  # positions of the stream resolved at a time
+MOST_TOKENS = 1 << 40  # to measure, beyond any corpus
 SHOWN_TOKENS = 120  # of each side of an example
 
 
@@ -236,8 +237,8 @@ def _open(config: AuditConfig) -> tuple[list[Source], Tokenizer]:
         raise ConfigurationError(f"{len(weights)} weights for {len(config.inputs)} folders", where="weights")
     for key in ("tokens", "examples", "encoder_tokens"):
         value = getattr(config, key)
-        if value < (0 if key == "examples" else 1):
-            raise ConfigurationError(f"must be a whole number above 0, not {value}", where=key)
+        if not (0 if key == "examples" else 1) <= value <= MOST_TOKENS:
+            raise ConfigurationError(f"must be a whole number above 0, at most {MOST_TOKENS:,}, not {value}", where=key)
     check_writable(config.output_dir, folder=True, key="output_dir")
     sources = [Source(open_shards(folder, config.split), weight) for folder, weight in zip(config.inputs, weights)]
     tokenizers = [load_tokenizer(Path(folder) / "tokenizer") for folder in config.inputs]

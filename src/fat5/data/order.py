@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fat5.data import kernels
-from fat5.data.denoisers import MixtureOfDenoisers, check_share, sentinel_array, split_seed
+from fat5.data.denoisers import LARGEST, MixtureOfDenoisers, check_share, sentinel_array, split_seed
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 if TYPE_CHECKING:
@@ -65,9 +65,13 @@ class PieceStream:
         """
         if not sources:
             raise ConfigurationError("no data source is given", where="data.sources")
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < MIN_MAX_TOKENS:
+        if (
+            isinstance(max_tokens, bool)
+            or not isinstance(max_tokens, int)
+            or not MIN_MAX_TOKENS <= max_tokens <= LARGEST
+        ):
             raise ConfigurationError(
-                f"must be a whole number of at least {MIN_MAX_TOKENS}, not {max_tokens!r}", where="max_tokens"
+                f"must be a whole number from {MIN_MAX_TOKENS} to {LARGEST:,}, not {max_tokens!r}", where="max_tokens"
             )
         self.sources = [source if isinstance(source, Source) else Source(source) for source in sources]
         self.mixture, self.info, self.max_tokens, self.seed = mixture, info, max_tokens, seed

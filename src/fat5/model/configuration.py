@@ -1,17 +1,22 @@
 """The configuration of a FAT5 model: T5's, with the choice of position encoding and the loss's options."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import MT5Config, T5Config, UMT5Config
 from transformers.activations import ACT2FN
 
 from fat5.errors import CheckpointError, ConfigurationError
+from fat5.json_text import is_count
 from fat5.model.flash_t5 import translate_configuration
 
 FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
 HEAD_FORMS = (None, "encoder", "encoder-eos", "encoder-decoder")
+MOST_LABELS = 1 << 20
+EXACT_ATTENTION = ("eager", "sdpa", "flex_attention", "fat5")
 DEFAULT_FORM = {"FAT5ForSequenceClassification": "encoder", "FAT5ForQuestionAnswering": "encoder-decoder"}
 POSITION_ENCODINGS = ("t5", "alibi", "rope", "fire", "absolute", "none")
 # Under these, padding on the left would shift the tokens, so that it is always left out.
@@ -105,10 +110,11 @@ class FAT5Config(T5Config):
         for key, (least, most) in _RANGES.items():
             if not least <= getattr(self, key) <= most:
                 raise ConfigurationError(f"expected {least:,} to {most:,}, got {getattr(self, key):,}", where=key)
-        for key in ("pad_token_id", "decoder_start_token_id"):
-            token = getattr(self, key)
-            if isinstance(token, int) and token >= self.vocab_size:
-                raise ConfigurationError(f"expected a token of the {self.vocab_size:,}, got {token}", where=key)
+        for key in ("pad_token_id", "decoder_start_token_id", "eos_token_id", "bos_token_id"):
+            held = getattr(self, key, None)
+            for token in held if isinstance(held, list) and key == "eos_token_id" else [held]:
+                if token is not None and not (is_count(token) and token < self.vocab_size):
+                    raise ConfigurationError(f"expected a token of the {self.vocab_size:,}, got {token!r}", where=key)
         gate, _, activation = self.feed_forward_proj.rpartition("-")
         if gate not in ("", "gated") or activation not in ACT2FN:
             raise ConfigurationError(
@@ -229,11 +235,12 @@ _CLASS_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 
 def _as_fat5(found: dict[str, Any], where: object) -> dict[str, Any]:
     """FAT5's keys from those of a config.json."""
+    _check_types(found)
     found_type = found.get("model_type", "t5")
     if found_type == "flash_t5":
         found = translate_configuration(found, where)
     elif found_type in FAMILIES:
-        family = found.get("family", found_type) if found_type == "t5" else found_type
+        family = (found.get("family") or found_type) if found_type == "t5" else found_type
         # What the file leaves out has the family's defaults, which are not T5's.
         stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
         stock.pop("tie_word_embeddings", None)
@@ -248,6 +255,49 @@ def _as_fat5(found: dict[str, Any], where: object) -> dict[str, Any]:
             hint="give a folder written by FAT5, or a checkpoint of the T5 family",
         )
     return found | {"model_type": "fat5"}
+
+
+def _check_types(found: dict[str, Any]) -> None:
+    """Raises ConfigurationError where a key that transformers reads unchecked has a value of another type."""
+    for key, (wanted, fits) in _UNCHECKED.items():
+        value = found.get(key)
+        if key in found and not fits(value) and (value is not None or key in _NEVER_NULL):
+            raise ConfigurationError(f"expected {wanted}, got {str(value)[:60]!r}", where=key)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype)
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
+
+
+_NEVER_NULL = ("num_labels", "dense_act_fn", "is_gated_act")
+_UNCHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("text_config", "text_encoder", "encoder", "decoder", "generator"),
+        ("nothing, as a T5 has no part with a configuration of its own", lambda _: False),
+    ),
+    **dict.fromkeys(
+        ("attn_implementation", "_attn_implementation"),
+        (f"one of {', '.join(EXACT_ATTENTION)}", lambda value: value in EXACT_ATTENTION),
+    ),
+    "model_type": ("a name", lambda value: isinstance(value, str)),
+    "family": (f"one of {', '.join(FAMILIES)}", lambda value: value in tuple(FAMILIES)),
+    "architectures": (
+        "a list of names",
+        lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value),
+    ),
+    "dense_act_fn": ("an activation of transformers", lambda value: isinstance(value, str) and value in ACT2FN),
+    "is_gated_act": ("true or false", lambda value: isinstance(value, bool)),
+    "dtype": ("the name of a dtype", _is_dtype),
+    "torch_dtype": ("the name of a dtype", _is_dtype),
+    "id2label": ("number → label", _are_labels),
+    "label2id": ("label → number", lambda value: isinstance(value, dict)),
+    "num_labels": (f"1 to {MOST_LABELS:,}", lambda value: is_count(value) and 1 <= value <= MOST_LABELS),
+    "quantization_config": ("a quant_method", lambda value: isinstance(value, dict) and "quant_method" in value),
+}
 
 
 def _stock_scales(family: str, tied: bool | None) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from fat5.errors import CheckpointError, CheckpointShapeError
-from fat5.model.configuration import FAMILIES, FAT5Config
+from fat5.model.configuration import EXACT_ATTENTION, FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
 from fat5.model.layout import shift_right
 from fat5.model.positions import AbsolutePositions, Fire
@@ -17,7 +17,6 @@ from fat5.model.stack import Stack
 from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
-_EXACT = (None, "eager", "sdpa", "flex_attention", "fat5")
 # safetensors.torch.save_model keeps one name of a shared table, the first by the alphabet.
 _TABLE = {r"decoder\.embed_tokens\.weight$": "shared.weight"}
 
@@ -84,7 +83,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
         to make. Attention weights are formed under either. Flash attention, which has no place for T5's bias, is
         refused, as stock T5 refuses it.
         """
-        if requested_attention in _EXACT:
+        if requested_attention is None or requested_attention in EXACT_ATTENTION:
             return "eager" if requested_attention == "eager" else "sdpa"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from fat5.errors import CheckpointError, CheckpointFileError
+from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
 from fat5.model.flash_t5 import attention_scale, translate_tensors
 
 # Keyword arguments of from_pretrained that say where a file is.
@@ -111,11 +111,13 @@ def readable(where: Any) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error), where=where) from error
     except OSError as error:
         raise CheckpointFileError(_first_line(error), where=where) from error
     except StrictDataclassError as error:
         raise CheckpointError(f"config.json cannot be used: {_last_line(error)}", where=where, hint=again) from error
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError, RecursionError) as error:
         raise CheckpointFileError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -72,7 +72,7 @@ def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
         input_ids[row, length:] = pad
         mask[row, :length] = 1
     decoder_input_ids = draw(len(lengths), min(DECODER_LENGTH, longest))
-    decoder_input_ids[:, 0] = config.decoder_start_token_id
+    decoder_input_ids[:, 0] = pad if config.decoder_start_token_id is None else config.decoder_start_token_id
     return {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
 
 
@@ -83,7 +83,7 @@ def outputs(model: Any, kind: str, examples: dict[str, Tensor]) -> Tensor:
     given = {key: value for key, value in examples.items() if decodes or key != "decoder_input_ids"}
     if decodes:
         given["use_cache"] = False  # type: ignore[assignment]
-    result = model(**given)
+    result = model(**given, return_dict=True)
     names = {"EncoderModel": ["last_hidden_state"], "Model": ["last_hidden_state"]}
     names["ForQuestionAnswering"] = ["start_logits", "end_logits"]
     keep = examples["attention_mask"].bool()

@@ -70,8 +70,9 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     precision = Precision(resolve_precision(config.precision or recipe.get("precision", "auto"), device), device)
     info = load_tokenizer(sources[0].shards.folder / "tokenizer").info
     data = recipe.get("data", {})
-    mixture = MixtureOfDenoisers.of(config.mixture or data.get("mixture", "fat5"))
-    shapes = {item.name: getattr(config, item.name, None) or data.get(item.name) for item in fields(BatchConfig)}
+    mixture = MixtureOfDenoisers.of(data.get("mixture", "fat5") if config.mixture is None else config.mixture)
+    given = {item.name: getattr(config, item.name, None) for item in fields(BatchConfig)}
+    shapes = {key: data.get(key) if value is None else value for key, value in given.items()}
     batch = BatchConfig(**{key: value for key, value in shapes.items() if value is not None})
     eval_tokens = config.eval_tokens if config.eval_tokens is not None else recipe.get("eval_tokens", 65536)
     batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=eval_tokens))
