@@ -49,6 +49,14 @@ def config(**keys: Any) -> Callable[[Path], None]:
     return damage
 
 
+def generation(**keys: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return damage
+
+
 def cut(keep: float) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -165,6 +173,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index nested too deeply": (
         shards(lambda at: (at / "model.safetensors.index.json").write_text("[" * 100_000)), "damaged",
     ),
+    "a configuration that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "JSON object"),
+    "settings of generation that are a list": (
+        lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json: damaged: not a",
+    ),
+    "settings of generation nested too deeply": (
+        lambda folder: (folder / "generation_config.json").write_text("[" * 100_000), "damaged: not JSON (nested too",
+    ),
+    "a length that is a word": (generation(max_new_tokens="x"), "generation_config.json: cannot be used: '<=' not"),
     "half a configuration": (lambda folder: (folder / "config.json").write_text('{"d_model": 1'), "config"),
     "a word for a number": (config(d_model="wide"), "d_model"),
     "an unknown activation": (config(feed_forward_proj="gated-dreams"), "feed_forward_proj"),
@@ -222,6 +238,28 @@ def test_one_line_and_nothing_written(
     assert says in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert not (folder / "crater").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoder_start_token_id", -1),
+        ("decoder_start_token_id", True),
+        ("pad_token_id", 2**70),
+        ("eos_token_id", 1e300),
+        ("begin_suppress_tokens", 5),
+        ("forced_eos_token_id", {}),
+        ("num_beams", "x"),
+        ("top_k", 1.5),
+    ],
+)
+def test_settings_of_generation_that_cannot_be(
+    key: str, value: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation(**{key: value, "do_sample": True})(folder)
+    capsys.readouterr()
+    assert main(["generate", "--model", str(folder), "--mode", "text", "--max_new_tokens", "2", "Bonjour"]) == 2
+    assert f"generation_config.json: {key} is {str(value)!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["generate", "convert"])

@@ -120,6 +120,19 @@ def test_hashes_are_checked_once_for_a_file_that_does_not_change(folder: Path, m
         verify(folder)
 
 
+def test_a_token_beyond_the_vocabulary_is_named_at_first_read_every_time(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 256', '"vocab_size": 14'))
+    assert open_shards(folder).shard_tokens(0).max() == 8
+    for read in (
+        lambda: open_shards(folder).shard_tokens(1),
+        lambda: list(open_shards(folder)),
+        lambda: verify(folder),
+    ):
+        with pytest.raises(DataError, match=r"00001\.ds: shard holds token 14, and its manifest's vocabulary is 14"):
+            read()
+
+
 def test_verify_passes_on_good_shards(folder: Path) -> None:
     assert verify(folder) == read_manifest(folder)
 

@@ -388,6 +388,16 @@ def test_without_pad_is_refused() -> None:
         Tokenizer(content, None, {})
 
 
+def test_a_vocabulary_without_its_own_unknown_token_is_one_line_at_the_first_text() -> None:
+    content = byte_tokenizer()
+    content["model"]["byte_fallback"] = False
+    del content["model"]["vocab"]["<unk>"]
+    tokenizer = Tokenizer(content, None, {})
+    for special in (False, True):
+        with pytest.raises(TokenizerError, match=r"cannot encode a text \(Unk token `<unk>` not found"):
+            tokenizer.encode("bonjour", special=special)
+
+
 class _Bomb:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("/tmp/fat5-was-unpickled"),))

@@ -116,6 +116,12 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
     steps(twin, restored, range(3, 6))
     for (key, one), two in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(one, two), key
+    for label, tensor in tensors.items():
+        files[state.OPTIMIZER] = tensors | {label: torch.zeros(*tensor.shape, 2)}
+        write_checkpoint(tmp_path / "step-3", files, {state.OPTIMIZER_FACTS: to_text(facts)}, {})
+        other, fresh = made()
+        with pytest.raises(CheckpointError, match=f"{label} differs in shape"):
+            state.restore_optimizer(fresh, other, tmp_path / "step-3")
 
 
 def test_another_model_is_refused(tmp_path):

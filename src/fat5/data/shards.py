@@ -56,6 +56,11 @@ class Manifest:
     steps: list[str] = field(default_factory=list)
     bad_rows: int = 0
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token ids in a shard."""
+        return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
+
     def documents(self, split: str) -> int:
         """Documents in one split."""
         return sum(entry.documents for entry in self.shards[split])
@@ -95,7 +100,7 @@ class TokenShards:
         self.split = split
         self.manifest = manifest
         self.entries = manifest.shards[split]
-        self.dtype = np.dtype("<u2" if manifest.token_bytes == 2 else "<u4")
+        self.dtype = manifest.dtype
         self._first = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries], dtype=np.int64)])
         self._tokens: list[np.ndarray | None] = [None] * len(self.entries)
         self._ends: list[np.ndarray | None] = [None] * len(self.entries)
@@ -173,7 +178,7 @@ class TokenShards:
         if tokens is None:
             entry = self.entries[shard]
             path = self.folder / entry.file
-            check_hash(path, entry.sha256, self.folder)
+            check_hash(path, entry.sha256, self.folder, self.manifest)
             tokens = self._tokens[shard] = _map(path, self.dtype)
         return tokens
 
@@ -220,7 +225,7 @@ def verify(folder: str | Path) -> Manifest:
     for entries in manifest.shards.values():
         for entry in entries:
             check_size(folder, entry, manifest.token_bytes)
-            check_hash(folder / entry.file, entry.sha256, folder, again=True)
+            check_hash(folder / entry.file, entry.sha256, folder, manifest, again=True)
             check_hash(folder / f"{entry.file}.index", entry.index_sha256, folder, again=True)
     return manifest
 
@@ -301,8 +306,9 @@ def check_size(folder: Path, entry: ShardEntry, token_bytes: int) -> None:
             )
 
 
-def check_hash(path: Path, expected: str, folder: Path, again: bool = False) -> None:
-    """Raises DataError, naming the file, where its SHA-256 is not `expected`.
+def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | None = None, again: bool = False) -> None:
+    """Raises DataError, naming the file, where its SHA-256 is not `expected`, or, with the manifest given for a file of
+    tokens, where it holds an id beyond the vocabulary.
 
     A file that passed is remembered by size and modification time, so that a terabyte is not read at each start.
     """
@@ -316,6 +322,13 @@ def check_hash(path: Path, expected: str, folder: Path, again: bool = False) -> 
             "shard is damaged: its SHA-256 is not the manifest's",
             where=path,
             hint="Restore it, or prepare the corpus again",
+        )
+    largest = int(_map(path, manifest.dtype).max(initial=0)) if manifest else 0
+    if manifest and largest >= manifest.vocab_size:
+        raise DataError(
+            f"shard holds token {largest:,}, and its manifest's vocabulary is {manifest.vocab_size:,}",
+            where=path,
+            hint="Prepare the corpus again",
         )
     try:
         stamp.parent.mkdir(exist_ok=True)

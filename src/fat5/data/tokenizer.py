@@ -170,8 +170,7 @@ class Tokenizer:
         Returns:
             Token ids of all texts one after another (total,), uint16 or uint32, and the tokens of each: int64 (len,).
         """
-        encodings = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = _ids(self._documents, texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens = np.empty(int(lengths.sum()), self.info.dtype)
         start = 0
@@ -189,7 +188,7 @@ class Tokenizer:
         comma of ", un" gets a space to its left from SentencePiece.
         """
         if special:
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
+            return _ids(self.backend, [text])[0]
         if not after:
             return [int(token) for token in self.encode_documents([text])[0]]
         tokens, lengths = self.encode_documents([text, after, after + text])
@@ -277,6 +276,14 @@ def _backend(content: dict[str, Any]) -> Any:
         return Backend.from_str(json.dumps(content, ensure_ascii=False))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"tokenizer.json is not one `tokenizers` can load ({str(error)[:120]})") from error
+
+
+def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except Exception as error:  # tokenizers raises bare Exception
+        hint = "Put its unknown token into the vocabulary of the model, in tokenizer.json"
+        raise TokenizerError(f"the tokenizer cannot encode a text ({str(error)[:120]})", hint=hint) from error
 
 
 def read_stock(name: str | Path, cls: Any = None) -> Any:

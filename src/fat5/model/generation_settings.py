@@ -3,6 +3,7 @@ changes.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from fat5.errors import ConfigurationError
+from fat5.json_text import is_count, is_number
 
 # Our loop does these, whatever their value.
 DONE = frozenset(
@@ -80,12 +84,48 @@ STOCK_IN_SAMPLING: dict[str, Any] = {
 }
 
 
+def _is_token(value: Any, size: int) -> bool:
+    return is_count(value) and value < size
+
+
+def _are_tokens(value: Any, size: int) -> bool:
+    """One or several; -1 and ids beyond the vocabulary stand for a token that never comes."""
+    several = value if isinstance(value, list) else [value]
+    return all(is_count(token) or (type(token) is int and token == -1) for token in several)
+
+
+_KINDS: dict[str, Callable[[Any, int], bool]] = {
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "forced_bos_token_id"), _is_token),
+    "decoder_start_token_id": lambda value, size: all(
+        _is_token(token, size) for token in (value if isinstance(value, list) else [value])
+    ),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _are_tokens),
+    **dict.fromkeys(
+        ("suppress_tokens", "begin_suppress_tokens"),
+        lambda value, size: isinstance(value, list) and _are_tokens(value, size),
+    ),
+    **dict.fromkeys(
+        ("num_beams", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"),
+        lambda value, _: is_count(value),
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), lambda value, _: is_count(value)),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), lambda value, _: is_number(value)),
+}
+
+
 def settings(model: Any, how: dict[str, Any]) -> GenerationConfig:
     """The fields that hold for one call: `how`, and the model's own generation configuration where `how` is silent.
 
     Raises:
         ValueError: `how` names something that is no field.
+        ConfigurationError: a value of the model's own that no decoding can use.
     """
+    for name, fits in _KINDS.items():
+        value = getattr(model.generation_config, name, None)
+        if value is not None and not fits(value, model.config.vocab_size):
+            raise ConfigurationError(
+                f"{name} is {str(value)[:60]!r}", where="generation_config.json", hint="Change it in the model's folder"
+            )
     config = copy.deepcopy(model.generation_config)
     unknown = sorted(name for name in how if not hasattr(config, name))
     if unknown:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
+from fat5.json_text import parse_json
 from fat5.model.flash_t5 import attention_scale, translate_tensors
 
 # Keyword arguments of from_pretrained that say where a file is.
@@ -47,6 +48,7 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         refuse_adapter(folder)
         if kwargs.get("config") is None and not (folder / "config.json").is_file():
             raise CheckpointFileError("holds no config.json", where=folder, hint="put the model's config.json there")
+        _check_settings(folder)
     found, _ = PreTrainedConfig.get_config_dict(where, **place)
     is_old = found.get("model_type") == "flash_t5"
     if on_hub:
@@ -117,7 +119,7 @@ def readable(where: Any) -> Iterator[None]:
         raise CheckpointFileError(_first_line(error), where=where) from error
     except StrictDataclassError as error:
         raise CheckpointError(f"config.json cannot be used: {_last_line(error)}", where=where, hint=again) from error
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError, RecursionError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
         raise CheckpointFileError(f"damaged: {_first_line(error)}", where=where, hint=again) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -160,9 +162,29 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     return []
 
 
+def _check_settings(folder: Path) -> None:
+    """Raises CheckpointError where transformers cannot read a folder's settings, for which it raises many kinds."""
+    again = "restore it, or save it again"
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        try:
+            is_object = not path.is_file() or isinstance(parse_json(path.read_bytes()), dict)
+        except ValueError as error:
+            raise CheckpointFileError(f"damaged: not JSON ({_first_line(error)})", where=path, hint=again) from error
+        if not is_object:
+            raise CheckpointFileError("damaged: not a JSON object", where=path, hint=again)
+    if path.is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"cannot be used: {_first_line(error)}", where=path, hint=again) from error
+
+
 def _index(path: Path) -> dict[str, str]:
     """Tensor → file; an index that is JSON and yet names no file is damaged too."""
-    content = json.loads(path.read_text())
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointFileError("damaged: not JSON", where=path, hint="restore it") from error
     named = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise CheckpointFileError("damaged: names no file for each tensor", where=path, hint="restore it")

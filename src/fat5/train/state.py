@@ -135,7 +135,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
             raise CheckpointError(f"belongs to another model: no weight {name}", where=folder / OPTIMIZER)
         weight = weights[name]
         scalar = tensor.ndim == 0
-        if not scalar and key.startswith("exp_avg") and tensor.shape != weight.shape:
+        if tensor.shape != _state_shape(key, weight):
             raise CheckpointError(f"belongs to another model: {label} differs in shape", where=folder / OPTIMIZER)
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
         on_host = scalar and not skips_on_device(optimizer)
@@ -146,6 +146,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
         optimizer.state[weights[name]].update(numbers)
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update({key: value for key, value in saved.items() if key not in group})
+
+
+def _state_shape(key: str, weight: Tensor) -> torch.Size:
+    """What is kept of a weight has its shape, but for single numbers, and the rows and columns of Adafactor."""
+    shape = list(weight.shape)
+    if key in ("step", "weight_norm", "adam_norm", "trust_ratio"):
+        shape = []
+    elif key in ("row_var", "col_var") and weight.ndim > 1:
+        shape[-1 if key == "row_var" else -2] = 1
+    return torch.Size(shape)
 
 
 def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
