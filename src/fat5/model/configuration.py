@@ -269,6 +269,11 @@ def _is_dtype(value: Any) -> bool:
     return isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype)
 
 
+def _are_names(value: Any) -> bool:
+    # The first FAT5's folders have one name without a list.
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 def _are_labels(value: Any) -> bool:
     return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
 
@@ -285,10 +290,7 @@ _UNCHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "model_type": ("a name", lambda value: isinstance(value, str)),
     "family": (f"one of {', '.join(FAMILIES)}", lambda value: value in tuple(FAMILIES)),
-    "architectures": (
-        "a list of names",
-        lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value),
-    ),
+    "architectures": ("a list of names", _are_names),
     "dense_act_fn": ("an activation of transformers", lambda value: isinstance(value, str) and value in ACT2FN),
     "is_gated_act": ("true or false", lambda value: isinstance(value, bool)),
     "dtype": ("the name of a dtype", _is_dtype),
