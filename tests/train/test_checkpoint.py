@@ -116,11 +116,13 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
     steps(twin, restored, range(3, 6))
     for (key, one), two in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(one, two), key
-    for label, tensor in tensors.items():
-        files[state.OPTIMIZER] = tensors | {label: torch.zeros(*tensor.shape, 2)}
+    odd = [(label, torch.zeros(*tensor.shape, 2)) for label, tensor in tensors.items()]
+    odd += [(label, tensor.int()) for label, tensor in tensors.items()]
+    for label, tensor in odd:
+        files[state.OPTIMIZER] = tensors | {label: tensor}
         write_checkpoint(tmp_path / "step-3", files, {state.OPTIMIZER_FACTS: to_text(facts)}, {})
         other, fresh = made()
-        with pytest.raises(CheckpointError, match=f"{label} differs in shape"):
+        with pytest.raises(CheckpointError, match=f"{label} differs, being"):
             state.restore_optimizer(fresh, other, tmp_path / "step-3")
 
 

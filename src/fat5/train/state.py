@@ -135,8 +135,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
             raise CheckpointError(f"belongs to another model: no weight {name}", where=folder / OPTIMIZER)
         weight = weights[name]
         scalar = tensor.ndim == 0
-        if tensor.shape != _state_shape(key, weight):
-            raise CheckpointError(f"belongs to another model: {label} differs in shape", where=folder / OPTIMIZER)
+        if tensor.shape != _state_shape(key, weight) or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"belongs to another model: {label} differs, being {tuple(tensor.shape)} {tensor.dtype}",
+                where=folder / OPTIMIZER,
+            )
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
         on_host = scalar and not skips_on_device(optimizer)
         optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
