@@ -108,8 +108,11 @@ class FAT5Config(T5Config):
             if not none and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ConfigurationError(f"expected a number, got {value!r}", where=key)
         for key, (least, most) in _RANGES.items():
-            if not least <= getattr(self, key) <= most:
-                raise ConfigurationError(f"expected {least:,} to {most:,}, got {getattr(self, key):,}", where=key)
+            value = getattr(self, key)
+            if not isinstance(value, int | float):  # one that came under another name, such as hidden_size
+                raise ConfigurationError(f"expected a number, got {value!r}", where=key)
+            if not least <= value <= most:
+                raise ConfigurationError(f"expected {least:,} to {most:,}, got {value:,}", where=key)
         for key in ("pad_token_id", "decoder_start_token_id", "eos_token_id", "bos_token_id"):
             held = getattr(self, key, None)
             for token in held if isinstance(held, list) and key == "eos_token_id" else [held]:
@@ -281,8 +284,8 @@ def _are_labels(value: Any) -> bool:
 _NEVER_NULL = ("num_labels", "dense_act_fn", "is_gated_act")
 _UNCHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("text_config", "text_encoder", "encoder", "decoder", "generator"),
-        ("nothing, as a T5 has no part with a configuration of its own", lambda _: False),
+        ("text_config", "text_encoder", "encoder", "decoder", "generator", "experts_implementation"),
+        ("nothing, as a T5 has no such part", lambda _: False),
     ),
     **dict.fromkeys(
         ("attn_implementation", "_attn_implementation"),
