@@ -14,8 +14,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import measure
+from fat5.generate.decoding import generate
 from fat5.model import PRESETS
-from fat5.model.decoding import generate
 
 # name: preset, batch, longest prompt, new tokens, keyword arguments
 CASES = {

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fat5.bench.static_report.problems import Problem
+from fat5.bench.timing import seconds
+from fat5.bench.tuning import REACH, TOKENS, TYPE, WIDTH, Job, inputs, precompile, tune, write_table
 from fat5.ops import RelativeBias, attention
-from fat5.ops.attention.launch_table import TUNED, Row
-from fat5.ops.attention.triton_launch import KERNELS, Launch, architecture, configuration, recording
-from fat5.ops.attention.triton_timing import seconds
-from fat5.ops.attention.triton_tuning import REACH, TOKENS, TYPE, WIDTH, Job, inputs, precompile, tune, write_table
-from fat5.ops.static_report.problems import Problem
+from fat5.ops.attention.triton.launch_table import TUNED, Row
+from fat5.ops.triton.launch import KERNELS, Launch, architecture, configuration, recording
 from gpu_measure import Results, Setup
 from gpu_plots import draw
 

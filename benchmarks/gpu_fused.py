@@ -6,7 +6,7 @@ Runs unattended: a section that fails says so and the next one goes on. First th
 CUDA events around enqueued work, the L2 cache flushed before each round, medians. 16,384 tokens, bfloat16. A line says
 for each provider `forward/backward microseconds, share of what this card's copy bandwidth (or matrix product) allows`.
 What wins over the compiled form goes into COMPILED_ON_CUDA of fat5/ops/choice.py, tile sizes into the constants of
-fat5/ops/triton_*.py.
+fat5/ops/triton/.
 """
 
 import argparse
@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fat5.bench.timing import seconds, stage_seconds
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
-from fat5.ops.attention.triton_launch import Launch
-from fat5.ops.attention.triton_timing import seconds, stage_seconds
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
 from fat5.ops.rotary import rotary_reference
+from fat5.ops.triton.launch import Launch
 from fat5.optim import AdamWScale
 from gpu_measure import Results
 from gpu_plots import draw
@@ -321,7 +321,10 @@ def loss(results: Results, limits: Ceilings, deadline: float) -> None:
 
 def tune(results: Results, limits: Ceilings, deadline: float) -> None:
     """Tile sizes of our kernels at the sizes of base: microseconds forward/backward for each."""
-    from fat5.ops import triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary
+    from fat5.ops.triton import cross_entropy as triton_cross_entropy
+    from fat5.ops.triton import geglu as triton_geglu
+    from fat5.ops.triton import rms_norm as triton_rms_norm
+    from fat5.ops.triton import rotary as triton_rotary
 
     labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
     lce = partial(_labelled, partial(linear_cross_entropy, z_loss=Z_LOSS), labels)

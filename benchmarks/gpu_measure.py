@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import measure
-from fat5.ops.attention.triton_timing import stage_seconds
+from fat5.bench.timing import stage_seconds
 
 Setup = Callable[[], tuple[Callable[[], torch.Tensor], list[torch.Tensor], torch.Tensor]]
 """Makes a call, the leaves whose gradients it owes, and the gradient of its output."""

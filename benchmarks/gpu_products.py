@@ -60,7 +60,7 @@ def _seconds(rows: int, width: int, outputs: int) -> float:
     x, weight, grad = draw(rows, width), draw(outputs, width) * width**-0.5, draw(rows, outputs)
     calls: list[Callable[[], torch.Tensor]] = [lambda: x @ weight.t(), lambda: grad @ weight, lambda: grad.t() @ x]
     if DEVICE.type == "cuda":
-        from fat5.ops.attention.triton_timing import seconds
+        from fat5.bench.timing import seconds
 
         return float(sum(np.median(seconds(call, budget=0.02)) for call in calls))
     started = time.perf_counter()

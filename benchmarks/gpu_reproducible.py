@@ -31,7 +31,7 @@ import yaml
 
 from fat5.model.layers import Embedding
 from fat5.train import read_rows
-from fat5.train.metrics import TIMES
+from fat5.train.log.metrics import TIMES
 from gpu_measure import Results
 from gpu_step import Case, Shape, batch, documents, first_step, free, say, steady
 

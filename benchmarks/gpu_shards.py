@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fat5.data import open_shards, sample_path
-from fat5.data.prepare import PrepareConfig, prepare
-from fat5.data.sample_corpus import LANGUAGES
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data.text.sample_corpus import LANGUAGES
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
 CHARACTERS = 4000
 

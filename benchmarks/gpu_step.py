@@ -16,7 +16,7 @@ from fat5.data import PackedBatch
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.optim import OptimizerConfig
 from fat5.train.config import PretrainConfig
-from fat5.train.flops import ModelShape, peak_flops
+from fat5.train.cost.flops import ModelShape, peak_flops
 from fat5.train.precision import resolve_precision
 from fat5.train.pretraining import step_runner
 from fat5.train.step import StepResult, StepRunner

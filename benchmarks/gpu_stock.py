@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import T5Config, T5ForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
 from fat5.data import PackedBatch
-from fat5.data.padded import pad, unpack
+from fat5.data.examples.padded import pad, unpack
 from fat5.model import FAT5Config
 from fat5.optim import OptimizerConfig, build_optimizer
 from fat5.train.step import StepResult
@@ -251,9 +251,9 @@ def _encode(
 def decode(results: Results, options: argparse.Namespace) -> None:
     """Greedy decoding of stock T5, bf16: 8 prompts of 128 tokens, 128 new ones; stock generate and FAT5's loop."""
     try:
-        from fat5.model.decoding import Decoder
+        from fat5.generate.decoding import Decoder
     except ImportError:
-        say("fat5.model.decoding is not there: not run")
+        say("fat5.generate.decoding is not there: not run")
         return
     preset, length, new = ("fat5-demo", 16, 8) if options.toy else (options.stock_preset, 128, 128)
     torch.manual_seed(0)

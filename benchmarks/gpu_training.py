@@ -5,7 +5,7 @@
 Runs unattended: a section that fails prints its traceback and the next one goes on; every figure is printed and written
 to OUTPUT_DIR/gpu_training.csv at once, the kernels of a step to OUTPUT_DIR/profile.txt. `--toy` runs the same code at a
 size that a CPU can do. A useful token is an encoder token of a document or a target. MFU holds the operations of
-`fat5.train.flops` against the dense bf16 peak of the data sheet.
+`fat5.train.cost.flops` against the dense bf16 peak of the data sheet.
 """
 
 import argparse

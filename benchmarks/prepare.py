@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from fat5.data import load_tokenizer, open_shards, sample_path
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from measure import interleaved, row, save
 
 PREPARE = """
 import sys
-from fat5.data.prepare import PrepareConfig, prepare
+from fat5.data.shards.prepare import PrepareConfig, prepare
 prepare(PrepareConfig([sys.argv[1]], sys.argv[2], sys.argv[3], validation_fraction=0.01, workers=int(sys.argv[4])))
 """
 

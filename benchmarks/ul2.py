@@ -31,7 +31,7 @@ from fat5.data import (
     suggest_budgets,
     unpack,
 )
-from fat5.data.shards import Manifest, ShardEntry
+from fat5.data.shards.token_shards import Manifest, ShardEntry
 from measure import interleaved, row, save
 
 VOCABULARY = 32768

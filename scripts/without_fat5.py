@@ -110,8 +110,8 @@ def compute(model: Path, scratch: Path) -> tuple[Path, Path, Path]:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
+    from fat5.convert import ConvertConfig, convert
     from fat5.model import load_model
-    from fat5.tasks import ConvertConfig, convert
     from fat5.train.scoring import model_folder
 
     folder = model_folder(model).absolute()

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from fat5.data import sample_path
-from fat5.data.prepare import PrepareConfig, prepare
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows
-from fat5.train.checkpoint_files import read_json
-from fat5.train.metrics import TIMES
+from fat5.train.checkpoint.files import read_json
+from fat5.train.log.metrics import TIMES
 
 TINY = {
     "d_model": 32,
@@ -130,7 +130,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:
 
 def kill_at_row(row: int) -> Callable[[], None]:
     """Makes the metrics log kill the process by SIGKILL once it has written so many rows: a death at a chosen step."""
-    from fat5.train.metrics import MetricsLog
+    from fat5.train.log.metrics import MetricsLog
 
     written = 0
     write = MetricsLog.write

@@ -11,8 +11,8 @@ from fat5.cli.main import VERBS
 from fat5.cli.parsing import parse
 from fat5.cli.recipes import FOLDER, find_recipe, recipe_names
 from fat5.data import MixtureOfDenoisers, TokenizerInfo
-from fat5.data.prepare import PrepareConfig
-from fat5.data.tokenizer_training import TokenizerTraining
+from fat5.data.shards.prepare import PrepareConfig
+from fat5.data.tokenizer.training import TokenizerTraining
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.optim import build_optimizer

@@ -1,62 +1,44 @@
 """FAT5 (Flash Attention T5): pretrain, run and convert T5-family encoder-decoder models, fast."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fat5.lazy import lazy
 from fat5.registration import register_with_transformers
 
-__version__ = "0.1.0"
-
-# Each name is imported when first used, so that `import fat5` stays light and needs neither a GPU nor Triton.
-_HOMES = {
-    "FAT5Config": "fat5.model",
-    "FAT5EncoderModel": "fat5.model",
-    "FAT5ForConditionalGeneration": "fat5.model",
-    "FAT5ForQuestionAnswering": "fat5.model",
-    "FAT5ForSequenceClassification": "fat5.model",
-    "FAT5ForTokenClassification": "fat5.model",
-    "accelerate": "fat5.model",
-}
-
 if TYPE_CHECKING:
-    from fat5 import data, errors, model, ops, optim, train
-    from fat5.model import (
-        FAT5Config,
-        FAT5EncoderModel,
-        FAT5ForConditionalGeneration,
-        FAT5ForQuestionAnswering,
-        FAT5ForSequenceClassification,
-        FAT5ForTokenClassification,
-        accelerate,
-    )
+    from fat5 import data as data
+    from fat5 import errors as errors
+    from fat5 import generate as generate
+    from fat5 import model as model
+    from fat5 import ops as ops
+    from fat5 import optim as optim
+    from fat5 import train as train
+    from fat5.model import FAT5Config as FAT5Config
+    from fat5.model import FAT5EncoderModel as FAT5EncoderModel
+    from fat5.model import FAT5ForConditionalGeneration as FAT5ForConditionalGeneration
+    from fat5.model import FAT5ForQuestionAnswering as FAT5ForQuestionAnswering
+    from fat5.model import FAT5ForSequenceClassification as FAT5ForSequenceClassification
+    from fat5.model import FAT5ForTokenClassification as FAT5ForTokenClassification
+    from fat5.stock import accelerate as accelerate
 
-__all__ = [
-    "FAT5Config",
-    "FAT5EncoderModel",
-    "FAT5ForConditionalGeneration",
-    "FAT5ForQuestionAnswering",
-    "FAT5ForSequenceClassification",
-    "FAT5ForTokenClassification",
-    "accelerate",
-    "data",
-    "errors",
-    "model",
-    "ops",
-    "optim",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if name in ("data", "errors", "model", "ops", "optim", "train"):
-        return import_module(f"fat5.{name}")
-    raise AttributeError(f"module 'fat5' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
-
-
+__version__ = "0.1.0"
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "FAT5Config": "model",
+        "FAT5EncoderModel": "model",
+        "FAT5ForConditionalGeneration": "model",
+        "FAT5ForQuestionAnswering": "model",
+        "FAT5ForSequenceClassification": "model",
+        "FAT5ForTokenClassification": "model",
+        "accelerate": "stock",
+        "data": "",
+        "errors": "",
+        "generate": "",
+        "model": "",
+        "ops": "",
+        "optim": "",
+        "train": "",
+    },
+)
 register_with_transformers()

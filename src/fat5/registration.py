@@ -11,19 +11,24 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-HOST, ROOM = "transformers", "fat5.model"
+HOST, ROOMS = "transformers", ("fat5.model", "fat5.stock")
 
 
 def register_with_transformers() -> None:
     """Now where transformers is there already, else when it comes."""
     if HOST in sys.modules:
-        import_module(ROOM)
+        _register()
     elif not any(isinstance(finder, _Registrar) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Registrar())
 
 
+def _register() -> None:
+    for room in ROOMS:
+        import_module(room)
+
+
 class _Registrar(MetaPathFinder):
-    """Finds transformers as others do, and imports `ROOM` once it has been executed."""
+    """Finds transformers as others do, and imports `ROOMS` once it has been executed."""
 
     looking = False
 
@@ -45,7 +50,7 @@ class _Registrar(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                import_module(ROOM)
+                _register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -8,8 +8,8 @@ import pytest
 
 from fat5.cli.main import main
 from fat5.data import load_tokenizer, sample_path
-from fat5.data.prepare import PrepareConfig, prepare
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fat5.cli.main import main
-from fat5.data.tokenizer_training import TokenizerTraining
+from fat5.data.tokenizer.training import TokenizerTraining
 from fat5.errors import ConfigurationError
 
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"

@@ -9,7 +9,7 @@ import pytest
 
 from fat5.cli.main import main
 from fat5.data import sample_path
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from made_tokenizers import word_piece
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fat5.cli.main import main
-from fat5.writing import naming, whole_folder, write_atomically, write_output
+from fat5.files import naming, whole_folder, write_atomically, write_output
 
 TRAINING = ["--vocab_size", "1024"]
 
@@ -45,7 +45,7 @@ def full(monkeypatch):
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fat5.writing.os.fsync", fail)
+    monkeypatch.setattr("fat5.files.os.fsync", fail)
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
@@ -56,7 +56,7 @@ def test_a_tokenizer_folder_is_whole_or_absent(tmp_path, capsys, monkeypatch, th
         target.mkdir()
     command = ["tokenizer", str(tmp_path / "corpus.txt"), *TRAINING, "--output_dir", str(target)]
     with monkeypatch.context() as disk:
-        disk.setattr("fat5.writing.os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        disk.setattr("fat5.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
         assert main(command) == 2
     assert capsys.readouterr().err.endswith(f"{target}: No space left. Make room, and run the same command again\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "tokenizer"][: 1 + there]

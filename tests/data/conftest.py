@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fat5.data import sample_path
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -25,4 +25,4 @@ def texts() -> list[str]:
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of 16 kB, so that a small corpus has many."""
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 16_000)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 16_000)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fat5.data.shards import Manifest, ShardEntry, TokenShards, open_shards
-from fat5.data.tokenizer import TokenizerInfo
+from fat5.data.shards.token_shards import Manifest, ShardEntry, TokenShards, open_shards
+from fat5.data.tokenizer.loading import TokenizerInfo
 
 FIRST_TOKEN = 400  # ids below are special, so that specials never occur in text
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fat5.data import load_tokenizer, open_shards
-from fat5.data.prepare import PrepareConfig
+from fat5.data.shards.prepare import PrepareConfig
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

@@ -5,11 +5,11 @@ import pytest
 from made_corpus import made_documents, write_corpus
 
 from fat5.data import Denoiser, load_tokenizer, sample_path
-from fat5.data.auditing import AuditConfig, audit
-from fat5.data.order import PieceStream
-from fat5.data.tokenizer import Tokenizer
-from fat5.data.tokenizer_json import byte_tokenizer
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.audit import AuditConfig, audit
+from fat5.data.examples.order import PieceStream
+from fat5.data.tokenizer.json_file import byte_tokenizer
+from fat5.data.tokenizer.loading import Tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fat5.data import cleaning, load_tokenizer, open_shards, sample_path
-from fat5.data.cleaning import UnicodeWords
-from fat5.data.prepare import PrepareConfig, prepare
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data import load_tokenizer, open_shards, sample_path
+from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data.text import cleaning
+from fat5.data.text.cleaning import UnicodeWords
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import DataError
 
 SENTENCE = "Le service redémarre chaque nuit après la mise à jour des paquets installés."
@@ -84,7 +85,7 @@ def test_urls_need_their_column(tmp_path: Path, tokenizer: str) -> None:
 def test_minhash_keeps_one_of_near_duplicates_across_tasks(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 4_000)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 4_000)
     texts = sample_paragraphs(20)
     near = [text.replace("Debian", "debian").replace(",", "") for text in texts[:5]]
     rows = [{"text": text} for text in [*texts, *texts[:3], *near]]
@@ -98,7 +99,7 @@ def test_minhash_keeps_one_of_near_duplicates_across_tasks(
 def test_minhash_in_processes_gives_the_same_manifest(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 8_000)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 8_000)
     texts = sample_paragraphs(20)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts]))
     keys = PrepareConfig([f"{tmp_path}/a.jsonl"], tokenizer, f"{tmp_path}/one", steps=["minhash"], workers=1)

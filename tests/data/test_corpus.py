@@ -21,8 +21,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fat5.data import formats, lines
-from fat5.data.corpus import Corpus, CorpusOptions, is_dataset, open_corpus
+from fat5.data.text import formats, lines
+from fat5.data.text.corpus import Corpus, CorpusOptions, is_dataset, open_corpus
 from fat5.errors import DataError
 
 TEXTS = ["Le chat dort.", "Deux\nlignes, « é ».", "日本", 'des "guillemets", et une virgule', "fin"]
@@ -73,7 +73,7 @@ def test_every_form_gives_its_texts(tmp_path: Path, extension: str) -> None:
 def test_cut_anywhere_the_texts_are_the_same(
     tmp_path: Path, extension: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", target)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", target)
     corpus = open_corpus([str(write_form(tmp_path, extension, TEXTS * 3))])
     assert len(corpus.chunks()) > 1 or target > 1000
     assert read_all(corpus) == TEXTS * 3
@@ -134,7 +134,7 @@ def test_the_sample_has_a_name_of_its_own() -> None:
 
 
 def test_tiny_files_share_tasks_and_large_ones_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 100)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 100)
     for index in range(50):
         (tmp_path / f"{index:02d}.txt").write_text("x" * 10)
     (tmp_path / "z.jsonl").write_text('{"text": "yyyyyyyyyyy"}\n' * 50)
@@ -372,7 +372,7 @@ def test_a_line_that_never_ends_is_refused_before_it_is_read(
 
 BOMB = """
 import resource, sys
-from fat5.data.corpus import open_corpus
+from fat5.data.text.corpus import open_corpus
 from fat5.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 said = ""
@@ -418,7 +418,7 @@ def test_a_paragraph_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_the_line_of_a_fault_is_counted_from_the_top_of_a_cut_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 64)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 64)
     lines = ['{"text": "good"}'] * 100
     lines[70] = "{bad"
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")

@@ -8,8 +8,8 @@ import yaml
 from made_corpus import made_documents, write_corpus
 
 from fat5.data import BatchConfig, MixtureOfDenoisers
-from fat5.data.tokenizer import Tokenizer
-from fat5.data.tokenizer_json import byte_tokenizer
+from fat5.data.tokenizer.json_file import byte_tokenizer
+from fat5.data.tokenizer.loading import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_corpus import FIRST_TOKEN, made_info
 
-from fat5.data import Denoiser, MixtureOfDenoisers, kernels, reconstruct
+from fat5.data import Denoiser, MixtureOfDenoisers, reconstruct
+from fat5.data.examples import kernels
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 INFO = made_info()

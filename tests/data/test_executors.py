@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from preparing import config, manifest, write_jsonl
 
-from fat5.data.prepare import finish, prepare
-from fat5.data.prepare_plan import read_plan
-from fat5.data.slurm_options import SlurmOptions
+from fat5.data.shards.plan import read_plan
+from fat5.data.shards.prepare import finish, prepare
+from fat5.data.shards.slurm_options import SlurmOptions
 from fat5.errors import ConfigurationError, DataError
 
 
@@ -52,11 +52,11 @@ def test_slurm_submits_an_array_and_a_last_job(cluster: Path, tokenizer: str, te
         f"#SBATCH --array=0-{tasks - 1}%4",
         "#SBATCH --job-name=fat5-tokens",
         "source env.sh",
-        f"srun -l -n 1 {sys.executable} -m fat5.data.executors {cluster / 'out'} tokens",
+        f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {cluster / 'out'} tokens",
     ):
         assert line in array.splitlines()
     assert "--dependency=afterok:1" in calls[1]
-    assert f"{sys.executable} -m fat5.data.executors {cluster / 'out'} finish" in last.splitlines()
+    assert f"{sys.executable} -m fat5.data.shards.executors {cluster / 'out'} finish" in last.splitlines()
     assert "--array" not in last
     assert not list((cluster / "out").rglob("*.pik")), "nothing is pickled"
 
@@ -65,7 +65,7 @@ def test_slurm_submits_an_array_and_a_last_job(cluster: Path, tokenizer: str, te
 def test_what_slurm_runs_makes_the_same_shards(
     cluster: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fat5.data.executors import main
+    from fat5.data.shards.executors import main
 
     corpus = write_jsonl(cluster / "a.jsonl", texts[:150])
     keys = config(cluster, tokenizer, corpus)

@@ -19,7 +19,7 @@ from fat5.data import (
     unpack,
     validation_batches,
 )
-from fat5.data.loader import PREFETCH
+from fat5.data.examples.loader import PREFETCH
 from fat5.errors import ConfigurationError, DataError
 
 INFO = made_info()

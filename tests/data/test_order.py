@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_corpus import made_documents, made_info, write_corpus
 
-from fat5.data import MixtureOfDenoisers, PieceStream, Source, kernels
-from fat5.data.order import blend
+from fat5.data import MixtureOfDenoisers, PieceStream, Source
+from fat5.data.examples import kernels
+from fat5.data.examples.order import blend
 from fat5.errors import ConfigurationError, DataError, TokenizerError
 
 INFO = made_info()

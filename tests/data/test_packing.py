@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fat5.data import MixtureOfDenoisers, pack, suggest_budgets
-from fat5.data.packing import fill
+from fat5.data.examples.packing import fill
 from fat5.errors import ConfigurationError, DataError
 
 

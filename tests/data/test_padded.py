@@ -4,7 +4,7 @@ import torch
 from made_corpus import made_documents, made_info, write_corpus
 
 from fat5.data import MixtureOfDenoisers, PaddedLoader, reconstruct
-from fat5.data.padded import GROUP_BATCHES
+from fat5.data.examples.padded import GROUP_BATCHES
 from fat5.errors import ConfigurationError
 
 INFO = made_info()

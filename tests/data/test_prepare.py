@@ -18,10 +18,10 @@ from preparing import config, decoded, manifest, write_jsonl
 from transformers import AutoTokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, verify
-from fat5.data.corpus import CorpusOptions
-from fat5.data.prepare import prepare
-from fat5.data.prepare_plan import read_plan
-from fat5.data.tokenizer_json import byte_tokenizer
+from fat5.data.shards.plan import read_plan
+from fat5.data.shards.prepare import prepare
+from fat5.data.text.corpus import CorpusOptions
+from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 from made_tokenizers import KINDS, sentencepiece
 
@@ -190,8 +190,8 @@ def test_skipped_rows_are_counted_in_the_manifest(
 
 KILLED = """
 import sys, time
-import fat5.data.corpus as corpus, fat5.data.pipeline as pipeline
-from fat5.data.prepare import PrepareConfig, prepare
+import fat5.data.text.corpus as corpus, fat5.data.shards.pipeline as pipeline
+from fat5.data.shards.prepare import PrepareConfig, prepare
 corpus.SMALLEST_CHUNK = 16_000
 encode = pipeline.Tokenizer.encode_documents
 def slow(self, texts):
@@ -279,8 +279,8 @@ def test_run_again_when_complete_it_does_nothing(tmp_path: Path, tokenizer: str,
 def test_a_dead_worker_is_an_error_and_not_a_wait(
     tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 16_000)
-    monkeypatch.setattr("fat5.data.executors.run_task", die)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 16_000)
+    monkeypatch.setattr("fat5.data.shards.executors.run_task", die)
     with pytest.raises(DataError, match="a worker process died"):
         prepare(config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts), workers=2))
 
@@ -367,7 +367,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path, tokenizer: str, content: bytes
 def test_a_fault_in_a_worker_is_the_same_one_line(
     tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fat5.data.corpus.SMALLEST_CHUNK", 4_000)
+    monkeypatch.setattr("fat5.data.text.corpus.SMALLEST_CHUNK", 4_000)
     corpus = write_jsonl(tmp_path / "a.jsonl", texts[:100])
     with corpus.open("ab") as file:
         file.write(b"{bad\n")

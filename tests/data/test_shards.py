@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fat5.data import open_shards, read_manifest, verify
-from fat5.data.shards import Manifest, ShardEntry, TokenShards
+from fat5.data.shards.token_shards import Manifest, ShardEntry, TokenShards
 from fat5.errors import DataError
 
 
@@ -109,7 +109,7 @@ def test_a_missing_file_is_named_at_opening(folder: Path, name: str) -> None:
 def test_hashes_are_checked_once_for_a_file_that_does_not_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_shards(folder).document(0)
     hashed: list[str] = []
-    monkeypatch.setattr("fat5.data.shards.file_sha256", lambda path: hashed.append(path.name) or "wrong")
+    monkeypatch.setattr("fat5.data.shards.token_shards.file_sha256", lambda path: hashed.append(path.name) or "wrong")
     open_shards(folder).document(0)
     assert hashed == []
     flip(folder / "train" / "00000.ds", 0)

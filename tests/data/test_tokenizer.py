@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, sample_path
-from fat5.data.tokenizer_json import MODES, added_token, append_eos, byte_tokenizer, opening_ids
-from fat5.data.tokenizer_training import TokenizerTraining, alphabet, train_tokenizer
+from fat5.data.tokenizer.json_file import MODES, added_token, append_eos, byte_tokenizer, opening_ids
+from fat5.data.tokenizer.training import TokenizerTraining, alphabet, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 from made_tokenizers import KINDS
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fat5.data import load_tokenizer, tokenizer_training
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data import load_tokenizer
+from fat5.data.tokenizer import training as tokenizer_training
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
 LETTERS = {
     "chinese": [chr(0x4E00 + index) for index in range(300)],

@@ -9,7 +9,7 @@ import pytest
 from fat5.errors import CheckpointError
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train import PretrainConfig, pretrain
-from fat5.train.compare import HARMLESS, WARNED, check_changes
+from fat5.train.checkpoint.compare import HARMLESS, WARNED, check_changes
 from made_run import events, tiny
 
 
@@ -54,8 +54,8 @@ def test_other_data_and_tokenizer_are_refused(prepared, begun, tmp_path):
     import gzip
 
     from fat5.data import sample_path
-    from fat5.data.prepare import PrepareConfig, prepare
-    from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+    from fat5.data.shards.prepare import PrepareConfig, prepare
+    from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
     rows = gzip.decompress(Path(sample_path("de")).read_bytes()).decode().splitlines(keepends=True)[:100]
     (tmp_path / "german.jsonl").write_text("".join(rows))

@@ -6,7 +6,7 @@ import pytest
 
 from fat5.errors import DataError
 from fat5.train import draw_comparison, draw_run, pretrain, read_rows
-from fat5.train.metrics import MetricsLog
+from fat5.train.log.metrics import MetricsLog
 from made_run import events, rows_without_times, tiny
 
 TRAIN = {"kind": "train", "step": 3, "loss": 5.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 9, "seconds": 2.0}

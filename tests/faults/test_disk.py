@@ -5,8 +5,10 @@ import errno
 import pytest
 
 from fat5.errors import CheckpointError
-from fat5.train import checkpoint, pretrain, saving, verify_checkpoint
-from fat5.train.metrics import MetricsLog
+from fat5.train import pretrain, verify_checkpoint
+from fat5.train.checkpoint import saving
+from fat5.train.checkpoint import store as checkpoint
+from fat5.train.log.metrics import MetricsLog
 from fat5.train.step import StepRunner
 from made_run import assert_same_run, events, tiny
 
@@ -25,13 +27,13 @@ def failing(monkeypatch, fails, code=errno.ENOSPC):
         nonlocal saves
         saves += 1
         if fails(saves):
-            monkeypatch.setattr("fat5.train.checkpoint_files.save_file", full)
+            monkeypatch.setattr("fat5.train.checkpoint.files.save_file", full)
         try:
             write(target, tensors, documents, facts)
         finally:
-            monkeypatch.setattr("fat5.train.checkpoint_files.save_file", save_file)
+            monkeypatch.setattr("fat5.train.checkpoint.files.save_file", save_file)
 
-    from fat5.train.checkpoint_files import save_file
+    from fat5.train.checkpoint.files import save_file
 
     def full(content, path, metadata):
         path.write_bytes(b"part of a file")
@@ -92,7 +94,7 @@ def test_a_log_that_cannot_be_flushed_is_told_of(tmp_path, monkeypatch):
     told = []
     log = MetricsLog(tmp_path / "metrics.jsonl", told.append)
     log.write({"kind": "train"})
-    monkeypatch.setattr("fat5.train.metrics.os.fsync", failing_disk)
+    monkeypatch.setattr("fat5.train.log.metrics.os.fsync", failing_disk)
     log.flush_to_disk()
     assert told == ["metrics.jsonl cannot be written (Input/output error); training goes on"]
 
@@ -107,7 +109,7 @@ def test_a_full_log_disk_does_not_stop_training(prepared, tmp_path, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, mode, *args, **kwargs)
 
-    monkeypatch.setattr("fat5.train.metrics.open", scarce, raising=False)
+    monkeypatch.setattr("fat5.train.log.metrics.open", scarce, raising=False)
     summary = pretrain(tiny(prepared, tmp_path / "run"))
     assert summary["steps"] == 8
     assert capfd.readouterr().err.count("metrics.jsonl cannot be written") == 1

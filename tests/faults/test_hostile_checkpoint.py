@@ -9,7 +9,7 @@ import pytest
 
 from fat5.errors import FAT5Error
 from fat5.train import CheckpointStore, pretrain
-from fat5.train.checkpoint_files import _self_sha256, read_json
+from fat5.train.checkpoint.files import _self_sha256, read_json
 from made_run import events, tiny
 
 ODD = [None, True, -5, 10**30, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}]

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from fat5.train import checkpoint_files as files
 from fat5.train import pretrain
+from fat5.train.checkpoint import files
 from made_run import assert_same_run, events, in_child, tiny
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "config.json", "trainer.json")

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fat5.train import RunStopped, evaluation, pretrain, verify_checkpoint
-from fat5.train.metrics import MetricsLog
+from fat5.train.log.metrics import MetricsLog
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 from made_run import assert_same_run, events, in_child, last_checkpoint, rows_without_times, start, tiny, wait_for_step

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.reference import attention_reference
-from fat5.ops.attention.triton_launch import Launch
+from fat5.ops.triton.launch import Launch
 
 # Small tiles, so that small problems hold far, near and ragged ones.
 SMALL_TILES = {

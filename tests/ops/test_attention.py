@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import Problem, assert_as_good_as_plain, make, packed_options
 
 from fat5.ops import RelativeBias, attention
-from fat5.ops.attention import cpu
+from fat5.ops.attention.cpu import host as cpu
 
 LAYOUTS = ["batched", "strided", "masked", "holes", "packed"]
 LENGTHS = [(1, 1), (5, 5), (63, 63), (65, 130), (127, 127), (513, 513), (1100, 40)]

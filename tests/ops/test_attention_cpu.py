@@ -9,7 +9,7 @@ import torch
 from problems import assert_as_good_as_plain, make
 
 from fat5.ops import attention
-from fat5.ops.attention import cpu_threads
+from fat5.ops.attention.cpu import threads as cpu_threads
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 pytest.importorskip("triton")
 
 from fat5.ops import RelativeBias, attention, attention_weights
-from fat5.ops.attention.cpu_kernels import forward_scratch
+from fat5.ops.attention.cpu.kernels import forward_scratch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["reference", "triton", "sdpa", *(["cpu"] if DEVICE.type == "cpu" else [])]

@@ -207,7 +207,7 @@ def test_rotary_of_a_view_and_of_shared_angles():
 
 
 def test_rotary_turns_back_and_says_what_does_not_fit():
-    from fat5.ops.triton_rotary import rotary_forward
+    from fat5.ops.triton.rotary import rotary_forward
 
     (cos, sin), x = angles(5, 4), draw(5, 2, 10)
     assert largest(rotary_forward(rotary(x, cos, sin), cos, sin, True) - x) < 4 * FLOOR[SINGLE]
@@ -294,9 +294,9 @@ def test_any_shape(rows, width, dtype):
 
 
 def test_registered_as_torch_expects():
-    from fat5.ops.triton_geglu import geglu_forward, geglu_joined_forward
-    from fat5.ops.triton_rms_norm import add_rms_norm_forward, rms_norm_forward
-    from fat5.ops.triton_rotary import rotary_forward
+    from fat5.ops.triton.geglu import geglu_forward, geglu_joined_forward
+    from fat5.ops.triton.rms_norm import add_rms_norm_forward, rms_norm_forward
+    from fat5.ops.triton.rotary import rotary_forward
 
     x, weight = (draw(*shape).requires_grad_() for shape in ((5, 8), (8,)))
     torch.library.opcheck(rms_norm_forward, (x, weight, 1e-6))

@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from fat5.ops.attention.triton_attention import BAND_PROGRAMS, attention_backward, attention_forward, prepare
-from fat5.ops.attention.triton_launch import assumed_architecture, recording
+from fat5.ops.attention.triton.host import BAND_PROGRAMS, attention_backward, attention_forward, prepare
+from fat5.ops.triton.launch import assumed_architecture, recording
 
 HEADS, HEAD_DIM, REACH = 12, 64, 91
 

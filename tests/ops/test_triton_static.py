@@ -9,20 +9,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from fat5.ops import (
-    triton_adamw_scale,
-    triton_cross_entropy,
-    triton_geglu,
-    triton_rms_norm,
-    triton_rotary,
-)
-from fat5.ops.attention import triton_backward, triton_bias_gradient, triton_forward, triton_tiles
-from fat5.ops.attention.launch_table import DEFAULTS, DROPOUT, TUNED
-from fat5.ops.attention.triton_launch import ARCHITECTURES, KERNELS, Launch, band_configuration, table_row
+from fat5.bench.static_report.compile import Resources
+from fat5.bench.static_report.problems import FusedProblem, Problem, launches
+from fat5.bench.static_report.report import LIMITS, Row, fault, shipped
+from fat5.ops.attention.triton import backward as triton_backward
+from fat5.ops.attention.triton import bias_gradient as triton_bias_gradient
+from fat5.ops.attention.triton import forward as triton_forward
+from fat5.ops.attention.triton import tiles as triton_tiles
+from fat5.ops.attention.triton.launch_table import DEFAULTS, DROPOUT, TUNED
 from fat5.ops.choice import COMPILED_ON_CUDA
-from fat5.ops.static_report.compile import Resources
-from fat5.ops.static_report.problems import FusedProblem, Problem, launches
-from fat5.ops.static_report.report import LIMITS, Row, fault, shipped
+from fat5.ops.triton import adamw_scale as triton_adamw_scale
+from fat5.ops.triton import cross_entropy as triton_cross_entropy
+from fat5.ops.triton import geglu as triton_geglu
+from fat5.ops.triton import rms_norm as triton_rms_norm
+from fat5.ops.triton import rotary as triton_rotary
+from fat5.ops.triton.launch import ARCHITECTURES, KERNELS, Launch, band_configuration, table_row
 
 FUSED_MODULES = (triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary)
 ATTENTION = ("work_list", "forward", "query_gradient", "key_gradient", "band", "diagonal", "bins")

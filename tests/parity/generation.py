@@ -11,7 +11,7 @@ from stock import fat5_like, rows
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from fat5.model.decoding import generate as our_loop
+from fat5.generate.decoding import generate as our_loop
 
 LENGTH = 16
 STATIC = {"cache_implementation": "static", "disable_compile": True}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fat5
-from fat5.model.decoding import Decoder, generate
+from fat5.generate.decoding import Decoder, generate
 
 peft = pytest.importorskip("peft")
 

@@ -14,8 +14,8 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
+from fat5.generate.decoding import Decoder, generate
 from fat5.model import POSITION_ENCODINGS, FAT5Config, FAT5ForConditionalGeneration
-from fat5.model.decoding import Decoder, generate
 
 # Past WINDOW keys, so that the window grows, and past the reach of the bias.
 LENGTH = 130

@@ -21,8 +21,8 @@ from transformers import (
 
 import fat5
 from fat5.errors import CheckpointError
+from fat5.generate.decoding import generate
 from fat5.model import FAT5ForConditionalGeneration
-from fat5.model.decoding import generate
 
 # A few steps of AdamW: what rounding does to a loss of some ten nats.
 LOSS_TOLERANCE = 1e-4

@@ -1,6 +1,6 @@
 """Checkpoints of the first FAT5 (`flash_t5`) give the logits that their own formulas imply.
 
-The formulas are written once more, in float64 and over the old names and keys: fat5.tasks.flash_t5_formulas.
+The formulas are written once more, in float64 and over the old names and keys: fat5.convert.flash_t5_formulas.
 """
 
 import json
@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 import fat5
+from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.errors import CheckpointError
 from fat5.model import FAT5Config, FAT5EncoderModel, FAT5ForConditionalGeneration, FAT5ForSequenceClassification
-from fat5.tasks.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 
 WIDTH, HEADS, HEAD, INNER, LAYERS, VOCABULARY = 24, 3, 8, 40, 2, 99
 BUCKETS, REACH = 32, 128

@@ -10,8 +10,8 @@ from generation import prompts, seeded
 from stock import t5_v1_1
 from transformers import GenerationConfig
 
-from fat5.model.decoding import Decoder
-from fat5.model.generation_settings import (
+from fat5.generate.decoding import Decoder
+from fat5.generate.settings import (
     DONE,
     STOCK,
     STOCK_AMONG_BEAMS,

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForCondi
 
 import fat5
 from fat5.errors import CheckpointError
+from fat5.generate.decoding import Decoder
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.model.decoding import Decoder
 
 SHARD = "20KB"
 

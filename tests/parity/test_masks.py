@@ -29,7 +29,7 @@ from transformers import (
 
 import fat5
 from fat5.errors import ConfigurationError
-from fat5.model.decoding import generate
+from fat5.generate.decoding import generate
 
 
 def with_interface(stock: Any) -> Any:

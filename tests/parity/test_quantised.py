@@ -11,8 +11,8 @@ from torch import nn
 from transformers import T5ForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fat5.generate.decoding import generate
 from fat5.model import FAT5ForConditionalGeneration
-from fat5.model.decoding import generate
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # Eight bits keep two digits of a weight.

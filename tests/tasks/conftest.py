@@ -8,7 +8,7 @@ import pytest
 from sources import FAT5_POSITIONS, GATED, SIZES, as_flash_t5, stock
 from transformers import ByT5Tokenizer
 
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 
 

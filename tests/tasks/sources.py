@@ -17,8 +17,8 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
+from fat5.convert import ConvertConfig, conversion, convert
 from fat5.errors import FAT5Error
-from fat5.tasks import ConvertConfig, conversion, convert
 
 SIZES: dict[str, Any] = dict(
     vocab_size=1024, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from fat5.data import Tokenizer, load_tokenizer
-from fat5.data.tokenizer_json import added_token, byte_tokenizer
-from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.json_file import added_token, byte_tokenizer
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from fat5.generate import Decoding, complete
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.tasks import Decoding, complete
 from made_tokenizers import KINDS, byte_level, sentencepiece
 
 

@@ -14,9 +14,9 @@ from sources import FAT5_POSITIONS, refused, run, stock
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from fat5.cli.main import main
+from fat5.convert.verification import compare, outputs, random_examples
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5EncoderModel, load_model
-from fat5.tasks.verification import compare, outputs, random_examples
 
 
 @pytest.mark.parametrize("to", ["hf", "fat5"])

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sources import change, refused, run
 
+from fat5.convert import ConvertConfig, conversion, convert
 from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
 from fat5.model import configuration
-from fat5.tasks import ConvertConfig, conversion, convert
 
 
 def test_weights_beyond_float16_are_refused(folder: Any) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from fat5.cli.main import main
 from fat5.data import load_tokenizer
-from fat5.data.prepare import PrepareConfig, prepare
+from fat5.data.shards.prepare import PrepareConfig, prepare
 from made_run import tiny
 from made_tokenizers import KINDS
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from fat5.errors import CheckpointError
 from fat5.optim import OptimizerConfig, build_optimizer
-from fat5.train import state
-from fat5.train.checkpoint import CheckpointStore, Snapshot
-from fat5.train.checkpoint_files import write_checkpoint
+from fat5.train.checkpoint import state
+from fat5.train.checkpoint.files import write_checkpoint
+from fat5.train.checkpoint.store import CheckpointStore, Snapshot
 
 
 def snapshot(step, loss=None):
@@ -105,7 +105,7 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
     tensors, facts = state.capture_optimizer(optimizer, model)
     weights = state.capture_weights(model)
     assert list(weights) == ["shared.weight", "wi.weight"]
-    from fat5.train.checkpoint import to_text
+    from fat5.train.checkpoint.store import to_text
 
     files = {state.WEIGHTS: weights, state.OPTIMIZER: tensors}
     write_checkpoint(tmp_path / "step-3", files, {state.OPTIMIZER_FACTS: to_text(facts)}, {})
@@ -135,7 +135,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_random_generators_come_back(tmp_path):
-    from fat5.train.checkpoint import to_text
+    from fat5.train.checkpoint.store import to_text
 
     def draw():
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist(), random.random()

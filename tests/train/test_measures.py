@@ -10,9 +10,9 @@ from torch import nn
 from fat5.errors import DataError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.train import evaluate, read_rows, unigram_entropy
-from fat5.train.flops import ModelShape, peak_flops
-from fat5.train.metrics import MetricsLog
-from fat5.train.plots import LivePlot, draw_comparison, draw_run, smooth
+from fat5.train.cost.flops import ModelShape, peak_flops
+from fat5.train.log.metrics import MetricsLog
+from fat5.train.log.plots import LivePlot, draw_comparison, draw_run, smooth
 from fat5.train.precision import Precision
 from fat5.train.pretraining import open_data
 from fat5.train.resolution import configure_model
@@ -158,7 +158,7 @@ def test_smoothing_is_unbiased_and_passes_over_gaps():
 
 
 def test_live_plot_is_seldom_and_survives_a_full_disk(monkeypatch):
-    from fat5.train import plots
+    from fat5.train.log import plots
 
     drawn = []
 

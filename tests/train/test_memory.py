@@ -10,8 +10,8 @@ import torch
 
 from fat5.cli.main import main
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.train import memory
-from fat5.train.memory import GIB, activations
+from fat5.train.cost import memory
+from fat5.train.cost.memory import GIB, activations
 from made_run import tiny
 
 # The count leaves out the small (norms' roots, softmax statistics, dropout masks), so it may be a quarter off, no more.

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train import RunDirectory, pretrain, read_rows
-from fat5.train.checkpoint_files import PICKLES
+from fat5.train.checkpoint.files import PICKLES
 from made_run import assert_same_run, last_checkpoint, rows_without_times, tiny
 
 SPLIT = 2e-5  # float32 sums in another order, over eight steps

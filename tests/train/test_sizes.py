@@ -10,10 +10,11 @@ import yaml
 from fat5.cli.main import main
 from fat5.data import suggest_budgets
 from fat5.errors import ConfigurationError
-from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows, sizes
-from fat5.train.memory import GIB
+from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows
+from fat5.train.cost import sizes
+from fat5.train.cost.memory import GIB
+from fat5.train.cost.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys
 from fat5.train.resolution import settle
-from fat5.train.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys
 from made_run import TINY, kill_at_row
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -12,7 +12,7 @@ VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
 def main(argv: list[str]) -> int:
     """Audits prepared folders, prints the report, and returns 1 where the data break the specification."""
     from fat5.cli.terminal import Console
-    from fat5.data.auditing import AuditConfig, audit
+    from fat5.data.audit import AuditConfig, audit
 
     config = AuditConfig(**parse(AuditConfig, argv, "audit", words="inputs"))
     report = audit(config)

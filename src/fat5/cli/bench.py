@@ -41,7 +41,7 @@ def bench(
 
 
 def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
-    from fat5.ops.static_report.report import LIMITS, report
+    from fat5.bench.static_report.report import LIMITS, report
 
     architectures = architectures or list(LIMITS)
     unknown = [arch for arch in architectures if arch not in LIMITS]
@@ -64,7 +64,7 @@ def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
 
 
 def _line(row: Any) -> str:
-    from fat5.ops.static_report.report import LIMITS
+    from fat5.bench.static_report.report import LIMITS
 
     dtype = str(row.problem.dtype).removeprefix("torch.")
     launch = "-"
@@ -93,8 +93,8 @@ def _autotune(seconds: float) -> int:
         raise ConfigurationError(
             "tuning measures on a GPU, and PyTorch sees none here", hint="`fat5 bench kernels --static` needs none"
         )
-    from fat5.ops.attention import launch_table
-    from fat5.ops.attention.triton_tuning import tune, write_table
+    from fat5.bench.tuning import tune, write_table
+    from fat5.ops.attention.triton import launch_table
 
     if not os.access(Path(launch_table.__file__).parent, os.W_OK):
         raise ConfigurationError(

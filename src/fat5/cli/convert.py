@@ -5,7 +5,7 @@ from fat5.cli.parsing import parse
 
 def main(argv: list[str]) -> int:
     """Prints the report."""
-    from fat5.tasks.conversion import ConvertConfig, convert
+    from fat5.convert.conversion import ConvertConfig, convert
 
     for line in convert(ConvertConfig(**parse(ConvertConfig, argv, "convert", positional={"model": "?"}))).lines():
         print(line)

@@ -151,8 +151,8 @@ def recipe(config: DoctorConfig) -> list[Finding]:
 
 
 def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
-    from fat5.train.banner import TIGHT
-    from fat5.train.memory import LOWER, check_memory, free_memory, plan_memory
+    from fat5.train.cost.memory import LOWER, check_memory, free_memory, plan_memory
+    from fat5.train.log.banner import TIGHT
 
     plan, free = plan_memory(config, model, device), free_memory(device)
     try:
@@ -166,7 +166,7 @@ def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Fi
 def _work_findings(config: PretrainConfig, model: Any, speed: float | None) -> list[Finding]:
     import torch
 
-    from fat5.train.flops import ModelShape
+    from fat5.train.cost.flops import ModelShape
 
     length = config.data.max_tokens
     documents = max(config.data.encoder_tokens // length, 1)

@@ -9,8 +9,8 @@ from typing import BinaryIO, Literal
 
 from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError, DataError, check_writable
-from fat5.tasks.complete import Decoding, complete
-from fat5.writing import write_output
+from fat5.files import write_output
+from fat5.generate.complete import Decoding, complete
 
 # A prompt is a text for one context window; a line above this is some other file given by mistake.
 LONGEST_PROMPT = 1_000_000

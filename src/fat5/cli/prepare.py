@@ -8,7 +8,7 @@ from fat5.cli.parsing import parse
 def main(argv: list[str]) -> int:
     """Prepares a corpus and prints what the folder holds."""
     from fat5.data import load_tokenizer
-    from fat5.data.prepare import PrepareConfig, prepare
+    from fat5.data.shards.prepare import PrepareConfig, prepare
 
     config = PrepareConfig(**parse(PrepareConfig, argv, "prepare", words="inputs"))
     manifest = prepare(config, progress=sys.stderr.isatty())

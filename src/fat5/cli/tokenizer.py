@@ -7,7 +7,7 @@ from fat5.cli.parsing import parse
 
 def main(argv: list[str]) -> int:
     """Trains a tokenizer and prints what encoding costs."""
-    from fat5.data.tokenizer_training import TokenizerTraining, train_tokenizer
+    from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
     config = TokenizerTraining(**parse(TokenizerTraining, argv, "tokenizer", words="inputs"))
     report = train_tokenizer(config, progress=sys.stderr.isatty())

@@ -1,87 +1,63 @@
-"""Text to packed UL2 batches: corpora, tokenizer, shards, denoisers, packing, loading, audit.
+"""Text to packed UL2 batches, in four rooms: text, tokenizer, shards, examples."""
 
-Names are imported when first used, so that `import fat5.data` stays light.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-_HOMES = {
-    "BatchConfig": "batch",
-    "Denoiser": "denoisers",
-    "DenoiserConfig": "denoisers",
-    "Manifest": "shards",
-    "MixtureOfDenoisers": "denoisers",
-    "PackedBatch": "batch",
-    "PackedLoader": "loader",
-    "PaddedBatch": "padded",
-    "PaddedLoader": "padded",
-    "PieceStream": "order",
-    "ShardEntry": "shards",
-    "Source": "order",
-    "TokenShards": "shards",
-    "Tokenizer": "tokenizer",
-    "TokenizerInfo": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "open_shards": "shards",
-    "pack": "packing",
-    "read_manifest": "shards",
-    "reconstruct": "denoisers",
-    "sample_path": "sample_corpus",
-    "suggest_budgets": "packing",
-    "unpack": "padded",
-    "validation_batches": "validation",
-    "verify": "shards",
-}
+from fat5.lazy import lazy
 
 if TYPE_CHECKING:
-    from fat5.data.batch import BatchConfig, PackedBatch
-    from fat5.data.denoisers import Denoiser, DenoiserConfig, MixtureOfDenoisers, reconstruct
-    from fat5.data.loader import PackedLoader
-    from fat5.data.order import PieceStream, Source
-    from fat5.data.packing import pack, suggest_budgets
-    from fat5.data.padded import PaddedBatch, PaddedLoader, unpack
-    from fat5.data.sample_corpus import sample_path
-    from fat5.data.shards import Manifest, ShardEntry, TokenShards, open_shards, read_manifest, verify
-    from fat5.data.tokenizer import Tokenizer, TokenizerInfo, load_tokenizer
-    from fat5.data.validation import validation_batches
+    from fat5.data.examples.batch import BatchConfig as BatchConfig
+    from fat5.data.examples.batch import PackedBatch as PackedBatch
+    from fat5.data.examples.denoisers import Denoiser as Denoiser
+    from fat5.data.examples.denoisers import DenoiserConfig as DenoiserConfig
+    from fat5.data.examples.denoisers import MixtureOfDenoisers as MixtureOfDenoisers
+    from fat5.data.examples.denoisers import reconstruct as reconstruct
+    from fat5.data.examples.loader import PackedLoader as PackedLoader
+    from fat5.data.examples.order import PieceStream as PieceStream
+    from fat5.data.examples.order import Source as Source
+    from fat5.data.examples.packing import pack as pack
+    from fat5.data.examples.packing import suggest_budgets as suggest_budgets
+    from fat5.data.examples.padded import PaddedBatch as PaddedBatch
+    from fat5.data.examples.padded import PaddedLoader as PaddedLoader
+    from fat5.data.examples.padded import unpack as unpack
+    from fat5.data.examples.validation import validation_batches as validation_batches
+    from fat5.data.shards.token_shards import Manifest as Manifest
+    from fat5.data.shards.token_shards import ShardEntry as ShardEntry
+    from fat5.data.shards.token_shards import TokenShards as TokenShards
+    from fat5.data.shards.token_shards import open_shards as open_shards
+    from fat5.data.shards.token_shards import read_manifest as read_manifest
+    from fat5.data.shards.token_shards import verify as verify
+    from fat5.data.text.sample_corpus import sample_path as sample_path
+    from fat5.data.tokenizer.loading import Tokenizer as Tokenizer
+    from fat5.data.tokenizer.loading import TokenizerInfo as TokenizerInfo
+    from fat5.data.tokenizer.loading import load_tokenizer as load_tokenizer
 
-__all__ = [
-    "BatchConfig",
-    "Denoiser",
-    "DenoiserConfig",
-    "Manifest",
-    "MixtureOfDenoisers",
-    "PackedBatch",
-    "PackedLoader",
-    "PaddedBatch",
-    "PaddedLoader",
-    "PieceStream",
-    "ShardEntry",
-    "Source",
-    "TokenShards",
-    "Tokenizer",
-    "TokenizerInfo",
-    "load_tokenizer",
-    "open_shards",
-    "pack",
-    "read_manifest",
-    "reconstruct",
-    "sample_path",
-    "suggest_budgets",
-    "unpack",
-    "validation_batches",
-    "verify",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fat5.data' has no attribute {name!r}")
-    value = getattr(import_module(f"fat5.data.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "BatchConfig": "examples.batch",
+        "PackedBatch": "examples.batch",
+        "Denoiser": "examples.denoisers",
+        "DenoiserConfig": "examples.denoisers",
+        "MixtureOfDenoisers": "examples.denoisers",
+        "reconstruct": "examples.denoisers",
+        "PackedLoader": "examples.loader",
+        "PieceStream": "examples.order",
+        "Source": "examples.order",
+        "pack": "examples.packing",
+        "suggest_budgets": "examples.packing",
+        "PaddedBatch": "examples.padded",
+        "PaddedLoader": "examples.padded",
+        "unpack": "examples.padded",
+        "validation_batches": "examples.validation",
+        "Manifest": "shards.token_shards",
+        "ShardEntry": "shards.token_shards",
+        "TokenShards": "shards.token_shards",
+        "open_shards": "shards.token_shards",
+        "read_manifest": "shards.token_shards",
+        "verify": "shards.token_shards",
+        "sample_path": "text.sample_corpus",
+        "Tokenizer": "tokenizer.loading",
+        "TokenizerInfo": "tokenizer.loading",
+        "load_tokenizer": "tokenizer.loading",
+    },
+)

@@ -1,4 +1,4 @@
-"""The model: configuration, position encodings, layers, the encoder-decoder, heads, loading and saving, generation."""
+"""The model: configuration, position encodings, layers, the encoder-decoder, heads, loading and saving."""
 
 from transformers import (
     AutoConfig,
@@ -10,8 +10,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from fat5.model.accelerated import accelerate
-from fat5.model.attention_interface import register
 from fat5.model.configuration import POSITION_ENCODINGS, PRESETS, FAT5Config
 from fat5.model.encoder import FAT5EncoderModel
 from fat5.model.encoder_decoder import FAT5Model
@@ -28,8 +26,6 @@ AutoModelForSequenceClassification.register(FAT5Config, FAT5ForSequenceClassific
 AutoModelForTokenClassification.register(FAT5Config, FAT5ForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(FAT5Config, FAT5ForQuestionAnswering, exist_ok=True)
 
-register()
-
 __all__ = [
     "POSITION_ENCODINGS",
     "PRESETS",
@@ -41,7 +37,6 @@ __all__ = [
     "FAT5ForTokenClassification",
     "FAT5Model",
     "PackedLMOutput",
-    "accelerate",
     "load_model",
     "quiet",
 ]

@@ -10,7 +10,7 @@ from transformers import MT5Config, T5Config, UMT5Config
 from transformers.activations import ACT2FN
 
 from fat5.errors import CheckpointError, ConfigurationError
-from fat5.json_text import is_count
+from fat5.files import is_count
 from fat5.model.flash_t5 import translate_configuration
 
 FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}

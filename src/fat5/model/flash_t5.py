@@ -1,7 +1,7 @@
 """Checkpoints of the first FAT5 (model_type: flash_t5): their keys and names, said in T5's.
 
 The formulas are T5's with a factor on the attention scores, which is folded into the query projections; so what is
-loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: fat5.tasks.flash_t5_formulas.
+loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: fat5.convert.flash_t5_formulas.
 """
 
 import math

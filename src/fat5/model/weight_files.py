@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
-from fat5.json_text import parse_json
+from fat5.files import parse_json
 from fat5.model.flash_t5 import attention_scale, translate_tensors
 
 # Keyword arguments of from_pretrained that say where a file is.

@@ -28,7 +28,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     if is_recorded():
         return F.gelu(gate, approximate="tanh") * up
     if uses_triton("geglu", gate, up):
-        from fat5.ops.triton_geglu import geglu_forward
+        from fat5.ops.triton.geglu import geglu_forward
 
         return geglu_forward(gate, up)
     chunked = (
@@ -45,7 +45,7 @@ def geglu_joined(joined: Tensor) -> Tensor:
     if joined.shape[-1] % 2:
         raise ValueError(f"joined: expected an even last dimension, got {tuple(joined.shape)}")
     if uses_triton("geglu_joined", joined):
-        from fat5.ops.triton_geglu import geglu_joined_forward
+        from fat5.ops.triton.geglu import geglu_joined_forward
 
         return geglu_joined_forward(joined)
     return geglu(*joined.chunk(2, dim=-1))

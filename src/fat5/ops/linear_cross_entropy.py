@@ -163,7 +163,7 @@ def _chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's loss, and d(sum of row_scale * loss) / d logits in weight's dtype; a row_scale of None is ones."""
     if uses_triton("linear_cross_entropy", weight):
-        from fat5.ops.triton_cross_entropy import cross_entropy_
+        from fat5.ops.triton.cross_entropy import cross_entropy_
 
         logits = hidden.to(weight.dtype) @ weight.t()
         loss = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)

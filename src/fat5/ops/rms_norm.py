@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if is_recorded():
         return rms_norm_reference(x, weight, eps)
     if uses_triton("rms_norm", x, weight):
-        from fat5.ops import triton_rms_norm
+        from fat5.ops.triton import rms_norm as triton_rms_norm
 
         if triton_rms_norm.serves(x):
             return triton_rms_norm.rms_norm_forward(x, weight, eps)[0]
@@ -50,7 +50,7 @@ def add_rms_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float = 1e
     if update.shape != hidden.shape:
         raise ValueError(f"update: expected the shape of hidden, {tuple(hidden.shape)}, got {tuple(update.shape)}")
     if uses_triton("add_rms_norm", hidden, update, weight):
-        from fat5.ops import triton_rms_norm
+        from fat5.ops.triton import rms_norm as triton_rms_norm
 
         if triton_rms_norm.serves(hidden):
             return triton_rms_norm.add_rms_norm_forward(hidden, update, weight, eps)[:2]

@@ -31,7 +31,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.shape[-1] and not (cos.requires_grad or sin.requires_grad) and uses_triton("rotary", x, cos, sin):
-        from fat5.ops.triton_rotary import rotary_forward
+        from fat5.ops.triton.rotary import rotary_forward
 
         return rotary_forward(x, cos, sin, False)
     return rotary_reference(x, cos, sin)

@@ -298,7 +298,7 @@ def _triton_step(
     weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None, eps_before_correction: bool
 ) -> None:
     """The same for weights of one device and one set of dtypes, in three launches."""
-    from fat5.ops.triton_adamw_scale import adamw_scale_
+    from fat5.ops.triton.adamw_scale import adamw_scale_
 
     states = [state[weight] for weight in weights]
     adamw_scale_(

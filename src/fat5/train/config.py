@@ -17,7 +17,7 @@ LARGEST_COUNT = 1 << 40
 MOST_WORKERS = 1024
 if TYPE_CHECKING:
     Size = int
-    """A number; a configuration may say auto instead, until `fat5.train.sizes` has chosen."""
+    """A number; a configuration may say auto instead, until `fat5.train.cost.sizes` has chosen."""
 else:
     Size = int | Literal["auto"]
 
@@ -144,8 +144,8 @@ class PretrainConfig:
     """Write TensorBoard events to DIR/tensorboard"""
 
     def resolved(self) -> "PretrainConfig":
-        """A copy with every default filled in, but for sizes that say auto (`fat5.train.sizes`); refuses what cannot
-        work.
+        """A copy with every default filled in, but for sizes that say auto (`fat5.train.cost.sizes`); refuses
+        what cannot work.
 
         Raises:
             ConfigurationError: a key is missing or has a value that cannot work.

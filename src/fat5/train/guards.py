@@ -8,7 +8,7 @@ from typing import Any
 
 from fat5.data import PackedBatch
 from fat5.errors import FAT5Error
-from fat5.writing import write_atomically
+from fat5.files import write_atomically
 
 MOST_IN_A_ROW = 10
 """Steps in a row that may be skipped or rewound; more than that, and it is not the data."""

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from fat5.errors import CheckpointError, ConfigurationError
-from fat5.json_text import is_number
+from fat5.files import is_number
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
 

@@ -19,26 +19,26 @@ from safetensors import SafetensorError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
+from fat5.files import naming, write_atomically
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
+from fat5.model.card import PLOT, CardFacts, training_section, write_card
 from fat5.optim import build_optimizer
-from fat5.train.banner import banner
-from fat5.train.checkpoint import Choice, read_trainer_state
-from fat5.train.checkpoint_files import verify_checkpoint
-from fat5.train.compare import check_changes
+from fat5.train.checkpoint.compare import check_changes
+from fat5.train.checkpoint.files import verify_checkpoint
+from fat5.train.checkpoint.store import Choice, read_trainer_state
 from fat5.train.config import PretrainConfig
+from fat5.train.cost.memory import check_memory, free_memory, plan_memory
+from fat5.train.cost.sizes import Text
 from fat5.train.evaluation import evaluate, unigram_entropy
-from fat5.train.memory import check_memory, free_memory, plan_memory
-from fat5.train.model_card import PLOT, CardFacts, training_section, write_card
-from fat5.train.plots import LivePlot, draw_run
+from fat5.train.log.banner import banner
+from fat5.train.log.plots import LivePlot, draw_run
 from fat5.train.precision import Precision
 from fat5.train.resolution import configure_model, on_meta, settle
 from fat5.train.run_directory import RunDirectory
 from fat5.train.samples import validation_samples
-from fat5.train.sizes import Text
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 from fat5.train.world import refuse_many_processes
-from fat5.writing import naming, write_atomically
 
 
 @dataclass

@@ -12,12 +12,12 @@ from fat5.data import TokenizerInfo, load_tokenizer
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.configuration import MODEL_KEYS
-from fat5.train.checkpoint import read_trainer_state
-from fat5.train.checkpoint_files import verify_checkpoint
+from fat5.train.checkpoint.files import verify_checkpoint
+from fat5.train.checkpoint.store import read_trainer_state
 from fat5.train.config import PretrainConfig
+from fat5.train.cost.sizes import choose_sizes, open_keys, take_over
 from fat5.train.precision import resolve_precision
 from fat5.train.run_directory import RunDirectory
-from fat5.train.sizes import choose_sizes, open_keys, take_over
 from fat5.yaml_text import read_yaml
 
 

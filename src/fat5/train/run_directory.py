@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import FAT5Error, RunDirectoryError
-from fat5.json_text import is_count, parse_json
-from fat5.writing import write_atomically
+from fat5.files import is_count, parse_json, write_atomically
 
 MARKER = "run.json"
 LOCK = "run.lock"

@@ -11,8 +11,8 @@ from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, o
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
 from fat5.model.weight_files import refuse_adapter
-from fat5.train.checkpoint import CheckpointStore
-from fat5.train.checkpoint_files import MANIFEST, verify_checkpoint
+from fat5.train.checkpoint.files import MANIFEST, verify_checkpoint
+from fat5.train.checkpoint.store import CheckpointStore
 from fat5.train.evaluation import evaluate, unigram_entropy
 from fat5.train.precision import Precision, PrecisionName, resolve_precision
 from fat5.yaml_text import read_yaml

@@ -20,20 +20,20 @@ from torch import nn
 from fat5.data import PackedBatch
 from fat5.errors import FAT5Error
 from fat5.optim import learning_rate
-from fat5.train import state
-from fat5.train.checkpoint import TRAINER, CheckpointStore, Snapshot, read_trainer_state, to_text
+from fat5.train.checkpoint import state
+from fat5.train.checkpoint.saving import Saver
+from fat5.train.checkpoint.store import TRAINER, CheckpointStore, Snapshot, read_trainer_state, to_text
 from fat5.train.config import PretrainConfig
+from fat5.train.cost.flops import ModelShape, peak_flops
 from fat5.train.evaluation import Evaluation
-from fat5.train.flops import ModelShape, peak_flops
 from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, StepRecord, dump_examples
-from fat5.train.metrics import EventLog, MetricsLog, name_lines
-from fat5.train.plots import LivePlot
-from fat5.train.progress import RunDisplay
+from fat5.train.log.display import RunDisplay
+from fat5.train.log.metrics import EventLog, MetricsLog, name_lines
+from fat5.train.log.plots import LivePlot
+from fat5.train.log.tensorboard import TensorBoard
 from fat5.train.run_directory import RunDirectory
-from fat5.train.saving import Saver
 from fat5.train.signals import RunStopped, StopRequest
 from fat5.train.step import StepResult, StepRunner
-from fat5.train.tensorboard import TensorBoard
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A backend is a function `(q, k, v, bias, *, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
 max_seqlen_k, key_padding_mask) -> out` over validated arguments. The Triton backend lives in
-`fat5.ops.attention.triton_attention` (`attention_triton` of that signature, and `unsupported` of the same one, which
+`fat5.ops.attention.triton.host` (`attention_triton` of that signature, and `unsupported` of the same one, which
 returns None or the reason why it cannot serve).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from fat5.ops.attention.bias import RelativeBias
-from fat5.ops.attention.cpu import attention_cpu
+from fat5.ops.attention.cpu.host import attention_cpu
 from fat5.ops.attention.crosscheck import attention_flex, attention_sdpa
 from fat5.ops.attention.dropout import draw_seed
 from fat5.ops.attention.reference import attention_reference
@@ -150,7 +150,7 @@ def triton_available() -> bool:
 
 def _triton():  # type: ignore[no-untyped-def]
     # A statement and not import_module: this one torch.compile can trace.
-    from fat5.ops.attention import triton_attention
+    from fat5.ops.attention.triton import host as triton_attention
 
     return triton_attention
 

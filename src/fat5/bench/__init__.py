@@ -1,0 +1,1 @@
+"""Tools for development: the static report of kernels, tuning, timing."""

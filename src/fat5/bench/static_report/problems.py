@@ -1,0 +1,150 @@
+"""Calls that between them use every shipped kernel, and the launches that each of them records."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fat5.ops.attention.triton.host import attention_backward, attention_forward, prepare
+from fat5.ops.triton import adamw_scale as triton_adamw_scale
+from fat5.ops.triton import cross_entropy as triton_cross_entropy
+from fat5.ops.triton import geglu as triton_geglu
+from fat5.ops.triton import rms_norm as triton_rms_norm
+from fat5.ops.triton import rotary as triton_rotary
+from fat5.ops.triton.launch import Launch, Recorded, overridden, recording
+
+
+class Problem(NamedTuple):
+    """The compile-time side of an attention call; its sizes are small and its strides those of real use."""
+
+    head_dim: int
+    dtype: torch.dtype
+    bias: str
+    """relative, dense or none."""
+    causal: bool = False
+    packed: bool = True
+    key_mask: bool = False
+    dropout_p: float = 0.0
+
+    def label(self) -> str:
+        words = [self.bias, "causal" if self.causal else "", "packed" if self.packed else "padded"]
+        words += ["key-mask" if self.key_mask else "", "dropout" if self.dropout_p else ""]
+        return " ".join(word for word in words if word)
+
+    @property
+    def width(self) -> int:
+        """What the table lists a kernel by."""
+        return self.head_dim
+
+
+class FusedProblem(NamedTuple):
+    """The compile-time side of a forward and backward of one of the operations around attention."""
+
+    operation: str
+    """One of FUSED."""
+    width: int
+    """d_model, d_ff, head dimension, vocabulary, or elements of a weight."""
+    dtype: torch.dtype
+
+    def label(self) -> str:
+        return self.operation
+
+
+# R of T5's bidirectional buckets with max_distance 128 (docs/attention.md).
+REACH = 91
+ROWS = 32
+
+
+def launches(problem: Problem | FusedProblem, **launch: Launch) -> list[Recorded]:
+    """The kernels of one forward and backward, recorded over small CPU tensors; `launch` overrides attention's
+    table."""
+    with recording() as recorded, overridden(**launch):
+        if isinstance(problem, FusedProblem):
+            FUSED[problem.operation](problem.width, problem.dtype)
+        else:
+            _attend(problem)
+    return recorded
+
+
+def _attend(problem: Problem) -> None:
+    heads, length = 16, 256
+    if problem.packed:
+        q, k, v = (torch.zeros(2 * length, heads, problem.head_dim, dtype=problem.dtype) for _ in range(3))
+        starts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    else:
+        q, k, v = (
+            torch.zeros(2, length, heads, problem.head_dim, dtype=problem.dtype).transpose(1, 2) for _ in range(3)
+        )
+        starts = None
+    vector = torch.zeros(heads, 2 * REACH + 1) if problem.bias == "relative" else None
+    dense = torch.zeros(1, heads, length, length, dtype=problem.dtype) if problem.bias == "dense" else None
+    mask = torch.ones(2, length, dtype=torch.bool) if problem.key_mask else None
+    seed = torch.zeros(1, dtype=torch.int64) if problem.dropout_p else None
+    inputs = (q, k, v, vector, dense, mask, seed, starts, starts)
+    options = (problem.causal, 1.0, problem.dropout_p)
+    dropout = problem.dropout_p > 0.0
+    padded, forward, *lists = prepare(q, k, vector, starts, starts, problem.causal, 1.0, True, dropout)
+    out, lse = attention_forward(*inputs, padded, forward, *lists, *options)
+    grad_out = torch.zeros_like(out)
+    attention_backward(grad_out, *inputs, padded, *lists, out, lse, *options, problem.bias != "none")
+
+
+def _rms_norm(width: int, dtype: torch.dtype) -> None:
+    x, weight = _zeros((ROWS, width), (width,), dtype=dtype)
+    _, inverse = triton_rms_norm.rms_norm_forward(x, weight, 1e-6)
+    triton_rms_norm.rms_norm_backward(x, None, x, weight, inverse)
+
+
+def _add_rms_norm(width: int, dtype: torch.dtype) -> None:
+    x, weight = _zeros((ROWS, width), (width,), dtype=dtype)
+    _, _, inverse = triton_rms_norm.add_rms_norm_forward(x, x, weight, 1e-6)
+    triton_rms_norm.rms_norm_backward(x, x, x, weight, inverse)
+
+
+def _geglu(width: int, dtype: torch.dtype) -> None:
+    gate, up = _zeros((ROWS, width), (ROWS, width), dtype=dtype)
+    triton_geglu.geglu_forward(gate, up)
+    triton_geglu.geglu_backward(gate, gate, up)
+
+
+def _geglu_joined(width: int, dtype: torch.dtype) -> None:
+    joined, grad = _zeros((ROWS, 2 * width), (ROWS, width), dtype=dtype)
+    triton_geglu.geglu_joined_forward(joined)
+    triton_geglu.geglu_joined_backward(grad, joined)
+
+
+def _rotary(width: int, dtype: torch.dtype) -> None:
+    (x,), (angles,) = _zeros((ROWS, 8, width), dtype=dtype), _zeros((ROWS, width // 2))
+    triton_rotary.rotary_forward(x, angles, angles, False)
+
+
+def _cross_entropy(width: int, dtype: torch.dtype) -> None:
+    (logits,), (loss,) = _zeros((ROWS, width), dtype=dtype), _zeros((ROWS,))
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    # With and without gradient, and with every option.
+    triton_cross_entropy.cross_entropy_(logits, labels, loss, None, 1e-4, 0.0, -100, True)
+    triton_cross_entropy.cross_entropy_(logits, labels, loss, loss.clone(), 1e-4, 0.1, -100, True)
+    triton_cross_entropy.cross_entropy_(logits, labels, loss, None, 1e-4, 0.0, -100, False)
+
+
+def _adamw_scale(width: int, dtype: torch.dtype) -> None:
+    weights, grads = (_zeros((width,), (width,), dtype=dtype) for _ in range(2))
+    first, second = (_zeros((width,), (width,)) for _ in range(2))
+    lost = [torch.zeros_like(weight) for weight in weights] if dtype != torch.float32 else []
+    (skip,), steps = _zeros(()), _zeros((), ())
+    triton_adamw_scale.adamw_scale_(weights, grads, first, second, lost, steps, skip, 1e-3, 0.9, 0.999, 1e-6, 0.1, 1e-3)
+
+
+def _zeros(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+FUSED = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "geglu": _geglu,
+    "geglu_joined": _geglu_joined,
+    "rotary": _rotary,
+    "linear_cross_entropy": _cross_entropy,
+    "adamw_scale": _adamw_scale,
+}

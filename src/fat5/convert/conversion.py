@@ -1,0 +1,366 @@
+"""`convert(config)`: a T5-family model from one format into another, verified, in a folder that is whole or not there.
+
+source (conversion_source.py)  FAT5, transformers' T5, mT5, umT5, ByT5, or the first FAT5 (flash_t5)
+hf, fat5                       here                        ctranslate2, onnx    export_ctranslate2.py, export_onnx.py
+verification.py                the same examples through both; above the tolerance nothing is written
+flash_t5_formulas.py           the first FAT5's model, to compare with
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
+from fat5.convert.source import (
+    STOCK_PREFIX,
+    TOKENIZER_FILES,
+    Source,
+    first_sentinel,
+    is_named_unigram,
+    load_stock,
+    load_stock_tokenizer,
+    read_source,
+)
+from fat5.convert.verification import TOLERANCE, Comparison, compare, outputs, random_examples
+from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
+from fat5.files import sync_folder
+from fat5.model import quiet
+from fat5.model.card import CARD, PLOT, CardFacts, read_card, write_card
+from fat5.model.loading import check_finite
+
+# Packages of each format that come with an extra of the same name.
+PACKAGES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+@dataclass
+class ConvertConfig:
+    """Convert a T5-family model to another format, and verify that the copy computes the same."""
+
+    model: str = ""
+    """Folder of a model (FAT5, T5, mT5, umT5, ByT5, flash_t5) or of a run (its model/ is taken)"""
+    output_dir: str = ""
+    """Folder to make; it must not exist yet"""
+    to: Literal["hf", "fat5", "ctranslate2", "onnx"] = "hf"
+    """hf, for stock transformers (T5 positions); fat5, with any positions; ctranslate2; or onnx, of the encoder"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights written; auto is the one they have (ONNX is float32)"""
+    quantization: Literal["int8", "int8_float16", "int8_bfloat16", "int16"] | None = None
+    """Of CTranslate2's weights, after the conversion without it was verified"""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, where it is not in the model's"""
+    license: str | None = None
+    """Of the model, for its card: apache-2.0, cc-by-4.0, …; by default the one its card names"""
+    seed: int = 0
+    """Of the random examples it is verified with"""
+
+
+@dataclass
+class Conversion:
+    """What was done.
+
+    Args:
+        source, target: folders.
+        kind: what was converted, in words.
+        parameters: of the model written; tensors: as many.
+        compared: each thing that was compared, with its difference and tolerance.
+        notes: what else the user should know.
+        files: name → bytes.
+    """
+
+    source: Path
+    target: Path
+    kind: str
+    parameters: int
+    tensors: int
+    compared: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The report."""
+        return [
+            f"converted   {self.source} ({self.kind}) to {self.target}",
+            f"parameters  {self.parameters:,} in {self.tensors} tensors",
+            *(
+                f"verified    {one.what}: largest difference {one.difference:.1e} of the largest value, tolerance "
+                f"{one.tolerance:.0e}"
+                for one in self.compared
+            ),
+            *(f"note        {note}" for note in self.notes),
+            *(f"file        {name}  {size:,} bytes" for name, size in sorted(self.files.items())),
+        ]
+
+
+def convert(config: ConvertConfig) -> Conversion:
+    """Converts a model and verifies the copy.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigurationError: keys that cannot be, a format that cannot express the model, a missing package.
+        CheckpointError, TokenizerError: a source that is missing, damaged or unsafe; a copy that computes otherwise.
+    """
+    _check(config)
+    source = read_source(config.model, config.tokenizer)
+    _check_expressible(source, config.to)
+    stored = _stored_dtype(source, config)
+    model = source.load(encoder_only=config.to == "onnx")
+    check_finite(model, source.folder)
+    kind = "EncoderModel" if config.to == "onnx" else source.kind
+    report = Conversion(
+        source.folder,
+        Path(config.output_dir),
+        f"{source.model_type}, {type(model).__name__}, {str(stored).removeprefix('torch.')}",
+        model.num_parameters(),
+        len(list(model.parameters())),
+    )
+    examples = random_examples(model.config, config.seed)
+    report.compared += _verify_source(source, model, kind, examples)
+    _round(model, stored, kind, examples, report)
+    if source.tokenizer is None:
+        report.notes.append("the source holds no tokenizer, and so does the copy; give one with --tokenizer DIR")
+    with _folder(report.target) as partial:
+        if config.to == "onnx":
+            from fat5.convert.onnx import verify_onnx, write_onnx
+
+            write_onnx(model, partial)
+            report.compared.append(verify_onnx(partial, model, examples))
+        elif config.to == "ctranslate2":
+            from fat5.convert.ctranslate2 import convert_ctranslate2
+
+            plain, made = partial / "plain", partial / "made"
+            _save(model, stored, plain)
+            _copy_tokenizer(source, plain)
+            convert_ctranslate2(plain, made, model, examples, stored, config.quantization, report)
+            shutil.rmtree(plain)
+            for file in made.iterdir():
+                file.rename(partial / file.name)
+            made.rmdir()
+        else:
+            _save(model, stored, partial)
+            report.compared.append(_verify_folder(partial, source, model, config.to, examples))
+        for comparison in report.compared:
+            comparison.require(source.folder)
+        _copy_tokenizer(source, partial)
+        _verify_tokenizer(source, partial, report)
+        _write_card(partial, source, config, report)
+        report.files = {
+            str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*") if file.is_file()
+        }
+    return report
+
+
+def _check(config: ConvertConfig) -> None:
+    if not config.model:
+        raise ConfigurationError("no model", hint="Say which: fat5 convert DIR --output_dir NEW --to hf")
+    if not config.output_dir:
+        raise ConfigurationError("output_dir is not given", hint="Say where the copy goes: --output_dir NEW")
+    if not 0 <= config.seed < 1 << 63:
+        raise ConfigurationError(f"{config.seed} is not from 0 up to 2^63 - 1", where="seed")
+    target = Path(config.output_dir)
+    if target.is_symlink() or target.exists():
+        raise ConfigurationError("exists", where=target, hint="Choose a new --output_dir, or remove this one")
+    if config.quantization and config.to != "ctranslate2":
+        raise ConfigurationError(f"quantization is CTranslate2's, and not {config.to}'s", hint="Use dtype")
+    if config.to == "onnx" and config.dtype not in ("auto", "float32"):
+        raise ConfigurationError(f"onnx is written in float32, not {config.dtype}", where="dtype", hint="Leave it out")
+    missing = [package for package in PACKAGES.get(config.to, ()) if find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"--to {config.to} needs {' and '.join(missing)}, not installed here",
+            hint=f"pip install 'fat5[{config.to}]'",
+        )
+
+
+def _check_expressible(source: Source, to: str) -> None:
+    """Raises ConfigurationError where the format has no room for what the model computes."""
+    positions = source.config.position_encoding
+    if to in ("hf", "ctranslate2") and positions != "t5":
+        others = "fat5 or onnx"
+        raise ConfigurationError(
+            f"{positions} positions: {to} has T5's only", where=source.folder, hint=f"Use --to {others}"
+        )
+    if to == "ctranslate2":
+        if source.kind != "ForConditionalGeneration":
+            raise ConfigurationError(
+                f"a T5{source.kind}: ctranslate2 takes encoder-decoders with a language-model head",
+                where=source.folder,
+                hint="Use --to hf or onnx",
+            )
+        if source.config.family == "umt5":
+            raise ConfigurationError(
+                "umT5: ctranslate2 has no bias table in every layer", where=source.folder, hint="Use --to hf or onnx"
+            )
+        if source.tokenizer is None:
+            raise TokenizerError(
+                "holds no tokenizer, whose tokens ctranslate2 needs", where=source.folder, hint="Give --tokenizer DIR"
+            )
+
+
+def _stored_dtype(source: Source, config: ConvertConfig) -> torch.dtype:
+    if config.to == "onnx":
+        return torch.float32
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    found = source.config.dtype
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if found in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _round(model: Any, stored: torch.dtype, kind: str, examples: dict[str, Any], report: Conversion) -> None:
+    """Rounds the weights as they will be stored, and notes what that changes; the model stays in float32."""
+    if stored == torch.float32:
+        return
+    before = outputs(model, kind, examples)
+    largest, name = 0.0, str(stored).removeprefix("torch.")
+    for key, parameter in model.named_parameters():
+        rounded = parameter.data.to(stored)
+        if not bool(rounded.isfinite().all()):
+            raise CheckpointError(
+                f"{key} holds {float(parameter.data.abs().max()):.3g}, which {name} cannot",
+                where=report.source,
+                hint="Use --dtype bfloat16 or float32",
+            )
+        largest = max(largest, float((rounded.float() - parameter.data).abs().max()))
+        parameter.data = rounded.float()
+    if largest > 0.0:
+        moved = compare(outputs(model, kind, examples), before, "").difference
+        report.notes.append(f"rounding the weights to {name} moves outputs by {moved:.1e} of the largest")
+
+
+def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
+    """Writes the folder that save_pretrained makes, in the dtype wanted; the model is as before afterwards."""
+    with quiet():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored)
+        model.config.dtype = stored
+        model.save_pretrained(folder)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+
+
+def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
+    """Compares what FAT5 reads with what code reads that shares no translation of keys and names with it."""
+    tolerance = TOLERANCE
+    if source.model_type == "flash_t5":
+        other: Any = FlashT5Formulas.of_folder(source.folder, kind)
+        name, tolerance = "the first FAT5's formulas", FORMULAS_TOLERANCE
+    elif source.model_type in STOCK_PREFIX:
+        other, name = load_stock(source.folder, kind), "stock transformers"
+    else:
+        return []
+    got, want = outputs(model, kind, examples), outputs(other, kind, examples)
+    return [compare(got, want, f"{_what(examples)} ({name} and FAT5 on the source)", tolerance)]
+
+
+def _verify_folder(folder: Path, source: Source, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
+    """Compares the copy with the source, the copy read by stock transformers where it is for that."""
+    if to == "hf" and not _stock_reads(folder):
+        raise ConfigurationError(
+            "no class of stock transformers computes what this model does",
+            where=source.folder,
+            hint="Use --to fat5",
+        )
+    copy = Source(folder, "fat5", source.kind, source.config, None)
+    read = load_stock(folder, source.kind) if to == "hf" else copy.load()
+    got, want = outputs(read, source.kind, examples), outputs(model, source.kind, examples)
+    reader = "stock transformers" if to == "hf" else "FAT5"
+    return compare(got, want, f"{_what(examples)} ({reader} on the copy, FAT5 on the source)")
+
+
+def _what(examples: dict[str, Any]) -> str:
+    rows, tokens = examples["input_ids"].shape[0], int(examples["attention_mask"].sum())
+    return f"outputs for {rows} examples of {tokens} tokens"
+
+
+def _stock_reads(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("model_type", "t5") in STOCK_PREFIX
+
+
+def _copy_tokenizer(source: Source, folder: Path) -> None:
+    if source.tokenizer is None:
+        return
+    for name in {*TOKENIZER_FILES, *load_stock_tokenizer(source.tokenizer).vocab_files_names.values()}:
+        if (source.tokenizer / name).is_file():
+            shutil.copyfile(source.tokenizer / name, folder / name)
+    if is_named_unigram(folder):
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+
+def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
+    """Notes that stock AutoTokenizer reads the copy's tokenizer as it reads the source's."""
+    if source.tokenizer is None:
+        return
+    texts = ["Le noyau Linux est libre. 3 < 4, œuf & naïveté; déjà 42 %!", "[R] Un<extra_id_0> paquet", "日本語 ½ \t x"]
+    before, after = (load_stock_tokenizer(where)(texts)["input_ids"] for where in (source.tokenizer, folder))
+    if before != after:
+        raise TokenizerError("the copy encodes otherwise than the source; nothing was written", where=source.tokenizer)
+    report.notes.append(f"the tokenizer encodes {len(texts)} texts to the same {sum(map(len, after))} tokens")
+    first = first_sentinel(source.tokenizer) if source.model_type == "flash_t5" else None
+    if first not in (None, "<extra_id_0>"):
+        report.notes.append(f"the first FAT5 counted sentinels down from the highest id: the first blank is {first}")
+
+
+def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Conversion) -> None:
+    found = read_card(source.folder)
+    if found.plot is not None:
+        shutil.copyfile(found.plot, folder / PLOT)
+    if found.foreign:
+        shutil.copyfile(source.folder / CARD, folder / "SOURCE_README.md")
+    facts = CardFacts(
+        name=Path(config.output_dir).name,
+        kind=source.kind,
+        config=source.config,
+        parameters=report.parameters,
+        target="hf" if config.to == "fat5" and _stock_reads(folder) else config.to,
+        license=config.license or found.license,
+        training=found.training,
+        languages=found.languages,
+        conversion=report.lines()[1:],
+        converted_from=source.folder.name if source.folder.name != "model" else source.folder.parent.name,
+        source_card=found.foreign,
+        tokenizer=source.tokenizer is not None,
+    )
+    write_card(folder, facts)
+
+
+@contextmanager
+def _folder(target: Path) -> Iterator[Path]:
+    """A hidden sibling to write into; it takes the target's name when all went well, and is removed otherwise."""
+    partial = target.absolute().with_name(f".{target.name}.partial")
+    new = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            sync_folder(file)
+        sync_folder(partial)
+        os.rename(partial, target)
+        sync_folder(target.absolute().parent)
+    except FAT5Error:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"cannot be written ({reason})", where=target, hint="Make room, or choose another --output_dir"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # of folders that were made for nothing; others' are not empty
+            for parent in new:
+                parent.rmdir()

@@ -1,0 +1,192 @@
+"""What a folder to be converted holds: its configuration, its kind of model, its tokenizer; and how it is read."""
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fat5 import model as fat5_model
+from fat5.data.tokenizer.json_file import refuse_pickle
+from fat5.data.tokenizer.loading import read_stock
+from fat5.errors import CheckpointError, FAT5Error, TokenizerError
+from fat5.model import FAT5Config, FAT5EncoderModel, quiet
+from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
+from fat5.train.scoring import model_folder
+
+STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+KINDS = (
+    "ForConditionalGeneration", "EncoderModel", "Model",
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+)  # fmt: skip
+# Of every tokenizer; the files of its class (spiece.model, vocab.json, …) come to these.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+# Any of these makes a tokenizer; the others only add to it.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class Source:
+    """A folder with a model.
+
+    Args:
+        folder: with config.json and weights.
+        model_type: as its config.json says: t5, mt5, umt5, fat5 or flash_t5.
+        kind: one of `KINDS`: the class's name without its family.
+        config: as FAT5 reads it.
+        tokenizer: folder of its tokenizer, or None.
+    """
+
+    folder: Path
+    model_type: str
+    kind: str
+    config: FAT5Config
+    tokenizer: Path | None
+
+    def load(self, encoder_only: bool = False) -> Any:
+        """The model as FAT5 reads it, in float32 on the CPU, in evaluation mode."""
+        cls = FAT5EncoderModel if encoder_only else getattr(fat5_model, f"FAT5{self.kind}")
+        with quiet():
+            return cls.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+
+def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
+    """Looks at a folder; weights are not read yet.
+
+    Args:
+        path: folder of a model, of a checkpoint, or of a run.
+        tokenizer: folder of the tokenizer, where it is not the model's.
+
+    Raises:
+        CheckpointError: no folder, no configuration, another type of model.
+        TokenizerError: a tokenizer that is damaged, or has more tokens than the model.
+    """
+    if not Path(path).exists():
+        raise CheckpointError("does not exist", where=path, hint="Give the folder of a model or of a run")
+    refuse_adapter(Path(path))
+    if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) and not (Path(path) / "config.json").is_file():
+        raise CheckpointError("holds weights but no config.json", where=path, hint="Put the model's config.json there")
+    folder = model_folder(Path(path))
+    found = _read_object(folder / "config.json")
+    kind = _kind(found, folder)
+    if found.get("quantization_config"):
+        raise CheckpointError(
+            "holds quantised weights", where=folder, hint="Convert the model as it was before, then quantise the copy"
+        )
+    try:
+        with readable(folder):
+            config = FAT5Config.from_pretrained(folder)
+    except FAT5Error:
+        raise
+    except Exception as error:  # the checks of a configuration's values raise many kinds
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"config.json cannot be used: {lines[-1].strip() if lines else type(error).__name__}",
+            where=folder,
+            hint="Restore it, or save it again",
+        ) from error
+    where = Path(tokenizer) if tokenizer else folder
+    if tokenizer and not where.is_dir():
+        raise TokenizerError("no such folder", where=tokenizer, hint="Give the folder that holds tokenizer.json")
+    holds_one = any((where / name).is_file() for name in _TOKENIZERS)
+    if tokenizer and not holds_one:
+        raise TokenizerError("holds no tokenizer", where=tokenizer, hint="Give the folder that holds tokenizer.json")
+    source = Source(folder, str(found.get("model_type", "t5")), kind, config, where if holds_one else None)
+    if source.tokenizer is not None:
+        _check_size(source.tokenizer, config.vocab_size)
+    return source
+
+
+def load_stock(folder: Path, kind: str) -> Any:
+    """The same model read by the class of stock transformers, in float32 on the CPU, in evaluation mode."""
+    family = _read_object(folder / "config.json").get("model_type")
+    cls = getattr(transformers, f"{STOCK_PREFIX[str(family)]}{kind}")
+    with ExitStack() as stack:
+        for context in (quiet(), transformers_quiet(), readable(folder)):
+            stack.enter_context(context)
+        safe = any(folder.glob("*.safetensors"))
+        how = {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
+        return cls.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+def load_stock_tokenizer(folder: Path) -> Any:
+    """The tokenizer as stock transformers reads it; code in its folder is never run.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    return read_stock(folder, transformers.PreTrainedTokenizerFast if is_named_unigram(folder) else None)
+
+
+def is_named_unigram(folder: Path) -> bool:
+    """Whether tokenizer_config.json names T5's class, whose model is Unigram in transformers 5, and it is another's.
+
+    The first FAT5 wrote that class for its BPE.
+    """
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    content, config = (_read_object(file) for file in files)
+    model = content.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    return config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") and kind not in (None, "Unigram")
+
+
+def first_sentinel(folder: Path) -> str | None:
+    """The sentinel of the highest id, with which the first FAT5 marked a text's first blank; None without sentinels."""
+    tokenizer = load_stock_tokenizer(folder)
+    names = [token for token in tokenizer.all_special_tokens if "extra" in token]
+    return max(names, key=tokenizer.convert_tokens_to_ids, default=None)
+
+
+def _kind(found: dict[str, Any], folder: Path) -> str:
+    """The model's kind from `architectures`; a configuration that names none is an encoder-decoder's."""
+    classes = found.get("architectures") or ["T5ForConditionalGeneration"]
+    name = str(classes[0]) if isinstance(classes, list) else str(classes)
+    kind = re.sub(r"^(FAT5|FlashT5|MT5|UMT5|T5)", "", name).replace("WithLMHeadModel", "ForConditionalGeneration")
+    known_type = found.get("model_type", "t5") in (*STOCK_PREFIX, "fat5", "flash_t5")
+    if known_type and kind not in KINDS:
+        raise CheckpointError(
+            f"holds a {name}", where=folder, hint=f"Kinds that are converted: T5 {', '.join(KINDS)} and their families"
+        )
+    return kind
+
+
+def _check_size(folder: Path, vocab_size: int) -> None:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        content = _read_object(file)
+        try:
+            vocabulary = content["model"]["vocab"]
+            ids = range(len(vocabulary)) if isinstance(vocabulary, list) else list(vocabulary.values())
+            size = 1 + max([*ids, *(int(entry["id"]) for entry in content.get("added_tokens") or [])])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TokenizerError("is damaged: it lacks its vocabulary", where=file, hint="Restore it") from error
+    else:
+        size = len(load_stock_tokenizer(folder))
+    if size > vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {size:,} tokens, and the model only {vocab_size:,} rows for them",
+            where=folder,
+            hint="They do not belong together; give the model's own with --tokenizer DIR",
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        refuse_pickle(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("is not JSON", where=path, hint="Restore it, or save it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError("does not hold a JSON object", where=path, hint="Restore it, or save it again")
+    return content

@@ -1,0 +1,1 @@
+"""From shards to batches: denoisers, order, packing, loading."""

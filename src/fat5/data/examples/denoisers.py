@@ -1,0 +1,378 @@
+"""UL2's mixture of denoisers: what each does to a document, and how often each is drawn.
+
+Source: Tay et al., "UL2: Unifying Language Learning Paradigms" (2022); span corruption after Raffel et al., "Exploring
+the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020), `random_spans_noise_mask`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fat5.data.examples import kernels
+from fat5.errors import ConfigurationError, DataError, TokenizerError
+
+if TYPE_CHECKING:
+    from fat5.data.tokenizer.loading import TokenizerInfo
+
+DEFAULT_SENTINELS = 256
+LARGEST = 1 << 24  # of a mean span or a relative share: beyond any that says something
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One way of hiding part of a document.
+
+    Attributes:
+        mu: mean span length, at least 1. Where `r` is 0: the prefix kept is round(L/mu) tokens, and mu is above 1.
+        r: corruption rate in [0, 1). 0 is the sequential denoiser, which needs `max_spans` 1.
+        max_spans: limit on the spans of one document; None and "max_token_length" mean no limit but the text's.
+        prefix: mode token put before the inputs ("[R]", "[S]", "[X]"), or None.
+
+    Raises:
+        ConfigurationError: a value that cannot work.
+    """
+
+    mu: float
+    r: float
+    max_spans: int | str | None = None
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"denoiser (mu={self.mu!r}, r={self.r!r}, max_spans={self.max_spans!r}, prefix={self.prefix!r})"
+        if not _is_number(self.mu) or not 1 <= self.mu <= LARGEST:
+            raise ConfigurationError(f"mu (mean span length) must be a number from 1 to {LARGEST:,}", where=where)
+        if not _is_number(self.r) or not 0 <= self.r < 1:
+            raise ConfigurationError("r (corruption rate) must be a number in [0, 1)", where=where)
+        unlimited = self.max_spans is None or self.max_spans == "max_token_length"
+        if not unlimited and (
+            not isinstance(self.max_spans, int) or isinstance(self.max_spans, bool) or self.max_spans < 1
+        ):
+            raise ConfigurationError("max_spans must be max_token_length, null or a whole number above 0", where=where)
+        if self.prefix is not None and (not isinstance(self.prefix, str) or not self.prefix):
+            raise ConfigurationError("prefix must be a mode token such as [R], or null for none", where=where)
+        if self.r == 0 and (self.max_spans != 1 or self.mu <= 1):
+            raise ConfigurationError(
+                "r 0.0 is the sequential denoiser, which needs max_spans 1 and mu above 1",
+                where=where,
+                hint="Set max_spans: 1 and mu, or give r above 0",
+            )
+
+    @property
+    def sequential(self) -> bool:
+        """True for the denoiser that keeps a prefix of round(L/mu) tokens and predicts the rest."""
+        return self.r == 0
+
+    def spans(self, length: int, num_sentinels: int = DEFAULT_SENTINELS) -> tuple[int, int]:
+        """(noise tokens, spans) for a document of `length` >= 2 tokens.
+
+        Rounding is half to even on float64 products, as NumPy's and TensorFlow's `round`.
+        """
+        noise, spans = self.span_tables(np.array([length]), num_sentinels)
+        return int(noise[0]), int(spans[0])
+
+    def lengths(self, length: int, num_sentinels: int = DEFAULT_SENTINELS) -> tuple[int, int]:
+        """(encoder tokens, decoder tokens) of an example made of `length` >= 2 tokens, specials included.
+
+        Raises:
+            DataError: fewer than 2 tokens.
+        """
+        if length < 2:
+            raise DataError(f"a document of {length} tokens is too short to corrupt", hint="Give at least 2 tokens")
+        noise, spans = self.spans(length, num_sentinels)
+        return (self.prefix is not None) + length - noise + spans + 1, noise + spans + 1
+
+    def wanted_spans(self, lengths: np.ndarray) -> np.ndarray:
+        """Spans by the rule alone, before the sentinels of a tokenizer limit them."""
+        return self.span_tables(lengths, np.iinfo(np.int32).max)[1]
+
+    def span_tables(self, lengths: np.ndarray, num_sentinels: int) -> tuple[np.ndarray, np.ndarray]:
+        """`spans` for many lengths: two int32 arrays."""
+        lengths = np.maximum(lengths.astype(np.float64), 2)
+        noise = lengths - np.rint(lengths / self.mu) if self.sequential else np.rint(lengths * self.r)
+        noise = np.clip(noise, 1, lengths - 1)
+        limit = self.max_spans if isinstance(self.max_spans, int) else np.inf
+        spans = np.clip(np.rint(noise / self.mu), 1, np.minimum(np.minimum(lengths - noise, limit), num_sentinels))
+        return noise.astype(np.int32), spans.astype(np.int32)
+
+    def mode_id(self, info: TokenizerInfo) -> int:
+        """Id of the mode token, or -1 for none.
+
+        Raises:
+            TokenizerError: the tokenizer has no such mode token.
+        """
+        if self.prefix is None:
+            return -1
+        if self.prefix not in info.mode_ids:
+            known = ", ".join(info.mode_ids) or "none"
+            raise TokenizerError(
+                f"the tokenizer has no mode token {self.prefix!r} (it has {known})",
+                hint="Prepare the data with `fat5 prepare`, which adds them, or set prefix: null",
+            )
+        return int(info.mode_ids[self.prefix])
+
+    def __call__(
+        self, tokens: Sequence[int] | np.ndarray, info: TokenizerInfo, *, seed: int = 0, epoch: int = 0, piece: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Corrupts one document; the same (seed, epoch, piece) always gives the same spans.
+
+        Args:
+            tokens: (L,) ids of a document, L >= 2, without EOS.
+            info: the tokenizer's sentinels, mode tokens and EOS.
+
+        Returns:
+            inputs, targets: int64 arrays of `lengths(L)` tokens.
+        """
+        document = np.ascontiguousarray(tokens, dtype=np.int64)
+        sentinels = sentinel_array(info)
+        encoder, decoder = self.lengths(document.size, sentinels.size)
+        noise, spans = self.spans(document.size, sentinels.size)
+        inputs, targets = np.empty(encoder, np.int64), np.empty(decoder, np.int64)
+        scratch = np.empty((2, spans), np.int64)
+        low, high = split_seed(seed)
+        c1, c2 = piece & kernels.MASK32, piece >> 32
+        c3 = (kernels.TRAINING << kernels.DOMAIN_SHIFT) + epoch
+        mode = self.mode_id(info)
+        kernels.corrupt(
+            document,
+            noise,
+            spans,
+            mode,
+            sentinels,
+            info.eos_id,
+            scratch[0],
+            scratch[1],
+            np.zeros(document.size, np.uint8),
+            c1,
+            c2,
+            c3,
+            low,
+            high,
+            inputs,
+            0,
+            targets,
+            0,
+        )
+        return inputs, targets
+
+
+@dataclass
+class DenoiserConfig:
+    """One row of a mixture written out in YAML."""
+
+    mu: float
+    """Mean span length; where r is 0, the prefix kept is a mu-th of the text"""
+    r: float
+    """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
+    max_spans: int | str | None = None
+    """Most spans of a text: a number, or max_token_length for no limit but the text's"""
+    prefix: str | None = None
+    """Mode token in front of the inputs ([R], [S], [X]), or none"""
+    proportion: float = 1.0
+    """Relative share of the examples"""
+
+
+class MixtureOfDenoisers:
+    """Denoisers with the share of examples each is given. Proportions are relative and are normalised.
+
+    Raises:
+        ConfigurationError: no denoiser, more than 127, or a proportion that is not a number above 0.
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], proportions: Sequence[float]) -> None:
+        if not denoisers or len(denoisers) > 127:
+            raise ConfigurationError(f"a mixture holds 1 to 127 denoisers, not {len(denoisers)}", where="mixture")
+        if len(denoisers) != len(proportions):
+            raise ConfigurationError(f"{len(denoisers)} denoisers but {len(proportions)} proportions", where="mixture")
+        for index, proportion in enumerate(proportions):
+            check_share(proportion, f"mixture[{index}].proportion")
+        self.denoisers = tuple(denoisers)
+        total = math.fsum(proportions)
+        self.proportions = tuple(float(proportion) / total for proportion in proportions)
+
+    @classmethod
+    def named(cls, name: str) -> MixtureOfDenoisers:
+        """One of the mixtures known by name: fat5 (the default), ul2, t5, prefix-lm."""
+        if name not in MIXTURES:
+            raise ConfigurationError(
+                f"no mixture is named {name!r}",
+                where="mixture",
+                hint=f"Choose from {', '.join(MIXTURES)}, or write a list",
+            )
+        return cls.of(MIXTURES[name])
+
+    @classmethod
+    def of(
+        cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]] | MixtureOfDenoisers | Denoiser
+    ) -> MixtureOfDenoisers:
+        """A mixture from what a YAML file holds: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
+        if isinstance(mixture, MixtureOfDenoisers):
+            return mixture
+        if isinstance(mixture, Denoiser):
+            return cls([mixture], [1.0])
+        if isinstance(mixture, str):
+            return cls.named(mixture)
+        if not isinstance(mixture, Sequence):
+            raise ConfigurationError(f"a mixture is a name or a list of denoisers, not {mixture!r}", where="mixture")
+        denoisers, proportions = [], []
+        for index, row in enumerate(mixture):
+            where = f"mixture[{index}]"
+            row = vars(row) if isinstance(row, DenoiserConfig) else row
+            if not isinstance(row, Mapping):
+                raise ConfigurationError(f"must hold mu, r, max_spans, prefix, proportion, not {row!r}", where=where)
+            unknown, missing = set(row) - _KEYS, {"mu", "r"} - set(row)
+            if unknown or missing:
+                fault = (
+                    f"unknown key {sorted(map(str, unknown))[0]!r}" if unknown else f"{sorted(missing)[0]} is missing"
+                )
+                raise ConfigurationError(fault, where=where, hint=f"The keys are {', '.join(sorted(_KEYS))}")
+            denoisers.append(Denoiser(row["mu"], row["r"], row.get("max_spans"), row.get("prefix")))
+            proportions.append(row.get("proportion", 1.0))
+        return cls(denoisers, proportions)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The mixture as a list that `of` reads back, for configurations and reports."""
+        pairs = zip(self.denoisers, self.proportions)
+        return [
+            {"mu": d.mu, "r": d.r, "max_spans": d.max_spans, "prefix": d.prefix, "proportion": proportion}
+            for d, proportion in pairs
+        ]
+
+    def names(self) -> list[str]:
+        """A short name for each denoiser, unique in the mixture: "[R] mu=3 r=0.15"."""
+        names = [f"{d.prefix or '-'} mu={d.mu:g} r={d.r:g}" for d in self.denoisers]
+        return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names)]
+
+    def thresholds(self) -> np.ndarray:
+        """Cumulative proportions in units of 2^-32, int64 (D,); a 32-bit word w draws the first denoiser above w."""
+        thresholds = np.rint(np.cumsum(self.proportions) * 2.0**32).astype(np.int64)
+        thresholds[-1] = 2**32
+        return thresholds
+
+    def tables(self, max_tokens: int, num_sentinels: int) -> tuple[np.ndarray, np.ndarray]:
+        """(noise, spans) for every denoiser and every length up to max_tokens: int32 (D, max_tokens+1)."""
+        lengths = np.arange(max_tokens + 1)
+        tables = [denoiser.span_tables(lengths, num_sentinels) for denoiser in self.denoisers]
+        return np.stack([noise for noise, _ in tables]), np.stack([spans for _, spans in tables])
+
+    def max_lengths(self, max_tokens: int, num_sentinels: int) -> tuple[int, int]:
+        """The longest encoder and decoder side any piece of 2 to max_tokens tokens can have."""
+        noise, spans = self.tables(max_tokens, num_sentinels)
+        mode = np.array([[d.prefix is not None] for d in self.denoisers])
+        encoder = mode + np.arange(max_tokens + 1) - noise + spans + 1
+        return int(encoder[:, 2:].max()), int((noise + spans + 1)[:, 2:].max())
+
+    def __len__(self) -> int:
+        return len(self.denoisers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MixtureOfDenoisers) and self.rows() == other.rows()
+
+    def __hash__(self) -> int:
+        return hash((self.denoisers, self.proportions))
+
+    def __repr__(self) -> str:
+        return f"MixtureOfDenoisers({list(self.denoisers)}, {list(self.proportions)})"
+
+
+def reconstruct(
+    inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, info: TokenizerInfo
+) -> np.ndarray:
+    """The document that an example was made of: every sentinel of the inputs replaced by its span of the targets.
+
+    Raises:
+        DataError: the two do not belong together.
+    """
+    inputs, targets = np.asarray(inputs, np.int64), np.asarray(targets, np.int64)
+    sentinels = sentinel_array(info)
+    if not inputs.size or not targets.size or inputs[-1] != info.eos_id or targets[-1] != info.eos_id:
+        raise DataError("inputs and targets must each end with EOS")
+    body = inputs[:-1]
+    if body.size and body[0] in info.mode_ids.values():
+        body = body[1:]
+    pieces: list[np.ndarray] = []
+    at, target_at = 0, 0
+    spans = int(np.isin(targets, sentinels).sum())
+    for span in range(spans):
+        here = np.flatnonzero(body[at:] == sentinels[span])
+        following = np.flatnonzero(targets[target_at:] == (sentinels[span + 1] if span + 1 < spans else info.eos_id))
+        if not here.size or not following.size or targets[target_at] != sentinels[span]:
+            raise DataError(f"sentinel {span} is not where inputs and targets agree")
+        end = target_at + int(following[0] if span + 1 < spans else following[-1])
+        pieces += [body[at : at + here[0]], targets[target_at + 1 : end]]
+        at, target_at = at + int(here[0]) + 1, end
+    return np.concatenate([*pieces, body[at:]])
+
+
+def sentinel_array(info: TokenizerInfo) -> np.ndarray:
+    """The sentinel ids in order, int64.
+
+    Raises:
+        TokenizerError: the tokenizer has none.
+    """
+    if not info.sentinel_ids:
+        raise TokenizerError(
+            "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, …",
+            hint="Train one with `fat5 tokenizer`, or use a T5 tokenizer",
+        )
+    return np.array(info.sentinel_ids, dtype=np.int64)
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """A seed as the two 32-bit words of a Philox key.
+
+    Raises:
+        ConfigurationError: not a whole number in [0, 2^63).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ConfigurationError(f"seed must be a whole number in [0, 2^63), not {seed!r}", where="seed")
+    return int(seed) & kernels.MASK32, int(seed) >> 32
+
+
+def check_share(value: object, where: str) -> None:
+    """Raises ConfigurationError unless a value can be the relative share of something."""
+    if not _is_number(value) or not 0 < value <= LARGEST:  # type: ignore[operator]
+        raise ConfigurationError(f"must be a number above 0 and at most {LARGEST:,}, not {value!r}", where=where)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _row(
+    mu: float, r: float, prefix: str | None, proportion: float, max_spans: int | str = "max_token_length"
+) -> dict[str, Any]:
+    return {"mu": mu, "r": r, "max_spans": max_spans, "prefix": prefix, "proportion": proportion}
+
+
+_KEYS = {"mu", "r", "max_spans", "prefix", "proportion"}
+
+# One span of a quarter at the end: a single span is always a suffix, because segments alternate from a non-noise one.
+_UL2_SEQUENTIAL = _row(4.0, 0.25, "[S]", 1.0, max_spans=1)
+
+MIXTURES: dict[str, list[dict[str, Any]]] = {
+    "fat5": [
+        _row(3.0, 0.15, "[R]", 0.165),
+        _row(8.0, 0.15, "[R]", 0.165),
+        _row(4.0, 0.0, "[S]", 0.34, max_spans=1),
+        _row(3.0, 0.5, "[X]", 0.0825),
+        _row(8.0, 0.15, "[X]", 0.0825),
+        _row(64.0, 0.15, "[X]", 0.0825),
+        _row(64.0, 0.5, "[X]", 0.0825),
+    ],
+    "ul2": [
+        _row(3.0, 0.15, "[R]", 1.0),
+        _row(8.0, 0.15, "[R]", 1.0),
+        _UL2_SEQUENTIAL,
+        _row(3.0, 0.5, "[X]", 1.0),
+        _row(8.0, 0.5, "[X]", 1.0),
+        _row(64.0, 0.15, "[X]", 1.0),
+        _row(64.0, 0.5, "[X]", 1.0),
+    ],
+    "t5": [_row(3.0, 0.15, None, 1.0)],
+    "prefix-lm": [_row(2.0, 0.0, None, 1.0, max_spans=1)],
+}

@@ -1,0 +1,261 @@
+"""The order of training: an endless stream of pieces, a pure function of (seed, position).
+
+Documents are cut into consecutive pieces of at most `max_tokens`. Each source is passed over again and again, every
+pass in its own order (a keyed permutation, so nothing is stored or shuffled); sources are interleaved by a fixed
+periodic pattern in proportion to their weights. Position → piece costs O(log documents) and no memory of what came
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fat5.data.examples import kernels
+from fat5.data.examples.denoisers import LARGEST, MixtureOfDenoisers, check_share, sentinel_array, split_seed
+from fat5.errors import ConfigurationError, DataError, TokenizerError
+
+if TYPE_CHECKING:
+    from fat5.data.shards.token_shards import TokenShards
+    from fat5.data.tokenizer.loading import TokenizerInfo
+
+BLEND_PERIOD = 1 << 14
+MIN_MAX_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus and its weight.
+
+    Attributes:
+        shards: the token shards of one split.
+        weight: relative share of the *tokens* seen in training.
+    """
+
+    shards: TokenShards
+    weight: float = 1.0
+
+
+class PieceStream:
+    """Positions 0, 1, 2, … of the endless stream, each resolved to a piece, a denoiser and the lengths of its example.
+
+    Attributes:
+        num_pieces: pieces of each source.
+        short_documents: documents below 2 tokens, which no denoiser can corrupt and which are left out, by source.
+        short_tokens: tokens in them, at most one each, by source.
+        cut_documents: documents longer than `max_tokens`, by source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source | TokenShards],
+        mixture: MixtureOfDenoisers,
+        info: TokenizerInfo,
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        """
+        Raises:
+            ConfigurationError: a weight, seed or max_tokens that cannot work.
+            DataError: a source holds nothing to train on, or a damaged shard.
+            TokenizerError: the shards were made with another tokenizer, or it lacks sentinels or a mode token.
+        """
+        if not sources:
+            raise ConfigurationError("no data source is given", where="data.sources")
+        if (
+            isinstance(max_tokens, bool)
+            or not isinstance(max_tokens, int)
+            or not MIN_MAX_TOKENS <= max_tokens <= LARGEST
+        ):
+            raise ConfigurationError(
+                f"must be a whole number from {MIN_MAX_TOKENS} to {LARGEST:,}, not {max_tokens!r}", where="max_tokens"
+            )
+        self.sources = [source if isinstance(source, Source) else Source(source) for source in sources]
+        self.mixture, self.info, self.max_tokens, self.seed = mixture, info, max_tokens, seed
+        self._check()
+        self._build()
+
+    def _check(self) -> None:
+        for index, source in enumerate(self.sources):
+            check_share(source.weight, f"data.sources[{index}].weight")
+            if source.shards.manifest.tokenizer_sha256 != self.info.sha256:
+                raise TokenizerError(
+                    "the shards were made with another tokenizer",
+                    where=source.shards.folder,
+                    hint="Use the tokenizer/ folder beside them, or prepare the corpus again with yours",
+                )
+
+    def _build(self) -> None:
+        maps = [
+            [source.shards.shard_ends(shard) for shard in range(source.shards.num_shards)] for source in self.sources
+        ]
+        self._maps: list[np.ndarray] = [ends for shards in maps for ends in shards]
+        self._owners = [(s, shard) for s, shards in enumerate(maps) for shard in range(len(shards))]
+        index: list[np.ndarray] = []
+        totals: list[tuple[int, int, int, int]] = []
+        for source, shards in zip(self.sources, maps):
+            entries, counted = self._index(source, shards)
+            index.append(entries)
+            totals.append(counted)
+            if not counted[0]:
+                raise DataError(
+                    "no document of at least 2 tokens", where=f"{source.shards.folder} ({source.shards.split})"
+                )
+        columns = [list(column) for column in zip(*totals)]
+        self.num_pieces, self.short_documents, self.short_tokens, self.cut_documents = columns
+        documents = [[ends.size for ends in shards] for shards in maps]
+        blend_source, blend_rank, blend_count = blend(self._draws())
+        sentinels = sentinel_array(self.info)
+        noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
+        low, high = split_seed(self.seed)
+        self.layout = kernels.Layout(
+            pieces=np.array(self.num_pieces, np.int64),
+            simple=np.array([s == 0 and m == 0 for s, m in zip(self.short_documents, self.cut_documents)]),
+            index_first=np.cumsum([0] + [entries.size for entries in index]),
+            blocks=np.concatenate(index),
+            shard_first=np.cumsum([0] + [len(shards) for shards in maps]),
+            first_document=np.array([sum(counts[:k]) for counts in documents for k in range(len(counts))], np.int64),
+            documents=np.array([count for counts in documents for count in counts], np.int64),
+            ends_address=np.array([ends.ctypes.data for ends in self._maps], np.int64),
+            tokens_address=np.zeros(len(self._maps), np.int64),
+            token_bytes=np.array([self.sources[s].shards.dtype.itemsize for s, _ in self._owners], np.int64),
+            blend_source=blend_source,
+            blend_rank=blend_rank,
+            blend_count=blend_count,
+            thresholds=self.mixture.thresholds(),
+            noise=noise,
+            spans=spans,
+            mode=np.array([denoiser.mode_id(self.info) for denoiser in self.mixture.denoisers], np.int64),
+            sentinels=sentinels,
+            eos=self.info.eos_id,
+            max_tokens=self.max_tokens,
+            seed_low=low,
+            seed_high=high,
+        )
+
+    def _index(self, source: Source, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """The block index of one source, and its (pieces, short documents, their tokens, cut documents)."""
+        index = np.empty(sum(ends.size for ends in shards) // kernels.BLOCK_DOCUMENTS + 1, np.int64)
+        pieces = in_block = at = short = short_tokens = cut = 0
+        for shard, ends in enumerate(shards):
+            entry = source.shards.entries[shard]
+            result = kernels.index_shard(np.asarray(ends), self.max_tokens, pieces, in_block, index, at)
+            pieces, in_block, at = result[:3]
+            if pieces < 0 or (ends.size and int(ends[-1]) != entry.tokens):
+                where = source.shards.folder / entry.file
+                raise DataError("the index of documents is damaged", where=where, hint="Prepare the corpus again")
+            short, short_tokens, cut = short + result[3], short_tokens + result[4], cut + result[5]
+        return index[:at].copy(), (pieces, short, short_tokens, cut)
+
+    def notes(self) -> list[str]:
+        """What a user should be told once: documents too short to corrupt, and spans that the sentinels limit."""
+        notes = []
+        for source, count in zip(self.sources, self.short_documents):
+            if count:
+                share = f"{count:,} of {source.shards.num_documents:,} documents"
+                notes.append(f"{source.shards.folder}: {share} have fewer than 2 tokens and cannot be corrupted")
+        sentinels = self.layout.sentinels.size
+        lengths = np.arange(self.max_tokens + 1)
+        for name, denoiser, given in zip(self.mixture.names(), self.mixture.denoisers, self.layout.spans):
+            limited = np.flatnonzero(denoiser.wanted_spans(lengths) > given)
+            if limited.size:
+                notes.append(
+                    f"denoiser {name}: the tokenizer's {sentinels} sentinels make fewer, longer spans "
+                    f"in pieces of {limited[0]:,} tokens and more"
+                )
+        return notes
+
+    def _draws(self) -> np.ndarray:
+        """Share of draws of each source, so that shares of *tokens* are in proportion to the weights."""
+        mean = np.array([source.shards.num_tokens / pieces for source, pieces in zip(self.sources, self.num_pieces)])
+        draws = np.array([source.weight for source in self.sources]) / mean
+        return draws / draws.sum()
+
+    def lengths(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder and decoder tokens of the examples at stream positions: two int64 arrays."""
+        examples = self.resolve(positions)
+        return examples.encoder, examples.decoder
+
+    def resolve(self, positions: np.ndarray) -> kernels.Examples:
+        """What stands at stream positions (int64)."""
+        examples = empty_examples(positions.size)
+        kernels.resolve(self.layout, positions, examples)
+        return examples
+
+    def resolve_fixed(self, source: int, pieces: np.ndarray, denoiser: int) -> kernels.Examples:
+        """Given pieces of one source under a given denoiser."""
+        examples = empty_examples(pieces.size)
+        kernels.resolve_fixed(self.layout, source, pieces, denoiser, examples)
+        return examples
+
+    def write(
+        self,
+        examples: kernels.Examples,
+        domain: int,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        cu_inputs: np.ndarray,
+        cu_targets: np.ndarray,
+    ) -> tuple[int, int]:
+        """Corrupts examples into flat int64 buffers and fills both cu_seqlens; returns the tokens written."""
+        self._map(examples.shard)
+        return kernels.write_examples(self.layout, examples, domain, inputs, targets, cu_inputs, cu_targets)
+
+    def tokens(self, piece: int) -> np.ndarray:
+        """Raw tokens of a global piece id: a view into its shard."""
+        source, local = piece >> kernels.PIECE_BITS, piece & ((1 << kernels.PIECE_BITS) - 1)
+        examples = self.resolve_fixed(source, np.array([local]), 0)
+        self._map(examples.shard)
+        owner, shard = self._owners[int(examples.shard[0])]
+        start = int(examples.start[0])
+        return self.sources[owner].shards.shard_tokens(shard)[start : start + int(examples.length[0])]
+
+    def passes(self, cursor: int) -> list[float]:
+        """How often each source has been passed over when the stream stands at `cursor`."""
+        counts = self.layout.blend_count / self.layout.blend_source.size
+        return [float(cursor * share / pieces) for share, pieces in zip(counts, self.num_pieces)]
+
+    def _map(self, shards: np.ndarray) -> None:
+        """Maps (and, the first time, verifies) the shards about to be read."""
+        for shard in np.unique(shards[self.layout.tokens_address[shards] == 0]):
+            source, local = self._owners[shard]
+            tokens = self.sources[source].shards.shard_tokens(local)
+            self._maps.append(tokens)  # keeps the address alive
+            self.layout.tokens_address[shard] = tokens.ctypes.data
+
+    def __getstate__(self) -> dict[str, object]:
+        keys = ("sources", "mixture", "info", "max_tokens", "seed")
+        return {key: self.__dict__[key] for key in keys}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A spawned worker maps the files anew: addresses do not travel."""
+        self.__dict__.update(state)
+        self._build()
+
+
+def blend(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One period of the interleaving: (source, earlier draws of that source in the period), and draws of each a period.
+
+    Each source's draws are spread evenly (the k-th of c at (k + 1/2) / c of the period). A source always has at least
+    one draw a period, so shares are exact to 1 in 16,384.
+    """
+    if shares.size == 1:
+        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
+    exact = shares * BLEND_PERIOD
+    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
+    while counts.sum() < BLEND_PERIOD:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > BLEND_PERIOD:
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    source = np.repeat(np.arange(shares.size), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((rank + 0.5) / counts[source], kind="stable")
+    return source[order], rank[order], counts
+
+
+def empty_examples(count: int) -> kernels.Examples:
+    """Room for `count` examples."""
+    return kernels.Examples(*np.empty((len(kernels.Examples._fields), count), np.int64))

@@ -1,0 +1,166 @@
+"""Two-dimensional packing: examples of (encoder tokens, decoder tokens) into packs of two fixed budgets.
+
+The planner holds a window of waiting examples. A pack starts with the oldest of them (so none waits for ever), goes on
+with near ones that keep both sides even, and ends with the few that fill it best (`fit`). It sees lengths only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fat5.data.examples import fit
+from fat5.errors import ConfigurationError, DataError
+
+BUDGET_MULTIPLE = 128
+DEFAULT_WINDOW = 1024
+SLACK = 0.005
+TINY = 1e-9  # stands for the mean of a side that is always empty
+MEAN_SAMPLE = 4096  # examples whose mean lengths stand for the stream's
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one pack may hold, and how far the planner looks ahead for it.
+
+    Attributes:
+        encoder_tokens: encoder tokens of a pack.
+        decoder_tokens: decoder tokens of a pack.
+        max_examples: most examples of a pack; a pack of tiny documents closes there.
+        window: examples to choose from.
+    """
+
+    encoder_tokens: int
+    decoder_tokens: int
+    max_examples: int
+    window: int
+
+
+class Window:
+    """Waiting examples, oldest first, by stream position and lengths."""
+
+    def __init__(
+        self, budget: Budget, source: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], end: int | None = None
+    ) -> None:
+        """
+        Args:
+            budget: of each pack.
+            source: stream positions (int64) → encoder and decoder lengths (int64).
+            end: stream positions there are; None for an endless stream.
+        """
+        self.budget = budget
+        self._source = source
+        self._end = end
+        sample = source(np.arange(MEAN_SAMPLE if end is None else min(end, MEAN_SAMPLE), dtype=np.int64))
+        self._overall = np.array([max(float(lengths.mean()), TINY) if lengths.size else 1.0 for lengths in sample])
+        self._chosen = np.empty(budget.max_examples, np.int64)
+        self.restore(0, np.empty(0, np.int64))
+
+    def restore(self, cursor: int, waiting: Sequence[int] | np.ndarray) -> None:
+        """Puts the window where it once was: the next stream position, and the positions that wait."""
+        self.cursor = cursor
+        self.positions = np.array(waiting, dtype=np.int64)
+        self.encoder, self.decoder = self._source(self.positions)
+
+    def next_pack(self) -> np.ndarray | None:
+        """Stream positions of the next pack, in the order it holds them (oldest first), or None when all are packed."""
+        self._refill()
+        if not self.positions.size:
+            return None
+        budget = self.budget
+        used = np.zeros(2, np.int64)
+        mean = np.maximum([self.encoder.mean(), self.decoder.mean()], TINY)
+        held = 0
+        packed: list[np.ndarray] = []
+        while True:
+            low = budget.window // 2 if self._end is None or self.cursor < self._end else -1
+            limits = np.array([budget.encoder_tokens, budget.decoder_tokens, budget.max_examples, low, held])
+            taken = np.zeros(self.positions.size, np.bool_)
+            result = fit.fill_pack(self.encoder, self.decoder, taken, limits, used, mean, self._overall, self._chosen)
+            total = result if result >= 0 else -1 - result
+            packed.append(self.positions[self._chosen[held:total]])
+            left = ~taken
+            self.positions, self.encoder, self.decoder = self.positions[left], self.encoder[left], self.decoder[left]
+            held = total
+            if result >= 0:
+                return np.concatenate(packed)
+            self._refill()
+
+    def _refill(self) -> None:
+        """Draws until the window is full or the stream ends."""
+        wanted = self.budget.window - self.positions.size
+        if self._end is not None:
+            wanted = min(wanted, self._end - self.cursor)
+        if wanted <= 0:
+            return
+        fresh = np.arange(self.cursor, self.cursor + wanted, dtype=np.int64)
+        self.cursor += wanted
+        encoder, decoder = self._source(fresh)
+        self.positions = np.concatenate([self.positions, fresh])
+        self.encoder = np.concatenate([self.encoder, encoder])
+        self.decoder = np.concatenate([self.decoder, decoder])
+
+
+def pack(
+    encoder_lengths: Sequence[int] | np.ndarray,
+    decoder_lengths: Sequence[int] | np.ndarray,
+    encoder_tokens: int,
+    decoder_tokens: int,
+    window: int = DEFAULT_WINDOW,
+    max_examples: int | None = None,
+) -> list[list[int]]:
+    """Packs examples into two budgets; every index appears in exactly one pack.
+
+    Args:
+        encoder_lengths, decoder_lengths: (N,) lengths of each example's two sides.
+        encoder_tokens, decoder_tokens: what one pack may hold of each.
+        window: examples to choose from.
+        max_examples: most examples a pack may hold; None for no limit.
+
+    Returns:
+        Lists of indices, one a pack.
+
+    Raises:
+        DataError: an example is longer than a budget, or the lengths are not lengths.
+        ConfigurationError: a budget or the window below 1.
+    """
+    for name, value in (("encoder_tokens", encoder_tokens), ("decoder_tokens", decoder_tokens), ("window", window)):
+        if value < 1:
+            raise ConfigurationError(f"must be above 0, not {value}", where=name)
+    if max_examples is not None and max_examples < 1:
+        raise ConfigurationError(f"must be above 0, not {max_examples}", where="max_examples")
+    encoder, decoder = np.asarray(encoder_lengths, np.int64), np.asarray(decoder_lengths, np.int64)
+    if encoder.ndim != 1 or encoder.shape != decoder.shape:
+        raise DataError(f"encoder_lengths and decoder_lengths differ in shape: {encoder.shape}, {decoder.shape}")
+    if (encoder < 0).any() or (decoder < 0).any():
+        raise DataError("a length is negative")
+    for side, lengths, limit in (("encoder", encoder, encoder_tokens), ("decoder", decoder, decoder_tokens)):
+        if (lengths > limit).any():
+            index = int(np.argmax(lengths > limit))
+            raise DataError(
+                f"example {index} has {lengths[index]:,} {side} tokens, a pack holds {limit:,}",
+                hint=f"Raise {side}_tokens, or cut documents shorter with max_tokens",
+            )
+    most = max(encoder.size, 1) if max_examples is None else max_examples
+    budget = Budget(encoder_tokens, decoder_tokens, most, window)
+    waiting = Window(budget, lambda positions: (encoder[positions], decoder[positions]), end=encoder.size)
+    packs = []
+    while (positions := waiting.next_pack()) is not None:
+        packs.append(positions.tolist())
+    return packs
+
+
+def fill(packs: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> float:
+    """Share of a side's budget that the packs use."""
+    return float(sum(int(lengths[list(pack)].sum()) for pack in packs) / (budget * len(packs))) if packs else 0.0
+
+
+def suggest_budgets(mean_encoder: float, mean_decoder: float, encoder_tokens: int) -> tuple[int, int]:
+    """Budgets in the ratio of the mean lengths, multiples of 128: `encoder_tokens` rounded up, and what goes with it.
+
+    The decoder side gets half a percent of slack and is rounded up: the encoder is to be the tighter side, and two
+    sides exactly as tight as each other would both suffer from chance.
+    """
+    encoder = -(-encoder_tokens // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
+    decoder = encoder * mean_decoder / mean_encoder * (1 + SLACK)
+    return encoder, -(-int(np.ceil(decoder)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE

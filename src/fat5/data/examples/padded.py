@@ -1,0 +1,180 @@
+"""Padded batches for stock models, from the same examples as the packed ones.
+
+Examples are taken in the stream's order in groups; within a group they are sorted by both lengths and cut into batches,
+and the batches are shuffled. So a batch holds examples of like length, and is padded to its own longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fat5.data.examples import kernels
+from fat5.data.examples.batch import PackedBatch
+from fat5.data.examples.denoisers import MixtureOfDenoisers
+from fat5.data.examples.loader import Loader
+from fat5.data.examples.order import PieceStream, Source
+from fat5.data.examples.steps import State, fingerprint, state_of
+from fat5.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from fat5.data.shards.token_shards import TokenShards
+    from fat5.data.tokenizer.loading import TokenizerInfo
+
+PAD_MULTIPLE = 8
+GROUP_BATCHES = 64  # batches of one process that are sorted by length together
+
+
+class PaddedBatch(dict[str, torch.Tensor]):
+    """Keyword arguments of a stock encoder–decoder, int64: `input_ids` and `attention_mask` (B, L), `labels` (B, M).
+
+    L and M are multiples of 8; labels are padded with -100. `tokens` holds the raw document tokens in the batch.
+    """
+
+    tokens: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PaddedBatch:
+        """The batch with its tensors on a device."""
+        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()})
+
+    def pin_memory(self) -> PaddedBatch:
+        """The batch in page-locked memory."""
+        return self._of({name: tensor.pin_memory() for name, tensor in self.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Batches travel from workers as arrays: a tensor's memory must be fetched from a worker that still lives."""
+        return _from_arrays, ({name: tensor.numpy() for name, tensor in self.items()}, self.tokens)
+
+    def _of(self, tensors: dict[str, torch.Tensor]) -> PaddedBatch:
+        batch = PaddedBatch(tensors)
+        batch.tokens = self.tokens
+        return batch
+
+
+def pad(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], pad_id: int) -> PaddedBatch:
+    """Pads examples (each side int64, any lengths) to the longest of them, rounded up to a multiple of 8."""
+    input_ids = np.full((len(inputs), _rounded(max(map(len, inputs)))), pad_id, np.int64)
+    mask = np.zeros_like(input_ids)
+    labels = np.full((len(targets), _rounded(max(map(len, targets)))), -100, np.int64)
+    for row, (source, target) in enumerate(zip(inputs, targets)):
+        input_ids[row, : len(source)] = source
+        mask[row, : len(source)] = 1
+        labels[row, : len(target)] = target
+    return PaddedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask),
+        labels=torch.from_numpy(labels),
+    )
+
+
+def unpack(batch: PackedBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The examples of a packed batch: (inputs, targets), int64 views."""
+    encoder, decoder = batch.cu_seqlens.tolist(), batch.decoder_cu_seqlens.tolist()
+    inputs, labels = batch.input_ids.numpy(), batch.labels.numpy()
+    return [
+        (inputs[encoder[n] : encoder[n + 1]], labels[decoder[n] : decoder[n + 1]]) for n in range(batch.num_examples)
+    ]
+
+
+class PaddedLoader(Loader[PaddedBatch]):
+    """Endless iterable of padded batches for stock models.
+
+    Args:
+        sources, mixture, tokenizer_info, seed, rank, world_size: as `PackedLoader`.
+        batch_size: examples of one process's batch.
+        max_tokens: raw tokens of one example.
+        num_workers, timeout, multiprocessing_context: as `Loader`.
+
+    Raises:
+        ConfigurationError, DataError, TokenizerError: as `PackedLoader`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source | TokenShards],
+        mixture: MixtureOfDenoisers,
+        tokenizer_info: TokenizerInfo,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        timeout: float = 300.0,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigurationError(f"must be a whole number above 0, not {batch_size!r}", where="batch_size")
+        if not 0 <= rank < world_size:
+            raise ConfigurationError(f"rank {rank} is not among {world_size} processes", where="rank")
+        stream = PieceStream(sources, mixture, tokenizer_info, max_tokens, seed)
+        plan = LengthGroups(stream, batch_size, rank, world_size)
+        super().__init__(plan, num_workers, timeout, multiprocessing_context)
+
+
+class LengthGroups:
+    """Divides the stream into groups of batches of like length. A step of this plan is one group."""
+
+    def __init__(self, stream: PieceStream, batch_size: int, rank: int, world_size: int) -> None:
+        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
+        self.micro_batches = GROUP_BATCHES
+        self.division = [batch_size, world_size, GROUP_BATCHES]
+        self.fingerprint = fingerprint(stream, [])
+
+    def start(self) -> State:
+        """The state before the first group."""
+        return state_of(self, 0, 0, [])
+
+    def batches_from(self, state: State, first: int) -> Iterator[tuple[State | None, kernels.Examples]]:
+        """From batch `first` of the group of `state` on: (state after the group, where it ends one; examples)."""
+        batches = GROUP_BATCHES * self.world_size
+        step, cursor = int(state["step"]), int(state["cursor"])
+        while True:
+            positions = np.arange(cursor, cursor + batches * self.batch_size)
+            group = self.stream.resolve(positions)
+            cursor, step = cursor + positions.size, step + 1
+            after = state_of(self, step, cursor, [])
+            members = _alike(group.encoder, group.decoder, batches)
+            words = kernels.philox(
+                step, cursor & kernels.MASK32, cursor >> 32, kernels.GROUPS << kernels.DOMAIN_SHIFT, 0, 0
+            )
+            for turn in range(first, GROUP_BATCHES):
+                chosen = members[kernels.permute(turn * self.world_size + self.rank, batches, *words)]
+                examples = kernels.Examples(*(np.ascontiguousarray(column[chosen]) for column in group))
+                yield (after if turn == GROUP_BATCHES - 1 else None), examples
+            first = 0
+
+    def write(self, examples: kernels.Examples) -> PaddedBatch:
+        """The padded batch that holds the examples."""
+        count = examples.piece.size
+        inputs = np.empty(int(examples.encoder.sum()), np.int64)
+        targets = np.empty(int(examples.decoder.sum()), np.int64)
+        cu_inputs, cu_targets = np.empty((2, count + 1), np.int32)
+        self.stream.write(examples, kernels.TRAINING, inputs, targets, cu_inputs, cu_targets)
+        batch = pad(np.split(inputs, cu_inputs[1:-1]), np.split(targets, cu_targets[1:-1]), self.stream.info.pad_id)
+        batch.tokens = int(examples.length.sum())
+        return batch
+
+
+def _alike(encoder: np.ndarray, decoder: np.ndarray, batches: int) -> np.ndarray:
+    """Indices (batches, batch size), each row of like lengths: bands of one side, sorted by the other."""
+    bands = max(int(batches**0.5), 1)
+    order = np.argsort(encoder, kind="stable")
+    batch_size = order.size // batches
+    edges = np.arange(1, bands) * batches // bands * batch_size
+    parts = [part[np.argsort(decoder[part], kind="stable")] for part in np.split(order, edges)]
+    return np.concatenate(parts).reshape(batches, batch_size)
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], tokens: int) -> PaddedBatch:
+    batch = PaddedBatch({name: torch.from_numpy(array) for name, array in arrays.items()})
+    batch.tokens = tokens
+    return batch
+
+
+def _rounded(length: int) -> int:
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE

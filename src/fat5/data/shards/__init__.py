@@ -1,0 +1,1 @@
+"""Token shards: `fat5 prepare` writes them, training reads them."""

@@ -1,0 +1,239 @@
+"""Running the stages of a plan with datatrove's executors: local processes, Slurm job arrays, Ray.
+
+Every task is made from the folder's plan by the process that runs it: nothing is pickled to disk. datatrove marks
+finished tasks in `logs/STAGE/completions/`, so whatever was interrupted goes on with the tasks that are left.
+Logs go to `logs/STAGE/logs/`, never to the terminal.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor, launch_slurm_job
+from loguru import logger
+
+from fat5.data.examples.worker_process import end_with_parent
+from fat5.data.shards.pipeline import Stage, build, stages
+from fat5.data.shards.plan import LOGS, read_plan
+from fat5.data.shards.slurm_options import SlurmOptions
+from fat5.errors import ConfigurationError, DataError
+
+
+def run_local(folder: str, workers: int) -> None:
+    """Runs all stages in processes of this machine, `workers` at once.
+
+    Raises:
+        DataError: the corpus cannot be read, or a process died.
+    """
+    pool: ProcessPoolExecutor | None = None
+    try:
+        for stage in stages(read_plan(folder)):
+            ranks = _executor(folder, stage).get_incomplete_ranks()
+            _sweep_progress(folder)
+            processes = min(workers, len(ranks))
+            if processes > 1:
+                pool = pool or _pool(processes, threads=max(1, workers // processes))
+                _run_in(pool, folder, stage, ranks)
+            else:
+                # One task at a time: the tokenizer's own threads use the other cores.
+                for rank in ranks:
+                    run_task(folder, stage.name, rank)
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_task(folder: str, stage_name: str, rank: int) -> None:
+    """Runs one task of one stage in this process, and marks it as completed."""
+    stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
+    with quiet():
+        _executor(folder, stage, build(folder, stage_name))._run_for_rank(rank, local_rank=1)
+
+
+def run_ray(folder: str, workers: int) -> None:
+    """Runs all stages on the Ray cluster of `RAY_ADDRESS`, or one started on this machine.
+
+    Raises:
+        ConfigurationError: Ray is not installed.
+        DataError: a task failed; its log is named.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigurationError("Ray is not installed", hint="`pip install ray`, or use --executor local") from error
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        for stage in stages(read_plan(folder)):
+            _sweep_progress(folder)
+            with quiet():
+                executor = RayPipelineExecutor(
+                    pipeline=build(folder, stage.name),
+                    tasks=stage.tasks,
+                    workers=workers,
+                    logging_dir=_logs(folder, stage),
+                    mem_per_cpu_gb=1,
+                )
+                executor.run()
+            left = _executor(folder, stage).get_incomplete_ranks()
+            if left:
+                log = Path(_logs(folder, stage)) / "logs" / f"task_{left[0]:05d}.log"
+                raise DataError(f"{len(left)} tasks failed on Ray", where=log, hint="The log says why")
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class SlurmStage(SlurmPipelineExecutor):
+    """datatrove's Slurm executor, whose jobs make their task from the plan instead of loading a pickle."""
+
+    def __init__(self, folder: str, stage: Stage, options: SlurmOptions, workers: int, pipeline: list[Any]) -> None:
+        super().__init__(
+            pipeline=pipeline,
+            tasks=stage.tasks,
+            time=options.time,
+            partition=options.partition,
+            qos=options.qos,
+            mem_per_cpu_gb=options.memory_gb,
+            workers=workers,
+            job_name=f"fat5-{stage.name}",
+            env_command=options.environment or None,
+            max_array_size=options.max_array_size,
+            logging_dir=_logs(folder, stage),
+        )
+        self.folder, self.stage = folder, stage
+
+    def script(self, ranks: int) -> str:
+        """The sbatch script of this stage for so many tasks."""
+        command = f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {self.folder} {self.stage.name}"
+        return str(self.get_launch_file_contents(self.get_sbatch_args(min(ranks, self.max_array_size)), command))
+
+    def submit(self, after: str | None) -> str | None:
+        """Submits the tasks that are left, after job `after`; returns the last job's id (`after` if none is left)."""
+        ranks = self.get_incomplete_ranks()
+        if not ranks:
+            return after
+        with self.logging_dir.open("ranks_to_run.json", "w") as file:
+            json.dump(ranks, file)
+        text = self.script(len(ranks))
+        with self.logging_dir.open("launch_script.slurm", "w") as file:
+            file.write(text)
+        for offset in range(-(-len(ranks) // self.max_array_size)):
+            arguments = [f"--export=ALL,RUN_OFFSET={offset}"]
+            if after:
+                arguments.append(f"--dependency=afterok:{after}")
+            after = launch_slurm_job(text, self.job_id_retriever, *arguments)
+        return after
+
+
+def submit_slurm(folder: str, workers: int, options: SlurmOptions) -> str:
+    """Submits a job array a stage, each after the one before, and a last job that writes the manifest; returns its id.
+
+    Raises:
+        ConfigurationError: no partition, or no Slurm here.
+    """
+    if not options.partition:
+        raise ConfigurationError("no Slurm partition", hint="Name one with --slurm.partition")
+    after: str | None = None
+    try:
+        with quiet():
+            for stage in stages(read_plan(folder)):
+                after = SlurmStage(folder, stage, options, workers, []).submit(after)
+            last = SlurmStage(folder, Stage("finish", 1), options, 1, [])
+            arguments = {key: value for key, value in last.get_sbatch_args().items() if key != "array"}
+            command = f"{sys.executable} -m fat5.data.shards.executors {folder} finish"
+            dependency = [f"--dependency=afterok:{after}"] if after else []
+            text = last.get_launch_file_contents(arguments, command)
+            return str(launch_slurm_job(text, last.job_id_retriever, *dependency))
+    except FileNotFoundError as error:
+        raise ConfigurationError("no sbatch on this machine", hint="Run it on a Slurm login node") from error
+    except subprocess.CalledProcessError as error:
+        raise ConfigurationError(f"sbatch refused the job (exit {error.returncode})", where=folder) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps datatrove's log off the terminal: it adds its sinks to whatever `sys.stderr` is at that moment."""
+    logger.remove()
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        try:
+            yield
+        finally:
+            logger.remove()
+
+
+def main(argv: list[str]) -> int:
+    """What a Slurm job runs: `python -m fat5.data.shards.executors FOLDER STAGE`."""
+    folder, stage_name = argv
+    if stage_name == "finish":
+        from fat5.data.shards.prepare import finish
+
+        finish(Path(folder))
+        return 0
+    stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
+    options = SlurmOptions(max_array_size=int(os.environ["SLURM_ARRAY_TASK_MAX"]) + 1)
+    SlurmStage(folder, stage, options, -1, build(folder, stage_name)).run()
+    return 0
+
+
+def _pool(processes: int, threads: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_start_worker, initargs=(threads,))
+
+
+def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[int]) -> None:
+    try:
+        futures = [pool.submit(run_task, folder, stage.name, rank) for rank in ranks]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, perhaps for want of memory",
+            where=_logs(folder, stage),
+            hint="Run the same command again to go on; fewer --workers need less memory",
+        ) from error
+
+
+def _start_worker(threads: int) -> None:
+    """Each process tokenizes on its own cores, ends on Ctrl-C, and does not outlive the one that started it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
+
+
+def _executor(folder: str, stage: Stage, pipeline: list[Any] | None = None) -> LocalPipelineExecutor:
+    return LocalPipelineExecutor(
+        pipeline=pipeline or [], tasks=stage.tasks, workers=1, logging_dir=_logs(folder, stage)
+    )
+
+
+def _logs(folder: str, stage: Stage) -> str:
+    return f"{folder}/{LOGS}/{stage.name}"
+
+
+def _sweep_progress(folder: str) -> None:
+    for path in Path(folder, LOGS, "progress").glob("*.json"):
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

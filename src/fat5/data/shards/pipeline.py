@@ -1,0 +1,296 @@
+"""The datatrove pipeline behind `fat5 prepare`: read → clean → (drop near-duplicates) → tokenize and write shards.
+
+`stages(plan)` lists the stages in order; each is a number of independent tasks that datatrove's executors run and
+mark as completed. A task is made from the folder's plan alone.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# loguru would write the values of variables, whole documents, into its tracebacks.
+os.environ.setdefault("LOGURU_DIAGNOSE", "NO")
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import HuggingFaceDatasetReader
+
+from fat5.data.shards.plan import LOGS, Plan, read_plan
+from fat5.data.shards.token_shards import SPLITS
+from fat5.data.text.corpus import Corpus
+from fat5.data.text.rows import BadRows
+from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
+from fat5.errors import DataError
+from fat5.files import naming, write_atomically
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 8192
+PROGRESS_SECONDS = 0.5
+MINHASH_BUCKETS = 14
+_HASH_RANGE = 1 << 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name (also its folder under `logs/`) and how many tasks it has."""
+
+    name: str
+    tasks: int
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """The stages of a plan, in order; each needs all tasks of the one before."""
+    before = []
+    if plan.deduplicated:
+        before = [
+            Stage("signatures", len(plan.tasks)),
+            Stage("buckets", MINHASH_BUCKETS),
+            Stage("clusters", 1),
+        ]
+    return [*before, Stage("tokens", len(plan.tasks))]
+
+
+def build(folder: str, stage: str) -> list[Any]:
+    """The datatrove pipeline of one stage. Made anew for each task: some steps count as they go."""
+    plan = read_plan(folder)
+    read: list[Any] = [_reader(plan, folder)]
+    if plan.steps:
+        from fat5.data.text.cleaning import build_step
+
+        read += [build_step(spec) for spec in plan.steps if spec != "minhash"]
+    if not plan.deduplicated:
+        return [*read, ShardWriter(folder)]
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+
+    from fat5.data.text.cleaning import Signatures
+
+    config = MinhashConfig(num_buckets=MINHASH_BUCKETS)
+    work = f"{folder}/{LOGS}/minhash"
+    if stage == "signatures":
+        return [*read, Signatures(f"{work}/signatures", config)]
+    if stage == "buckets":
+        return [MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets", config=config)]
+    if stage == "clusters":
+        return [MinhashDedupCluster(f"{work}/buckets", f"{work}/remove", config=config)]
+    return [*read, MinhashDedupFilter(f"{work}/remove"), ShardWriter(folder)]
+
+
+class CorpusReader(PipelineStep):
+    """Reads the chunks of one task, strictly, and says now and then how far it is (`logs/progress/RANK.json`)."""
+
+    name = "Corpus"
+    type = "📖 - READER"
+
+    def __init__(self, folder: str, columns: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.folder = folder
+        self.columns = columns
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents of task `rank`; those without text are counted and left out."""
+        plan = read_plan(self.folder)
+        corpus = Corpus(plan.options)
+        progress = _Progress(self.folder, rank)
+        empty = done = 0
+        for chunk in plan.tasks[rank]:
+            for row in corpus.read(chunk, self.columns):
+                if not row.text:
+                    empty += 1
+                    continue
+                progress.documents += 1
+                if not progress.documents & 255:
+                    progress.tell(done + min(row.position - max(chunk.start, 0), chunk.bytes))
+                yield Document(text=row.text, id=f"{chunk.path}@{row.position}", metadata=row.columns)
+            done += chunk.bytes
+        progress.tell(done, final=True)
+        _write_bad_rows(self.folder, rank, corpus.bad_rows)
+        self.stat_update("documents", value=progress.documents)
+        self.stat_update("empty_documents", value=empty)
+
+
+class DatasetReader(HuggingFaceDatasetReader):
+    """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`; it tells its documents."""
+
+    def __init__(self, folder: str, plan: Plan, columns: tuple[str, ...] = ()) -> None:
+        options = plan.options
+        super().__init__(
+            str(plan.dataset), dataset_options={"name": options.subset, "split": options.split}, streaming=True
+        )
+        self.folder, self.columns = folder, columns
+        self.corpus = Corpus(options, dataset=plan.dataset)
+
+    def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int | str) -> Document | None:
+        """The document of one row, None where it is empty or skipped."""
+        row = self.corpus.streamed_row(data, f"{source_file}, row {id_in_file}", self.columns)
+        if row is None or not row.text:
+            return None
+        return Document(text=row.text, id=f"{source_file}/{id_in_file}", metadata=row.columns)
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents of one part of the dataset."""
+        progress = _Progress(self.folder, rank)
+        for document in super().run(data, rank, world_size):
+            progress.documents += 1
+            if not progress.documents & 255:
+                progress.tell(0)
+            yield document
+        progress.tell(0, final=True)
+        _write_bad_rows(self.folder, rank, self.corpus.bad_rows)
+
+
+class ShardWriter(PipelineStep):
+    """Tokenizes documents in batches and writes one shard a split, atomically, with its entry of the manifest.
+
+    A document goes to validation by a hash of its text, so more data never moves a document to the other split.
+    """
+
+    name = "Shards"
+    type = "🔢 - TOKENIZER"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Writes the shards of task `rank`; yields nothing."""
+        plan = read_plan(self.folder)
+        tokenizer = _tokenizer(self.folder, plan.tokenizer_sha256)
+        folder = Path(self.folder)
+        unk = tokenizer.info.unk_id
+        parts = {split: _ShardFile(folder, split, rank, plan.token_bytes, unk) for split in SPLITS}
+        limit = int(plan.validation_fraction * _HASH_RANGE)
+        try:
+            for texts in _batches(data):
+                tokens, lengths = tokenizer.encode_documents(texts)
+                held_out = np.fromiter((_hash(text) < limit for text in texts), bool, len(texts))
+                if held_out.any():
+                    chosen = np.repeat(held_out, lengths)
+                    parts["validation"].write(tokens[chosen], lengths[held_out])
+                    tokens, lengths = tokens[~chosen], lengths[~held_out]
+                parts["train"].write(tokens, lengths)
+            entries = {split: part.finish() for split, part in parts.items()}
+        except BaseException:
+            for part in parts.values():
+                part.discard()
+            raise
+        (folder / LOGS / "shards").mkdir(exist_ok=True)
+        write_atomically(folder / LOGS / "shards" / f"{rank:05d}.json", json.dumps(entries).encode())
+        for split, entry in entries.items():
+            if entry:
+                self.stat_update(f"{split}_tokens", value=entry["tokens"])
+        yield from ()
+
+
+class _ShardFile:
+    """One `.ds` file being written under a temporary name, hashed as it goes."""
+
+    def __init__(self, folder: Path, split: str, rank: int, token_bytes: int, unk_id: int) -> None:
+        self.name = f"{split}/{rank:05d}.ds"
+        self.path = folder / self.name
+        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self.token_bytes, self.unk_id = token_bytes, unk_id
+        self.tokens = self.unknown = 0
+        self._ends: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        self._file: Any = None
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        if not len(lengths):
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("wb")
+        content = np.ascontiguousarray(tokens).data
+        with naming(self.path):
+            self._file.write(content)
+        self._digest.update(content)
+        self._ends.append((np.cumsum(lengths) + self.tokens).astype("<u8"))
+        self.tokens += int(lengths.sum())
+        self.unknown += int((tokens == self.unk_id).sum())
+
+    def finish(self) -> dict[str, Any] | None:
+        """Puts the shard in place; returns its manifest entry, None where nothing was written."""
+        if self._file is None:
+            return None
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        ends = np.concatenate(self._ends)
+        write_atomically(self.path.with_name(f"{self.path.name}.index"), ends.tobytes())
+        self.partial.replace(self.path)
+        return {
+            "file": self.name,
+            "documents": len(ends),
+            "tokens": self.tokens,
+            "bytes": self.tokens * self.token_bytes,
+            "sha256": self._digest.hexdigest(),
+            "index_sha256": hashlib.sha256(ends.tobytes()).hexdigest(),
+            "unknown": self.unknown,
+        }
+
+    def discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self.partial.unlink(missing_ok=True)
+
+
+class _Progress:
+    """How far a task is, in a small file that whoever started it can read."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self.path = Path(folder) / LOGS / "progress" / f"{rank:05d}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.documents = 0
+        self._next = 0.0
+
+    def tell(self, size: int, final: bool = False) -> None:
+        if final or time.monotonic() > self._next:
+            self._next = time.monotonic() + PROGRESS_SECONDS
+            with naming(self.path):
+                self.path.write_text(json.dumps({"bytes": size, "documents": self.documents, "final": final}))
+
+
+def _reader(plan: Plan, folder: str) -> Any:
+    columns = ("url",) if "urls" in plan.steps else ()
+    return CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
+
+
+def _write_bad_rows(folder: str, rank: int, bad_rows: BadRows) -> None:
+    """Leaves what a task skipped for the manifest; the shards of a task are there only if this is."""
+    path = Path(folder) / LOGS / "bad_rows"
+    path.mkdir(exist_ok=True)
+    write_atomically(path / f"{rank:05d}.json", json.dumps(asdict(bad_rows), ensure_ascii=False).encode())
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str, sha256: str) -> Tokenizer:
+    tokenizer = load_tokenizer(f"{folder}/tokenizer")
+    if tokenizer.info.sha256 != sha256:
+        raise DataError("the tokenizer in this folder has changed", where=f"{folder}/tokenizer", hint="Prepare anew")
+    return tokenizer
+
+
+def _batches(documents: Any) -> Iterator[list[str]]:
+    texts: list[str] = []
+    size = 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -1,0 +1,124 @@
+"""The plan of a `fat5 prepare`: what to read, in which tasks, with which options. A function of the corpus alone.
+
+The plan is written to `logs/plan.json` before the first task, and every process, on this machine or another, works
+from it. Tasks do not depend on the number of workers, so neither do the shards.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fat5.data.text.corpus import Chunk, Corpus, CorpusOptions, load_streamed
+from fat5.errors import RunDirectoryError
+from fat5.files import is_count, parse_json, write_atomically
+
+VERSION = 1
+STEPS = ("language", "c4", "gopher_quality", "gopher_repetition", "urls", "pii", "minhash")
+LOGS = "logs"
+PLAN = f"{LOGS}/plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the shards, and the tasks the corpus is read in."""
+
+    name: str
+    dataset: str | None
+    files: list[list[Any]]
+    corpus: dict[str, Any]
+    steps: list[str]
+    validation_fraction: float
+    tokenizer_sha256: str
+    vocab_size: int
+    token_bytes: int
+    tasks: list[list[Chunk]]
+
+    @property
+    def options(self) -> CorpusOptions:
+        """How to read the corpus."""
+        return CorpusOptions(**self.corpus)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to read over all tasks; 0 for a streamed dataset."""
+        return sum(chunk.bytes for task in self.tasks for chunk in task)
+
+    @property
+    def deduplicated(self) -> bool:
+        """Whether near-duplicates are searched over the whole corpus, which takes further stages."""
+        return "minhash" in self.steps
+
+
+def make_plan(
+    corpus: Corpus, name: str, steps: list[str], validation_fraction: float, sha256: str, size: int, token_bytes: int
+) -> Plan:
+    """The plan for a corpus, with its files by absolute path, size and modification time."""
+    files = [os.path.abspath(path) for path in corpus.files]
+    if corpus.dataset is None:
+        tasks = Corpus(corpus.options, files).tasks()
+    else:
+        tasks = [[] for _ in range(max(1, int(load_streamed(corpus.dataset, corpus.options).num_shards)))]
+    stats = [os.stat(path) for path in files]
+    return Plan(
+        name=name or corpus.name,
+        dataset=corpus.dataset,
+        files=[[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)],
+        corpus=asdict(corpus.options),
+        steps=steps,
+        validation_fraction=validation_fraction,
+        tokenizer_sha256=sha256,
+        vocab_size=size,
+        token_bytes=token_bytes,
+        tasks=tasks,
+    )
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Writes `logs/plan.json`, whole or not at all."""
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PLAN, json.dumps({"version": VERSION} | asdict(plan), ensure_ascii=False).encode())
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """The plan of a folder that `fat5 prepare` began.
+
+    Raises:
+        RunDirectoryError: no plan there, or one of another version.
+    """
+    path = Path(folder) / PLAN
+    try:
+        return _read_plan(str(path), path.stat().st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError("no plan of fat5 prepare that this version reads", where=path) from error
+
+
+@lru_cache(maxsize=2)
+def _read_plan(path: str, _modified: int) -> Plan:
+    content = parse_json(Path(path).read_bytes())
+    if content.pop("version") != VERSION:
+        raise KeyError("version")
+    content["tasks"] = [[Chunk(**chunk) for chunk in task] for task in content["tasks"]]
+    plan = Plan(**content)
+    CorpusOptions(**plan.corpus)
+    sizes = all(is_count(chunk.bytes) for task in plan.tasks for chunk in task)
+    if not sizes or not all(isinstance(step, str) for step in plan.steps):
+        raise TypeError("a value of another type")
+    return plan
+
+
+def difference(old: Plan, new: Plan) -> str | None:
+    """The first thing two plans differ in, in words, or None."""
+    words = {
+        "tokenizer_sha256": "another tokenizer",
+        "dataset": "another dataset",
+        "files": "other files, or the files have changed",
+        "corpus": "other corpus options",
+        "steps": "other steps",
+        "validation_fraction": "another validation_fraction",
+        "name": "another name",
+        "tasks": "another division into tasks",
+    }
+    return next((said for key, said in words.items() if getattr(old, key) != getattr(new, key)), None)

@@ -1,0 +1,274 @@
+"""`fat5 prepare`: from a corpus to a folder of verified token shards, restartable, the same whoever runs it.
+
+The folder is complete when it has its `manifest.json`, which is written last. Until then `logs/plan.json` says what
+is being made, and the same command goes on where it stopped.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fat5.data.shards.plan import LOGS, PLAN, STEPS, Plan, difference, make_plan, read_plan, write_plan
+from fat5.data.shards.progress import watch
+from fat5.data.shards.slurm_options import SlurmOptions
+from fat5.data.shards.token_shards import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    check_size,
+    read_entry,
+    read_manifest,
+    verify,
+)
+from fat5.data.text.corpus import CorpusOptions, load_streamed, open_corpus
+from fat5.data.text.rows import row_text
+from fat5.data.tokenizer.loading import load_tokenizer
+from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
+from fat5.files import parse_json, write_atomically
+from fat5.machine import available_cores
+
+LOCK = f"{LOGS}/lock"
+
+
+@dataclass
+class PrepareConfig:
+    """Turns text into token shards that `fat5 pretrain` reads; run again, it goes on where it stopped.
+
+    Args:
+        inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
+            of the hub.
+        tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or of T5, mT5, ByT5, …), or its name on the hub.
+        output_dir: folder to write; new, empty, or begun by the same command.
+        name: name of the corpus in the manifest; by default that of its first file.
+        validation_fraction: part of the documents held out, chosen by a hash of their text.
+        steps: cleaning steps in order: language=fr, c4, gopher_quality, gopher_repetition, urls, pii, minhash.
+        workers: tasks at a time; 0 means one a core (local) or no limit (slurm).
+        executor: where the tasks run.
+        slurm: how to ask Slurm, with `--executor slurm`.
+        corpus: how to read the inputs.
+        verify: only check every shard in `output_dir` against its SHA-256.
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    tokenizer: str = ""
+    output_dir: str = ""
+    name: str = ""
+    validation_fraction: float = 0.01
+    steps: list[str] = field(default_factory=list)
+    workers: int = 0
+    executor: Literal["local", "slurm", "ray"] = "local"
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    verify: bool = False
+
+
+def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
+    """Prepares a corpus; returns the manifest, or None where the work was handed to Slurm.
+
+    Raises:
+        ConfigurationError: a key has a value that cannot work.
+        DataError: the corpus cannot be read as what it should be; nothing is left that looks complete.
+        TokenizerError: the tokenizer cannot be used.
+        RunDirectoryError: `output_dir` holds something else, or is being written by another process.
+    """
+    _check(config)
+    folder = Path(config.output_dir)
+    if config.verify:
+        return verify(folder)
+    _check_folder(folder)
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = open_corpus(config.inputs, config.corpus)
+    if corpus.dataset is not None:
+        _check_dataset(corpus.dataset, config.corpus)
+    if config.steps:
+        from fat5.data.text.cleaning import check_models
+
+        check_models(config.steps)
+    info = tokenizer.info
+    plan = make_plan(
+        corpus, config.name, config.steps, config.validation_fraction, info.sha256, info.vocab_size, info.token_bytes
+    )
+    fresh = not folder.exists()
+    with _lock(folder):
+        begun = (folder / PLAN).exists()
+        if begun:
+            _check_plan(folder, plan)
+            if (folder / MANIFEST).exists():
+                return _complete(folder)
+        else:
+            tokenizer.save(folder / "tokenizer")
+            write_plan(plan, folder)
+        try:
+            with watch(folder, plan.bytes, progress):
+                handed_over = _run(folder, config)
+            return None if handed_over else finish(folder)
+        except FAT5Error:
+            if not any((folder / LOGS / "shards").glob("*.json")):
+                _remove(folder, fresh)
+            raise
+
+
+def finish(folder: Path) -> Manifest:
+    """Writes the manifest of a folder whose tasks are all done.
+
+    Raises:
+        DataError: tasks are missing, or no document had any text.
+    """
+    plan = read_plan(str(folder.absolute()))
+    shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+    for rank in range(len(plan.tasks)):
+        path = folder / LOGS / "shards" / f"{rank:05d}.json"
+        if not path.exists():
+            raise DataError(
+                f"task {rank} of {len(plan.tasks)} is not done", where=folder, hint="Run fat5 prepare again"
+            )
+        for split, entry in _read_record(path).items():
+            if entry:
+                shards[split].append(_read_entry(entry, path))
+    skipped = [_read_record(path) for path in sorted((folder / LOGS / "bad_rows").glob("*.json"))]
+    manifest = Manifest(
+        name=plan.name,
+        tokenizer_sha256=plan.tokenizer_sha256,
+        vocab_size=plan.vocab_size,
+        token_bytes=plan.token_bytes,
+        validation_fraction=plan.validation_fraction,
+        shards=shards,
+        steps=plan.steps,
+        bad_rows=sum(task["count"] for task in skipped),
+    )
+    if not any(manifest.tokens(split) for split in SPLITS):
+        for path in (folder / LOGS / "shards").glob("*.json"):
+            path.unlink()
+        why = "No document passed the steps" if plan.steps else "Every document is empty"
+        if manifest.bad_rows:
+            first = next(task["first"] for task in skipped if task["count"])
+            why = f"Rows skipped: {manifest.bad_rows:,}; the first: {first}"
+        raise DataError("no text in this corpus", where=plan.name, hint=why)
+    for entries in shards.values():
+        for entry in entries:
+            check_size(folder, entry, plan.token_bytes)
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for partial in (folder / split).glob(".*.partial"):
+            partial.unlink(missing_ok=True)
+    shutil.rmtree(folder / LOGS / "minhash", ignore_errors=True)
+    write_atomically(folder / MANIFEST, manifest.to_json().encode("utf-8"))
+    return manifest
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What a task wrote when it was done; raises DataError where the file is damaged."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again")
+    return content
+
+
+def _read_entry(content: Any, path: Path) -> ShardEntry:
+    try:
+        return read_entry(content)
+    except (KeyError, TypeError) as error:
+        raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again") from error
+
+
+def _run(folder: Path, config: PrepareConfig) -> bool:
+    """Runs or submits the tasks; returns whether someone else will finish."""
+    from fat5.data.shards import executors
+
+    where = str(folder.absolute())
+    workers = config.workers or available_cores()
+    if config.executor == "slurm":
+        executors.submit_slurm(where, config.workers or -1, config.slurm)
+        return True
+    if config.executor == "ray":
+        executors.run_ray(where, workers)
+    else:
+        executors.run_local(where, workers)
+    return False
+
+
+def _complete(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    for entries in manifest.shards.values():
+        for entry in entries:
+            check_size(folder, entry, manifest.token_bytes)
+    return manifest
+
+
+def _check(config: PrepareConfig) -> None:
+    if not config.output_dir:
+        raise ConfigurationError("no output_dir", hint="Say where the shards go with --output_dir DIR")
+    if config.verify:
+        return
+    if not config.tokenizer:
+        raise ConfigurationError("no tokenizer", hint="Train one with `fat5 tokenizer` and give --tokenizer DIR")
+    if not 0 <= config.validation_fraction < 1:
+        raise ConfigurationError(
+            f"validation_fraction {config.validation_fraction} is not in [0, 1)", hint="0.01 holds out one in a hundred"
+        )
+    if config.workers < 0:
+        raise ConfigurationError(f"workers {config.workers} is negative", hint="0 means one a core")
+    for spec in config.steps:
+        name, _, argument = spec.partition("=")
+        if name not in STEPS:
+            raise ConfigurationError(f"no cleaning step {name!r}", hint=f"There is {', '.join(STEPS)}")
+        if (name == "language") != bool(argument):
+            raise ConfigurationError(f"step {spec!r} is not complete", hint="Write language=fr; others take no value")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError("is a file", where=folder, hint="Choose a new --output_dir")
+    if folder.exists() and not (folder / PLAN).exists():
+        others = [path.name for path in folder.iterdir() if path.name not in (LOGS, "tokenizer")]
+        if others or ((folder / "tokenizer").exists() and not (folder / LOGS).exists()):
+            raise RunDirectoryError("holds something else", where=folder, hint="Choose a new or empty --output_dir")
+
+
+def _check_plan(folder: Path, plan: Plan) -> None:
+    found = difference(read_plan(str(folder.absolute())), plan)
+    if found:
+        raise RunDirectoryError(
+            f"was begun with {found}", where=folder, hint="Remove it to start anew, or choose a new --output_dir"
+        )
+
+
+def _check_dataset(name: str, options: CorpusOptions) -> None:
+    """Streams one row, so that a wrong column is found before any task starts."""
+    row = next(iter(load_streamed(name, options)), None)
+    if row is None:
+        raise DataError("this dataset is empty", where=name)
+    if options.on_bad_row == "refuse":
+        row_text(row, options.text_column, name)
+
+
+def _remove(folder: Path, fresh: bool) -> None:
+    """Takes away what a failed start left: all of a folder that was made for it, else what was put in."""
+    for name in (LOGS, "tokenizer", *SPLITS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; the lock goes with the process, however it ends."""
+    try:
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        file: Any = open(folder / LOCK, "a")  # noqa: SIM115  (held for the whole run)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot be written ({error.strerror})", where=folder) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirectoryError("is being prepared by another process", where=folder) from error
+        yield

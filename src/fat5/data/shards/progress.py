@@ -1,0 +1,89 @@
+"""How far a preparation is, from the small files its tasks write: a bar on a terminal, a line a minute elsewhere."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fat5.data.shards.plan import LOGS
+
+POLL_SECONDS = 0.5
+LINE_SECONDS = 60.0
+
+
+@contextmanager
+def watch(folder: Path, total: int, bar: bool) -> Iterator[None]:
+    """Shows progress, rate and time left while the body runs; `total` is in bytes, 0 where it is not known."""
+    stop = threading.Event()
+    show = _bar if bar else _lines
+    thread = threading.Thread(target=show, args=(Watched(folder), total, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Watched:
+    """Sums the progress files of a folder; those of finished tasks are read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / LOGS / "progress"
+        self._final: dict[str, tuple[int, int]] = {}
+
+    def read(self) -> tuple[int, int]:
+        """(bytes, documents) so far."""
+        sums = [0, 0]
+        try:
+            names = {path.name for path in self.folder.iterdir()}
+        except OSError:
+            return 0, 0
+        self._final = {name: found for name, found in self._final.items() if name in names}
+        for name in names:
+            found = self._final.get(name)
+            if found is None:
+                try:
+                    content = json.loads((self.folder / name).read_bytes())
+                except (OSError, ValueError):
+                    continue  # being written
+                found = (content["bytes"], content["documents"])
+                if content["final"]:
+                    self._final[name] = found
+            sums[0] += found[0]
+            sums[1] += found[1]
+        return sums[0], sums[1]
+
+
+def _bar(watched: Watched, total: int, stop: threading.Event) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("preparing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total or None, documents=0)
+        while not stop.wait(POLL_SECONDS):
+            done, documents = watched.read()
+            progress.update(task, completed=done, documents=documents)
+
+
+def _lines(watched: Watched, total: int, stop: threading.Event) -> None:
+    start = time.monotonic()
+    while not stop.wait(LINE_SECONDS):
+        done, documents = watched.read()
+        seconds = time.monotonic() - start
+        part = f" of {total / 1e6:,.0f}" if total else ""
+        left = f", {(total - done) / max(1, done) * seconds / 60:,.0f} min left" if total and done else ""
+        said = f"{done / 1e6:,.0f}{part} MB, {documents:,} documents, {done / 1e6 / seconds:,.1f} MB/s{left}"
+        sys.stderr.write(said + "\n")
+        sys.stderr.flush()

@@ -1,0 +1,361 @@
+"""Token shards on disk: the manifest, and memory-mapped reading that names a damaged file.
+
+A prepared folder holds `manifest.json`, one folder a split (`train/`, `validation/`) and `tokenizer/`. A shard is
+datatrove's token file: `NAME.ds` with the token ids of its documents one after another (little-endian uint16, or uint32
+for vocabularies above 65,536), and `NAME.ds.index` with where each document ends (uint64, in tokens). No special
+tokens are stored. Sizes are checked when a folder is opened; each shard's SHA-256 when it is first read (`verify` does
+all at once), and remembered in `.verified/` beside it by size and modification time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fat5.data.text import strict_json
+from fat5.errors import DataError
+from fat5.files import is_count, is_number
+
+FORMAT = "fat5-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+END_BYTES = 8
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard in the manifest: file relative to the folder, what it holds, and the SHA-256 of both its files."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+    unknown: int | None = None
+    """Tokens that are `<unk>`: text that the tokenizer has no token for; None in a manifest that does not say."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds, and how many rows were skipped. It is written last: then the folder is complete."""
+
+    name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    token_bytes: int
+    validation_fraction: float
+    shards: dict[str, list[ShardEntry]] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    bad_rows: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token ids in a shard."""
+        return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
+
+    def documents(self, split: str) -> int:
+        """Documents in one split."""
+        return sum(entry.documents for entry in self.shards[split])
+
+    def tokens(self, split: str) -> int:
+        """Tokens in one split."""
+        return sum(entry.tokens for entry in self.shards[split])
+
+    def unknown(self, split: str) -> int | None:
+        """`<unk>` tokens in one split; None where the manifest does not say."""
+        counts = [entry.unknown for entry in self.shards[split]]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def to_json(self) -> str:
+        """The manifest's text: the same for the same content."""
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        content["splits"] = {
+            split: {
+                "documents": self.documents(split),
+                "tokens": self.tokens(split),
+                "unknown": self.unknown(split),
+            }
+            for split in self.shards
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+class TokenShards:
+    """The documents of one split, memory-mapped: opening reads nothing but sizes, whatever the corpus holds.
+
+    Documents are numbered over all shards in manifest order. `document(i)` is a read-only NumPy view of dtype uint16
+    or uint32, without special tokens.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
+        self.folder = folder
+        self.split = split
+        self.manifest = manifest
+        self.entries = manifest.shards[split]
+        self.dtype = manifest.dtype
+        self._first = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries], dtype=np.int64)])
+        self._tokens: list[np.ndarray | None] = [None] * len(self.entries)
+        self._ends: list[np.ndarray | None] = [None] * len(self.entries)
+        for entry in self.entries:
+            check_size(folder, entry, manifest.token_bytes)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in this split."""
+        return len(self.entries)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in this split."""
+        return int(self._first[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this split."""
+        return self.manifest.tokens(self.split)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.document(index)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for shard in range(self.num_shards):
+            tokens, ends = self.shard_tokens(shard), self.shard_ends(shard)
+            start = 0
+            for end in ends.tolist():
+                yield tokens[start:end]
+                start = end
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers reopen the maps instead of copying them."""
+        return self.__dict__ | {"_tokens": [None] * self.num_shards, "_ends": [None] * self.num_shards}
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of one document: a read-only view (length,) into the shard.
+
+        Raises:
+            IndexError: no such document.
+            DataError: the shard's bytes are not those the manifest names.
+        """
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        local = index - int(self._first[shard])
+        ends = self.shard_ends(shard)
+        start = int(ends[local - 1]) if local else 0
+        return self.shard_tokens(shard)[start : int(ends[local])]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document: int64 (num_documents,). Reads the index files only."""
+        parts = [np.diff(self.shard_ends(shard).astype(np.int64), prepend=0) for shard in range(self.num_shards)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def ends(self) -> np.ndarray:
+        """Where each document ends in the whole split: int64 (num_documents,), as if the shards were one file."""
+        return np.cumsum(self.lengths())
+
+    def first_documents(self) -> np.ndarray:
+        """Number of the first document of each shard, and the total last: int64 (num_shards + 1,)."""
+        return self._first.copy()
+
+    def shard_tokens(self, shard: int) -> np.ndarray:
+        """All tokens of one shard, memory-mapped read-only; its hash is checked the first time.
+
+        Raises:
+            DataError: the shard's bytes are not those the manifest names.
+        """
+        tokens = self._tokens[shard]
+        if tokens is None:
+            entry = self.entries[shard]
+            path = self.folder / entry.file
+            check_hash(path, entry.sha256, self.folder, self.manifest)
+            tokens = self._tokens[shard] = _map(path, self.dtype)
+        return tokens
+
+    def shard_ends(self, shard: int) -> np.ndarray:
+        """Document ends of one shard, memory-mapped read-only uint64; its hash is checked the first time.
+
+        Raises:
+            DataError: the index's bytes are not those the manifest names.
+        """
+        ends = self._ends[shard]
+        if ends is None:
+            entry = self.entries[shard]
+            path = self.folder / f"{entry.file}.index"
+            check_hash(path, entry.index_sha256, self.folder)
+            ends = _map(path, np.dtype("<u8"))
+            last = int(ends[-1]) if ends.size else 0
+            if last != entry.tokens or (ends[1:] < ends[:-1]).any():
+                raise DataError("does not divide its shard into documents", where=path, hint="Prepare it again")
+            self._ends[shard] = ends
+        return ends
+
+
+def open_shards(folder: str | Path, split: str = "train") -> TokenShards:
+    """Opens one split of a prepared folder; checks that every shard is there and has its size.
+
+    Raises:
+        DataError: no manifest, an unknown split, a shard missing or of the wrong size (named).
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if split not in manifest.shards:
+        raise DataError(f"no split {split!r}", where=folder, hint=f"It has {', '.join(manifest.shards)}")
+    return TokenShards(folder, split, manifest)
+
+
+def verify(folder: str | Path) -> Manifest:
+    """Reads every shard of every split against its SHA-256, whatever was verified before.
+
+    Raises:
+        DataError: the first damaged file, named.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for entries in manifest.shards.values():
+        for entry in entries:
+            check_size(folder, entry, manifest.token_bytes)
+            check_hash(folder / entry.file, entry.sha256, folder, manifest, again=True)
+            check_hash(folder / f"{entry.file}.index", entry.index_sha256, folder, again=True)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: missing, not JSON, of another format or version, or naming files outside the folder.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        hint = (
+            "Run `fat5 prepare` again to finish it"
+            if (Path(folder) / "logs").exists()
+            else "Make it with `fat5 prepare`"
+        )
+        raise DataError("no manifest.json: not a (complete) folder of token shards", where=folder, hint=hint)
+    try:
+        content = strict_json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise KeyError("format")
+        if content["version"] != VERSION:
+            raise DataError(
+                f"shard format version {content['version']}, this FAT5 reads version {VERSION}",
+                where=path,
+                hint="Prepare the corpus again",
+            )
+        shards = {split: [read_entry(entry) for entry in entries] for split, entries in content["shards"].items()}
+        content.setdefault("bad_rows", 0)
+        fields = {key: content[key] for key in Manifest.__dataclass_fields__ if key != "shards"}
+        manifest = Manifest(**fields, shards=shards)
+        texts = (manifest.name, manifest.tokenizer_sha256, *manifest.steps)
+        counts = (manifest.token_bytes, manifest.vocab_size, manifest.bad_rows)
+        if (
+            not all(map(is_count, counts))
+            or manifest.token_bytes not in (2, 4)
+            or not 0 < manifest.vocab_size <= 1 << 8 * manifest.token_bytes
+            or not is_number(manifest.validation_fraction)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise KeyError("a value of another type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError("not a manifest of token shards, or damaged", where=path, hint="Prepare it again") from error
+    return manifest
+
+
+def read_entry(content: Any) -> ShardEntry:
+    """A shard's entry in a manifest; raises KeyError or TypeError where a value is of another type."""
+    entry = ShardEntry(**content)
+    path = Path(entry.file)
+    hashes = isinstance(entry.sha256, str) and isinstance(entry.index_sha256, str)
+    unknown = 0 if entry.unknown is None else entry.unknown
+    counts = all(map(is_count, (entry.documents, entry.tokens, entry.bytes, unknown)))
+    if not hashes or not counts or path.is_absolute() or ".." in path.parts or "\0" in entry.file:
+        raise KeyError(entry.file)
+    return entry
+
+
+def check_size(folder: Path, entry: ShardEntry, token_bytes: int) -> None:
+    """Raises DataError, naming the file, where a shard or its index is missing or has the wrong size."""
+    expected = {entry.file: entry.bytes, f"{entry.file}.index": entry.documents * END_BYTES}
+    if entry.bytes != entry.tokens * token_bytes:
+        raise DataError(f"manifest contradicts itself about {entry.file}", where=folder, hint="Prepare it again")
+    for name, size in expected.items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise DataError("shard is missing", where=path, hint="Restore it, or prepare the corpus again") from error
+        if found != size:
+            raise DataError(
+                f"shard has {found:,} bytes, its manifest says {size:,}",
+                where=path,
+                hint="Restore it, or prepare the corpus again",
+            )
+
+
+def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | None = None, again: bool = False) -> None:
+    """Raises DataError, naming the file, where its SHA-256 is not `expected`, or, with the manifest given for a file of
+    tokens, where it holds an id beyond the vocabulary.
+
+    A file that passed is remembered by size and modification time, so that a terabyte is not read at each start.
+    """
+    stamp = folder / ".verified" / path.relative_to(folder).as_posix().replace("/", "--")
+    status = path.stat()
+    seal = f"{expected} {status.st_size} {status.st_mtime_ns}"
+    if not again and _read_text(stamp) == seal:
+        return
+    if file_sha256(path) != expected:
+        raise DataError(
+            "shard is damaged: its SHA-256 is not the manifest's",
+            where=path,
+            hint="Restore it, or prepare the corpus again",
+        )
+    largest = int(_map(path, manifest.dtype).max(initial=0)) if manifest else 0
+    if manifest and largest >= manifest.vocab_size:
+        raise DataError(
+            f"shard holds token {largest:,}, and its manifest's vocabulary is {manifest.vocab_size:,}",
+            where=path,
+            hint="Prepare the corpus again",
+        )
+    try:
+        stamp.parent.mkdir(exist_ok=True)
+        partial = stamp.with_name(f"{stamp.name}.{os.getpid()}")
+        partial.write_text(seal)
+        partial.replace(stamp)
+    except OSError:
+        pass  # a read-only folder is verified at every start
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)

@@ -1,0 +1,245 @@
+"""Corpora: what the user names on the command line, cut into chunks that can be read independently and in any order.
+
+Every form is read strictly: a damaged line, a wrong column or a binary file stops the reading with its name and
+line. With `on_bad_row: skip` a row that cannot be read is counted instead. No form holds a file in memory, and no line
+above `LARGEST_DOCUMENT` is read.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fat5.data.text.formats import CODECS, READ, TxtDocuments, extension_of, read_rows, sniff, split_points
+from fat5.data.text.rows import BadRows, Row, missing_column, row_text
+from fat5.data.text.sample_corpus import sample_path
+from fat5.errors import DataError
+
+SAMPLE = "sample:"
+SMALLEST_CHUNK = 2 << 20
+LARGEST_CHUNK = 256 << 20
+CHUNKS = 256
+# What the datasets library leaves beside its data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json")
+# Files that likely hold text and would be missed; others in a folder (README.md, pictures) are passed over.
+UNREAD = (*CODECS, ".lz4", ".br", ".lzma", ".tsv", ".ndjson", ".arrow")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of one file: bytes [start, stop) of a text file, row groups of Parquet, or all of a compressed file."""
+
+    path: str
+    start: int
+    stop: int
+    bytes: int
+
+
+@dataclass
+class CorpusOptions:
+    """How to read a corpus.
+
+    Args:
+        text_column: the column (or JSON key) that holds the text; `translation.fr` is the key `fr` in `translation`.
+        on_bad_row: `refuse` stops at a row that cannot be read; `skip` leaves it out and counts it.
+        txt_documents: one document in a .txt file is a `paragraph` (blank lines between), a `line`, or the `file`.
+        subset: configuration of a Hugging Face dataset, such as a language.
+        split: split of a Hugging Face dataset.
+    """
+
+    text_column: str = "text"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    txt_documents: TxtDocuments = "paragraph"
+    subset: str | None = None
+    split: str = "train"
+
+
+@dataclass
+class Corpus:
+    """A corpus of local files, or one Hugging Face dataset (`dataset` is its name then, and `files` is empty).
+
+    Attributes:
+        bad_rows: what `read` (since this object was made) or the last pass of `rows` skipped.
+    """
+
+    options: CorpusOptions
+    files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    bad_rows: BadRows = field(default_factory=BadRows)
+
+    @property
+    def name(self) -> str:
+        """A short name: the dataset's, or that of the first file."""
+        if self.dataset is not None:
+            return self.dataset
+        return Path(self.files[0]).name + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk; 0 for a streamed dataset."""
+        return sum(os.path.getsize(path) for path in self.files)
+
+    def chunks(self) -> list[Chunk]:
+        """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB), whoever will read them."""
+        target = min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
+        return [
+            Chunk(path, start, stop, size)
+            for path in self.files
+            for start, stop, size in split_points(path, target, self.options.txt_documents)
+        ]
+
+    def tasks(self) -> list[list[Chunk]]:
+        """Chunks grouped so that a thousand tiny files do not make a thousand tasks. A function of the files alone."""
+        target = min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
+        groups: list[list[Chunk]] = []
+        filled = target
+        for chunk in self.chunks():
+            if filled + chunk.bytes > target:
+                groups.append([])
+                filled = 0
+            groups[-1].append(chunk)
+            filled += chunk.bytes
+        return groups
+
+    def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[Row]:
+        """Rows of one chunk, with the named further columns where they exist.
+
+        Raises:
+            DataError: anything that cannot be read as what it should be, with file and line.
+        """
+        options = self.options
+        return self._sound(
+            read_rows(chunk.path, chunk.start, chunk.stop, options.text_column, options.txt_documents, columns)
+        )
+
+    def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> Row | None:
+        """One row of the Hugging Face dataset as `load_streamed` gave it, None where it is skipped.
+
+        Raises:
+            DataError: it has no text in the text column.
+        """
+        try:
+            text = row_text(row, self.options.text_column, where)
+        except DataError as error:
+            self._refuse_or_count(error)
+            return None
+        return Row(text, 0, {name: row[name] for name in columns if name in row})
+
+    def rows(self, limit: int | None = None) -> Iterator[str]:
+        """Texts of the corpus in order, at most `limit`; empty ones are left out."""
+        count = 0
+        for text in self._texts():
+            if limit is not None and count >= limit:
+                return
+            if text:
+                count += 1
+                yield text
+
+    def _texts(self) -> Iterator[str]:
+        self.bad_rows = BadRows()
+        if self.dataset is not None:
+            for number, streamed in enumerate(load_streamed(self.dataset, self.options), 1):
+                row = self.streamed_row(streamed, f"{self.dataset}, row {number}")
+                if row is not None:
+                    yield row.text
+            return
+        for chunk in self.chunks():
+            for row in self.read(chunk):
+                yield row.text
+
+    def _sound(self, found: Iterable[Row | DataError]) -> Iterator[Row]:
+        for row in found:
+            if isinstance(row, Row):
+                yield row
+            else:
+                self._refuse_or_count(row)
+
+    def _refuse_or_count(self, error: DataError) -> None:
+        if self.options.on_bad_row == "refuse":
+            raise error
+        self.bad_rows.add(error)
+
+
+def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
+    """Finds what the user named: files, folders (searched through), or one Hugging Face dataset.
+
+    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is. `sample:fr`
+    (en, de) is the sample corpus that ships with FAT5.
+
+    Raises:
+        DataError: nothing there, an unknown extension, an empty file or folder, a file that is not what it is called.
+    """
+    options = options or CorpusOptions()
+    if not inputs:
+        raise DataError("no corpus given", hint="Name files, folders or a Hugging Face dataset")
+    inputs = [str(sample_path(name.removeprefix(SAMPLE))) if name.startswith(SAMPLE) else name for name in inputs]
+    datasets = [name for name in inputs if is_dataset(name)]
+    if datasets:
+        if len(inputs) > 1:
+            raise DataError("a Hugging Face dataset cannot be mixed with other inputs", where=datasets[0])
+        return Corpus(options, dataset=datasets[0].removeprefix("hf:"))
+    files: list[str] = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files += _files_in(path)
+        elif path.exists():
+            files.append(str(path))
+        else:
+            raise DataError("no such file or folder", where=name, hint="Check the path; a hub dataset is hf:owner/name")
+    for file in dict.fromkeys(files):
+        sniff(file)
+    return Corpus(options, files=list(dict.fromkeys(files)))
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a name means a Hugging Face dataset rather than a path."""
+    if name.startswith("hf:"):
+        return True
+    parts = name.split("/")
+    return (
+        len(parts) == 2
+        and all(parts)
+        and parts[0] not in (".", "..", "~")
+        and not Path(name).exists()
+        and (extension_of(name) is None and not Path(parts[0]).exists())
+    )
+
+
+def load_streamed(name: str, options: CorpusOptions) -> Any:
+    """A Hugging Face dataset as a stream; code that comes with a dataset is never run.
+
+    Raises:
+        DataError: it cannot be opened, or lacks the text column.
+    """
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, options.subset, split=options.split, streaming=True)
+        columns = stream.column_names
+    except Exception as error:  # datasets, the hub and the network raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"this dataset cannot be opened ({reason})",
+            where=name,
+            hint="Check its name, subset and split, and the network",
+        ) from error
+    if columns is not None and not {options.text_column, options.text_column.split(".")[0]} & set(columns):
+        raise missing_column(options.text_column, columns, name)
+    return stream
+
+
+def _files_in(folder: Path) -> list[str]:
+    found = []
+    for path in sorted(folder.rglob("*"), key=str):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.name in NO_DATA or not path.is_file():
+            continue
+        if extension_of(path.name):
+            found.append(str(path))
+        elif path.suffix.lower() in UNREAD:
+            raise DataError("a form of data that is not read", where=path, hint=f"{READ}; convert it or move it away")
+    if not found:
+        raise DataError("no text files in this folder", where=folder, hint=READ)
+    return found

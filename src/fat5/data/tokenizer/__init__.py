@@ -1,0 +1,1 @@
+"""The tokenizer: training it, reading it, encoding documents with it."""

@@ -1,0 +1,325 @@
+"""The tokenizer as FAT5 needs it: special ids found by name, and documents encoded so that no text becomes a special.
+
+`load_tokenizer` reads what `fat5 tokenizer` writes, and every tokenizer with sentinels that `AutoTokenizer` reads: T5,
+FLAN-T5, mT5, umT5, ByT5, and T5s with a byte-level BPE (CodeT5) or WordPiece vocabulary. Missing mode tokens are added;
+a tokenizer without sentinels is refused. A pickle is refused by name, and code that comes with a tokenizer never runs.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fat5.data.tokenizer.json_file import (
+    CONFIG_FILE,
+    EOS,
+    MODES,
+    MULTIPLE,
+    PAD,
+    SPECIALS_FILE,
+    TOKENIZER_FILE,
+    UNK,
+    adapt,
+    append_eos,
+    byte_tokenizer,
+    dump,
+    ids_of,
+    opening_ids,
+    read_json,
+    refuse_pickle,
+    role_names,
+    sentinel_names,
+)
+from fat5.errors import TokenizerError
+from fat5.files import naming
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The ids a data pipeline needs, as plain integers.
+
+    `vocab_size` is the size of the embedding: the ids rounded up to a multiple of 128. `sentinel_ids[i]` is the id of
+    `<extra_id_i>`. `sha256` is that of `tokenizer.json` as FAT5 saves it.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    unk_id: int
+    sentinel_ids: tuple[int, ...]
+    mode_ids: dict[str, int]
+    sha256: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in a shard: 2 up to a vocabulary of 65,536, else 4."""
+        return 2 if self.vocab_size <= 1 << 16 else 4
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Little-endian unsigned integers of `token_bytes`."""
+        return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
+
+
+class Tokenizer:
+    """A tokenizer and its special ids. Encoding treats text as text: `</s>` in a document is four characters.
+
+    Tokens that a user added and did not call special are text, and are found in documents.
+
+    Args:
+        content: the content of `tokenizer.json`.
+        text: its bytes on disk, where it needs no change to be used; they are kept as they are.
+        names: `pad`, `eos` and `unk` → token, where they differ from `<pad>`, `</s>`, `<unk>`.
+        source: what to call it in an error.
+
+    Attributes:
+        own_size: ids in the file. own_modes: the mode tokens among them; those it lacks are added behind them.
+        own_opening: ids that the file's post-processor puts before a text, such as the `<s>` of CodeT5. Training shows
+            none, so the tokenizer that is saved has none.
+    """
+
+    def __init__(
+        self, content: dict[str, Any], text: bytes | None, names: dict[str, str], source: object = "tokenizer"
+    ) -> None:
+        ids = ids_of(content, source)
+        self.names = {"pad": PAD, "eos": EOS, "unk": UNK} | names
+        for role, token in self.names.items():
+            if token not in ids:
+                raise TokenizerError(
+                    f"no {role} token {token!r}", where=source, hint="T5-family tokenizers have <pad>, </s> and <unk>"
+                )
+        # What the file itself holds; a T5 of others has no mode tokens, and its model has never seen those added here.
+        self.own_size = max(ids.values()) + 1
+        self.own_modes = tuple(mode for mode in MODES if mode in ids)
+        self.own_opening = opening_ids(content.get("post_processor"), source)
+        sentinels = sentinel_names(ids)
+        if not sentinels:
+            raise TokenizerError(
+                "no sentinel tokens (<extra_id_0>, <extra_id_1>, …), which span corruption needs",
+                where=source,
+                hint="Train one with `fat5 tokenizer`, or use a T5-family tokenizer",
+            )
+        changed = adapt(content, ids, [*self.names.values(), *sentinels])
+        if self.own_opening:
+            content["post_processor"] = append_eos(ids[self.names["eos"]], self.names["eos"])
+            changed = True
+        self.content = content
+        self.text = text if text is not None and not changed else dump(content)
+        ids = ids_of(content, source)
+        self.size = max(ids.values()) + 1
+        self.info = TokenizerInfo(
+            vocab_size=-(-self.size // MULTIPLE) * MULTIPLE,
+            pad_id=ids[self.names["pad"]],
+            eos_id=ids[self.names["eos"]],
+            unk_id=ids[self.names["unk"]],
+            sentinel_ids=tuple(ids[token] for token in sentinels),
+            mode_ids={mode: ids[mode] for mode in MODES},
+            sha256=hashlib.sha256(self.text).hexdigest(),
+        )
+        self._sentinel_names = sentinels
+
+    @cached_property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that stock `transformers` uses: specials in the text are specials."""
+        return _backend(self.content)
+
+    @cached_property
+    def _documents(self) -> Any:
+        """The same model without special tokens: none can come out of a document."""
+        content = json.loads(json.dumps(self.content))
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        reserved = {self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()}
+        vocabulary = content["model"]["vocab"]
+        learned = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+        added = content["added_tokens"]
+        # `tokenizers` numbers added tokens by their order, so a special token keeps its place under another name.
+        for entry in added:
+            if entry["special"] and entry["content"] not in learned:
+                entry["content"] = self._unreachable(entry["id"])
+        kept = [entry for entry in added if not (entry["special"] and entry["content"] in learned)]
+        content["added_tokens"] = kept if any(not entry["special"] for entry in kept) else []
+        if isinstance(vocabulary, list):
+            for index in {*reserved, self.info.unk_id}:
+                if index < len(vocabulary):
+                    vocabulary[index][0] = self._unreachable(index)
+        else:
+            for token, index in list(vocabulary.items()):
+                if index in reserved:
+                    del vocabulary[token]
+                    vocabulary[self._unreachable(index)] = index
+        return _backend(content)
+
+    @cached_property
+    def _reserved(self) -> np.ndarray:
+        """bool (size,): ids that no document may hold."""
+        table = np.zeros(self.info.vocab_size, bool)
+        table[[self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()]] = True
+        return table
+
+    def _unreachable(self, index: int) -> str:
+        return f"\x00reserved {index} {self.info.sha256}\x00"
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes documents, without special tokens, whatever their text says.
+
+        Returns:
+            Token ids of all texts one after another (total,), uint16 or uint32, and the tokens of each: int64 (len,).
+        """
+        ids = _ids(self._documents, texts)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.empty(int(lengths.sum()), self.info.dtype)
+        start = 0
+        for one in ids:
+            tokens[start : start + len(one)] = one
+            start += len(one)
+        if self._reserved[tokens].any():
+            raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
+        return tokens, lengths
+
+    def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
+        """Ids of one text, without EOS; with `special`, the names of special tokens in it stand for their ids.
+
+        With `after`, the ids of `text` as they stand behind that text, where a token ends between the two. Alone, the
+        comma of ", un" gets a space to its left from SentencePiece.
+        """
+        if special:
+            return _ids(self.backend, [text])[0]
+        if not after:
+            return [int(token) for token in self.encode_documents([text])[0]]
+        tokens, lengths = self.encode_documents([text, after, after + text])
+        alone, before, whole = (part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1]))
+        return whole[len(before) :] if whole[: len(before)] == before else alone
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:
+        """Text of some ids; special tokens show by name unless skipped. Ids above the vocabulary show nothing.
+
+        With `after`, the text that `ids` adds when they follow those ids. SentencePiece and WordPiece write no space
+        before the first word of a text, so a span decoded alone lacks the space to its left.
+        """
+        before = [int(index) for index in after if int(index) < self.size]
+        kept = [*before, *(int(index) for index in ids if int(index) < self.size)]
+        text = str(self.backend.decode(kept, skip_special_tokens=skip_special_tokens))
+        if not before:
+            return text
+        left = str(self.backend.decode(before, skip_special_tokens=skip_special_tokens))
+        # A decoder may change the last characters of `left` when a token follows.
+        same = next((index for index, (one, other) in enumerate(zip(left, text)) if one != other), len(left))
+        return text[same:]
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which stock `AutoTokenizer` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": self.names["pad"],
+            "eos_token": self.names["eos"],
+            "unk_token": self.names["unk"],
+            "extra_special_tokens": [*MODES, *self._sentinel_names],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1_000_000_000,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        with naming(folder):
+            (folder / TOKENIZER_FILE).write_bytes(self.text)
+            text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return folder
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer from a folder, a `tokenizer.json`, or a name on the Hugging Face hub.
+
+    Raises:
+        TokenizerError: not there, damaged, a pickle, or without what T5-family models need.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        refuse_pickle(folder)
+        if folder.suffix != ".json":
+            raise TokenizerError("not a tokenizer", where=path, hint="Give a folder that holds tokenizer.json")
+        folder, file = folder.parent, folder
+    elif folder.is_dir():
+        file = folder / TOKENIZER_FILE
+    else:
+        if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+            raise TokenizerError("no such tokenizer", where=path, hint="Train one with `fat5 tokenizer`")
+        return _from_transformers(str(path))
+    if not file.exists():
+        try:
+            return _from_transformers(str(path))
+        except TokenizerError:
+            for other in sorted(folder.iterdir()):
+                if other.is_file():
+                    refuse_pickle(other)
+            if not any((folder / name).exists() for name in (CONFIG_FILE, "config.json")):
+                hint = "Train one with `fat5 tokenizer`"
+                raise TokenizerError("no tokenizer in this folder", where=path, hint=hint) from None
+            raise
+    content = read_json(file)
+    roles: dict[str, Any] = {}
+    for name in (SPECIALS_FILE, CONFIG_FILE):
+        if (folder / name).exists():
+            roles |= read_json(folder / name)
+    return Tokenizer(content, file.read_bytes(), role_names(roles), path)
+
+
+def _backend(content: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(json.dumps(content, ensure_ascii=False))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(f"tokenizer.json is not one `tokenizers` can load ({str(error)[:120]})") from error
+
+
+def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except Exception as error:  # tokenizers raises bare Exception
+        hint = "Put its unknown token into the vocabulary of the model, in tokenizer.json"
+        raise TokenizerError(f"the tokenizer cannot encode a text ({str(error)[:120]})", hint=hint) from error
+
+
+def read_stock(name: str | Path, cls: Any = None) -> Any:
+    """What `AutoTokenizer` (or `cls`) makes of a folder or a name on the hub; code that comes with it never runs.
+
+    Raises:
+        TokenizerError: it cannot be read, or its class reads none of the folder's files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = (cls or AutoTokenizer).from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the hub and the converters raise many kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise TokenizerError(
+            f"AutoTokenizer cannot read it ({reason})",
+            where=name,
+            hint="Give the folder of a tokenizer, or a name on the Hugging Face hub",
+        ) from error
+    files = [file for file in loaded.vocab_files_names.values() if isinstance(file, str)]
+    if files and Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        # Without its files, a class of transformers makes an empty vocabulary.
+        raise TokenizerError(
+            f"its class, {type(loaded).__name__}, reads {' or '.join(files)}, which this folder does not have",
+            where=name,
+            hint="Put them there, or name the right tokenizer_class in tokenizer_config.json",
+        )
+    return loaded
+
+
+def _from_transformers(name: str) -> Tokenizer:
+    """A tokenizer without `tokenizer.json`: from the hub, or converted by transformers from the files of its class."""
+    loaded = read_stock(name)
+    if type(loaded).__name__.startswith("ByT5"):
+        return Tokenizer(byte_tokenizer(loaded.added_tokens_decoder), None, {}, name)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError("has no fast (tokenizers) form", where=name)
+    return Tokenizer(json.loads(backend.to_str()), None, role_names(loaded.special_tokens_map), name)

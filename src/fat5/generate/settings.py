@@ -1,0 +1,193 @@
+"""What becomes of each field of a `GenerationConfig`: our decoding loop obeys it, stock `generate` does, or no token
+changes.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fat5.errors import ConfigurationError
+from fat5.files import is_count, is_number
+
+# Our loop does these, whatever their value.
+DONE = frozenset(
+    {
+        "max_new_tokens", "max_length", "min_new_tokens", "min_length",
+        "do_sample", "temperature", "top_k", "top_p", "num_beams",
+        "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+        "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+        "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+    }
+)  # fmt: skip
+# These change no token: caches and compilation, what is returned besides tokens, details of an assistant model.
+WITHOUT_EFFECT = frozenset(
+    {
+        "use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size",
+        "compile_config", "disable_compile", "continuous_batching_config",
+        "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+        "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size",
+        "transformers_version",
+    }
+)  # fmt: skip
+# Stock `generate` does these. The value is the one that changes nothing.
+STOCK: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "max_time": None,
+    "stop_strings": None,
+    "sequence_bias": None,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "guidance_scale": 1.0,
+    "token_healing": False,
+    "watermarking_config": None,
+    "use_mtp": False,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "speculation_type": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+}
+# The same; without effect unless among beams, or unless sampling.
+STOCK_AMONG_BEAMS: dict[str, Any] = {"length_penalty": 1.0, "early_stopping": False}
+STOCK_IN_SAMPLING: dict[str, Any] = {
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+def _is_token(value: Any, size: int) -> bool:
+    return is_count(value) and value < size
+
+
+def _are_tokens(value: Any, size: int) -> bool:
+    """One or several; -1 and ids beyond the vocabulary stand for a token that never comes."""
+    several = value if isinstance(value, list) else [value]
+    return all(is_count(token) or (type(token) is int and token == -1) for token in several)
+
+
+_KINDS: dict[str, Callable[[Any, int], bool]] = {
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "forced_bos_token_id"), _is_token),
+    "decoder_start_token_id": lambda value, size: all(
+        _is_token(token, size) for token in (value if isinstance(value, list) else [value])
+    ),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _are_tokens),
+    **dict.fromkeys(
+        ("suppress_tokens", "begin_suppress_tokens"),
+        lambda value, size: isinstance(value, list) and _are_tokens(value, size),
+    ),
+    **dict.fromkeys(
+        ("num_beams", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"),
+        lambda value, _: is_count(value),
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), lambda value, _: is_count(value)),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), lambda value, _: is_number(value)),
+}
+
+
+def settings(model: Any, how: dict[str, Any]) -> GenerationConfig:
+    """The fields that hold for one call: `how`, and the model's own generation configuration where `how` is silent.
+
+    Raises:
+        ValueError: `how` names something that is no field.
+        ConfigurationError: a value of the model's own that no decoding can use.
+    """
+    for name, fits in _KINDS.items():
+        value = getattr(model.generation_config, name, None)
+        if value is not None and not fits(value, model.config.vocab_size):
+            raise ConfigurationError(
+                f"{name} is {str(value)[:60]!r}", where="generation_config.json", hint="Change it in the model's folder"
+            )
+    config = copy.deepcopy(model.generation_config)
+    unknown = sorted(name for name in how if not hasattr(config, name))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no field of GenerationConfig")
+    for name, value in how.items():
+        setattr(config, name, value)
+    return config
+
+
+def left_to_stock(config: GenerationConfig) -> list[str]:
+    """Names of the fields whose values only stock `generate` obeys, among them every field that we do not know."""
+    found = []
+    among_beams, sampling = (config.num_beams or 1) > 1, bool(config.do_sample)
+    for name, value in vars(config).items():
+        if value is None or name.startswith("_") or name in DONE | WITHOUT_EFFECT:
+            continue
+        if (name in STOCK_AMONG_BEAMS and not among_beams) or (name in STOCK_IN_SAMPLING and not sampling):
+            continue
+        if value != (STOCK | STOCK_AMONG_BEAMS | STOCK_IN_SAMPLING).get(name):
+            found.append(name)
+    if among_beams and sampling:
+        found.append("do_sample with num_beams")
+    if isinstance(config.decoder_start_token_id, (list, tuple)):
+        found.append("decoder_start_token_id")  # one a prompt
+    return sorted(found)
+
+
+def processors(config: GenerationConfig, length: int, prompts: Tensor, ends: Tensor) -> LogitsProcessorList:
+    """transformers' own, in its order.
+
+    Args:
+        length: tokens written at most, without the start token.
+        prompts: (B, L) the encoder's ids. ends: (E,) the ids that end an answer.
+    """
+    chosen, device = LogitsProcessorList(), prompts.device
+    if config.repetition_penalty not in (None, 1.0):
+        chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        chosen.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.encoder_no_repeat_ngram_size:
+        chosen.append(EncoderNoRepeatNGramLogitsProcessor(config.encoder_no_repeat_ngram_size, prompts))
+    if config.bad_words_ids is not None:
+        chosen.append(NoBadWordsLogitsProcessor(config.bad_words_ids, ends if len(ends) else None))
+    if config.min_new_tokens is not None and config.min_new_tokens > 0 and len(ends):
+        chosen.append(MinNewTokensLengthLogitsProcessor(1, config.min_new_tokens, ends, device=device))
+    elif config.min_new_tokens is None and config.min_length and len(ends):
+        chosen.append(MinLengthLogitsProcessor(config.min_length, ends, device=device))
+    if config.forced_bos_token_id is not None:
+        chosen.append(ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+    if config.forced_eos_token_id is not None:
+        chosen.append(ForcedEOSTokenLogitsProcessor(1 + length, config.forced_eos_token_id, device=device))
+    if config.suppress_tokens is not None:
+        chosen.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
+    if config.begin_suppress_tokens is not None:
+        begin = 1 if config.forced_bos_token_id is None else 2
+        chosen.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
+    if config.do_sample:
+        top_k = 50 if config.top_k is None else config.top_k
+        if config.temperature not in (None, 1.0):
+            chosen.append(TemperatureLogitsWarper(config.temperature))
+        if top_k:
+            chosen.append(TopKLogitsWarper(top_k))
+        if config.top_p is not None and config.top_p < 1.0:
+            chosen.append(TopPLogitsWarper(config.top_p))
+    return chosen

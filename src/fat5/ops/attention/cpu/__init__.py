@@ -1,0 +1,1 @@
+"""Attention's CPU backend, compiled by numba."""

@@ -1,0 +1,1 @@
+"""Triton kernels that are not attention, and how every kernel is launched."""

@@ -1,0 +1,177 @@
+"""Gated GELU in Triton: one pass forward, one backward, nothing kept but the inputs (specification: geglu.py)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fat5.ops.attention.triton.tiles import round_to
+from fat5.ops.triton.launch import Launch, run
+
+LAUNCH = Launch(1, 1024, 4, 1)
+# 2 sqrt(2/pi), and the cubic share: gelu(x) = x sigmoid(SLOPE2 (x + CUBIC x^3)).
+SLOPE2: tl.constexpr = tl.constexpr(1.5957691216057308)
+CUBIC: tl.constexpr = tl.constexpr(0.044715)
+# Beyond, gelu is 0 or x to the last bit; held here, cubes and squares stay finite.
+FAR: tl.constexpr = tl.constexpr(100.0)
+
+
+@triton.jit
+def _share(x):
+    """sigmoid(SLOPE2 (x + CUBIC x^3)) = gelu(x) / x and its complement, neither with cancellation."""
+    held = tl.minimum(tl.maximum(x, -FAR), FAR)
+    inner = SLOPE2 * held * (1.0 + CUBIC * held * held)
+    # exp of a magnitude is at most 1.
+    small = tl.exp(-tl.abs(inner))
+    less, more = small / (1.0 + small), 1.0 / (1.0 + small)
+    return tl.where(inner >= 0, more, less), tl.where(inner >= 0, less, more), held
+
+
+# `columns` is specialised on: knowing it as a multiple of 16 keeps masked loads 16 bytes wide.
+@triton.jit(do_not_specialize=["blocks"])
+def geglu_forward_kernel(Gate, Up, Out, gate_stride, up_stride, columns, blocks, BLOCK: tl.constexpr):
+    """A program owns BLOCK columns of a row."""
+    program = tl.program_id(0)
+    row = tl.cast(program // blocks, tl.int64)
+    column = tl.cast(program % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < columns
+    gate = tl.load(Gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    share, _, _ = _share(gate)
+    tl.store(Out + row * columns + column, round_to(gate * share * up, Out.dtype.element_ty), mask=mask)
+
+
+# `columns` is specialised on: knowing it as a multiple of 16 keeps masked loads 16 bytes wide.
+@triton.jit(do_not_specialize=["blocks"])
+def geglu_backward_kernel(
+    GradOut, Gate, Up, GradGate, GradUp, grad_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
+    columns, blocks, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same, of both gradients: gelu' = s + x s (1 - s) SLOPE2 (1 + 3 CUBIC x^2)."""
+    program = tl.program_id(0)
+    row = tl.cast(program // blocks, tl.int64)
+    column = tl.cast(program % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < columns
+    grad = tl.load(GradOut + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(Gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    share, rest, held = _share(gate)
+    slope = share + held * share * rest * SLOPE2 * (1.0 + 3.0 * CUBIC * held * held)
+    tl.store(
+        GradGate + row * grad_gate_stride + column, round_to(grad * up * slope, GradGate.dtype.element_ty), mask=mask
+    )
+    tl.store(GradUp + row * grad_up_stride + column, round_to(grad * gate * share, GradUp.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("fat5::triton_geglu", mutates_args=())
+def geglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up."""
+    out = _dense_like(gate, torch.promote_types(gate.dtype, up.dtype))
+    _forward(*_rows(gate, up), out)
+    return out
+
+
+@geglu_forward.register_fake
+def _(gate, up):  # type: ignore[no-untyped-def]
+    return _dense_like(gate, torch.promote_types(gate.dtype, up.dtype))
+
+
+@torch.library.custom_op("fat5::triton_geglu_backward", mutates_args=())
+def geglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and of up."""
+    grad_gate, grad_up = _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
+    _backward_rows(*_rows(grad_out, gate, up), grad_gate, grad_up)
+    return grad_gate, grad_up
+
+
+@geglu_backward.register_fake
+def _(grad_out, gate, up):  # type: ignore[no-untyped-def]
+    return _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
+
+
+@torch.library.custom_op("fat5::triton_geglu_joined", mutates_args=())
+def geglu_joined_forward(joined: Tensor) -> Tensor:
+    """gelu_tanh(first half) * second half, of the last dimension."""
+    out = joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
+    _forward(*_long_rows(joined).chunk(2, dim=-1), out)
+    return out
+
+
+@geglu_joined_forward.register_fake
+def _(joined):  # type: ignore[no-untyped-def]
+    return joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
+
+
+@torch.library.custom_op("fat5::triton_geglu_joined_backward", mutates_args=())
+def geglu_joined_backward(grad_out: Tensor, joined: Tensor) -> Tensor:
+    """The gradient of both halves, joined: nothing is copied together afterwards."""
+    grad = _dense_like(joined, joined.dtype)
+    width = joined.shape[-1]
+    halves, grads = (_long_rows(x).chunk(2, dim=-1) for x in (joined, grad))
+    _backward_rows(grad_out.reshape(-1, width // 2), *halves, *grads)
+    return grad
+
+
+@geglu_joined_backward.register_fake
+def _(grad_out, joined):  # type: ignore[no-untyped-def]
+    return _dense_like(joined, joined.dtype)
+
+
+def _forward(gates: Tensor, ups: Tensor, out: Tensor) -> None:
+    programs, sizes = _grid(gates)
+    run(geglu_forward_kernel, programs, (gates, ups, out, gates.stride(0), ups.stride(0), *sizes), _constants(), LAUNCH)
+
+
+def _backward_rows(grads: Tensor, gates: Tensor, ups: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """All as rows of one width, the results too or dense."""
+    grads = grads if grads.stride(-1) == 1 else grads.contiguous()
+    programs, sizes = _grid(gates)
+    results = (x.stride(0) if x.shape == gates.shape else gates.shape[1] for x in (grad_gate, grad_up))
+    strides = (*(x.stride(0) for x in (grads, gates, ups)), *results)
+    run(
+        geglu_backward_kernel, programs, (grads, gates, ups, grad_gate, grad_up, *strides, *sizes), _constants(), LAUNCH
+    )
+
+
+def _constants() -> dict[str, int]:
+    return {"BLOCK": LAUNCH.block_n}
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Each as (rows, columns) with unit stride along columns; as one long row where all are contiguous."""
+    if all(x.is_contiguous() for x in tensors):
+        return [x.view(1, -1) for x in tensors]
+    return [_long_rows(x) for x in tensors]
+
+
+def _long_rows(x: Tensor) -> Tensor:
+    """(rows, columns) with unit stride along columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _grid(rows: Tensor) -> tuple[int, tuple[int, int]]:
+    blocks = triton.cdiv(rows.shape[1], LAUNCH.block_n)
+    return rows.shape[0] * blocks, (rows.shape[1], blocks)
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    return geglu_backward(grad_out, *ctx.saved_tensors)
+
+
+geglu_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _joined_backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    return geglu_joined_backward(grad_out, *ctx.saved_tensors)
+
+
+geglu_joined_forward.register_autograd(_joined_backward, setup_context=_save)

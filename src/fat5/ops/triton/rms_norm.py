@@ -1,0 +1,207 @@
+"""RMSNorm in Triton, with or without a residual addition before it; the specification is in rms_norm.py.
+
+A program of the forward kernel owns BLOCK_M rows; one of the backward kernel walks tiles of rows and keeps its share of
+the weight's gradient in registers. The shares are summed in a fixed order: no atomics, the same bits at every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fat5.ops.attention.triton.tiles import round_to
+from fat5.ops.triton.launch import Launch, run
+
+# Elements of a tile: enough bytes in flight to keep HBM busy, few enough not to spill.
+FORWARD_TILE, BACKWARD_TILE, WARPS = 4096, 2048, 4
+# Rows longer than this do not fit into one program's registers.
+MAX_WIDTH = 1 << 13
+# Programs of the backward kernel a multiprocessor, and how many in the interpreter.
+PROGRAMS_A_PROCESSOR, PROGRAMS_INTERPRETED = 4, 3
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def rms_norm_forward_kernel(
+    X, Update, Weight, Sum, Out, Inverse, x_stride, update_stride, rows, eps,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Out = x / rms(x) * weight with x = X, or Sum = X + Update rounded to its dtype; Inverse = 1 / rms(x)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    # 64 bits: rows * WIDTH may pass 2^31.
+    wide = tl.cast(row, tl.int64)[:, None]
+    dense = wide * WIDTH + column[None, :]
+    x = tl.load(X + wide * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(Update + wide * update_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        rounded = round_to(x, Sum.dtype.element_ty)
+        tl.store(Sum + dense, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / WIDTH + eps)
+    weight = tl.load(Weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    out = x * inverse[:, None] * weight[None, :]
+    tl.store(Out + dense, round_to(out, Out.dtype.element_ty), mask=mask)
+    tl.store(Inverse + row, inverse, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_backward_kernel(
+    GradOut, X, Weight, Inverse, GradSum, GradX, Partial, grad_stride, x_stride, sum_stride, rows,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """GradX = i g w - x i^3 sum(g w x) / d (+ GradSum), Partial[program] = sum of g x i over its rows."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_N)
+    weight = tl.load(Weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(program * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        wide = tl.cast(row, tl.int64)[:, None]
+        x = tl.load(X + wide * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(GradOut + wide * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.load(Inverse + row, mask=row < rows, other=0.0)[:, None]
+        normal = x * inverse
+        total += grad * normal
+        scaled = grad * weight[None, :]
+        along = tl.sum(scaled * normal, 1)[:, None] / WIDTH
+        result = inverse * (scaled - normal * along)
+        if ADD:
+            result += tl.load(GradSum + wide * sum_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(GradX + wide * WIDTH + column[None, :], round_to(result, GradX.dtype.element_ty), mask=mask)
+    tl.store(Partial + program * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a row fits into one program."""
+    return 1 <= x.shape[-1] <= MAX_WIDTH
+
+
+@torch.library.custom_op("fat5::triton_rms_norm", mutates_args=())
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised rows, of x's shape and dtype, and 1 / rms of each (rows,) float32."""
+    out, inverse, _ = _forward(x, None, weight, eps)
+    return out, inverse
+
+
+@rms_norm_forward.register_fake
+def _(x, weight, eps):  # type: ignore[no-untyped-def]
+    return _dense_like(x, x.dtype), x.new_empty(_row_count(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("fat5::triton_add_rms_norm", mutates_args=())
+def add_rms_norm_forward(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + update in the promoted dtype, its normalised rows, and 1 / rms of each."""
+    out, inverse, total = _forward(x, update, weight, eps)
+    assert total is not None
+    return total, out, inverse
+
+
+@add_rms_norm_forward.register_fake
+def _(x, update, weight, eps):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    return _dense_like(x, dtype), _dense_like(x, dtype), x.new_empty(_row_count(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("fat5::triton_rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (to which grad_sum is added) and of weight."""
+    rows = _rows(x)
+    grad_x = _dense_like(x, x.dtype)
+    launch = _launch(x.shape[-1], BACKWARD_TILE)
+    programs = min(triton.cdiv(rows.shape[0], launch.block_m), _programs(x.device))
+    partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
+    grad, extra = _rows(grad_out), _rows(grad_out if grad_sum is None else grad_sum)
+    run(
+        rms_norm_backward_kernel,
+        programs,
+        (grad, rows, weight.contiguous(), inverse, extra, grad_x, partial, *(t.stride(0) for t in (grad, rows, extra)),
+         rows.shape[0]),
+        _constants(x, launch) | {"ADD": grad_sum is not None},
+        launch,
+    )  # fmt: skip
+    return grad_x, partial.sum(0).to(weight.dtype)
+
+
+@rms_norm_backward.register_fake
+def _(grad_out, grad_sum, x, weight, inverse):  # type: ignore[no-untyped-def]
+    return _dense_like(x, x.dtype), weight.new_empty(weight.shape)
+
+
+def _forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows = _rows(x)
+    added = rows if update is None else _rows(update)
+    dtype = torch.promote_types(x.dtype, added.dtype)
+    out, inverse = _dense_like(x, dtype), x.new_empty(rows.shape[0], dtype=torch.float32)
+    total = None if update is None else _dense_like(x, dtype)
+    launch = _launch(x.shape[-1], FORWARD_TILE)
+    run(
+        rms_norm_forward_kernel,
+        triton.cdiv(rows.shape[0], launch.block_m),
+        (rows, added, weight.contiguous(), out if total is None else total, out, inverse, rows.stride(0),
+         added.stride(0), rows.shape[0], eps),
+        _constants(x, launch) | {"ADD": update is not None},
+        launch,
+    )  # fmt: skip
+    return out, inverse, total
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(rows, d) with unit stride along d: a view where x's strides allow, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _row_count(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _launch(width: int, tile: int) -> Launch:
+    block = triton.next_power_of_2(width)
+    return Launch(max(1, min(16, tile // block)), block, max(WARPS, min(32, block // 256)), 1)
+
+
+def _constants(x: Tensor, launch: Launch) -> dict[str, int]:
+    return {"WIDTH": x.shape[-1], "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
+    x, weight, inverse = ctx.saved_tensors
+    return *rms_norm_backward(grad_out, None, x, weight, inverse), None
+
+
+def _save_sum(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, update, weight, _ = inputs
+    total, _, inverse = output
+    ctx.save_for_backward(total, weight, inverse)
+    ctx.mark_non_differentiable(inverse)
+    ctx.dtypes = x.dtype, update.dtype
+
+
+def _backward_sum(ctx, grad_sum, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
+    total, weight, inverse = ctx.saved_tensors
+    grad, grad_weight = rms_norm_backward(grad_out, grad_sum, total, weight, inverse)
+    return *(grad.to(dtype) for dtype in ctx.dtypes), grad_weight, None
+
+
+rms_norm_forward.register_autograd(_backward, setup_context=_save)
+add_rms_norm_forward.register_autograd(_backward_sum, setup_context=_save_sum)

@@ -1,0 +1,1 @@
+"""Checkpoints: whole or not at all, verified before use."""

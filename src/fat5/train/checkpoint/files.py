@@ -1,0 +1,243 @@
+"""How a folder becomes a checkpoint, whole or not at all, and how one is judged before a byte of it is used.
+
+A checkpoint is written to a hidden sibling; each file is flushed to the disk; the manifest, with the size and SHA-256
+of every file, is written last; then the folder is renamed and its parent flushed. A crash at any point leaves either a
+hidden leftover, which is swept at the next start, or a complete checkpoint. Nothing in it is a pickle: tensors are
+safetensors, all else is JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fat5.errors import CheckpointError
+from fat5.files import is_count, is_number, parse_json, sync_folder
+
+MANIFEST = "manifest.json"
+FORMAT = "fat5-checkpoint"
+VERSION = 1
+WRITING, REMOVING = ".writing-", ".removing-"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+_BLOCK = 1 << 20
+
+
+def reached(point: str) -> None:
+    """A named point inside a save; does nothing. The fault tests put a kill here."""
+
+
+def write_checkpoint(
+    target: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> None:
+    """Makes the folder `target`, complete and on the disk when this returns; one that stood there is replaced.
+
+    Args:
+        target: `…/step-N`.
+        tensors: file name → tensors on the host.
+        documents: file name → text.
+        facts: what else the manifest says (step, validation loss).
+
+    Raises:
+        OSError: the disk is full, read-only, or failing. Nothing is left behind then.
+    """
+    partial = target.with_name(f"{WRITING}{target.name}")
+    _remove(partial)
+    try:
+        partial.mkdir(parents=True)
+        writers: dict[str, Callable[[Path], None]] = {
+            **{name: _tensor_writer(content) for name, content in tensors.items()},
+            **{name: _text_writer(content) for name, content in documents.items()},
+        }
+        files = {}
+        for name, write in writers.items():
+            reached(f"before {name}")
+            write(partial / name)
+            reached(f"before fsync of {name}")
+            sync_folder(partial / name)
+            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
+            reached(f"after {name}")
+        manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
+        reached("before manifest")
+        manifest["sha256"] = _self_sha256(manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        sync_folder(partial / MANIFEST)
+        sync_folder(partial)
+        reached("before rename")
+        if target.exists():
+            remove_checkpoint(target)
+        os.rename(partial, target)
+        reached("after rename")
+        sync_folder(target.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint; whatever happens meanwhile, a part of it is never taken for the whole."""
+    reached("before removing")
+    hidden = folder.with_name(f"{REMOVING}{folder.name}")
+    _remove(hidden)
+    os.rename(folder, hidden)
+    reached("while removing")
+    _remove(hidden)
+    reached("after removing")
+
+
+def sweep(folder: Path) -> list[str]:
+    """Removes what interrupted saves and removals left in `folder`; returns their names."""
+    if not folder.is_dir():
+        return []
+    leftovers = [entry for entry in folder.iterdir() if entry.name.startswith((WRITING, REMOVING))]
+    for leftover in leftovers:
+        _remove(leftover)
+    return sorted(leftover.name for leftover in leftovers)
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, which is returned.
+
+    Raises:
+        CheckpointError: the first file that is missing, cut or altered (named), or a format this version cannot read.
+    """
+    if folder.suffix in PICKLES or folder.is_file():
+        raise CheckpointError(
+            "is a file, and a checkpoint is a folder; pickles are never read",
+            where=folder,
+            hint="Give a folder checkpoints/step-N",
+        )
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(f"has {size:,} bytes where its manifest says {expected['bytes']:,}", where=path)
+            digest = file_sha256(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
+        if digest != expected["sha256"]:
+            raise CheckpointError("is damaged: its SHA-256 is not the manifest's", where=path)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without a look at the files.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format version.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError("is not the manifest of a FAT5 checkpoint", where=path)
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"has format version {manifest.get('version')}, and this FAT5 reads version {VERSION}",
+            where=path,
+            hint="Continue with the FAT5 that wrote it",
+        )
+    if manifest.get("sha256") != _self_sha256(manifest):
+        raise CheckpointError("is damaged: its own SHA-256 differs", where=path)
+    _check_types(manifest, path)
+    return manifest
+
+
+def _check_types(manifest: Mapping[str, Any], path: Path) -> None:
+    """Whoever can write the manifest can write its hash too: what is used of it must be of its type."""
+    files, step, loss = manifest.get("files"), manifest.get("step"), manifest.get("val_loss")
+    if not is_count(step):
+        raise CheckpointError(f"has no step (step is {_shown(step)})", where=path)
+    if loss is not None and not is_number(loss):
+        raise CheckpointError(f"val_loss is {_shown(loss)}, which is no number", where=path)
+    if not isinstance(files, dict):
+        raise CheckpointError("names no files", where=path)
+    for name, entry in files.items():
+        if Path(name).name != name or name in ("", ".."):
+            raise CheckpointError("names files outside its folder", where=path)
+        known = isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+        if not known:
+            raise CheckpointError(f"says {_shown(entry)} of {name}, which is no size and SHA-256", where=path)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
+    except ValueError as error:
+        raise CheckpointError("is not JSON", where=path) from error
+    if not isinstance(content, dict):
+        raise CheckpointError("does not hold a JSON object", where=path)
+    return content
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: missing, or not safetensors; a pickle under this name is refused unread.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror or error})", where=path) from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"is not a safetensors file ({error}); pickles are never read", where=path) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _self_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash of a manifest's content without this hash; a flipped byte in it would else pass as another value."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_writer(content: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        try:
+            save_file(dict(content), path, metadata={"format": "pt"})
+        except SafetensorError as error:  # its only fault here is the disk's
+            raise OSError(f"{path.name} cannot be written: {error}") from error
+
+    return write
+
+
+def _text_writer(content: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(content)
+
+    return write
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

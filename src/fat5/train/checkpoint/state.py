@@ -1,0 +1,229 @@
+"""A run's state as plain tensors and JSON, and back: progress, weights, optimizer, random generators."""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fat5.errors import CheckpointError
+from fat5.files import is_count, is_number
+from fat5.optim import skips_on_device
+from fat5.train.checkpoint.files import read_json, read_tensors
+from fat5.train.log.metrics import is_row
+
+WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "rng.safetensors",
+    "rng.json",
+)
+
+_MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of each checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    """Encoder and decoder tokens trained on"""
+    raw_tokens: int = 0
+    """Tokens of text trained on"""
+    encoder_tokens: int = 0
+    decoder_tokens: int = 0
+    encoder_room: int = 0
+    decoder_room: int = 0
+    seconds: float = 0.0
+    """Wall time of all parts of the run"""
+    step_seconds: float = 0.0
+    """The part of it spent in steps"""
+    broken_in_a_row: int = 0
+    evaluated_at: int = -1
+    """Step of the last evaluation"""
+    first_evaluation: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+
+
+def restore_progress(progress: Progress, saved: Mapping[str, Any], where: Path) -> None:
+    """Takes over the numbers of a checkpoint.
+
+    Raises:
+        CheckpointError: one is missing, or of another type.
+    """
+    for item in fields(Progress):
+        value = saved.get(item.name)
+        if item.name.endswith("_evaluation"):
+            fits = value is None or is_row(value)
+        elif item.type is float:
+            fits = is_number(value)
+        else:
+            fits = is_count(value) or (value == -1 and item.name == "evaluated_at")
+        if not fits:
+            raise CheckpointError(f"progress.{item.name} is {str(value)[:60]!r}", where=where)
+        setattr(progress, item.name, value)
+
+
+def capture_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Host copies of the model's weights under their names; a tied weight once, under its first name."""
+    return {name: _copy(weight) for name, weight in unique_weights(model)}
+
+
+def unique_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, each storage once."""
+    seen = set()
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in seen or weight.numel() == 0:
+            seen.add(weight.data_ptr())
+            yield name, weight
+
+
+def restore_weights(model: nn.Module, folder: Path) -> None:
+    """Fills the model from a checkpoint.
+
+    Raises:
+        CheckpointError: other names, shapes or dtypes than the model's.
+    """
+    saved = read_tensors(folder / WEIGHTS)
+    own = dict(unique_weights(model))
+    if saved.keys() != own.keys():
+        odd = sorted(saved.keys() ^ own.keys())
+        raise CheckpointError(f"belongs to another model: {odd[0]} is in only one of them", where=folder / WEIGHTS)
+    for name, weight in own.items():
+        if saved[name].shape != weight.shape or saved[name].dtype != weight.dtype:
+            raise CheckpointError(
+                f"belongs to another model: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there and "
+                f"{tuple(weight.shape)} {weight.dtype} here",
+                where=folder / WEIGHTS,
+            )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(saved[name])
+
+
+def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Host copies of the moments as ``key/weight name``, and the numbers that are no tensors."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, weight in _stepped(optimizer, model):
+        for key, value in optimizer.state[weight].items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = _copy(value)
+            else:
+                numbers.setdefault(name, {})[key] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return tensors, {"numbers": numbers, "groups": groups}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Fills a freshly built optimizer; its learning rate and other settings stay those of the configuration.
+
+    Raises:
+        CheckpointError: moments of a weight that the model does not have, or of another shape.
+    """
+    tensors, (all_numbers, groups) = read_tensors(folder / OPTIMIZER), _read_facts(folder / OPTIMIZER_FACTS)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for label, tensor in tensors.items():
+        key, _, name = label.partition("/")
+        if name not in weights:
+            raise CheckpointError(f"belongs to another model: no weight {name}", where=folder / OPTIMIZER)
+        weight = weights[name]
+        scalar = tensor.ndim == 0
+        if tensor.shape != _state_shape(key, weight) or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"belongs to another model: {label} differs, being {tuple(tensor.shape)} {tensor.dtype}",
+                where=folder / OPTIMIZER,
+            )
+        # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
+        on_host = scalar and not skips_on_device(optimizer)
+        optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
+    if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
+        raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)
+    for name, numbers in all_numbers.items():
+        optimizer.state[weights[name]].update(numbers)
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: value for key, value in saved.items() if key not in group})
+
+
+def _state_shape(key: str, weight: Tensor) -> torch.Size:
+    """What is kept of a weight has its shape, but for single numbers, and the rows and columns of Adafactor."""
+    shape = list(weight.shape)
+    if key in ("step", "weight_norm", "adam_norm", "trust_ratio"):
+        shape = []
+    elif key in ("row_var", "col_var") and weight.ndim > 1:
+        shape[-1 if key == "row_var" else -2] = 1
+    return torch.Size(shape)
+
+
+def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The numbers of each weight, and the settings of each group."""
+    facts = read_json(path)
+    numbers, groups = facts.get("numbers"), facts.get("groups")
+    if isinstance(numbers, dict) and isinstance(groups, list):
+        rows: list[Any] = list(numbers.values())
+        if (
+            all(isinstance(row, dict) for row in [*rows, *groups])
+            and all(is_number(value) for row in rows for value in row.values())
+            and all(is_count(group.get("step", 0)) for group in groups)
+        ):
+            return numbers, groups
+    raise CheckpointError("is not the state of an optimizer", where=path)
+
+
+def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The generators of torch (host and devices), NumPy and Python, as tensors and JSON."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "torch": torch.get_rng_state().clone(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": state.clone() for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    facts = {
+        "python": {"version": version, "gauss": gauss},
+        "numpy": {"kind": kind, "position": position, "has_gauss": has_gauss, "cached": cached},
+    }
+    return tensors, facts
+
+
+def restore_random_state(folder: Path) -> None:
+    """Puts every generator back to where the checkpoint found it.
+
+    Raises:
+        CheckpointError: a state that a generator does not take.
+    """
+    tensors, facts = read_tensors(folder / RNG), read_json(folder / RNG_FACTS)
+    try:
+        torch.set_rng_state(tensors["torch"])
+        devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+        if devices and torch.cuda.device_count() == len(devices):
+            torch.cuda.set_rng_state_all(devices)
+        python, numpy = facts["python"], facts["numpy"]
+        if (
+            not (python["gauss"] is None or is_number(python["gauss"]))
+            or not is_count(numpy["position"])
+            or numpy["position"] > _MT19937_WORDS
+        ):
+            raise ValueError("not the state of a Mersenne twister")
+        random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError("does not hold the state of the random generators", where=folder / RNG_FACTS) from error
+
+
+def _stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight in optimizer.state)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A contiguous host copy that later training cannot reach."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,1 @@
+"""What a run costs: operations, memory, and the sizes that fit."""

@@ -1,0 +1,221 @@
+"""Sizes that a configuration leaves open (`auto`): chosen once, from the corpus and the device, and kept by the run.
+
+A run writes what was chosen into its config.yaml, and the same command takes it from there when it continues.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat5.data import BatchConfig, PieceStream, Source, load_tokenizer, open_shards, suggest_budgets
+from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.train.config import DataConfig, PretrainConfig
+from fat5.train.cost.memory import free_memory, plan_memory
+
+PASSES = 4
+"""Passes over the data: to about four, text seen again is worth nearly what new text is (Muennighoff et al. 2023)."""
+
+FEWEST_STEPS, MOST_STEPS = 500, 100_000
+"""A small corpus is passed over more often than PASSES, a large one less."""
+
+STEPS_WANTED = 1_000
+"""A step is as large as leaves the run this many, within the bounds of a step."""
+
+SMALLEST_PACK, LARGEST_PACK, LARGEST_PACK_CPU, MOST_PACKS = 1_024, 16_384, 2_048, 8
+"""Encoder tokens of a pack, and packs of a step of 16,384. A CPU gains nothing from longer packs."""
+
+LARGE_CORPUS = 1_000_000_000
+"""Tokens of text from which fat5-base is chosen on a GPU."""
+
+SHARE_OF_MEMORY = 0.8
+"""Packs are chosen to need at most this share of the free memory: the plan may be some tenths off."""
+
+TYPICAL_FILL = 0.97
+MEASURED_EXAMPLES = 16_384
+SENTINELS = 256
+"""Of the tokenizers that `fat5 tokenizer` makes. Fewer make longer spans, and no longer targets."""
+
+OPEN = (
+    "model.preset",
+    "data.max_tokens",
+    "data.encoder_tokens",
+    "data.decoder_tokens",
+    "data.packs_per_step",
+    "data.num_workers",
+    "steps",
+    "eval_every",
+    "eval_tokens",
+    "schedule.warmup_steps",
+)
+"""The keys that may say auto (the warm-up: null)."""
+
+ModelOf = Callable[[PretrainConfig], Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run reads, as far as sizes depend on it."""
+
+    tokens: int
+    """Tokens of the training split, of all sources"""
+    piece: float
+    """Mean tokens of a piece; mean encoder and decoder tokens of the example made of it"""
+    encoder: float
+    decoder: float
+
+    @classmethod
+    def of(cls, stream: PieceStream) -> "Text":
+        """Measured on the first examples of a stream."""
+        seen = stream.resolve(np.arange(MEASURED_EXAMPLES))
+        tokens = sum(source.shards.num_tokens for source in stream.sources)
+        return cls(tokens, float(seen.length.mean()), float(seen.encoder.mean()), float(seen.decoder.mean()))
+
+    def tokens_a_step(self, batch: BatchConfig) -> float:
+        """Tokens of text that a step takes in."""
+        examples = min(batch.encoder_tokens / self.encoder, batch.decoder_tokens / self.decoder) * TYPICAL_FILL
+        return min(examples, batch.examples_per_pack) * self.piece * batch.packs_per_step
+
+
+WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0)
+"""Stands in where the data is not prepared yet: pages of French web text under the mixture fat5."""
+
+
+def open_keys(config: PretrainConfig) -> list[str]:
+    """The keys of a configuration that are still to be chosen."""
+    return [key for key in OPEN if _get(config, key) in ("auto", None)]
+
+
+def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainConfig:
+    """A copy whose open keys have the values that the run had before, as its config.yaml or a checkpoint has them."""
+    for key in open_keys(config):
+        value: Any = earlier
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int | str) and value != "auto":
+            config = _with(config, key, value)
+    return config
+
+
+def choose_sizes(
+    config: PretrainConfig, device: torch.device, model_of: ModelOf, prepared: bool = True
+) -> PretrainConfig:
+    """A copy in which every size is a number.
+
+    Args:
+        config: its precision is resolved.
+        model_of: makes the model of a configuration on the meta device, for its memory.
+        prepared: False reckons with WEB_PAGES in place of the sources.
+
+    Raises:
+        DataError, TokenizerError, ConfigurationError: from the data, or numbers that do not go together.
+    """
+    gpu = device.type == "cuda"
+    if not open_keys(config):
+        return config
+    tokens = _corpus_tokens(config) if prepared else WEB_PAGES.tokens
+    if config.model.preset == "auto":
+        config = _with(config, "model.preset", _preset(tokens, gpu))
+    if config.data.num_workers == "auto":
+        config = _with(config, "data.num_workers", 2 if gpu else 0)
+    data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
+    asked = config.data
+    text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
+    config = replace(config, data=_rest(data, asked, text))
+    if asked.encoder_tokens == "auto":
+        config = _fit_memory(config, asked, text, device, model_of)
+    return _length(config, text)
+
+
+def _preset(tokens: int, gpu: bool) -> str:
+    if not gpu:
+        return "fat5-demo"
+    return "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
+
+
+def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
+    """max_tokens and encoder_tokens: a power of two such that the run has STEPS_WANTED steps, four pieces or more."""
+    encoder, longest = data.encoder_tokens, data.max_tokens
+    if encoder == "auto":
+        wanted = max(1, PASSES * tokens // STEPS_WANTED)
+        encoder = max(SMALLEST_PACK, min(largest, 1 << (wanted.bit_length() - 1)))
+        if longest != "auto":
+            encoder = max(encoder, -(-4 * longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE)
+    if longest == "auto":
+        longest = min(1_024, max(2, encoder // 4))
+    return replace(data, encoder_tokens=encoder, max_tokens=longest)
+
+
+def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
+    """decoder_tokens in the ratio of the lengths, and packs_per_step."""
+    decoder, packs = asked.decoder_tokens, asked.packs_per_step
+    if decoder == "auto":
+        longest = max(data.denoisers().max_lengths(data.max_tokens, SENTINELS)[1], 1)
+        suggested = suggest_budgets(text.encoder, text.decoder, data.encoder_tokens)[1]
+        decoder = max(suggested, -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE)
+    if packs == "auto":
+        most = MOST_PACKS * LARGEST_PACK // data.encoder_tokens
+        wanted = PASSES * text.tokens // STEPS_WANTED // data.encoder_tokens
+        at_once = max(1, data.packs_per_micro_batch)
+        packs = max(1, min(most, wanted) // at_once) * at_once
+    return replace(data, decoder_tokens=decoder, packs_per_step=packs)
+
+
+def _fit_memory(
+    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, model_of: ModelOf
+) -> PretrainConfig:
+    """Halves the pack until the plan fits what is free, with as many more packs a step."""
+    free = free_memory(device)
+    model = model_of(config)
+    while free is not None and plan_memory(config, model, device).total > SHARE_OF_MEMORY * free:
+        half = config.data.encoder_tokens // 2
+        longest = min(1_024, half // 4) if asked.max_tokens == "auto" else asked.max_tokens
+        if half < max(SMALLEST_PACK, 2 * longest) or half % BUDGET_MULTIPLE:
+            break
+        smaller = replace(config.data, encoder_tokens=half, max_tokens=longest)
+        config = replace(config, data=_rest(smaller, asked, text))
+    return config
+
+
+def _length(config: PretrainConfig, text: Text) -> PretrainConfig:
+    """steps, and the evaluations among them."""
+    taken = text.tokens_a_step(config.data.batch())
+    if config.steps == "auto":
+        steps = round(PASSES * text.tokens / taken)
+        config = replace(config, steps=max(FEWEST_STEPS, min(MOST_STEPS, steps)))
+    if config.eval_every == "auto":
+        config = replace(config, eval_every=max(1, min(500, config.steps // 5)))
+    if config.eval_tokens == "auto":
+        config = replace(config, eval_tokens=max(1_024, min(65_536, int(config.steps * taken) // 256)))
+    return replace(config, schedule=config.schedule.resolved(config.steps))
+
+
+def _sources(config: PretrainConfig) -> list[Source]:
+    return [Source(open_shards(source.path, "train"), source.weight) for source in config.data.sources]
+
+
+def _corpus_tokens(config: PretrainConfig) -> int:
+    return sum(source.shards.num_tokens for source in _sources(config))
+
+
+def _stream(config: PretrainConfig) -> PieceStream:
+    """The run's stream, but for its seed: sizes are the same under every seed."""
+    info = load_tokenizer(Path(config.data.sources[0].path) / "tokenizer").info
+    return PieceStream(_sources(config), config.data.denoisers(), info, config.data.max_tokens, seed=0)
+
+
+def _get(config: PretrainConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _with(config: PretrainConfig, key: str, value: Any) -> PretrainConfig:
+    room, _, name = key.rpartition(".")
+    if not room:
+        return replace(config, **{name: value})
+    return replace(config, **{room: replace(getattr(config, room), **{name: value})})

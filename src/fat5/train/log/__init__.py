@@ -1,0 +1,1 @@
+"""What a run says: its record, its display, its plots."""

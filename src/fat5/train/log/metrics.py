@@ -1,0 +1,203 @@
+"""metrics.jsonl, the record of truth: one JSON object a line, and what a resumed run does with its tail."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fat5.errors import DataError
+from fat5.files import is_count, is_number, parse_json
+
+TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
+"""Keys that measure the machine; all others are equal in two runs of one configuration."""
+
+ROW_KEYS = {
+    "train": ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"),
+    "eval": ("step", "loss", "accuracy", "by_denoiser"),
+}
+"""Kind of row → keys that every such row has."""
+
+MAY_BE_NULL = ("loss", "grad_norm", "accuracy")
+"""Keys of numbers that may not be finite."""
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends rows to a JSON-lines file.
+
+    A full log disk stops the rows, never the run: the failure is told once, through `on_failure`.
+
+    Args:
+        path: the file, appended to.
+        on_failure: called with the error's text when a row could not be written, the first time in a row of failures.
+    """
+
+    def __init__(self, path: Path, on_failure: Any = None) -> None:
+        self.path = path
+        self._on_failure = on_failure
+        self._failing = False
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row, whole or not at all."""
+        line = (json.dumps(row, allow_nan=True, ensure_ascii=False) + "\n").encode()
+        try:
+            with open(self.path, "ab+") as file:
+                start = file.seek(0, os.SEEK_END)
+                try:
+                    # A crash may have left the last line incomplete; it must not swallow this one.
+                    file.seek(max(0, start - 1))
+                    file.write(line if file.read(1) in (b"", b"\n") else b"\n" + line)
+                    file.flush()
+                except OSError:
+                    file.truncate(start)
+                    raise
+        except OSError as error:
+            self._tell(error)
+        else:
+            self._failing = False
+
+    def flush_to_disk(self) -> None:
+        """Makes the rows survive a power cut; called before a checkpoint that relies on them."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._tell(error)
+
+    def rewind(self, step: int, discarded: Path) -> list[int]:
+        """Moves the rows after `step`, and lines that are not rows, to another file; all other rows stay.
+
+        Args:
+            step: the step of the checkpoint the run continues from; its own rows stay.
+            discarded: where the lines are appended.
+
+        Returns:
+            Numbers of the lines inside the file that are not rows; an incomplete last line is what a crash leaves.
+        """
+        if not self.path.exists():
+            return []
+        partial, aside, bad = self.path.with_name(f".{self.path.name}.partial"), [], []
+        try:
+            with open(self.path, "rb") as file, open(partial, "wb") as kept:
+                for number, line in enumerate(file, start=1):
+                    try:
+                        keep = _parse(line)["step"] <= step
+                    except ValueError:
+                        keep = False
+                        bad += [number] if line.endswith(b"\n") else []
+                    whole = line.rstrip(b"\n") + b"\n"
+                    if keep:
+                        kept.write(whole)
+                    else:
+                        aside.append(whole)
+                kept.flush()
+                os.fsync(kept.fileno())
+            if aside:
+                _append(discarded, b"".join(aside))
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return bad
+
+    def _tell(self, error: OSError) -> None:
+        if not self._failing and self._on_failure is not None:
+            self._on_failure(f"{self.path.name} cannot be written ({error.strerror}); training goes on")
+        self._failing = True
+
+
+class EventLog:
+    """events.jsonl: what happened to a run (starts, resumes, faults), with the time; never cut, never compared."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = MetricsLog(path)
+
+    def write(self, event: str, **details: Any) -> None:
+        """Appends one event."""
+        self._log.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file. A last line still being written is left out; other lines that are not rows are told
+    of and left out.
+
+    Raises:
+        DataError: the file is missing, or holds lines and no row.
+    """
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[int, str]] = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append(_parse(line))
+                except ValueError as error:
+                    bad += [(number, str(error))] if line.endswith(b"\n") else []
+    except OSError as error:
+        raise DataError(
+            f"no metrics to read ({error.strerror})", where=path, hint="Give the folder of a run"
+        ) from error
+    if bad and not rows:
+        raise DataError(bad[0][1], where=f"{path}:{bad[0][0]}")
+    if bad:
+        logger.warning("%s: %s", path, name_lines([number for number, _ in bad]))
+    return rows
+
+
+def name_lines(numbers: Sequence[int]) -> str:
+    """Says in a few words which lines are not rows."""
+    named = ", ".join(map(str, numbers[:3])) + ", …" * (len(numbers) > 3)
+    return f"line {named} is not a row of a run" if len(numbers) == 1 else f"lines {named} are not rows of a run"
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The row of a line; raises ValueError, saying why, where it is none."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError("not a JSON object") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    fault = _fault(row)
+    if fault:
+        raise ValueError(f"not a row of a run: {fault}")
+    return row
+
+
+def is_row(value: object) -> bool:
+    """Whether a JSON value is a row with all the keys of its kind, each of its type."""
+    return isinstance(value, dict) and _fault(value) is None
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)):
+        if key not in row:
+            return f"no {key}"
+        if key != "kind" and not _fits(key, row[key]):
+            return f"{key} is {str(row[key])[:40]!r}"
+    return None
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key == "by_denoiser":
+        scores = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(score, dict) and _fits("loss", score.get("loss", "")) for score in scores)
+    if value is None:
+        return key in MAY_BE_NULL
+    return is_count(value) if key == "step" else is_number(value)
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Appends whole lines, on the disk when this returns."""
+    with open(path, "ab") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())

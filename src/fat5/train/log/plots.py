@@ -1,0 +1,200 @@
+"""loss.png: how a run goes, redrawn while it goes; and the comparison of several runs."""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fat5.errors import DataError, FAT5Error
+from fat5.files import naming
+from fat5.train.log.metrics import read_rows
+
+Axis = Literal["step", "tokens", "hours"]
+Rows = list[dict[str, Any]]
+
+COST = 50
+"""A drawing may start when this many times the last one's duration has passed: at most 2% of a core."""
+LEAST_SECONDS = 10.0
+
+INK, FAINT, PAPER = "#1f2933", "#d9dee4", "#ffffff"
+COLOURS = ("#1769aa", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#008b8b", "#8b5a2b", "#708090")
+AXIS_LABELS = {"step": "step", "tokens": "tokens", "hours": "hours"}
+
+
+def draw_run(metrics: Path, target: Path, title: str = "", reference: float | None = None) -> None:
+    """Draws one run: losses, validation by denoiser, learning rate and gradient norm, throughput.
+
+    Args:
+        metrics: its metrics.jsonl.
+        target: the PNG, replaced at once when complete.
+        title: above the drawing.
+        reference: unigram entropy of the validation targets, drawn as a line.
+    """
+    rows = read_rows(metrics)
+    figure = _figure(12.5, 7.6)
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
+    loss, denoisers = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    rate, speed = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    train, evals = _split(rows)
+    steps = [row["step"] for row in train]
+    losses = [_number(row["loss"]) for row in train]
+    loss.plot(steps, losses, color=COLOURS[0], alpha=0.25, linewidth=0.8)
+    loss.plot(steps, smooth(losses), color=COLOURS[0], linewidth=1.6, label="train")
+    _mark(loss, [row["step"] for row in evals], [row["loss"] for row in evals], COLOURS[1], "validation")
+    if reference is not None:
+        loss.axhline(reference, color=INK, linewidth=1, linestyle=":", label="unigram entropy")
+    _style(loss, "loss", "nats a token")
+    names = list(dict.fromkeys(name for row in evals for name in row["by_denoiser"]))
+    for index, name in enumerate(names):
+        held = [row for row in evals if name in row["by_denoiser"]]
+        values = [row["by_denoiser"][name]["loss"] for row in held]
+        _mark(denoisers, [row["step"] for row in held], values, COLOURS[index % len(COLOURS)], name)
+    _style(denoisers, "validation loss by denoiser", "nats a token")
+    rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6, label="learning rate")
+    _style(rate, "learning rate and gradient norm", "learning rate")
+    norm = rate.twinx()
+    norms = [_number(row["grad_norm"]) for row in train]
+    norm.plot(steps, smooth(norms), color=COLOURS[4], linewidth=1.0, alpha=0.8, label="gradient norm")
+    _style(norm, "", "gradient norm", grid=False)
+    positive = [value for value in norms if value > 0 and math.isfinite(value)]
+    if positive and max(positive) > 10 * min(positive):
+        norm.set_yscale("log")
+    else:
+        norm.set_ylim(bottom=0)
+    throughput = [row["tokens_per_second"] for row in train]
+    speed.plot(steps, throughput, color=COLOURS[2], alpha=0.25, linewidth=0.8)
+    speed.plot(steps, smooth(throughput), color=COLOURS[2], linewidth=1.6)
+    _style(speed, "throughput", "tokens a second")
+    speed.set_ylim(bottom=0)
+    for axes in (rate, speed):
+        axes.set_xlabel("step")
+    _save(figure, target, title)
+
+
+def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> None:
+    """Draws the training and validation losses of several runs over steps, tokens or hours.
+
+    Raises:
+        DataError: a folder without metrics, or two folders of one name.
+    """
+    figure = _figure(12.5, 5.2)
+    axes = figure.subplots(1, 2, sharey=True)
+    names = _distinct(runs)
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        train, evals = _split(read_rows(run / "metrics.jsonl" if run.is_dir() else run))
+        colour = COLOURS[index % len(COLOURS)]
+        places = {row["step"]: _place(row, x) for row in train}
+        losses = smooth([_number(row["loss"]) for row in train])
+        axes[0].plot([places[row["step"]] for row in train], losses, color=colour, linewidth=1.5, label=name)
+        held = [row for row in evals if row["step"] in places or row["step"] == 0]
+        _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
+    _style(axes[0], "training loss (smoothed)", "nats a token")
+    _style(axes[1], "validation loss", "")
+    for axis in axes:
+        axis.set_xlabel(AXIS_LABELS[x])
+    _save(figure, target, "")
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a fiftieth of the values, unbiased at its start; gaps where a value is not finite."""
+    decay = 1 - 1 / max(1.0, len(values) / 50)
+    mean, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        smoothed.append(mean / weight if weight else math.nan)
+    return smoothed
+
+
+class LivePlot:
+    """Redraws a file in a thread of its own, seldom enough to cost next to nothing."""
+
+    def __init__(self, draw: Callable[[], None]) -> None:
+        self._draw = draw
+        self._thread: threading.Thread | None = None
+        self._next = time.perf_counter() + LEAST_SECONDS
+
+    def poke(self) -> None:
+        """Starts a drawing if the last one is long enough ago."""
+        if time.perf_counter() < self._next or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._next = math.inf
+        self._thread = threading.Thread(target=self._run, name="fat5-plot", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Draws a last time, and returns when it is done."""
+        if self._thread is not None:
+            self._thread.join()
+        self._run()
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        with contextlib.suppress(OSError, FAT5Error):  # a full disk must not end a run for the sake of its picture
+            self._draw()
+        took = time.perf_counter() - began
+        self._next = time.perf_counter() + max(LEAST_SECONDS, COST * took)
+
+
+def _figure(width: float, height: float) -> Any:
+    # Without pyplot: no global state, no display, safe in a thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Any, title: str, label: str, grid: bool = True) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
+    axes.set_ylabel(label, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(side == "bottom")
+        axes.spines[side].set_color(FAINT)
+    if grid:
+        axes.grid(axis="y", color=FAINT, linewidth=0.7)
+        axes.set_axisbelow(True)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _mark(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:
+    axes.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+
+
+def _save(figure: Any, target: Path, title: str) -> None:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with naming(target):
+            figure.savefig(partial, format="png", dpi=110)
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    return [row for row in rows if row["kind"] == "train"], [row for row in rows if row["kind"] == "eval"]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _place(row: dict[str, Any], x: Axis) -> float:
+    return float(row["seconds"]) / 3600 if x == "hours" else float(row[x])
+
+
+def _distinct(runs: Sequence[Path]) -> list[str]:
+    names = [run.resolve().name if run.is_dir() else run.stem for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    if len(set(names)) < len(names):
+        raise DataError("the same run is given twice", hint="Name each run once")
+    return names
