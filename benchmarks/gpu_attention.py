@@ -29,8 +29,9 @@ from fat5.bench.static_report.problems import Problem
 from fat5.bench.timing import seconds
 from fat5.bench.tuning import REACH, TOKENS, TYPE, WIDTH, Job, inputs, precompile, tune, write_table
 from fat5.ops import RelativeBias, attention
+from fat5.ops.attention.triton.configuration import KERNELS, configuration
 from fat5.ops.attention.triton.launch_table import TUNED, Row
-from fat5.ops.triton.launch import KERNELS, Launch, architecture, configuration, recording
+from fat5.ops.triton.launch import Launch, architecture, recording
 from gpu_measure import Results, Setup
 from gpu_plots import draw
 

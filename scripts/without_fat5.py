@@ -112,7 +112,7 @@ def compute(model: Path, scratch: Path) -> tuple[Path, Path, Path]:
 
     from fat5.convert import ConvertConfig, convert
     from fat5.model import load_model
-    from fat5.train.scoring import model_folder
+    from fat5.train.checkpoint.store import model_folder
 
     folder = model_folder(model).absolute()
     report = convert(ConvertConfig(model=str(folder), to="ctranslate2", output_dir=str(scratch / "ctranslate2")))

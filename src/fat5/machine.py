@@ -4,9 +4,11 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+GIB = 1 << 30
 
 
 def available_cores() -> int:
@@ -23,6 +25,15 @@ def available_memory() -> int | None:
     """
     free = [left for left in (_machine(), *_control_groups(), _address_space()) if left is not None]
     return max(0, min(free)) if free else None
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that this process can still take on a torch device; None where the system does not say."""
+    if device.type != "cuda":
+        return available_memory()
+    from torch.cuda import mem_get_info
+
+    return int(mem_get_info(device)[0])
 
 
 def _machine() -> int | None:

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 from fat5 import ops
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.ops.attention.triton import host as triton_attention
-from fat5.ops.triton.launch import KERNELS, Launch, overridden, recording
+from fat5.ops.attention.triton.configuration import KERNELS, overridden
+from fat5.ops.triton.launch import Launch, recording
 from fat5.optim import AdamWScale
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.dropout import keep_mask
+from fat5.ops.attention.triton.configuration import overridden
 from fat5.ops.attention.triton.host import attention_forward, attention_triton, prepare, unsupported, work_lists
-from fat5.ops.triton.launch import Launch, overridden
+from fat5.ops.triton.launch import Launch
 
 INTERPRETED = not torch.cuda.is_available()
 SLOW_WHEN_INTERPRETED = [pytest.mark.slow] if INTERPRETED else []

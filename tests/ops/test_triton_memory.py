@@ -7,8 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from fat5.ops.attention.triton.configuration import assumed_architecture
 from fat5.ops.attention.triton.host import BAND_PROGRAMS, attention_backward, attention_forward, prepare
-from fat5.ops.triton.launch import assumed_architecture, recording
+from fat5.ops.triton.launch import recording
 
 HEADS, HEAD_DIM, REACH = 12, 64, 91
 

@@ -16,6 +16,7 @@ from fat5.ops.attention.triton import backward as triton_backward
 from fat5.ops.attention.triton import bias_gradient as triton_bias_gradient
 from fat5.ops.attention.triton import forward as triton_forward
 from fat5.ops.attention.triton import tiles as triton_tiles
+from fat5.ops.attention.triton.configuration import ARCHITECTURES, KERNELS, band_configuration, table_row
 from fat5.ops.attention.triton.launch_table import DEFAULTS, DROPOUT, TUNED
 from fat5.ops.choice import COMPILED_ON_CUDA
 from fat5.ops.triton import adamw_scale as triton_adamw_scale
@@ -23,7 +24,7 @@ from fat5.ops.triton import cross_entropy as triton_cross_entropy
 from fat5.ops.triton import geglu as triton_geglu
 from fat5.ops.triton import rms_norm as triton_rms_norm
 from fat5.ops.triton import rotary as triton_rotary
-from fat5.ops.triton.launch import ARCHITECTURES, KERNELS, Launch, band_configuration, table_row
+from fat5.ops.triton.launch import Launch
 
 FUSED_MODULES = (triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary)
 ATTENTION = ("work_list", "forward", "query_gradient", "key_gradient", "band", "diagonal", "bins")

@@ -16,15 +16,9 @@ from fat5.machine import available_cores
 from fat5.ops.attention.api import attention
 from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.triton import launch_table
+from fat5.ops.attention.triton.configuration import assumed_architecture, configuration, overridden
 from fat5.ops.attention.triton.launch_table import Row
-from fat5.ops.triton.launch import (
-    Launch,
-    architecture,
-    assumed_architecture,
-    configuration,
-    overridden,
-    recording,
-)
+from fat5.ops.triton.launch import Launch, architecture, recording
 
 TOKENS, WIDTH, REACH = 16384, 2048, 91
 TYPE = torch.bfloat16

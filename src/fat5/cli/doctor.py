@@ -151,7 +151,8 @@ def recipe(config: DoctorConfig) -> list[Finding]:
 
 
 def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
-    from fat5.train.cost.memory import LOWER, check_memory, free_memory, plan_memory
+    from fat5.machine import free_memory
+    from fat5.train.cost.memory import LOWER, check_memory, plan_memory
     from fat5.train.log.banner import TIGHT
 
     plan, free = plan_memory(config, model, device), free_memory(device)

@@ -16,7 +16,7 @@ from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
 from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
-from fat5.train.scoring import model_folder
+from fat5.train.checkpoint.store import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 KINDS = (

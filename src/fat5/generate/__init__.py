@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 from fat5.lazy import lazy
 
 if TYPE_CHECKING:
-    from fat5.generate.complete import Completion as Completion
-    from fat5.generate.complete import Decoding as Decoding
-    from fat5.generate.complete import complete as complete
+    from fat5.generate.completion import Completion as Completion
+    from fat5.generate.completion import Decoding as Decoding
+    from fat5.generate.completion import complete as complete
     from fat5.generate.decoding import Decoder as Decoder
     from fat5.generate.decoding import generate as generate
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "Completion": "complete",
-        "Decoding": "complete",
-        "complete": "complete",
+        "Completion": "completion",
+        "Decoding": "completion",
+        "complete": "completion",
         "Decoder": "decoding",
         "generate": "decoding",
     },

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from fat5.files import naming, write_atomically
+from fat5.machine import free_memory
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.model.card import PLOT, CardFacts, training_section, write_card
 from fat5.optim import build_optimizer
@@ -27,7 +28,7 @@ from fat5.train.checkpoint.compare import check_changes
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.store import Choice, read_trainer_state
 from fat5.train.config import PretrainConfig
-from fat5.train.cost.memory import check_memory, free_memory, plan_memory
+from fat5.train.cost.memory import check_memory, plan_memory
 from fat5.train.cost.sizes import Text
 from fat5.train.evaluation import evaluate, unigram_entropy
 from fat5.train.log.banner import banner

@@ -10,9 +10,7 @@ import torch
 from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
-from fat5.model.weight_files import refuse_adapter
-from fat5.train.checkpoint.files import MANIFEST, verify_checkpoint
-from fat5.train.checkpoint.store import CheckpointStore
+from fat5.train.checkpoint.store import model_folder
 from fat5.train.evaluation import evaluate, unigram_entropy
 from fat5.train.precision import Precision, PrecisionName, resolve_precision
 from fat5.yaml_text import read_yaml
@@ -131,28 +129,6 @@ def _recipe(folder: Path) -> dict[str, Any]:
                 "says nothing of a run's data", where=path, hint="Restore it, or give a copy of the model's folder"
             )
     return recipe
-
-
-def model_folder(folder: Path) -> Path:
-    """The folder with the weights: a model or checkpoint itself, a run's model/, or its newest sound checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or a damaged one.
-    """
-    if folder.is_file():
-        raise CheckpointError("is a file; a model is a folder, and pickles are never read", where=folder)
-    refuse_adapter(folder)
-    if (folder / MANIFEST).is_file():
-        verify_checkpoint(folder)
-        return folder
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    choice = CheckpointStore(folder / "checkpoints").choose()
-    if choice is None:
-        raise CheckpointError("holds no model and no checkpoint", where=folder, hint="Give a run or model folder")
-    return choice.folder
 
 
 def _check_tokenizer(folder: Path, info: Any) -> None:

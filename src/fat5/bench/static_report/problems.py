@@ -5,13 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fat5.ops.attention.triton.configuration import overridden
 from fat5.ops.attention.triton.host import attention_backward, attention_forward, prepare
 from fat5.ops.triton import adamw_scale as triton_adamw_scale
 from fat5.ops.triton import cross_entropy as triton_cross_entropy
 from fat5.ops.triton import geglu as triton_geglu
 from fat5.ops.triton import rms_norm as triton_rms_norm
 from fat5.ops.triton import rotary as triton_rotary
-from fat5.ops.triton.launch import Launch, Recorded, overridden, recording
+from fat5.ops.triton.launch import Launch, Recorded, recording
 
 
 class Problem(NamedTuple):

@@ -25,7 +25,7 @@ from fat5.data.examples.batch import BatchConfig, PackedBatch
 from fat5.data.examples.denoisers import MixtureOfDenoisers
 from fat5.data.examples.order import PieceStream, Source
 from fat5.data.examples.steps import PackPlan, Plan, State, check_state
-from fat5.data.examples.worker_process import end_with_parent, leave_signals_to_parent
+from fat5.data.worker_process import end_with_parent, leave_signals_to_parent
 from fat5.errors import ConfigurationError, DataError, FAT5Error
 
 if TYPE_CHECKING:

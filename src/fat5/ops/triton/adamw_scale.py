@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.attention.triton.tiles import round_to
 from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.numerics import round_to
 
 CHUNK, LAUNCH = 1 << 14, Launch(1, 2048, 8, 1)
 # Partial sums that a program reads at a time.

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.attention.triton.tiles import round_to
 from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.numerics import round_to
 
 BLOCK, WARPS = 4096, 8
 

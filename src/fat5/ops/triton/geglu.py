@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.attention.triton.tiles import round_to
 from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.numerics import round_to
 
 LAUNCH = Launch(1, 1024, 4, 1)
 # 2 sqrt(2/pi), and the cubic share: gelu(x) = x sigmoid(SLOPE2 (x + CUBIC x^3)).

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.attention.triton.tiles import round_to
 from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.numerics import round_to
 
 # Elements of one half of a tile.
 TILE, WARPS = 1024, 4

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fat5.errors import CheckpointError
+from fat5.model.weight_files import refuse_adapter
 from fat5.train.checkpoint import files as checkpoint_files
-from fat5.train.checkpoint.files import read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
+from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
 
 PREFIX = "step-"
 TRAINER = "trainer.json"
@@ -152,6 +153,28 @@ class CheckpointStore:
         for step in steps:
             if step not in kept:
                 remove_checkpoint(self.path(step))
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder with the weights: a model or checkpoint itself, a run's model/, or its newest sound checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or a damaged one.
+    """
+    if folder.is_file():
+        raise CheckpointError("is a file; a model is a folder, and pickles are never read", where=folder)
+    refuse_adapter(folder)
+    if (folder / MANIFEST).is_file():
+        verify_checkpoint(folder)
+        return folder
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    choice = CheckpointStore(folder / "checkpoints").choose()
+    if choice is None:
+        raise CheckpointError("holds no model and no checkpoint", where=folder, hint="Give a run or model folder")
+    return choice.folder
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from fat5.errors import ConfigurationError
-from fat5.machine import available_memory
+from fat5.machine import GIB, available_memory
 from fat5.ops.linear_cross_entropy import default_chunk_size
 from fat5.train.config import PretrainConfig
-
-GIB = 1 << 30
 
 # Bytes of optimizer state for a parameter: float32 moments, two for the Adam family, one for Muon's matrices, row and
 # column sums (next to nothing) for Adafactor; Sophia keeps a moment and a curvature.
@@ -57,11 +55,6 @@ class MemoryPlan:
         """In GiB: the total and its parts."""
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items())
         return f"{self.total / GIB:.2f} GiB ({parts})"
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run can still take on the device; None where the system does not say."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def check_memory(plan: MemoryPlan, free: int | None) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from fat5.data import BatchConfig, PieceStream, Source, load_tokenizer, open_shards, suggest_budgets
 from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.machine import free_memory
 from fat5.train.config import DataConfig, PretrainConfig
-from fat5.train.cost.memory import free_memory, plan_memory
+from fat5.train.cost.memory import plan_memory
 
 PASSES = 4
 """Passes over the data: to about four, text seen again is worth nearly what new text is (Muennighoff et al. 2023)."""

@@ -9,24 +9,22 @@ import triton
 import triton.language as tl
 
 from fat5.ops.attention.triton.tiles import (
-    LOG2E,
     NO_BIAS,
     RELATIVE,
     SHAPE,
     at_document,
     attended_keys,
     bias_of,
-    dot,
     head_and_slot,
     kept_tile,
     load_rows,
     locate,
     mask_of,
-    round_to,
     score_tile,
     store_rows,
     visible_tile,
 )
+from fat5.ops.triton.numerics import LOG2E, dot, round_to
 
 # Where the sums of dS over a stretch go.
 NOWHERE: tl.constexpr = tl.constexpr(0)

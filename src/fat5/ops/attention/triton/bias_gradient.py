@@ -10,21 +10,19 @@ import triton.language as tl
 
 from fat5.ops.attention.triton.tiles import (
     DENSE,
-    LOG2E,
     RELATIVE,
     SHAPE,
     at_document,
     bias_of,
     dense_tile,
-    dot,
     kept_tile,
     load_rows,
     locate,
     mask_of,
     relative_tile,
-    round_to,
     visible_tile,
 )
+from fat5.ops.triton.numerics import LOG2E, dot, round_to
 
 
 @triton.jit

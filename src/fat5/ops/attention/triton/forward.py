@@ -8,24 +8,22 @@ import triton
 import triton.language as tl
 
 from fat5.ops.attention.triton.tiles import (
-    LN2,
     NO_BIAS,
     RELATIVE,
     SHAPE,
     at_document,
     attended_keys,
     bias_of,
-    dot,
     head_and_slot,
     kept_tile,
     load_rows,
     locate,
     mask_of,
-    round_to,
     score_tile,
     store_rows,
     visible_tile,
 )
+from fat5.ops.triton.numerics import LN2, dot, round_to
 
 
 @triton.jit(do_not_specialize=[*SHAPE, "threshold"])

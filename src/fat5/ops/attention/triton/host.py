@@ -12,9 +12,10 @@ from torch import Tensor
 from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.triton.backward import key_gradient_kernel, query_gradient_kernel
 from fat5.ops.attention.triton.bias_gradient import band_kernel, bins_kernel, dense_gradient_kernel, diagonal_kernel
+from fat5.ops.attention.triton.configuration import band_configuration, configuration
 from fat5.ops.attention.triton.forward import forward_kernel
 from fat5.ops.attention.triton.tiles import DENSE, NO_BIAS, RELATIVE, work_list_kernel
-from fat5.ops.triton.launch import Launch, band_configuration, configuration, run
+from fat5.ops.triton.launch import Launch, run
 
 MAX_HEAD_DIM, WORK_LIST_CHUNK, LOG2E = 128, 256, 1.4426950408889634
 # Of the head dimension, in the bias gradients: larger ones spill.

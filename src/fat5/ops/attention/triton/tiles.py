@@ -15,10 +15,10 @@ Arguments that belong together travel as tuples:
 What a problem lacks (bias, mask, seed) is passed as some pointer that is never read.
 """
 
-import os
-
 import triton
 import triton.language as tl
+
+from fat5.ops.triton.numerics import INTERPRETED, LOG2E, dot, round_to
 
 # What a stretch of tiles adds to its scores.
 NO_BIAS: tl.constexpr = tl.constexpr(0)  # nothing, or the one number of a far stretch of a relative bias
@@ -27,10 +27,6 @@ DENSE: tl.constexpr = tl.constexpr(2)
 # The numbers of `shape`, which kernels take one by one: Triton specialises the elements of a tuple whatever it is told,
 # and would compile again for each length that is, or is not, a multiple of 16.
 SHAPE = ("heads", "query_rows", "key_rows", "num_documents", "tiles", "reach")
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# The interpreter multiplies bfloat16 as the integers it stores them in, and truncates where hardware rounds to even.
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit(do_not_specialize=["total", "num_documents", "capacity"])
@@ -178,28 +174,6 @@ def store_rows(Base, strides, tile, first, length, ROWS: tl.constexpr, HEAD_DIM:
     pointers = Base + tl.cast(first, tl.int64) * strides[2] + (rows[:, None] * strides[2] + dims[None, :] * strides[3])
     mask = ((first + rows)[:, None] < length) & (dims < HEAD_DIM)[None, :]
     tl.store(pointers, round_to(tile, Base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def round_to(x, dtype: tl.constexpr):
-    """fp32 `x` in a shorter type, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in fp32."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    if acc is None:
-        return tl.dot(a, b, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -10,8 +10,7 @@ import torch
 
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
-from fat5.machine import available_memory
-from fat5.train.cost.memory import GIB
+from fat5.machine import GIB, free_memory
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
@@ -202,7 +201,7 @@ def _check_memory(model: Any, rows: int, config: Any) -> None:
     cache = 2 * shape.num_decoder_layers * shape.num_heads * shape.d_kv * length * weight.dtype.itemsize
     # Logits, their softmax and two copies in float32; ids in int64, of open and finished beams.
     needed = rows * beams * (cache + 4 * 4 * shape.vocab_size + 3 * 8 * length)
-    free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else available_memory()
+    free = free_memory(weight.device)
     if free is not None and needed > free:
         raise ConfigurationError(
             f"{rows} x {beams} answers of up to {length:,} tokens need {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} "
