@@ -36,7 +36,10 @@ TINY = {
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """A prepared folder: 300 French paragraphs, a vocabulary of 1,024."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return prepare_sample(tmp_path_factory.mktemp("corpus"))
+
+
+def prepare_sample(folder: Path) -> Path:
     rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
     (folder / "corpus.jsonl").write_text("".join(rows))
     inputs = [str(folder / "corpus.jsonl")]

@@ -1,0 +1,3 @@
+from made_run import prepared
+
+__all__ = ["prepared"]
