@@ -124,7 +124,7 @@ class Case:
         return cls(config, model, runner)
 
     def step(self, number: int, packed: PackedBatch) -> StepResult:
-        return self.runner.run([packed], min(1.0, (number + 1) / 100), number)
+        return self.runner.run([packed], min(1.0, (number + 1) / 100))
 
     def flops(self, packed: PackedBatch) -> float:
         """Useful operations of a step."""

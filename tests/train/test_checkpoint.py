@@ -82,9 +82,9 @@ class Tied(nn.Module):
         self.lm_head.weight = self.shared.weight
 
 
-@pytest.mark.parametrize("name", ["adamw_scale", "adamw", "adafactor", "muon", "lamb", "sophia"])
+@pytest.mark.parametrize("name", ["adamw_scale", "adamw", "adafactor", "muon", "lamb"])
 def test_weights_and_optimizer_come_back(tmp_path, name):
-    if name in ("lamb", "sophia"):
+    if name == "lamb":
         pytest.importorskip("pytorch_optimizer")
 
     def made():
@@ -96,9 +96,7 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
             generator = torch.Generator().manual_seed(seed)
             for weight in model.parameters():
                 weight.grad = torch.randn(weight.shape, generator=generator)
-            first = hasattr(optimizer, "hessian_every") and seed == 0
-            curvature = [torch.ones_like(w) for g in optimizer.param_groups for w in g["params"]] if first else None
-            optimizer.step(**({"hessian": curvature} if first else {}))
+            optimizer.step()
 
     model, optimizer = made()
     steps(model, optimizer, range(3))

@@ -111,7 +111,7 @@ def machine() -> list[Finding]:
     )
     for name, why in (
         ("tensorboard", "--tensorboard true"),
-        ("pytorch-optimizer", "LAMB and Sophia"),
+        ("pytorch-optimizer", "LAMB"),
         ("ray", "--executor ray"),
     ):
         found = _version(name)

@@ -1,7 +1,6 @@
 """Optimizers and schedules: AdamWScale, a registry of well-kept others, and learning rates as functions of the step."""
 
 from fat5.optim.adamw_scale import AdamWScale
-from fat5.optim.curvature import hessian_diagonal
 from fat5.optim.registry import OptimizerConfig, build_optimizer, parameter_groups, skips_on_device
 from fat5.optim.schedules import ScheduleConfig, learning_rate
 
@@ -10,7 +9,6 @@ __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "build_optimizer",
-    "hessian_diagonal",
     "learning_rate",
     "parameter_groups",
     "skips_on_device",

@@ -11,15 +11,12 @@ from fat5.errors import ConfigurationError
 from fat5.optim.adamw_scale import AdamWScale
 from fat5.optim.combined import CombinedOptimizer
 
-OptimizerName = Literal["adamw_scale", "adamw", "adafactor", "muon", "lamb", "sophia"]
+OptimizerName = Literal["adamw_scale", "adamw", "adafactor", "muon", "lamb"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LARGEST_SETTING = 1000
-"""Of a learning rate, weight decay, eps or clip: beyond any that trains."""
-
-HESSIAN_EVERY = 10
-"""Steps between two curvature estimates of Sophia (Liu et al. 2023, section 2.3)."""
+"""Of a learning rate, weight decay or eps: beyond any that trains."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw_scale": {
@@ -35,7 +32,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "adafactor": {"lr": 1e-2, "weight_decay": 0.0},
     "muon": {"lr": 2e-2, "hidden_lr": 1e-3, "momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0},
     "lamb": {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0},
-    "sophia": {"lr": 1e-3, "betas": (0.965, 0.99), "weight_decay": 0.0, "clip": 0.04},
 }
 """What each optimizer takes, and the value it has where the configuration is silent."""
 
@@ -46,7 +42,7 @@ class OptimizerConfig:
 
     name: OptimizerName = "adamw_scale"
     """adamw_scale (AdamW scaled by the RMS of each matrix), adamw (torch, fused), adafactor (torch), muon (torch, for
-    hidden matrices; AdamWScale for the rest), lamb and sophia (package pytorch-optimizer)"""
+    hidden matrices; AdamWScale for the rest), lamb (package pytorch-optimizer)"""
     lr: float | None = None
     """Peak learning rate; each optimizer has its own default (0.02 for adamw_scale, where it is relative to the RMS)"""
     betas: tuple[float, float] | None = None
@@ -65,8 +61,6 @@ class OptimizerConfig:
     """muon: learning rate of the hidden matrices, on AdamW's scale; 1e-3 by default"""
     momentum: float | None = None
     """muon: momentum of the hidden matrices; 0.95 by default"""
-    clip: float | None = None
-    """sophia: largest step of a weight in units of the learning rate (its rho); 0.04 by default"""
 
     def resolved(self) -> "OptimizerConfig":
         """A copy with the defaults of the named optimizer filled in.
@@ -82,7 +76,7 @@ class OptimizerConfig:
                     f"optimizer.{key} is set, and {self.name} does not take it",
                     hint=f"{self.name} takes {', '.join(taken)}",
                 )
-        for key in ("lr", "eps", "weight_decay", "hidden_lr", "clip"):
+        for key in ("lr", "eps", "weight_decay", "hidden_lr"):
             if given[key] is not None and not 0 <= given[key] <= LARGEST_SETTING:
                 hint = f"Give a number from 0 to {LARGEST_SETTING:,}"
                 raise ConfigurationError(f"optimizer.{key} is {given[key]}", hint=hint)
@@ -108,7 +102,6 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         "adafactor": _adafactor,
         "muon": _muon,
         "lamb": _lamb,
-        "sophia": _sophia,
     }[config.name]
     optimizer = build(vars(config), named)
     for group in optimizer.param_groups:
@@ -186,19 +179,6 @@ def _lamb(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> to
     groups = parameter_groups(named, settings["weight_decay"])
     # The trainer clips the gradient; LAMB's own clipping would be a second, hidden one.
     return library.Lamb(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], max_grad_norm=0.0)
-
-
-def _sophia(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    library = _pytorch_optimizer("sophia")
-    groups = parameter_groups(named, settings["weight_decay"])
-    # The curvature is estimated outside and passed to step(); the library's own estimate needs second derivatives of
-    # every op, which attention kernels do not have.
-    never = 2**62
-    optimizer = library.SophiaH(
-        groups, lr=settings["lr"], betas=settings["betas"], p=settings["clip"], update_period=never
-    )
-    optimizer.hessian_every = HESSIAN_EVERY
-    return optimizer
 
 
 def _pytorch_optimizer(name: str) -> Any:

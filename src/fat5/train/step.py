@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fat5.data import PackedBatch
-from fat5.optim import hessian_diagonal, skips_on_device
+from fat5.optim import skips_on_device
 from fat5.train.cuda_graph import GraphedBackward
 from fat5.train.precision import LEAST_LOSS_SCALE, Precision
 
@@ -63,13 +63,12 @@ class StepRunner:
         self.device = precision.device
         # The update is decided on the device where the optimizer can; the host then hears of it a step later.
         self.deferred = self.device.type == "cuda" and skips_on_device(optimizer) and precision.scaler is None
-        self._hessian_every: int | None = getattr(optimizer, "hessian_every", None)
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
         if cuda_graphs:
             self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
 
-    def run(self, batches: Sequence[PackedBatch], rate: float, step: int) -> StepResult:
-        """Makes step number `step` at `rate` times the peak learning rate.
+    def run(self, batches: Sequence[PackedBatch], rate: float) -> StepResult:
+        """Makes a step at `rate` times the peak learning rate.
 
         A loss or gradient that is not finite leaves weights and optimizer untouched.
         """
@@ -85,8 +84,7 @@ class StepRunner:
         loss = torch.stack(losses).sum()
         if self.gradient_clip is not None:
             clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
-        curvature = self._curvature(batches[0], count, step)
-        self._update(loss, norm, curvature)
+        self._update(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return self._result(torch.stack([loss, norm, *losses]).detach().float())
 
@@ -105,7 +103,7 @@ class StepRunner:
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _update(self, loss: Tensor, norm: Tensor, curvature: list[Tensor] | None) -> None:
+    def _update(self, loss: Tensor, norm: Tensor) -> None:
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         optimizer: Any = self.optimizer
         scaler = self.precision.scaler
@@ -117,24 +115,7 @@ class StepRunner:
                 scaler.step(optimizer)
             scaler.update()
         elif finite:
-            optimizer.step(**({"hessian": curvature} if curvature is not None else {}))
-
-    def _curvature(self, batch: PackedBatch, count: Tensor, step: int) -> list[Tensor] | None:
-        """An estimate of the Hessian's diagonal where the optimizer wants one at this step."""
-        if self._hessian_every is None or step % self._hessian_every:
-            return None
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        inputs = batch.to(self.device)
-        items = torch.full_like(count, float(batch.num_items))
-
-        def gradients() -> Sequence[Tensor]:
-            torch.manual_seed(step)  # the same dropout at both points of the difference
-            loss = self.forward(**inputs.model_inputs(), num_items_in_batch=items).loss
-            return torch.autograd.grad(loss, weights)
-
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            return hessian_diagonal(weights, gradients, seed=step)
+            optimizer.step()
 
     def _result(self, numbers: Tensor) -> StepResult:
         scale = self.precision.scaler.get_scale() if self.precision.scaler is not None else None

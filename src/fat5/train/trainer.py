@@ -146,7 +146,7 @@ class Trainer:
         waited = time.perf_counter() - began
         rate = learning_rate(self.config.schedule, progress.step, self.config.steps)
         try:
-            result = self.runner.run(batches, rate, progress.step)
+            result = self.runner.run(batches, rate)
         except torch.cuda.OutOfMemoryError as error:
             raise _out_of_memory(batches[0]) from error
         progress.step += 1

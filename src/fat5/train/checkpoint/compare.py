@@ -38,7 +38,6 @@ WARNED = (
     "optimizer.eps",
     "optimizer.weight_decay",
     "optimizer.momentum",
-    "optimizer.clip",
     "schedule",
     "steps",
     "gradient_clip",
@@ -55,7 +54,10 @@ _ABSENT = "(not set)"
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) for every key that differs, nested keys joined by dots."""
+    """(key, value before, value now) for every key that differs, nested keys joined by dots.
+
+    A key without a value is equal to one that is not there: keys come and go with versions.
+    """
     old, new = dict(_flatten(before)), dict(_flatten(after))
     return [
         (key, old.get(key, _ABSENT), new.get(key, _ABSENT))
@@ -102,5 +104,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
-        elif not isinstance(value, Mapping):
+        elif value is not None and not isinstance(value, Mapping):
             yield f"{prefix}{key}", value

@@ -16,8 +16,8 @@ from fat5.ops.linear_cross_entropy import default_chunk_size
 from fat5.train.config import PretrainConfig
 
 # Bytes of optimizer state for a parameter: float32 moments, two for the Adam family, one for Muon's matrices, row and
-# column sums (next to nothing) for Adafactor; Sophia keeps a moment and a curvature.
-STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "sophia": 8, "muon": 4, "adafactor": 0}
+# column sums (next to nothing) for Adafactor.
+STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "muon": 4, "adafactor": 0}
 
 
 LIBRARIES = {"cpu": 0, "cuda": GIB // 2}
