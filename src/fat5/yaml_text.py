@@ -7,16 +7,15 @@ import yaml
 
 from fat5.errors import ConfigurationError
 
-# A recipe is a page of text; a larger "configuration" is some other file given by mistake, or an attack on the parser.
 LARGEST_CONFIGURATION = 1 << 20
-DEEPEST_CONFIGURATION = 32
+"""A recipe is a page of text; a larger file is another one given by mistake, or an attack on the parser."""
 
 
 def read_yaml(path: Path, name: object) -> dict[str, Any]:
     """The keys of a YAML file, called `name` in messages.
 
     Raises:
-        ConfigurationError: not a YAML file of `key: value` lines, or one with an alias or a key that stands twice.
+        ConfigurationError: not a YAML file of `key: value` lines, or one with an alias or a repeated key.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -25,49 +24,58 @@ def read_yaml(path: Path, name: object) -> dict[str, Any]:
         raise ConfigurationError("cannot be read as UTF-8 text", where=name, hint="Give a YAML recipe") from error
     if len(text) > LARGEST_CONFIGURATION:
         raise ConfigurationError("too large for a configuration (over 1 MiB)", where=name, hint="Give a YAML recipe")
-    try:
-        # A recipe needs no aliases, which expand without bound, and no depth, which PyYAML reads in quadratic time.
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigurationError("YAML aliases (*name) are not read", where=name, hint="Write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST_CONFIGURATION:
-                raise ConfigurationError("YAML nested too deeply", where=name, hint="Give a YAML recipe")
-        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), name)
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        problem = getattr(error, "problem", None) or "too deeply nested, or not YAML"
-        raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Mend that line") from error
+    document = parse_yaml(text, name)
     if not isinstance(document, dict):
         raise ConfigurationError("holds no keys", where=name, hint="A recipe is `key: value` lines")
     return document
 
 
-def refuse_repeated_keys(text: str, name: object) -> None:
-    """Raises ConfigurationError where a key stands twice in a text; says nothing of one that is not YAML."""
+def parse_yaml(text: str, name: object) -> Any:
+    """The content of a YAML text, called `name` in messages.
+
+    Raises:
+        ConfigurationError: not YAML, nested too deeply, or with an alias or a repeated key.
+    """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
-        return
-    _check_keys(node, name)
+        return yaml.load(text, Loader=_Loader)
+    except _RepeatedKeyError as error:
+        where = f"{name}:{error.problem_mark.line + 1}"
+        raise ConfigurationError(str(error.problem), where=where, hint="Keep one of them") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else str(name)
+        problem = getattr(error, "problem", None) or "nested too deeply, or not YAML at all"
+        raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Correct that line") from error
 
 
-def _check_keys(node: Any, name: object) -> None:
-    """PyYAML keeps the last of two equal keys and loses the others without a word."""
-    if isinstance(node, yaml.MappingNode):
+def refuse_repeated_keys(text: str, name: object) -> None:
+    """Raises ConfigurationError if a key stands twice in a text; a text that is not YAML passes."""
+    try:
+        parse_yaml(text, name)
+    except ConfigurationError as error:
+        if isinstance(error.__cause__, _RepeatedKeyError):
+            raise
+
+
+class _RepeatedKeyError(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, which expand without bound, and repeated keys, of which PyYAML would silently keep the last."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key, value in node.value:
+        for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    where = f"{name}:{key.start_mark.line + 1}"
-                    raise ConfigurationError(f"key {key.value!r} stands twice", where=where, hint="Keep one of them")
+                    raise _RepeatedKeyError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
                 seen.add(key.value)
-            _check_keys(value, name)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value, name)
+        return node

@@ -12,9 +12,10 @@ from preparing import config, write_jsonl
 from fat5.data import load_tokenizer, open_shards
 from fat5.data.shards.plan import read_plan
 from fat5.data.shards.prepare import prepare
-from fat5.data.shards.token_shards import file_sha256, verify
+from fat5.data.shards.token_shards import verify
 from fat5.data.tokenizer.loading import byte_tokenizer
 from fat5.errors import DataError, FAT5Error
+from fat5.files import file_sha256
 
 ODD = [None, True, -5, 10**30, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}, ...]
 

@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from fat5.errors import CheckpointError, FAT5Error
+from fat5.files import file_sha256
 from fat5.train import pretrain
-from fat5.train.checkpoint.files import _self_sha256, file_sha256
+from fat5.train.checkpoint.files import _self_sha256
 from fat5.train.scoring import EvaluateConfig, evaluate_model
 from made_run import tiny
 

@@ -12,6 +12,7 @@ import torch
 
 from fat5.bench.static_report.problems import Problem, launches
 from fat5.bench.timing import seconds
+from fat5.files import write_atomically
 from fat5.machine import available_cores
 from fat5.ops.attention.api import attention
 from fat5.ops.attention.bias import RelativeBias
@@ -176,9 +177,7 @@ def write_table(path: Path, tuned: Mapping[tuple[str, int, int, int], Row]) -> N
     """Rewrites the TUNED of a launch_table.py; what stands before it stays."""
     head, marker, _ = Path(launch_table.__file__).read_text().partition("TUNED: ")
     rows = "".join(f"    {key!r}: {row!r},\n".replace("'", '"') for key, row in sorted(tuned.items()))
-    partial = path.with_suffix(".partial")
-    partial.write_text(f"{head}{marker}dict[tuple[str, int, int, int], Row] = {{\n{rows}}}\n")
-    partial.replace(path)
+    write_atomically(path, f"{head}{marker}dict[tuple[str, int, int, int], Row] = {{\n{rows}}}\n")
 
 
 def _name(row: tuple[int, ...]) -> str:

@@ -7,10 +7,9 @@ flash_t5_formulas.py           the first FAT5's model, to compare with
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +31,7 @@ from fat5.convert.source import (
 )
 from fat5.convert.verification import TOLERANCE, Comparison, compare, outputs, random_examples
 from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
-from fat5.files import sync_folder
+from fat5.files import whole_folder
 from fat5.model import quiet
 from fat5.model.card import CARD, PLOT, CardFacts, read_card, write_card
 from fat5.model.loading import check_finite
@@ -338,20 +337,10 @@ def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Con
 
 @contextmanager
 def _folder(target: Path) -> Iterator[Path]:
-    """A hidden sibling to write into; it takes the target's name when all went well, and is removed otherwise."""
-    partial = target.absolute().with_name(f".{target.name}.partial")
-    new = [parent for parent in partial.parents if not parent.exists()]
+    """`whole_folder`, whose faults become a ConfigurationError."""
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        yield partial
-        for file in partial.rglob("*"):
-            sync_folder(file)
-        sync_folder(partial)
-        os.rename(partial, target)
-        sync_folder(target.absolute().parent)
+        with whole_folder(target) as partial:
+            yield partial
     except FAT5Error:
         raise
     except (OSError, SafetensorError) as error:
@@ -359,8 +348,3 @@ def _folder(target: Path) -> Iterator[Path]:
         raise ConfigurationError(
             f"cannot be written ({reason})", where=target, hint="Make room, or choose another --output_dir"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # of folders that were made for nothing; others' are not empty
-            for parent in new:
-                parent.rmdir()

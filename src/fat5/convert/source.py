@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from fat5 import model as fat5_model
-from fat5.data.tokenizer.json_file import refuse_pickle
 from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
+from fat5.files import refuse_pickle
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
 from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
 from fat5.train.checkpoint.store import model_folder
@@ -180,7 +180,7 @@ def _check_size(folder: Path, vocab_size: int) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     if path.is_file():
-        refuse_pickle(path)
+        refuse_pickle(path, CheckpointError)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -16,12 +16,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
-from fat5.files import parse_json
+from fat5.files import PICKLE_SUFFIXES, parse_json
 from fat5.model.flash_t5 import attention_scale, translate_tensors
 
 # Keyword arguments of from_pretrained that say where a file is.
 _PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +233,7 @@ def _check_form(tensors: dict[str, Tensor], kwargs: dict[str, Any], where: Any) 
 
 
 def _refuse(folder: Path) -> None:
-    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             "is a pickle, which can run code when read, and is refused",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
-from fat5.files import naming, write_atomically
+from fat5.files import whole_folder, write_atomically
 from fat5.machine import free_memory
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.model.card import PLOT, CardFacts, training_section, write_card
@@ -280,35 +280,27 @@ def export(
         target: the folder.
         training: section of the card on the training; plot: a picture that it shows.
     """
-    partial_folder, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    for leftover in (partial_folder, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    with naming(target), quiet():
+    with whole_folder(target) as folder:
         try:
-            model.save_pretrained(partial_folder)
+            with quiet():
+                model.save_pretrained(folder)
         except SafetensorError as error:  # its only fault here is the disk's
             raise OSError(f"{target} cannot be written: {error}") from error
-    for file in sorted(tokenizer.iterdir()):
-        if file.is_file():
-            shutil.copyfile(file, partial_folder / file.name)
-    if plot is not None:
-        shutil.copyfile(plot, partial_folder / PLOT)
-    stock = json.loads((partial_folder / "config.json").read_text())["model_type"] != "fat5"
-    facts = CardFacts(
-        name=target.absolute().parent.name,
-        kind="ForConditionalGeneration",
-        config=model.config,
-        parameters=model.num_parameters(),
-        target="hf" if stock else "fat5",
-        training=training,
-    )
-    write_card(partial_folder, facts)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial_folder, target)
-    if old.exists():
-        shutil.rmtree(old)
+        for file in sorted(tokenizer.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        if plot is not None:
+            shutil.copyfile(plot, folder / PLOT)
+        stock = json.loads((folder / "config.json").read_text())["model_type"] != "fat5"
+        facts = CardFacts(
+            name=target.absolute().parent.name,
+            kind="ForConditionalGeneration",
+            config=model.config,
+            parameters=model.num_parameters(),
+            target="hf" if stock else "fat5",
+            training=training,
+        )
+        write_card(folder, facts)
 
 
 def _model_config_text(model: FAT5ForConditionalGeneration) -> str:

@@ -10,19 +10,17 @@ DIR/discarded.jsonl  lines taken out of metrics.jsonl: rows after the checkpoint
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fat5.errors import FAT5Error, RunDirectoryError
-from fat5.files import is_count, parse_json, write_atomically
+from fat5.files import is_count, locked, parse_json, write_atomically
 
 MARKER = "run.json"
 LOCK = "run.lock"
@@ -114,7 +112,7 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         lock = self.path / LOCK
-        with _acquiring(self.path):
+        with locked(self.path / GUARD):  # one process at a time judges and takes the lock
             holder = _read_lock(lock)
             if holder is not None and _is_alive(holder, lock):
                 raise RunDirectoryError(
@@ -134,15 +132,6 @@ class RunDirectory:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path / LOCK)
-
-
-@contextlib.contextmanager
-def _acquiring(folder: Path) -> Iterator[None]:
-    """One process at a time judges and takes the lock; the kernel frees this one when its holder dies."""
-    with open(folder / GUARD, "w") as guard:
-        with contextlib.suppress(OSError):  # some network file systems have no flock; the race is then a short one
-            fcntl.flock(guard, fcntl.LOCK_EX)
-        yield
 
 
 def _read_lock(lock: Path) -> dict[str, Any] | None:

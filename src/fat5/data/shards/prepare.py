@@ -4,10 +4,9 @@ The folder is complete when it has its `manifest.json`, which is written last. U
 is being made, and the same command goes on where it stopped.
 """
 
-import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from fat5.data.text.corpus import CorpusOptions, load_streamed, open_corpus
 from fat5.data.text.rows import row_text
 from fat5.data.tokenizer.loading import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
-from fat5.files import parse_json, write_atomically
+from fat5.files import locked, parse_json, write_atomically
 from fat5.machine import available_cores
 
 LOCK = f"{LOGS}/lock"
@@ -260,15 +259,13 @@ def _remove(folder: Path, fresh: bool) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock goes with the process, however it ends."""
-    try:
-        (folder / LOGS).mkdir(parents=True, exist_ok=True)
-        file: Any = open(folder / LOCK, "a")  # noqa: SIM115  (held for the whole run)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot be written ({error.strerror})", where=folder) from error
-    with file:
+    """Keeps other processes from preparing the folder."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / LOGS).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, wait=False))
         except BlockingIOError as error:
             raise RunDirectoryError("is being prepared by another process", where=folder) from error
+        except OSError as error:
+            raise RunDirectoryError(f"cannot be written ({error.strerror})", where=folder) from error
         yield

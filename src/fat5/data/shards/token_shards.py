@@ -7,9 +7,7 @@ tokens are stored. Sizes are checked when a folder is opened; each shard's SHA-2
 all at once), and remembered in `.verified/` beside it by size and modification time.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,16 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from fat5.data.text import strict_json
 from fat5.errors import DataError
-from fat5.files import is_count, is_number
+from fat5.files import file_sha256, is_count, is_number, parse_json, write_atomically
 
 FORMAT = "fat5-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 END_BYTES = 8
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -245,7 +241,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
         raise DataError("no manifest.json: not a (complete) folder of token shards", where=folder, hint=hint)
     try:
-        content = strict_json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes(), strict=True)
         if content["format"] != FORMAT:
             raise KeyError("format")
         if content["version"] != VERSION:
@@ -332,20 +328,9 @@ def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | Non
         )
     try:
         stamp.parent.mkdir(exist_ok=True)
-        partial = stamp.with_name(f"{stamp.name}.{os.getpid()}")
-        partial.write_text(seal)
-        partial.replace(stamp)
+        write_atomically(stamp, seal)
     except OSError:
         pass  # a read-only folder is verified at every start
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_text(path: Path) -> str | None:

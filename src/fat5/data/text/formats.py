@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from fat5.data.text import strict_json
 from fat5.data.text.lines import LARGEST_DOCUMENT, Lines
 from fat5.data.text.parquet import parquet_rows, row_groups
 from fat5.data.text.rows import Row, missing_column, row_text
 from fat5.errors import DataError
+from fat5.files import PICKLE_HEADS, parse_json
 
 TxtDocuments = Literal["paragraph", "line", "file"]
 CODECS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
@@ -24,10 +24,7 @@ TEXT_FORMS = (".txt", ".jsonl", ".json", ".csv")
 EXTENSIONS = (*(form + codec for form in TEXT_FORMS for codec in ("", *CODECS)), ".parquet")
 READ = "FAT5 reads .txt, .jsonl, .json and .csv (also .gz, .zst, .bz2, .xz of them) and .parquet"
 _MAGIC = {
-    b"\x80\x02": "a pickle, which FAT5 never loads",
-    b"\x80\x03": "a pickle, which FAT5 never loads",
-    b"\x80\x04": "a pickle, which FAT5 never loads",
-    b"\x80\x05": "a pickle, which FAT5 never loads",
+    **dict.fromkeys(PICKLE_HEADS, "a pickle, which FAT5 never loads"),
     b"PK\x03\x04": "a zip archive (or a torch pickle, which FAT5 never loads)",
     b"\x1f\x8b": "gzip data",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
@@ -165,7 +162,7 @@ def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence
 def _careful_json(line: str, lines: Lines) -> Any:
     """A line that the fast parser refuses, or may read wrongly: one with `NaN`, or with a key that stands twice."""
     try:
-        return strict_json.loads(line)
+        return parse_json(line, strict=True)
     except ValueError as error:
         raise DataError(f"not JSON ({error})", where=lines.where(), hint=_HOW_LINES_LOOK) from error
 

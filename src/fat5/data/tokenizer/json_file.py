@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import TokenizerError
-from fat5.files import is_count, parse_json
+from fat5.files import is_count, parse_json, refuse_pickle
 
 MULTIPLE = 128
 MODES = ("[R]", "[S]", "[X]")
@@ -14,14 +14,13 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
-_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _BYTE_T5_SENTINELS = 125
 
 LARGEST_SIZE = 1 << 24  # ids of a tokenizer; the largest in use have 2^18
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    refuse_pickle(path)
+    refuse_pickle(path, TokenizerError)
     try:
         content = parse_json(path.read_bytes())
     except ValueError as error:
@@ -29,14 +28,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TokenizerError("damaged: not a JSON object", where=path, hint="Restore it, or train it again")
     return content
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises TokenizerError where a file is a pickle (or a zip of pickles), by its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith(_PICKLES):
-        raise TokenizerError("a pickle, which FAT5 never loads: it can run code", where=path, hint="Use tokenizer.json")
 
 
 def ids_of(content: dict[str, Any], source: object) -> dict[str, int]:

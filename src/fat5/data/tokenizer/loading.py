@@ -31,12 +31,11 @@ from fat5.data.tokenizer.json_file import (
     ids_of,
     opening_ids,
     read_json,
-    refuse_pickle,
     role_names,
     sentinel_names,
 )
 from fat5.errors import TokenizerError
-from fat5.files import naming
+from fat5.files import naming, refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     folder = Path(path)
     if folder.is_file():
-        refuse_pickle(folder)
+        refuse_pickle(folder, TokenizerError)
         if folder.suffix != ".json":
             raise TokenizerError("not a tokenizer", where=path, hint="Give a folder that holds tokenizer.json")
         folder, file = folder.parent, folder
@@ -256,7 +255,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         except TokenizerError:
             for other in sorted(folder.iterdir()):
                 if other.is_file():
-                    refuse_pickle(other)
+                    refuse_pickle(other, TokenizerError)
             if not any((folder / name).exists() for name in (CONFIG_FILE, "config.json")):
                 hint = "Train one with `fat5 tokenizer`"
                 raise TokenizerError("no tokenizer in this folder", where=path, hint=hint) from None

@@ -20,14 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fat5.errors import CheckpointError
-from fat5.files import is_count, is_number, parse_json, sync_folder
+from fat5.files import (
+    PICKLE_SUFFIXES,
+    REMOVING,
+    WRITING,
+    file_sha256,
+    fsync,
+    is_count,
+    is_number,
+    parse_json,
+    whole_folder,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = "fat5-checkpoint"
 VERSION = 1
-WRITING, REMOVING = ".writing-", ".removing-"
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-_BLOCK = 1 << 20
 
 
 def reached(point: str) -> None:
@@ -51,37 +58,25 @@ def write_checkpoint(
     Raises:
         OSError: the disk is full, read-only, or failing. Nothing is left behind then.
     """
-    partial = target.with_name(f"{WRITING}{target.name}")
-    _remove(partial)
-    try:
-        partial.mkdir(parents=True)
-        writers: dict[str, Callable[[Path], None]] = {
-            **{name: _tensor_writer(content) for name, content in tensors.items()},
-            **{name: _text_writer(content) for name, content in documents.items()},
-        }
+    writers: dict[str, Callable[[Path], None]] = {
+        **{name: _tensor_writer(content) for name, content in tensors.items()},
+        **{name: _text_writer(content) for name, content in documents.items()},
+    }
+    with whole_folder(target) as partial:
         files = {}
         for name, write in writers.items():
             reached(f"before {name}")
             write(partial / name)
             reached(f"before fsync of {name}")
-            sync_folder(partial / name)
+            fsync(partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
             reached(f"after {name}")
         manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
         reached("before manifest")
         manifest["sha256"] = _self_sha256(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        sync_folder(partial / MANIFEST)
-        sync_folder(partial)
         reached("before rename")
-        if target.exists():
-            remove_checkpoint(target)
-        os.rename(partial, target)
-        reached("after rename")
-        sync_folder(target.parent)
-    except BaseException:
-        _remove(partial)
-        raise
+    reached("after rename")
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -111,7 +106,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the first file that is missing, cut or altered (named), or a format this version cannot read.
     """
-    if folder.suffix in PICKLES or folder.is_file():
+    if folder.suffix in PICKLE_SUFFIXES or folder.is_file():
         raise CheckpointError(
             "is a file, and a checkpoint is a folder; pickles are never read",
             where=folder,
@@ -204,15 +199,6 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise CheckpointError(f"cannot be read ({error.strerror or error})", where=path) from error
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"is not a safetensors file ({error}); pickles are never read", where=path) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _self_sha256(manifest: Mapping[str, Any]) -> str:

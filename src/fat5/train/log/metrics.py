@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import DataError
-from fat5.files import is_count, is_number, parse_json
+from fat5.files import fsync, is_count, is_number, parse_json, whole_file
 
 TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
 """Keys that measure the machine; all others are equal in two runs of one configuration."""
@@ -63,11 +63,7 @@ class MetricsLog:
     def flush_to_disk(self) -> None:
         """Makes the rows survive a power cut; called before a checkpoint that relies on them."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(self.path)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -85,27 +81,21 @@ class MetricsLog:
         """
         if not self.path.exists():
             return []
-        partial, aside, bad = self.path.with_name(f".{self.path.name}.partial"), [], []
-        try:
-            with open(self.path, "rb") as file, open(partial, "wb") as kept:
-                for number, line in enumerate(file, start=1):
-                    try:
-                        keep = _parse(line)["step"] <= step
-                    except ValueError:
-                        keep = False
-                        bad += [number] if line.endswith(b"\n") else []
-                    whole = line.rstrip(b"\n") + b"\n"
-                    if keep:
-                        kept.write(whole)
-                    else:
-                        aside.append(whole)
-                kept.flush()
-                os.fsync(kept.fileno())
+        aside, bad = [], []
+        with open(self.path, "rb") as file, whole_file(self.path) as kept:
+            for number, line in enumerate(file, start=1):
+                try:
+                    keep = _parse(line)["step"] <= step
+                except ValueError:
+                    keep = False
+                    bad += [number] if line.endswith(b"\n") else []
+                whole = line.rstrip(b"\n") + b"\n"
+                if keep:
+                    kept.write(whole)
+                else:
+                    aside.append(whole)
             if aside:
                 _append(discarded, b"".join(aside))
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
         return bad
 
     def _tell(self, error: OSError) -> None:
@@ -199,5 +189,4 @@ def _append(path: Path, lines: bytes) -> None:
     """Appends whole lines, on the disk when this returns."""
     with open(path, "ab") as file:
         file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    fsync(path)

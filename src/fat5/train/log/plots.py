@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fat5.errors import DataError, FAT5Error
-from fat5.files import naming
+from fat5.files import whole_file
 from fat5.train.log.metrics import read_rows
 
 Axis = Literal["step", "tokens", "hours"]
@@ -170,13 +170,8 @@ def _mark(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label:
 def _save(figure: Any, target: Path, title: str) -> None:
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with naming(target):
-            figure.savefig(partial, format="png", dpi=110)
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(target) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _split(rows: Rows) -> tuple[Rows, Rows]:
