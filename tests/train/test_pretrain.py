@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
+from fat5.files import PICKLE_SUFFIXES
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train import RunDirectory, pretrain, read_rows
-from fat5.train.checkpoint.files import PICKLES
 from made_run import assert_same_run, last_checkpoint, rows_without_times, tiny
 
 SPLIT = 2e-5  # float32 sums in another order, over eight steps
@@ -83,7 +83,7 @@ def test_metrics_have_a_row_a_step(run):
 
 def test_no_pickle_is_written_and_the_drawing_is_a_picture(run):
     folder, _ = run
-    assert not [path for path in folder.rglob("*") if path.suffix in PICKLES]
+    assert not [path for path in folder.rglob("*") if path.suffix in PICKLE_SUFFIXES]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
     assert not (folder / "run.lock").exists()
