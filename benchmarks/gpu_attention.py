@@ -4,7 +4,7 @@ the fused operations (gpu_fused.py); the kernel tests.
     PYTHONPATH=src python3 benchmarks/gpu_attention.py --output_dir results [--seconds 530] [--sections tune,speed]
 
 Runs unattended: a section that fails says so and the next one goes on. What `tune` finds is used by the sections after
-it, and written to OUTPUT_DIR/launch_table.py. Sizes follow the papers: 16,384 tokens a call and heads * head_dim =
+it, and written to OUTPUT_DIR/launch_table.json. Sizes follow the papers: 16,384 tokens a call and heads * head_dim =
 2,048. TFLOP/s count 4 * Lq * Lk * D a head forward and 10 backward, half of that when causal.
 """
 
@@ -30,7 +30,7 @@ from fat5.bench.timing import seconds
 from fat5.bench.tuning import REACH, TOKENS, TYPE, WIDTH, Job, inputs, precompile, tune, write_table
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.triton.configuration import KERNELS, configuration
-from fat5.ops.attention.triton.launch_table import TUNED, Row
+from fat5.ops.attention.triton.launch_table import Row
 from fat5.ops.triton.launch import Launch, architecture, recording
 from gpu_measure import Results, Setup
 from gpu_plots import draw
@@ -139,9 +139,9 @@ def configurations(results: Results, deadline: float) -> None:
     try:
         print(tune(deadline, measured, partial(print, flush=True)))
     finally:
-        table = results.path.with_name("launch_table.py")
-        write_table(table, TUNED)
-        print(table.read_text().partition("TUNED")[2])
+        table = results.path.with_name("launch_table.json")
+        write_table(table)
+        print(table.read_text())
 
 
 def speed(results: Results, deadline: float) -> None:

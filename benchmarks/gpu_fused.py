@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fat5.bench.timing import seconds, stage_seconds
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.ops import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
+from fat5.ops import geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
@@ -121,7 +121,6 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
     weight = _normal(5000, width, dtype=torch.float32) * 0.05
     checks: list[tuple[str, list[Tensor], Callable, dict[str, Callable]]] = [
         ("rms_norm", [x, scale], _rms_norm_plain, _with_liger(_ours(rms_norm), "rms_norm")),
-        ("add_rms_norm", [x, y, scale], _add_rms_norm_plain, _with_liger(_ours(add_rms_norm), "add_rms_norm")),
         ("geglu", [4 * x, y], geglu_reference, _with_liger(_ours(geglu), "geglu")),
         (
             "linear_cross_entropy",
@@ -208,15 +207,12 @@ def _results(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def norms(results: Results, limits: Ceilings, deadline: float) -> None:
-    """RMSNorm of the residual stream, alone and with the addition before it."""
+    """RMSNorm of the residual stream."""
     for width, _ in WIDTHS:
         one = TOKENS * width * TYPE.itemsize
         inputs = partial(_tensors, (TOKENS, width), (width,))
         providers = _with_liger(_candidates(rms_norm), "rms_norm")
         _measure(results, Case(f"rms_norm d{width}", inputs, providers, 2 * one, 3 * one), limits, deadline)
-        inputs = partial(_tensors, (TOKENS, width), (TOKENS, width), (width,))
-        providers = _with_liger(_candidates(add_rms_norm), "add_rms_norm")
-        _measure(results, Case(f"add_rms_norm d{width}", inputs, providers, 4 * one, 4 * one), limits, deadline)
 
 
 def gated(results: Results, limits: Ceilings, deadline: float) -> None:
@@ -461,10 +457,6 @@ def _rms_norm_plain(x: Tensor, weight: Tensor) -> Tensor:
     return rms_norm_reference(x, weight, 1e-6)
 
 
-def _add_rms_norm_plain(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return x + update, rms_norm_reference(x + update, weight, 1e-6)
-
-
 def _candidates(call: Callable) -> dict[str, Callable]:
     return {"plain": _plain(call), "compiled": _plain(torch.compile(call, dynamic=False)), "triton": _ours(call)}
 
@@ -488,17 +480,12 @@ def _with_liger(
     """The providers, and Liger's of that name if it is installed."""
     found = providers if isinstance(providers, dict) else {"triton": providers}
     with suppress(ImportError):
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         from liger_kernel.ops.geglu import LigerGELUMulFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.rope import LigerRopeFunction
 
         whole_angles = [torch.cat([part, part], dim=-1)[None] for part in angles]
-
-        def added(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            normal, total = LigerFusedAddRMSNormFunction.apply(x, update, weight, 1e-6, 0.0, "gemma", False)
-            return total, normal
 
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
             arguments = (labels, None, None, -100, Z_LOSS, 0.0, "mean", None, False, torch.float32)
@@ -511,7 +498,6 @@ def _with_liger(
         # Casting "gemma" is all in float32, as T5's; in_place=False leaves the upstream gradient as it is.
         liger = {
             "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "gemma", False),
-            "add_rms_norm": added,
             "geglu": LigerGELUMulFunction.apply,
             "rotary": turned,
             "linear_cross_entropy": loss,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fat5.ops.attention.bias import RelativeBias
+from fat5.ops.attention.call import AttentionCall
+from fat5.ops.attention.op import attend
 from fat5.ops.attention.reference import attention_reference
 from fat5.ops.triton.launch import Launch
 
@@ -134,8 +136,18 @@ def gradients(
 
 def exact(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> Tensor:
     """The specification; float64 when its inputs are."""
-    del options["max_seqlen_q"], options["max_seqlen_k"]
-    return attention_reference(q, k, v, bias, **options)
+    return attention_reference(call_of(q, k, v, bias, **options))
+
+
+def by_triton(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> Tensor:
+    """The kernels."""
+    return attend(call_of(q, k, v, bias, **options), "triton")
+
+
+def call_of(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> AttentionCall:
+    """The call that `fat5.ops.attention` would make, with a seed of our own."""
+    vector = bias.vector if isinstance(bias, RelativeBias) else None
+    return AttentionCall(q, k, v, vector, bias if isinstance(bias, Tensor) else None, **options)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> Tensor:

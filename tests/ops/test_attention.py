@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from problems import Problem, assert_as_good_as_plain, make, packed_options
 
 from fat5.ops import RelativeBias, attention
-from fat5.ops.attention.cpu import host as cpu
+from fat5.ops.attention.call import AttentionCall
+from fat5.ops.attention.op import attention_forward, planned
 
 LAYOUTS = ["batched", "strided", "masked", "holes", "packed"]
 LENGTHS = [(1, 1), (5, 5), (63, 63), (65, 130), (127, 127), (513, 513), (1100, 40)]
@@ -205,14 +206,11 @@ def test_reference_gradcheck():
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 def test_opcheck(layout, bias):
     problem = make(7, 7, bias=bias, layout=layout, causal=True)
-    options = problem.options
     inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    arguments = (
-        *inputs, problem.vector, problem.dense, True, 0.5, 0.0, None, options.get("cu_seqlens_q"),
-        options.get("cu_seqlens_k"), 7, 7, None,
-    )  # fmt: skip
+    starts = [problem.options.get(f"cu_seqlens_{side}") for side in "qk"]
+    call = AttentionCall(*inputs, problem.vector, problem.dense, None, None, *starts, 7, 7, True, 0.5, 0.0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(cpu._attention, arguments, test_utils=checks)
+    torch.library.opcheck(attention_forward, ("cpu", *call, *planned(call, "cpu")), test_utils=checks)
 
 
 def test_compiles_without_graph_breaks():

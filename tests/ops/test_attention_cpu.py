@@ -77,9 +77,9 @@ of_this_processor = llvmlite.binding.get_host_cpu_features
 class Narrow:
     get, flatten = {FEATURES}.get, of_this_processor().flatten
 llvmlite.binding.get_host_cpu_features = Narrow
-from fat5.ops.attention import cpu_kernels
+from fat5.ops.attention.cpu import kernels
 llvmlite.binding.get_host_cpu_features = of_this_processor
-assert cpu_kernels.WIDTH == {WIDTH}
+assert kernels.WIDTH == {WIDTH}
 for head_dim in (8, 64, 80):
     for layout in ("packed", "holes"):
         assert_as_good_as_plain(make(127, 65, head_dim=head_dim, layout=layout, causal=True), "cpu")

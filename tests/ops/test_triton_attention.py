@@ -8,7 +8,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.ops.attention_cases import SMALL_TILES, Case, Inputs, alone, distance, draw, error, exact, gradients, plain
+from tests.ops.attention_cases import (
+    SMALL_TILES,
+    Case,
+    Inputs,
+    alone,
+    by_triton,
+    call_of,
+    distance,
+    draw,
+    error,
+    exact,
+    gradients,
+    plain,
+)
 
 pytest.importorskip("triton")
 
@@ -16,8 +29,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.dropout import keep_mask
+from fat5.ops.attention.op import attention_forward, planned
+from fat5.ops.attention.triton import backend, host
 from fat5.ops.attention.triton.configuration import overridden
-from fat5.ops.attention.triton.host import attention_forward, attention_triton, prepare, unsupported, work_lists
 from fat5.ops.triton.launch import Launch
 
 INTERPRETED = not torch.cuda.is_available()
@@ -102,7 +116,7 @@ def test_close_to_float64_at_length(case: Case, device: torch.device) -> None:
 
 def check(case: Case, device: torch.device) -> None:
     inputs = draw(case, device)
-    found = gradients(attention_triton, inputs)
+    found = gradients(by_triton, inputs)
     expected = gradients(exact, inputs, torch.float64)
     usual = gradients(plain, inputs, bias_dtype=case.dtype if case.bias != "relative" else None)
     for name, value in found.items():
@@ -115,9 +129,8 @@ def check(case: Case, device: torch.device) -> None:
 def test_log_sum_exp(device: torch.device) -> None:
     inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
     mask = inputs.options["key_padding_mask"]
-    prepared = prepare(inputs.q, inputs.k, inputs.bias, None, None, False, 1.0, False, False)
-    operands = (inputs.q, inputs.k, inputs.v, inputs.bias)
-    _, lse = attention_forward(*operands, None, mask, None, None, None, *prepared, False, 1.0, 0.0)
+    call = call_of(inputs.q, inputs.k, inputs.v, RelativeBias(inputs.bias), **inputs.options)
+    _, lse = backend.forward(call, backend.plan(call))
     scores = inputs.q.double() @ inputs.k.double().transpose(-1, -2) + RelativeBias(inputs.bias.double()).dense(40, 70)
     expected = scores.masked_fill(~mask[:, None, None], float("-inf")).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=2e-6, atol=2e-6)
@@ -135,12 +148,12 @@ def test_log_sum_exp(device: torch.device) -> None:
 )
 def test_packed_equals_one_by_one(case: Case, device: torch.device) -> None:
     inputs = draw(case, device)
-    packed = gradients(attention_triton, inputs)
+    packed = gradients(by_triton, inputs)
     bias_gradient = 0.0
     assert case.documents is not None
     for n, (query_length, key_length) in enumerate(case.documents):
         own_inputs, _ = alone(inputs, case, n)
-        own = gradients(attention_triton, own_inputs)
+        own = gradients(by_triton, own_inputs)
         start_q, start_k = (inputs.options[f"cu_seqlens_{side}"][n] for side in "qk")
         for name, start, length in (
             ("out", start_q, query_length),
@@ -158,14 +171,14 @@ def test_packed_equals_one_by_one(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=SLOW_WHEN_INTERPRETED), True])
 def test_bias_gradient_sums_to_zero(causal: bool, device: torch.device) -> None:
     inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", causal=causal, dropout_p=0.2), device)
-    gradient = gradients(attention_triton, inputs)["dbias"].double()
+    gradient = gradients(by_triton, inputs)["dbias"].double()
     # Each row of dS sums to zero, dropout or not.
     assert gradient.sum(1).abs().max() < 1e-5 * gradient.abs().sum(1).max()
 
 
 def test_unused_distances_get_exactly_no_gradient(device: torch.device) -> None:
     inputs = draw(Case(20, 20, bias="relative", reach=40), device)
-    gradient = gradients(attention_triton, inputs)["dbias"]
+    gradient = gradients(by_triton, inputs)["dbias"]
     assert (gradient[:, :21] == 0).all()
     assert (gradient[:, 60:] == 0).all()
     assert (gradient[:, 21:60] != 0).all()
@@ -182,16 +195,16 @@ def test_table_gradient_through_the_vector(device: torch.device) -> None:
         out.backward(inputs.grad_out.to(dtype))
         return leaf.grad
 
-    assert error(table_gradient(attention_triton, SINGLE), table_gradient(exact, torch.float64)) < 5e-6
+    assert error(table_gradient(by_triton, SINGLE), table_gradient(exact, torch.float64)) < 5e-6
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_padded_keys_may_hold_nan(device: torch.device) -> None:
     inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None].expand_as(inputs.k)
-    clean = gradients(attention_triton, inputs)
+    clean = gradients(by_triton, inputs)
     inputs.k, inputs.v = (x.masked_fill(hidden, float("nan")) for x in (inputs.k, inputs.v))
-    for name, value in gradients(attention_triton, inputs).items():
+    for name, value in gradients(by_triton, inputs).items():
         assert torch.equal(value, clean[name]), name
 
 
@@ -200,7 +213,7 @@ def test_rows_of_no_document_are_zero(device: torch.device) -> None:
     inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", tail=40), device)
     for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out):
         x[-40:] = float("nan")
-    found = gradients(attention_triton, inputs)
+    found = gradients(by_triton, inputs)
     for name in ("out", "dq", "dk", "dv"):
         assert (found[name][-40:] == 0).all(), name
     assert found["dbias"].isfinite().all()
@@ -211,7 +224,7 @@ def test_dense_minus_infinity_hides(device: torch.device) -> None:
     hidden = torch.rand(40, 50, device=device) > 0.5
     hidden[3] = True
     inputs.bias = inputs.bias.masked_fill(hidden, float("-inf"))
-    found = gradients(attention_triton, inputs)
+    found = gradients(by_triton, inputs)
     assert (found["out"][:, :, 3] == 0).all()
     assert all(value.isfinite().all() for value in found.values())
     assert (found["dbias"][0, 0][hidden] == 0).all()
@@ -220,9 +233,9 @@ def test_dense_minus_infinity_hides(device: torch.device) -> None:
 @pytest.mark.parametrize("runs", [2 if INTERPRETED else 100])
 def test_gradients_are_the_same_to_the_bit(runs: int, device: torch.device) -> None:
     inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", dtype=BRAIN), device)
-    first = gradients(attention_triton, inputs)
+    first = gradients(by_triton, inputs)
     for _ in range(runs - 1):
-        for name, value in gradients(attention_triton, inputs).items():
+        for name, value in gradients(by_triton, inputs).items():
             assert torch.equal(value, first[name]), name
 
 
@@ -242,7 +255,7 @@ def test_dropout_mask_is_the_specified_one_whatever_the_tiles(tiles: dict, devic
     one = torch.eye(length, head_dim, device=device).expand(1, heads, -1, -1).contiguous()
     options = draw(Case(length, length, dropout_p=0.4), device).options
     with overridden(**tiles):
-        found = gradients(attention_triton, Inputs(q, k, one, None, one, options))
+        found = gradients(by_triton, Inputs(q, k, one, None, one, options))
     kept = keep_mask(options["seed"], 0.4, 0, heads, range(length), range(length))
     assert torch.equal(found["out"][0, :, :, :length] != 0, kept)
     assert torch.equal(found["dv"][0, :, :, :length] != 0, kept.transpose(1, 2))
@@ -282,27 +295,14 @@ def test_any_documents(documents: list, tail: int, head_dim: int, bias: str, rea
 def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
     inputs = draw(case, device)
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.bias)]
-    vector, dense = (leaves[3], None) if case.bias == "relative" else (None, leaves[3])
-    o = inputs.options
-    arguments = (
-        *leaves[:3],
-        vector,
-        dense,
-        None,
-        o["seed"],
-        o["cu_seqlens_q"],
-        o["cu_seqlens_k"],
-        *prepare(
-            *leaves[:2], vector, o["cu_seqlens_q"], o["cu_seqlens_k"], o["causal"], o["scale"], True, case.dropout_p > 0
-        ),
-        o["causal"],
-        o["scale"],
-        o["dropout_p"],
-    )
-    torch.library.opcheck(attention_forward, arguments)
-    if o["cu_seqlens_q"] is not None:
-        starts, (rows, _, width) = o["cu_seqlens_q"], leaves[0].shape
-        torch.library.opcheck(work_lists, (starts, starts, rows, rows, width, leaves[0].dtype, o["causal"], True, True))
+    bias = RelativeBias(leaves[3]) if case.bias == "relative" else leaves[3]
+    call = call_of(*leaves[:3], bias, **inputs.options)
+    torch.library.opcheck(attention_forward, ("triton", *call, *planned(call, "triton")))
+    if call.packed:
+        starts, (rows, _, width) = call.cu_seqlens_q, call.q.shape
+        torch.library.opcheck(
+            host.work_lists, (starts, starts, rows, rows, width, call.q.dtype, call.causal, True, True)
+        )
 
 
 def test_compiles_without_a_graph_break(device: torch.device) -> None:
@@ -329,8 +329,8 @@ def test_compiles_without_a_graph_break(device: torch.device) -> None:
 
 def test_says_what_it_cannot_serve(device: torch.device) -> None:
     x = torch.zeros(1, 1, 4, 256, device=device)
-    assert "head dimensions" in str(unsupported(x, x, x, None))
-    assert "float64" in str(unsupported(x[..., :16].double(), x, x, None))
+    with pytest.raises(RuntimeError, match="float64"):
+        attention(*(x[..., :16].double() for _ in range(3)), backend="triton")
     with pytest.raises(RuntimeError, match="head dimensions 1 to 128, q has 256"):
         attention(x, x, x, backend="triton")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fat5.errors import ConfigurationError
-from fat5.ops import add_rms_norm, geglu, geglu_joined, linear_cross_entropy, rms_norm, rotary, use_kernels
+from fat5.ops import geglu, geglu_joined, linear_cross_entropy, rms_norm, rotary, use_kernels
 from fat5.ops.choice import COMPILED_ON_CUDA, uses_triton
 from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
@@ -60,11 +60,6 @@ def draw(*shape: int, dtype: torch.dtype = SINGLE, scale: float = 1.0) -> Tensor
     return (scale * torch.randn(shape)).to(HERE, dtype)
 
 
-def add_rms_norm_reference(hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = hidden + update
-    return total, rms_norm_reference(total, weight, eps)
-
-
 SHAPES = [(1, 1), (5, 33), (3, 4, 64), (17, 128), (2, 300), (0, 16), (2, 0, 8)]
 
 
@@ -74,14 +69,6 @@ SHAPES = [(1, 1), (5, 33), (3, 4, 64), (17, 128), (2, 300), (0, 16), (2, 0, 8)]
 def test_rms_norm(shape, dtype):
     inputs = [draw(*shape, dtype=dtype, scale=3.0), draw(shape[-1], dtype=dtype)]
     assert_as_good(partial(rms_norm, eps=1e-6), partial(rms_norm_reference, eps=1e-6), inputs)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtypes", [(SINGLE, SINGLE), (BRAIN, BRAIN), (HALF, HALF), (SINGLE, BRAIN)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm(shape, dtypes):
-    inputs = [draw(*shape, dtype=dtype) for dtype in dtypes] + [draw(shape[-1])]
-    assert_as_good(partial(add_rms_norm, eps=1e-6), partial(add_rms_norm_reference, eps=1e-6), inputs, outputs=2)
 
 
 def test_rms_norm_of_wide_and_narrow_weights():
@@ -122,7 +109,7 @@ def test_geglu_far_out():
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "geglu_joined"])
+@pytest.mark.parametrize("operation", ["rms_norm", "geglu", "geglu_joined"])
 @pytest.mark.parametrize("layout", ["every other column", "columns first", "part of a row", "expanded"])
 def test_strided_inputs(operation, layout):
     def view(columns: int = 24) -> Tensor:
@@ -138,12 +125,9 @@ def test_strided_inputs(operation, layout):
         fast, plain, inputs = geglu, geglu_reference, [view(), view()]
     elif operation == "geglu_joined":
         fast, plain, inputs = geglu_joined, lambda x: geglu_reference(*x.chunk(2, dim=-1)), [view()]
-    elif operation == "rms_norm":
+    else:
         fast, plain = partial(rms_norm, eps=1e-6), partial(rms_norm_reference, eps=1e-6)
         inputs = [view(), draw(24)]
-    else:
-        fast, plain = partial(add_rms_norm, eps=1e-6), partial(add_rms_norm_reference, eps=1e-6)
-        inputs = [view(), view(), draw(24)]
 
     def strided(call: Callable) -> Callable:
         # Leaves are made contiguous by `gradients`; the op is to see the view's strides.
@@ -153,7 +137,7 @@ def test_strided_inputs(operation, layout):
         return lambda *xs: call(*(x if x.dim() == 1 else torch.as_strided(_laid_out(x, w), w.shape, w.stride())
                                   for x, w in zip(xs, wide)))  # fmt: skip
 
-    assert_as_good(strided(fast), strided(plain), inputs, outputs=2 if operation == "add_rms_norm" else 1)
+    assert_as_good(strided(fast), strided(plain), inputs)
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -295,23 +279,21 @@ def test_any_shape(rows, width, dtype):
 
 def test_registered_as_torch_expects():
     from fat5.ops.triton.geglu import geglu_forward, geglu_joined_forward
-    from fat5.ops.triton.rms_norm import add_rms_norm_forward, rms_norm_forward
+    from fat5.ops.triton.rms_norm import rms_norm_forward
     from fat5.ops.triton.rotary import rotary_forward
 
     x, weight = (draw(*shape).requires_grad_() for shape in ((5, 8), (8,)))
     torch.library.opcheck(rms_norm_forward, (x, weight, 1e-6))
-    torch.library.opcheck(add_rms_norm_forward, (x, x.detach().requires_grad_(), weight, 1e-6))
     torch.library.opcheck(geglu_forward, (x, x.detach().requires_grad_()))
     torch.library.opcheck(geglu_joined_forward, (x,))
     torch.library.opcheck(rotary_forward, (draw(5, 2, 9).requires_grad_(), *angles(5, 4), False))
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "geglu", "rotary", "linear_cross_entropy"])
+@pytest.mark.parametrize("operation", ["rms_norm", "geglu", "rotary", "linear_cross_entropy"])
 def test_compiles_without_a_graph_break(operation):
     labels, turned = torch.tensor([3, -100, 1, 0], device=HERE), angles(4, 2)
     calls = {
         "rms_norm": lambda x, w: rms_norm(2 * x, w[0]) + 1,
-        "add_rms_norm": lambda x, w: add_rms_norm(2 * x, x, w[0]),
         "geglu": lambda x, w: geglu(2 * x, x * w[0]) + 1,
         "rotary": lambda x, w: rotary((2 * x).view(4, 2, 4), *turned) * w[0].view(2, 4),
         "linear_cross_entropy": lambda x, w: linear_cross_entropy(2 * x, w, labels),

@@ -7,8 +7,10 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from fat5.ops.attention.call import AttentionCall
+from fat5.ops.attention.triton import backend
 from fat5.ops.attention.triton.configuration import assumed_architecture
-from fat5.ops.attention.triton.host import BAND_PROGRAMS, attention_backward, attention_forward, prepare
+from fat5.ops.attention.triton.host import BAND_PROGRAMS
 from fat5.ops.triton.launch import recording
 
 HEADS, HEAD_DIM, REACH = 12, 64, 91
@@ -39,12 +41,13 @@ def allocated(length: int) -> int:
     q, k, v, grad_out = (torch.empty(length, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(4))
     vector, starts = torch.zeros(HEADS, 2 * REACH + 1), torch.tensor([0, length], dtype=torch.int32)
     given = [q, k, v, grad_out, vector, starts]
-    inputs = (q, k, v, vector, None, None, None, starts, starts)
+    call = AttentionCall(
+        q.requires_grad_(), k, v, vector, None, None, None, starts, starts, length, length, False, 1.0, 0.0
+    )
     with assumed_architecture(90), recording(), Allocations() as allocations:
-        padded, forward, *lists = prepare(q, k, vector, starts, starts, False, 1.0, True, False)
-        # The operators' own functions: a dispatch mode sees inside of those only.
-        out, lse = attention_forward._init_fn(*inputs, padded, forward, *lists, False, 1.0, 0.0)
-        attention_backward._init_fn(grad_out, *inputs, padded, *lists, out, lse, False, 1.0, 0.0, True)
+        plan = backend.plan(call)
+        out, lse = backend.forward(call, plan)
+        backend.backward(call, plan, grad_out, out, lse, True)
     return allocations.bytes(given)
 
 

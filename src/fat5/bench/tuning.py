@@ -1,9 +1,10 @@
-"""Measures every candidate configuration of the attention kernels on this GPU, and writes the best into
-launch_table.py."""
+"""Measures every candidate configuration of the attention kernels on this GPU, and keeps the best in the user's launch
+table."""
 
+import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,15 @@ from fat5.files import write_atomically
 from fat5.machine import available_cores
 from fat5.ops.attention.api import attention
 from fat5.ops.attention.bias import RelativeBias
-from fat5.ops.attention.triton import launch_table
-from fat5.ops.attention.triton.configuration import assumed_architecture, configuration, overridden
-from fat5.ops.attention.triton.launch_table import Row
+from fat5.ops.attention.triton.configuration import (
+    KEY,
+    ROW,
+    assumed_architecture,
+    configuration,
+    overridden,
+    tuned,
+)
+from fat5.ops.attention.triton.launch_table import TUNED, Row
 from fat5.ops.triton.launch import Launch, architecture, recording
 
 TOKENS, WIDTH, REACH = 16384, 2048, 91
@@ -67,7 +74,7 @@ def tune(deadline: float, measured: Measured | None = None, note: Callable[[str]
             continue
         fastest = [min(column) for column in zip(*times.values())]
         order = sorted(times, key=lambda row: sum(t / f for t, f in zip(times[row], fastest)))
-        launch_table.TUNED[(kernel, arch, width, TYPE.itemsize)] = order[0]
+        tuned()[(kernel, arch, width, TYPE.itemsize)] = order[0]
         counts["tuned"] += 1
         shown = ", ".join(
             f"{_name(row)}{'*' if row == before else ''} {'/'.join(f'{t * 1e6:.0f}' for t in times[row])}"
@@ -173,11 +180,11 @@ def inputs(width: int, length: int, key_length: int | None = None) -> tuple[torc
     return q, k, v, vector, grad_out.detach()
 
 
-def write_table(path: Path, tuned: Mapping[tuple[str, int, int, int], Row]) -> None:
-    """Rewrites the TUNED of a launch_table.py; what stands before it stays."""
-    head, marker, _ = Path(launch_table.__file__).read_text().partition("TUNED: ")
-    rows = "".join(f"    {key!r}: {row!r},\n".replace("'", '"') for key, row in sorted(tuned.items()))
-    write_atomically(path, f"{head}{marker}dict[tuple[str, int, int, int], Row] = {{\n{rows}}}\n")
+def write_table(path: Path) -> None:
+    """Writes the rows in use that are not the shipped ones, as `configuration.read_table` reads them."""
+    rows = [dict(zip(KEY + ROW, key + row)) for key, row in sorted(tuned().items()) if TUNED.get(key) != row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def _name(row: tuple[int, ...]) -> str:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fat5.errors import ConfigurationError
+from fat5.files import naming
 
 
 def bench(
@@ -23,7 +24,8 @@ def bench(
     Args:
         what: `kernels`.
         static: compile every shipped configuration (no GPU needed); exit code 1 where one spills or does not fit.
-        autotune: measure every candidate on this GPU and rewrite the launch table of the installed package.
+        autotune: measure every candidate on this GPU and keep the best in the launch table of your cache folder
+            ($FAT5_CACHE, else ~/.cache/fat5), which later runs read.
         architectures: for static: 10 * major + minor of the compute capabilities; all known ones when left out.
         quick: for static: attention with a learned bias in bfloat16, and the fused kernels at the sizes of base.
         workers: for static: processes; one a core when 0.
@@ -85,8 +87,6 @@ def _line(row: Any) -> str:
 
 
 def _autotune(seconds: float) -> int:
-    from pathlib import Path
-
     import torch
 
     if not torch.cuda.is_available():
@@ -94,17 +94,19 @@ def _autotune(seconds: float) -> int:
             "tuning measures on a GPU, and PyTorch sees none here", hint="`fat5 bench kernels --static` needs none"
         )
     from fat5.bench.tuning import tune, write_table
-    from fat5.ops.attention.triton import launch_table
+    from fat5.ops.attention.triton.configuration import user_table
 
-    if not os.access(Path(launch_table.__file__).parent, os.W_OK):
+    table = user_table()
+    # Asked before the minutes of measuring.
+    with naming(table):
+        table.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(table.parent, os.W_OK):
         raise ConfigurationError(
-            "tuned rows are written here, which is not permitted",
-            where=launch_table.__file__,
-            hint="Tune in a checkout, or in an environment of your own",
+            "the tuned rows cannot be written here", where=str(table), hint="Set FAT5_CACHE to a folder of yours"
         )
     counts = tune(time.perf_counter() + seconds, note=print)
-    write_table(Path(launch_table.__file__), launch_table.TUNED)
-    print(f"{counts['tuned']} rows measured, {counts['left']} left as they were; wrote {launch_table.__file__}")
+    write_table(table)
+    print(f"{counts['tuned']} rows measured, {counts['left']} left as they were; wrote {table}")
     return 0
 
 

@@ -8,13 +8,12 @@ from fat5.ops.embedding import embedding
 from fat5.ops.geglu import geglu, geglu_joined
 from fat5.ops.linear import is_hooked, is_plain, linear
 from fat5.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
-from fat5.ops.rms_norm import add_rms_norm, rms_norm
+from fat5.ops.rms_norm import rms_norm
 from fat5.ops.rotary import rotary
 
 __all__ = [
     "BACKENDS",
     "RelativeBias",
-    "add_rms_norm",
     "attention",
     "attention_weights",
     "embedding",

@@ -20,7 +20,6 @@ from fat5.errors import ConfigurationError
 # win: docs/decisions/0060-one-switch-for-fused-kernels.md.
 COMPILED_ON_CUDA = {
     "rms_norm": "plain",
-    "add_rms_norm": "plain",
     "geglu": "plain",
     "geglu_joined": "triton",
     "rotary": "plain",

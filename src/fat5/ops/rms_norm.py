@@ -27,7 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         Of x's shape and dtype; statistics and products are in float32 at least.
     """
-    _check(x, weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if is_recorded():
         return rms_norm_reference(x, weight, eps)
     if uses_triton("rms_norm", x, weight):
@@ -36,31 +37,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         if triton_rms_norm.serves(x):
             return triton_rms_norm.rms_norm_forward(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
-
-
-def add_rms_norm(hidden: Tensor, update: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """A residual addition and the RMSNorm after it: (hidden + update, rms_norm(hidden + update, weight, eps)).
-
-    Args:
-        hidden: (..., d) floating point, the residual stream.
-        update: of hidden's shape; the sum has the promoted dtype, and is rounded to it before it is normalised.
-        weight: (d,). eps: added to the mean square.
-    """
-    _check(hidden, weight)
-    if update.shape != hidden.shape:
-        raise ValueError(f"update: expected the shape of hidden, {tuple(hidden.shape)}, got {tuple(update.shape)}")
-    if uses_triton("add_rms_norm", hidden, update, weight):
-        from fat5.ops.triton import rms_norm as triton_rms_norm
-
-        if triton_rms_norm.serves(hidden):
-            return triton_rms_norm.add_rms_norm_forward(hidden, update, weight, eps)[:2]
-    total = hidden + update
-    return total, _RMSNorm.apply(total, weight, eps)
-
-
-def _check(x: Tensor, weight: Tensor) -> None:
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
 
 
 class _RMSNorm(torch.autograd.Function):

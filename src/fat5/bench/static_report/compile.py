@@ -65,7 +65,7 @@ def compile_for(arch: int, recorded: Recorded) -> Any:
     before = driver._active if hasattr(driver, "_active") else None
     driver.set_active(_AheadOfTime(arch))
     try:
-        return recorded.kernel.warmup(*recorded.arguments, grid=recorded.grid, **recorded.options())
+        return recorded.kernel.warmup(**recorded.arguments, grid=recorded.grid, **recorded.options())
     finally:
         if before is not None:
             driver.set_active(before)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fat5.ops.attention.call import AttentionCall
+from fat5.ops.attention.triton import backend as triton_attention
 from fat5.ops.attention.triton.configuration import overridden
-from fat5.ops.attention.triton.host import attention_backward, attention_forward, prepare
 from fat5.ops.triton import adamw_scale as triton_adamw_scale
 from fat5.ops.triton import cross_entropy as triton_cross_entropy
 from fat5.ops.triton import geglu as triton_geglu
@@ -69,37 +70,36 @@ def launches(problem: Problem | FusedProblem, **launch: Launch) -> list[Recorded
 
 def _attend(problem: Problem) -> None:
     heads, length = 16, 256
-    if problem.packed:
-        q, k, v = (torch.zeros(2 * length, heads, problem.head_dim, dtype=problem.dtype) for _ in range(3))
-        starts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-    else:
-        q, k, v = (
-            torch.zeros(2, length, heads, problem.head_dim, dtype=problem.dtype).transpose(1, 2) for _ in range(3)
-        )
-        starts = None
-    vector = torch.zeros(heads, 2 * REACH + 1) if problem.bias == "relative" else None
-    dense = torch.zeros(1, heads, length, length, dtype=problem.dtype) if problem.bias == "dense" else None
-    mask = torch.ones(2, length, dtype=torch.bool) if problem.key_mask else None
-    seed = torch.zeros(1, dtype=torch.int64) if problem.dropout_p else None
-    inputs = (q, k, v, vector, dense, mask, seed, starts, starts)
-    options = (problem.causal, 1.0, problem.dropout_p)
-    dropout = problem.dropout_p > 0.0
-    padded, forward, *lists = prepare(q, k, vector, starts, starts, problem.causal, 1.0, True, dropout)
-    out, lse = attention_forward(*inputs, padded, forward, *lists, *options)
-    grad_out = torch.zeros_like(out)
-    attention_backward(grad_out, *inputs, padded, *lists, out, lse, *options, problem.bias != "none")
+    shape = (2 * length, heads, problem.head_dim) if problem.packed else (2, length, heads, problem.head_dim)
+    q, k, v = (torch.zeros(shape, dtype=problem.dtype).requires_grad_() for _ in range(3))
+    if not problem.packed:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    starts = torch.tensor([0, length, 2 * length], dtype=torch.int32) if problem.packed else None
+    call = AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        vector=torch.zeros(heads, 2 * REACH + 1) if problem.bias == "relative" else None,
+        dense=torch.zeros(1, heads, length, length, dtype=problem.dtype) if problem.bias == "dense" else None,
+        key_padding_mask=torch.ones(2, length, dtype=torch.bool) if problem.key_mask else None,
+        seed=torch.zeros(1, dtype=torch.int64) if problem.dropout_p else None,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        causal=problem.causal,
+        scale=1.0,
+        dropout_p=problem.dropout_p,
+    )
+    plan = triton_attention.plan(call)
+    out, lse = triton_attention.forward(call, plan)
+    triton_attention.backward(call, plan, torch.zeros_like(out), out, lse, problem.bias != "none")
 
 
 def _rms_norm(width: int, dtype: torch.dtype) -> None:
     x, weight = _zeros((ROWS, width), (width,), dtype=dtype)
     _, inverse = triton_rms_norm.rms_norm_forward(x, weight, 1e-6)
-    triton_rms_norm.rms_norm_backward(x, None, x, weight, inverse)
-
-
-def _add_rms_norm(width: int, dtype: torch.dtype) -> None:
-    x, weight = _zeros((ROWS, width), (width,), dtype=dtype)
-    _, _, inverse = triton_rms_norm.add_rms_norm_forward(x, x, weight, 1e-6)
-    triton_rms_norm.rms_norm_backward(x, x, x, weight, inverse)
+    triton_rms_norm.rms_norm_backward(x, x, weight, inverse)
 
 
 def _geglu(width: int, dtype: torch.dtype) -> None:
@@ -142,7 +142,6 @@ def _zeros(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 FUSED = {
     "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
     "geglu": _geglu,
     "geglu_joined": _geglu_joined,
     "rotary": _rotary,

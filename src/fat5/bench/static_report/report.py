@@ -50,8 +50,6 @@ TENSORS = {"forward": 4, "query_gradient": 6, "key_gradient": 6, "band": 4, "den
 ELEMENTWISE = {
     ("rms_norm", "rms_norm_forward"): (4, 2),
     ("rms_norm", "rms_norm_backward"): (9, 3),
-    ("add_rms_norm", "rms_norm_forward"): (5, 4),
-    ("add_rms_norm", "rms_norm_backward"): (10, 4),
     ("geglu", "geglu_forward"): (13, 3),
     ("geglu", "geglu_backward"): (22, 5),
     ("geglu_joined", "geglu_forward"): (13, 3),
@@ -169,7 +167,6 @@ def shipped(quick: bool = False) -> list[Problem | FusedProblem]:
 # Base, then small and large, then what strains a kernel: the longest row, a vocabulary not a multiple of 16.
 WIDTHS = {
     "rms_norm": (768, 512, 1024, 2048, 4096, 8192),
-    "add_rms_norm": (768, 512, 1024, 2048, 4096, 8192),
     "geglu": (2048, 1000),
     "geglu_joined": (2048, 1000),
     "rotary": (64, 128),

@@ -1,8 +1,8 @@
 """Attention with a learned relative bias: one public function, several backends that must agree.
 
-reference.py is the specification, cpu.py the linear-memory CPU path, triton_*.py the GPU kernels, crosscheck.py runs
-the
-same problem through PyTorch's own SDPA and FlexAttention; api.py validates and chooses.
+reference.py is the specification; cpu/ is the CPU path in linear memory, triton/ holds the GPU kernels; crosscheck.py
+runs the same call through PyTorch's own SDPA and FlexAttention. api.py validates a call (call.py) and chooses;
+op.py registers the operators.
 """
 
 from fat5.ops.attention.api import BACKENDS, attention

@@ -1,13 +1,5 @@
-"""The public attention function: it validates its arguments, chooses a backend, and hands over.
+"""The public attention function: it validates its arguments, chooses a backend, and hands over one `AttentionCall`."""
 
-A backend is a function `(q, k, v, bias, *, causal, scale, dropout_p, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-max_seqlen_k, key_padding_mask) -> out` over validated arguments. The Triton backend lives in
-`fat5.ops.attention.triton.host` (`attention_triton` of that signature, and `unsupported` of the same one, which
-returns None or the reason why it cannot serve).
-"""
-
-from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import pairwise
 from numbers import Real
 
@@ -15,14 +7,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from fat5.ops.attention import op
 from fat5.ops.attention.bias import RelativeBias
-from fat5.ops.attention.cpu.host import attention_cpu
+from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.crosscheck import attention_flex, attention_sdpa
 from fat5.ops.attention.dropout import draw_seed
 from fat5.ops.attention.reference import attention_reference
 
-_TRITON_INSTALLED = find_spec("triton") is not None
-BACKENDS = ("auto", "reference", "cpu", "triton", "sdpa", "flex")
+PLAIN = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}
+"""Backends in plain PyTorch, differentiated by autograd; the others are registered in op.py."""
+BACKENDS = ("auto", *op.BACKENDS, *PLAIN)
+PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton",)}
+"""The backends that "auto" tries on a device, the best first; the reference serves what they cannot."""
 
 
 def attention(
@@ -91,73 +87,47 @@ def attention(
     else:
         max_seqlen_q, max_seqlen_k = q.shape[2], k.shape[2]
         _check_key_padding_mask(key_padding_mask, k)
-    bias = _check_bias(
-        bias, q, packed, 1 if cu_seqlens_q is None else len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
-    )
-    arguments = dict(
-        causal=causal,
-        scale=float(scale),
-        dropout_p=float(dropout_p),
+    documents = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    bias = _check_bias(bias, q, packed, (documents, q.shape[1], max_seqlen_q, max_seqlen_k))
+    call = AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        vector=bias.vector if isinstance(bias, RelativeBias) else None,
+        dense=bias if isinstance(bias, Tensor) else None,
+        key_padding_mask=key_padding_mask,
         seed=draw_seed(q.device) if dropout_p > 0.0 else None,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        key_padding_mask=key_padding_mask,
+        causal=causal,
+        scale=float(scale),
+        dropout_p=float(dropout_p),
     )
-    serve = _choose(backend, q, k, v, bias, arguments)
+    chosen = _choose(call, backend)
     if q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
-        return serve(q, k, v, bias, **arguments)
+        return _serve(call, chosen)
     # Autocast would round what a backend in plain PyTorch keeps in float32.
     with torch.autocast(q.device.type, enabled=False):
-        return serve(q, k, v, bias, **arguments)
+        return _serve(call, chosen)
 
 
-def _choose(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, arguments: dict
-) -> Callable[..., Tensor]:
+def _choose(call: AttentionCall, backend: str) -> str:
+    """The name of the backend that serves the call."""
     if backend == "auto":
-        if q.device.type in ("cpu", "meta"):  # of meta tensors it tells the shapes
-            backend = "cpu" if q.dtype != torch.float64 else "reference"
-        elif q.is_cuda and triton_available():
-            backend = "triton" if _triton().unsupported(q, k, v, bias, **arguments) is None else "reference"
-        else:
-            backend = "reference"
-    elif backend == "cpu":
-        if q.device.type != "cpu":
-            raise RuntimeError(f"backend='cpu' serves tensors on the CPU, q is on {q.device}")
-        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise RuntimeError(
-                f"backend='cpu' serves float32, bfloat16 and float16, q is {q.dtype}; use backend='reference'"
-            )
-    elif backend == "triton":
-        if not triton_available():
-            raise RuntimeError(
-                "backend='triton' needs the triton package, which is not installed: pip install 'fat5[gpu]'"
-            )
-        reason = _triton().unsupported(q, k, v, bias, **arguments)
-        if reason is not None:
-            raise RuntimeError(f"backend='triton' cannot serve this call: {reason}")
-    if backend == "triton":
-        return _triton().attention_triton
-    return {"reference": _reference, "cpu": attention_cpu, "sdpa": attention_sdpa, "flex": attention_flex}[backend]
+        for name in PREFERRED.get(call.q.device.type, ()):
+            if op.BACKENDS[name].unsupported(call) is None:
+                return name
+        return "reference"
+    reason = op.BACKENDS[backend].unsupported(call) if backend in op.BACKENDS else None
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
+    return backend
 
 
-def triton_available() -> bool:
-    """Whether the triton package is installed."""
-    return _TRITON_INSTALLED
-
-
-def _triton():  # type: ignore[no-untyped-def]
-    # A statement and not import_module: this one torch.compile can trace.
-    from fat5.ops.attention.triton import host as triton_attention
-
-    return triton_attention
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    del arguments["max_seqlen_q"], arguments["max_seqlen_k"]
-    return attention_reference(q, k, v, bias, **arguments)
+def _serve(call: AttentionCall, backend: str) -> Tensor:
+    return op.attend(call, backend) if backend in op.BACKENDS else PLAIN[backend](call)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -224,7 +194,7 @@ def _check_key_padding_mask(mask: Tensor | None, k: Tensor) -> None:
 
 
 def _check_bias(
-    bias: RelativeBias | Tensor | None, q: Tensor, packed: bool, documents: int, query_length: int, key_length: int
+    bias: RelativeBias | Tensor | None, q: Tensor, packed: bool, wanted: tuple[int, int, int, int]
 ) -> RelativeBias | Tensor | None:
     """The bias as given, a dense one with its missing leading dimensions added."""
     if bias is None:
@@ -238,7 +208,6 @@ def _check_bias(
         return bias
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise TypeError("bias: expected None, a RelativeBias or a floating-point tensor")
-    wanted = (documents if packed else q.shape[0], heads, query_length, key_length)
     if bias.dim() > 4:
         raise ValueError(f"bias: expected a shape that broadcasts to {wanted}, got {tuple(bias.shape)}")
     if bias.device != q.device:

@@ -169,18 +169,26 @@ def adamw_scale_(
     partial, rates = (torch.empty(n, dtype=torch.float32, device=device) for n in (chunks, len(weights)))
     common = {"CHUNK": CHUNK, "BLOCK": LAUNCH.block_n, "ALIGNED": all(p % 16 == 0 for p in pointers)}
     types = [_TYPES[x.dtype] for x in (weights[0], grads[0], exp_avgs[0])]
-    table = (addresses, sizes, firsts, owners)
-    run(square_sum_kernel, chunks, (*table, partial), {"W": types[0]} | common, LAUNCH)
-    run(rate_kernel, len(weights), (partial, firsts, sizes, factors, rates, min_scale), {"SUMS": SUMS},
-        Launch(1, SUMS, 4, 1))  # fmt: skip
+    table = {"Addresses": addresses, "Sizes": sizes, "Firsts": firsts, "Owners": owners}
+    run(square_sum_kernel, chunks, table | {"Partial": partial}, {"W": types[0]} | common, LAUNCH)
+    run(
+        rate_kernel,
+        len(weights),
+        {"Partial": partial, "Firsts": firsts, "Sizes": sizes, "Factors": factors, "Rates": rates}
+        | {"min_scale": min_scale},
+        {"SUMS": SUMS},
+        Launch(1, SUMS, 4, 1),
+    )
     run(
         adamw_scale_kernel,
         chunks,
-        (*table, rates, roots, rates if found_inf is None else found_inf, len(weights), eps, lr * weight_decay,
-         1 - beta1, beta2, 1 - beta2),
+        table
+        | {"Rates": rates, "Roots": roots, "FoundInf": rates if found_inf is None else found_inf}
+        | {"tensors": len(weights), "eps": eps, "decay": lr * weight_decay}
+        | {"beta1_rest": 1 - beta1, "beta2": beta2, "beta2_rest": 1 - beta2},
         dict(zip("WGM", types)) | {"KAHAN": bool(compensations), "SKIPS": found_inf is not None} | common,
         LAUNCH,
-    )  # fmt: skip
+    )
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

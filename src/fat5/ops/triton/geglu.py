@@ -1,5 +1,7 @@
 """Gated GELU in Triton: one pass forward, one backward, nothing kept but the inputs (specification: geglu.py)."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -118,23 +120,29 @@ def _(grad_out, joined):  # type: ignore[no-untyped-def]
 
 
 def _forward(gates: Tensor, ups: Tensor, out: Tensor) -> None:
-    programs, sizes = _grid(gates)
-    run(geglu_forward_kernel, programs, (gates, ups, out, gates.stride(0), ups.stride(0), *sizes), _constants(), LAUNCH)
+    arguments = {"Gate": gates, "Up": ups, "Out": out, "gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
+    _run(geglu_forward_kernel, gates, arguments)
 
 
 def _backward_rows(grads: Tensor, gates: Tensor, ups: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     """All as rows of one width, the results too or dense."""
     grads = grads if grads.stride(-1) == 1 else grads.contiguous()
-    programs, sizes = _grid(gates)
-    results = (x.stride(0) if x.shape == gates.shape else gates.shape[1] for x in (grad_gate, grad_up))
-    strides = (*(x.stride(0) for x in (grads, gates, ups)), *results)
-    run(
-        geglu_backward_kernel, programs, (grads, gates, ups, grad_gate, grad_up, *strides, *sizes), _constants(), LAUNCH
+    grad_gate_stride, grad_up_stride = (
+        x.stride(0) if x.shape == gates.shape else gates.shape[1] for x in (grad_gate, grad_up)
+    )
+    _run(
+        geglu_backward_kernel,
+        gates,
+        {"GradOut": grads, "Gate": gates, "Up": ups, "GradGate": grad_gate, "GradUp": grad_up}
+        | {"grad_stride": grads.stride(0), "gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
+        | {"grad_gate_stride": grad_gate_stride, "grad_up_stride": grad_up_stride},
     )
 
 
-def _constants() -> dict[str, int]:
-    return {"BLOCK": LAUNCH.block_n}
+def _run(kernel: Any, rows: Tensor, arguments: dict[str, Any]) -> None:
+    blocks = triton.cdiv(rows.shape[1], LAUNCH.block_n)
+    sizes = {"columns": rows.shape[1], "blocks": blocks}
+    run(kernel, rows.shape[0] * blocks, arguments | sizes, {"BLOCK": LAUNCH.block_n}, LAUNCH)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -148,11 +156,6 @@ def _long_rows(x: Tensor) -> Tensor:
     """(rows, columns) with unit stride along columns."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _grid(rows: Tensor) -> tuple[int, tuple[int, int]]:
-    blocks = triton.cdiv(rows.shape[1], LAUNCH.block_n)
-    return rows.shape[0] * blocks, (rows.shape[1], blocks)
 
 
 def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple
+    arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     launch: Launch | None
 
@@ -36,7 +36,7 @@ class Recorded(NamedTuple):
 
     def run(self) -> None:
         """Launches the kernel (again)."""
-        self.kernel[self.grid](*self.arguments, **self.options())
+        self.kernel[self.grid](**self.arguments, **self.options())
 
 
 _recorder: list[Recorded] | None = None
@@ -55,11 +55,11 @@ def architecture(device: torch.device) -> int:
 def run(
     kernel: Any,
     programs: int | tuple[int, ...],
-    arguments: tuple,
+    arguments: Mapping[str, Any],
     constants: Mapping[str, Any],
     launch: Launch | None = None,
 ) -> None:
-    """Launches a kernel over a grid; every kernel of this folder starts here, so that one hook sees them all."""
+    """Launches a kernel over a grid. `arguments` and `constants` (compile-time) go by the names of its parameters."""
     grid = (programs,) if isinstance(programs, int) else programs
     if 0 in grid:
         return

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, with or without a residual addition before it; the specification is in rms_norm.py.
+"""RMSNorm in Triton; the specification is in ops/rms_norm.py.
 
 A program of the forward kernel owns BLOCK_M rows; one of the backward kernel walks tiles of rows and keeps its share of
 the weight's gradient in registers. The shares are summed in a fixed order: no atomics, the same bits at every run.
@@ -22,35 +22,29 @@ PROGRAMS_A_PROCESSOR, PROGRAMS_INTERPRETED = 4, 3
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def rms_norm_forward_kernel(
-    X, Update, Weight, Sum, Out, Inverse, x_stride, update_stride, rows, eps,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr,
+    X, Weight, Out, Inverse, x_stride, rows, eps,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Out = x / rms(x) * weight with x = X, or Sum = X + Update rounded to its dtype; Inverse = 1 / rms(x)."""
+    """Out = X / rms(X) * weight; Inverse = 1 / rms(X)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     # 64 bits: rows * WIDTH may pass 2^31.
     wide = tl.cast(row, tl.int64)[:, None]
-    dense = wide * WIDTH + column[None, :]
     x = tl.load(X + wide * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(Update + wide * update_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        rounded = round_to(x, Sum.dtype.element_ty)
-        tl.store(Sum + dense, rounded, mask=mask)
-        x = rounded.to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / WIDTH + eps)
     weight = tl.load(Weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     out = x * inverse[:, None] * weight[None, :]
-    tl.store(Out + dense, round_to(out, Out.dtype.element_ty), mask=mask)
+    tl.store(Out + wide * WIDTH + column[None, :], round_to(out, Out.dtype.element_ty), mask=mask)
     tl.store(Inverse + row, inverse, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
-    GradOut, X, Weight, Inverse, GradSum, GradX, Partial, grad_stride, x_stride, sum_stride, rows,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr,
+    GradOut, X, Weight, Inverse, GradX, Partial, grad_stride, x_stride, rows,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """GradX = i g w - x i^3 sum(g w x) / d (+ GradSum), Partial[program] = sum of g x i over its rows."""
+    """GradX = i g w - x i^3 sum(g w x) / d, Partial[program] = sum of g x i over its rows."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
     weight = tl.load(Weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -67,8 +61,6 @@ def rms_norm_backward_kernel(
         scaled = grad * weight[None, :]
         along = tl.sum(scaled * normal, 1)[:, None] / WIDTH
         result = inverse * (scaled - normal * along)
-        if ADD:
-            result += tl.load(GradSum + wide * sum_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(GradX + wide * WIDTH + column[None, :], round_to(result, GradX.dtype.element_ty), mask=mask)
     tl.store(Partial + program * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
@@ -81,72 +73,47 @@ def serves(x: Tensor) -> bool:
 @torch.library.custom_op("fat5::triton_rms_norm", mutates_args=())
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows, of x's shape and dtype, and 1 / rms of each (rows,) float32."""
-    out, inverse, _ = _forward(x, None, weight, eps)
+    rows, out = _rows(x), _dense_like(x)
+    inverse = x.new_empty(rows.shape[0], dtype=torch.float32)
+    launch = _launch(x.shape[-1], FORWARD_TILE)
+    run(
+        rms_norm_forward_kernel,
+        triton.cdiv(rows.shape[0], launch.block_m),
+        {"X": rows, "Weight": weight.contiguous(), "Out": out, "Inverse": inverse}
+        | {"x_stride": rows.stride(0), "rows": rows.shape[0], "eps": eps},
+        _constants(x, launch),
+        launch,
+    )
     return out, inverse
 
 
 @rms_norm_forward.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
-    return _dense_like(x, x.dtype), x.new_empty(_row_count(x), dtype=torch.float32)
-
-
-@torch.library.custom_op("fat5::triton_add_rms_norm", mutates_args=())
-def add_rms_norm_forward(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + update in the promoted dtype, its normalised rows, and 1 / rms of each."""
-    out, inverse, total = _forward(x, update, weight, eps)
-    assert total is not None
-    return total, out, inverse
-
-
-@add_rms_norm_forward.register_fake
-def _(x, update, weight, eps):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(x.dtype, update.dtype)
-    return _dense_like(x, dtype), _dense_like(x, dtype), x.new_empty(_row_count(x), dtype=torch.float32)
+    return _dense_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("fat5::triton_rms_norm_backward", mutates_args=())
-def rms_norm_backward(
-    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x (to which grad_sum is added) and of weight."""
-    rows = _rows(x)
-    grad_x = _dense_like(x, x.dtype)
+def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of weight."""
+    rows, grad = _rows(x), _rows(grad_out)
+    grad_x = _dense_like(x)
     launch = _launch(x.shape[-1], BACKWARD_TILE)
     programs = min(triton.cdiv(rows.shape[0], launch.block_m), _programs(x.device))
     partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
-    grad, extra = _rows(grad_out), _rows(grad_out if grad_sum is None else grad_sum)
     run(
         rms_norm_backward_kernel,
         programs,
-        (grad, rows, weight.contiguous(), inverse, extra, grad_x, partial, *(t.stride(0) for t in (grad, rows, extra)),
-         rows.shape[0]),
-        _constants(x, launch) | {"ADD": grad_sum is not None},
+        {"GradOut": grad, "X": rows, "Weight": weight.contiguous(), "Inverse": inverse, "GradX": grad_x}
+        | {"Partial": partial, "grad_stride": grad.stride(0), "x_stride": rows.stride(0), "rows": rows.shape[0]},
+        _constants(x, launch),
         launch,
-    )  # fmt: skip
+    )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
 @rms_norm_backward.register_fake
-def _(grad_out, grad_sum, x, weight, inverse):  # type: ignore[no-untyped-def]
-    return _dense_like(x, x.dtype), weight.new_empty(weight.shape)
-
-
-def _forward(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = _rows(x)
-    added = rows if update is None else _rows(update)
-    dtype = torch.promote_types(x.dtype, added.dtype)
-    out, inverse = _dense_like(x, dtype), x.new_empty(rows.shape[0], dtype=torch.float32)
-    total = None if update is None else _dense_like(x, dtype)
-    launch = _launch(x.shape[-1], FORWARD_TILE)
-    run(
-        rms_norm_forward_kernel,
-        triton.cdiv(rows.shape[0], launch.block_m),
-        (rows, added, weight.contiguous(), out if total is None else total, out, inverse, rows.stride(0),
-         added.stride(0), rows.shape[0], eps),
-        _constants(x, launch) | {"ADD": update is not None},
-        launch,
-    )  # fmt: skip
-    return out, inverse, total
+def _(grad_out, x, weight, inverse):  # type: ignore[no-untyped-def]
+    return _dense_like(x), weight.new_empty(weight.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -155,12 +122,8 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _row_count(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
-
-
-def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+def _dense_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _launch(width: int, tile: int) -> Launch:
@@ -186,22 +149,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
     x, weight, inverse = ctx.saved_tensors
-    return *rms_norm_backward(grad_out, None, x, weight, inverse), None
-
-
-def _save_sum(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, update, weight, _ = inputs
-    total, _, inverse = output
-    ctx.save_for_backward(total, weight, inverse)
-    ctx.mark_non_differentiable(inverse)
-    ctx.dtypes = x.dtype, update.dtype
-
-
-def _backward_sum(ctx, grad_sum, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
-    total, weight, inverse = ctx.saved_tensors
-    grad, grad_weight = rms_norm_backward(grad_out, grad_sum, total, weight, inverse)
-    return *(grad.to(dtype) for dtype in ctx.dtypes), grad_weight, None
+    return *rms_norm_backward(grad_out, x, weight, inverse), None
 
 
 rms_norm_forward.register_autograd(_backward, setup_context=_save)
-add_rms_norm_forward.register_autograd(_backward_sum, setup_context=_save_sum)

@@ -1,1 +1,1 @@
-"""Attention's Triton backend."""
+"""Attention's Triton backend: backend.py is its face, host.py launches the kernels in the other files."""

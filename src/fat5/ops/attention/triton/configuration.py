@@ -1,17 +1,27 @@
 """Which tile, how many warps and how deep a pipeline each attention kernel runs with, by architecture, head dimension
-and element size: the rows of launch_table.py.
+and element size: the rows of launch_table.py, and over them those that `fat5 bench kernels --autotune` found here.
 """
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from fat5.ops.attention.triton.launch_table import DEFAULTS, DROPOUT, TUNED
+from fat5.files import is_count, parse_json
+from fat5.ops.attention.triton.launch_table import DEFAULTS, DROPOUT, TUNED, Row
 from fat5.ops.triton.launch import Launch, architecture
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "band", "dense_gradient")
 ARCHITECTURES = (80, 86, 89, 90, 100)
+KEY, ROW = ("kernel", "architecture", "head_dim", "element_size"), Launch._fields
+"""The fields of a row of the user's table, which is a JSON list of objects."""
+
+logger = logging.getLogger(__name__)
 
 _overrides: dict[str, Launch] = {}
 _assumed_architecture: int | None = None
@@ -33,7 +43,46 @@ def table_row(kernel: str, arch: int, head_dim: int, element_size: int, dropout:
         row = DROPOUT.get((kernel, arch, width, size)) or DROPOUT.get((kernel, 0, width, size))
         if row is not None:
             return Launch(*row)
-    return Launch(*TUNED.get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
+    return Launch(*tuned().get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
+
+
+def user_table() -> Path:
+    """Where tuned rows of this machine are kept: in $FAT5_CACHE, or in fat5/ under $XDG_CACHE_HOME or ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("FAT5_CACHE") or os.path.join(caches, "fat5")) / "launch_table.json"
+
+
+@lru_cache(maxsize=1)
+def tuned() -> dict[tuple[str, int, int, int], Row]:
+    """The measured rows: those of the user's table, and the shipped ones that it does not replace."""
+    return TUNED | read_table(user_table())
+
+
+def read_table(path: Path) -> dict[tuple[str, int, int, int], Row]:
+    """The rows of a user's table. A damaged file has none, and one line warns about it."""
+    try:
+        rows = parse_json(path.read_bytes())
+        if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+            raise ValueError("not a list of launch configurations")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as fault:
+        logger.warning("%s is ignored, the shipped launch table is used: %s", path, str(fault).splitlines()[0])
+        return {}
+    return {tuple(row[name] for name in KEY): tuple(row[name] for name in ROW) for row in rows}  # type: ignore[misc]
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or set(row) != {*KEY, *ROW}:
+        return False
+    if row["kernel"] not in KERNELS or not all(is_count(row[name]) for name in (*KEY[1:], *ROW)):
+        return False
+    sides = (16, 32, 64, 128)
+    return (
+        (row["head_dim"], row["element_size"]) in ((64, 2), (64, 4), (128, 2), (128, 4))
+        and (row["block_m"] in sides and row["block_n"] in sides)
+        and (row["num_warps"] in (1, 2, 4, 8, 16) and 1 <= row["num_stages"] <= 8)
+    )
 
 
 def band_configuration(

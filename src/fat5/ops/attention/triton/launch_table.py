@@ -1,4 +1,4 @@
-"""(block_m, block_n, num_warps, num_stages) of every kernel; `fat5 bench kernels --autotune` rewrites TUNED."""
+"""(block_m, block_n, num_warps, num_stages) of every kernel, as shipped."""
 
 Row = tuple[int, int, int, int]
 
