@@ -181,8 +181,8 @@ def _check_step(results: Results) -> None:
         return [p.detach().double() + c.double() for p, c in zip(parameters, lost, strict=True)]
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        exact = trained(torch.float64, dtype, foreach=False, fused=False)
-        usual = trained(dtype, dtype, foreach=False, fused=False)
+        exact = trained(torch.float64, dtype, fused=False)
+        usual = trained(dtype, dtype, fused=False)
         use_kernels("triton")
         found = trained(dtype, dtype)
         worst = max(
@@ -253,7 +253,6 @@ def optimizer(results: Results, limits: Ceilings, deadline: float) -> None:
         providers: dict[str, tuple[str, Callable]] = {
             "torch AdamW fused": ("plain", partial(torch.optim.AdamW, fused=True)),
             "plain": ("plain", AdamWScale),
-            "foreach": ("plain", partial(AdamWScale, foreach=True)),
             "triton": ("triton", AdamWScale),
         }
         for provider, (setting, make) in providers.items():

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fat5.ops import use_kernels
 from fat5.optim import AdamWScale
-from fat5.optim.adamw_scale import _single_step
+from fat5.optim.adamw_scale import _plain_step
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The rule of all fast paths (CONTRIBUTING.md): twice the error of the plain form in the same precision.
@@ -67,8 +67,8 @@ def _whole(parameter: Tensor, optimizer: AdamWScale) -> Tensor:
 def assert_as_good(shapes, dtype, steps=4, **options):
     weights, gradients = problem(shapes, steps, dtype)
     kept = {key: value for key, value in options.items() if key not in ("kahan", "state_dtype")}
-    exact, _ = train(weights, gradients, widen=True, foreach=False, fused=False, **kept)
-    plain, _ = train(weights, gradients, foreach=False, fused=False, **options)
+    exact, _ = train(weights, gradients, widen=True, fused=False, **kept)
+    plain, _ = train(weights, gradients, fused=False, **options)
     found, optimizer = train(weights, gradients, **options)
     assert all(optimizer._uses_triton(w) for w in optimizer._weights())
     for want, mild, got in zip(exact, plain, found, strict=True):
@@ -92,7 +92,7 @@ def test_states_are_those_of_the_specification():
     """Moments, compensation and count, which a checkpoint carries over to another path."""
     weights, gradients = problem([(40, 30)], 3, torch.bfloat16)
     found = train(weights, gradients)[1].state_dict()["state"][0]
-    want = train(weights, gradients, foreach=False, fused=False)[1].state_dict()["state"][0]
+    want = train(weights, gradients, fused=False)[1].state_dict()["state"][0]
     assert found["step"].item() == want["step"].item() == 3
     for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(found[name], want[name])
@@ -104,7 +104,7 @@ def test_kahan_adds_up_what_plain_rounding_loses():
     torch.manual_seed(0)
     weights = [(1 + 0.1 * torch.rand(32, 32)).to(HERE, torch.bfloat16)]
     gradients = [[torch.rand(32, 32, device=HERE)] for _ in range(60)]
-    exact, _ = train(weights, gradients, widen=True, foreach=False, fused=False, lr=5e-5)
+    exact, _ = train(weights, gradients, widen=True, fused=False, lr=5e-5)
     found, _ = train(weights, gradients, lr=5e-5)
     lost, _ = train(weights, gradients, lr=5e-5, kahan=False)
     travelled = exact[0] - weights[0].double()
@@ -115,7 +115,7 @@ def test_kahan_adds_up_what_plain_rounding_loses():
 
 def test_a_change_of_path_goes_on_where_the_other_stopped():
     weights, gradients = problem([(9, 7), (5,)], 6, torch.float32)
-    straight, _ = train(weights, gradients, foreach=False, fused=False)
+    straight, _ = train(weights, gradients, fused=False)
     halfway, optimizer = train(weights, gradients[:3])
     saved = copy.deepcopy(optimizer.state_dict())
     use_kernels("plain")
@@ -167,5 +167,5 @@ def test_what_the_kernel_does_not_serve_goes_the_plain_way():
         state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(old), "exp_avg_sq": torch.zeros_like(old)}
         want = old.clone()
         want.grad = torch.ones_like(old)
-        _single_step(want, state, optimizer.param_groups[0])
+        _plain_step(want, state, optimizer.param_groups[0], False)
         torch.testing.assert_close(new.detach(), want)

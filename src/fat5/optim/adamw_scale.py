@@ -12,9 +12,9 @@ The weight decay λ is decoupled and not scaled.
 With `eps_before_correction` the last product is s · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε) (Kingma and Ba 2015, end of
 section 2), as in the first FAT5, nanoT5 and the former AdamW of transformers: ε / √(1 − β₂ᵗ) where the formula has ε.
 
-Four implementations of the same arithmetic: single tensor (the specification), foreach (few kernels for many
-tensors), fused (one pass a tensor, float32 only), and Triton (three launches for all tensors of a group, any precision
-and Kahan; fat5.ops.choice says when). None of them reads a device value on the host.
+Three implementations of the same arithmetic: plain (the specification), fused (one pass a tensor, float32 only), and
+Triton (three launches for all tensors of a group, any precision and Kahan; fat5.ops.choice says when). None of them
+reads a device value on the host.
 """
 
 import math
@@ -29,9 +29,6 @@ MIN_SCALE = 1e-3
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-BUCKET_ELEMENTS = 2**26
-"""Elements the foreach path handles at once; bounds its float32 temporaries to a few hundred MB."""
-
 
 class AdamWScale(torch.optim.Optimizer):
     """AdamW with its step scaled by max(1e-3, RMS(weight)) of each matrix.
@@ -42,9 +39,8 @@ class AdamWScale(torch.optim.Optimizer):
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; a step multiplies the weights by 1 − lr·weight_decay.
-        foreach: many tensors a kernel. None: whenever neither Triton nor the fused path applies.
-        fused: one pass a tensor, for float32 weights and moments without Kahan. None: wherever it applies and Triton
-            was not chosen.
+        fused: one pass a tensor, for float32 weights and moments without Kahan. None: Triton's kernels where they are
+            chosen, then the fused path where it applies, else the plain form. False: the plain form.
         kahan: keep the rounding error of each weight and add it back at the next step. None: for bf16 and fp16 weights.
         eps_before_correction: add eps to the root of the second moment before its bias is corrected, as the first FAT5
             does; early steps with small gradients are shorter. It has no fused path of torch.
@@ -52,7 +48,7 @@ class AdamWScale(torch.optim.Optimizer):
             second moment is never narrower than float32: it moves by 1 − β₂ = 0.1% a step, less than bf16 can resolve.
 
     Raises:
-        ValueError: an argument out of range, or `fused` and `foreach` both asked for.
+        ValueError: an argument out of range, or `fused` asked for where it does not apply.
     """
 
     def __init__(
@@ -63,7 +59,6 @@ class AdamWScale(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        foreach: bool | None = None,
         fused: bool | None = None,
         kahan: bool | None = None,
         state_dtype: torch.dtype | None = None,
@@ -74,13 +69,11 @@ class AdamWScale(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-        if foreach and fused:
-            raise ValueError("foreach and fused exclude each other: choose one")
         if fused and eps_before_correction:
             raise ValueError("fused adds eps after the bias correction: leave it out with eps_before_correction")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
-        self._foreach, self._fused, self._kahan, self._state_dtype = foreach, fused, kahan, state_dtype
+        self._fused, self._kahan, self._state_dtype = fused, kahan, state_dtype
         self._eps_before_correction = eps_before_correction
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         if fused:
@@ -117,13 +110,8 @@ class AdamWScale(torch.optim.Optimizer):
             for alike in _alike(triton, self.state):
                 _triton_step(alike, self.state, group, found_inf, self._eps_before_correction)
             _fused_step(fused, self.state, group, found_inf)
-            if self._foreach is False:
-                for weight in rest:
-                    _single_step(weight, self.state[weight], group, self._eps_before_correction)
-            else:
-                for bucket in _buckets(rest, self.state):
-                    states = [self.state[weight] for weight in bucket]
-                    _foreach_step(bucket, states, group, self._eps_before_correction)
+            for weight in rest:
+                _plain_step(weight, self.state[weight], group, self._eps_before_correction)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,12 +142,12 @@ class AdamWScale(torch.optim.Optimizer):
 
     def _uses_fused(self, weight: Tensor) -> bool:
         if self._fused is None:
-            return self._foreach is None and self._can_fuse(weight) and not self._uses_triton(weight)
+            return self._can_fuse(weight) and not self._uses_triton(weight)
         return self._fused
 
     def _uses_triton(self, weight: Tensor) -> bool:
         # A sharded weight is of another type: its RMS is that of all its shards.
-        if self._fused is not None or self._foreach is not None or type(weight) not in (Tensor, torch.nn.Parameter):
+        if self._fused is not None or type(weight) not in (Tensor, torch.nn.Parameter):
             return False
         if not weight.is_contiguous() or (weight.grad is not None and not weight.grad.is_contiguous()):
             return False
@@ -188,20 +176,18 @@ class AdamWScale(torch.optim.Optimizer):
             state["compensation"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
 
-def _single_step(
-    weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], eps_before_correction: bool = False
-) -> None:
+def _plain_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], eps_before_correction: bool) -> None:
     """The specification: one weight, written as in the module's docstring."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     state["step"] += 1
-    correction1, correction2 = _bias_corrections(state["step"].item(), beta1, beta2)
+    correction1, correction2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
     work = state["exp_avg_sq"].dtype
     grad, wide = weight.grad.to(work), weight.to(work)  # type: ignore[union-attr]
     scale = (wide.norm() / math.sqrt(weight.numel())).clamp_min(MIN_SCALE)
     exp_avg = state["exp_avg"].to(work).lerp(grad, 1 - beta1)
     state["exp_avg"].copy_(exp_avg)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    eps = _eps(group, correction2, eps_before_correction)
+    eps = group["eps"] / math.sqrt(correction2) if eps_before_correction else group["eps"]
     root = state["exp_avg_sq"].sqrt().div_(math.sqrt(correction2)).add_(eps)
     update = exp_avg.div_(root).mul_(scale).mul_(-lr / correction1)
     update.add_(wide, alpha=-lr * group["weight_decay"])
@@ -211,53 +197,6 @@ def _single_step(
         state["compensation"].copy_(update - (weight.to(work) - wide))
     else:
         weight.copy_(wide + update)
-
-
-def _foreach_step(
-    weights: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], eps_before_correction: bool
-) -> None:
-    """The same for weights of one device, dtype and count, in few kernels."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    for state in states:
-        state["step"] += 1
-    correction1, correction2 = _bias_corrections(states[0]["step"].item(), beta1, beta2)
-    moments = [state["exp_avg"] for state in states]
-    seconds = [state["exp_avg_sq"] for state in states]
-    work = seconds[0].dtype
-    grads = [weight.grad.to(work) for weight in weights]  # type: ignore[union-attr]
-    scales = torch._foreach_norm(weights, 2, dtype=work)
-    torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
-    torch._foreach_clamp_min_(scales, MIN_SCALE)
-    if moments[0].dtype == work:
-        torch._foreach_lerp_(moments, grads, 1 - beta1)
-        updates = list(torch._foreach_mul(moments, -lr / correction1))
-    else:
-        updates = [moment.to(work) for moment in moments]
-        torch._foreach_lerp_(updates, grads, 1 - beta1)
-        torch._foreach_copy_(moments, updates)
-        torch._foreach_mul_(updates, -lr / correction1)
-    torch._foreach_mul_(seconds, beta2)
-    torch._foreach_addcmul_(seconds, grads, grads, 1 - beta2)
-    roots = torch._foreach_sqrt(seconds)
-    torch._foreach_div_(roots, math.sqrt(correction2))
-    torch._foreach_add_(roots, _eps(group, correction2, eps_before_correction))
-    torch._foreach_div_(updates, roots)
-    torch._foreach_mul_(updates, scales)
-    wide = [weight.to(work) for weight in weights]  # the weight itself where it is already that wide
-    if group["weight_decay"]:
-        torch._foreach_add_(updates, wide, alpha=-lr * group["weight_decay"])
-    if "compensation" not in states[0]:
-        torch._foreach_add_(wide, updates)
-        if wide[0] is not weights[0]:
-            torch._foreach_copy_(weights, wide)
-        return
-    compensations = [state["compensation"] for state in states]
-    torch._foreach_add_(updates, [compensation.to(work) for compensation in compensations])
-    before = torch._foreach_neg(wide)
-    torch._foreach_copy_(weights, torch._foreach_add(wide, updates))
-    torch._foreach_sub_(updates, [weight.to(work) for weight in weights])
-    torch._foreach_sub_(updates, before)
-    torch._foreach_copy_(compensations, updates)
 
 
 def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None) -> None:
@@ -325,34 +264,11 @@ def _decay(weights: list[Tensor], rate: float, found_inf: Tensor | None) -> None
         torch._foreach_mul_(weights, 1 - rate * (1 - found_inf))
 
 
-def _eps(group: dict[str, Any], correction2: float, eps_before_correction: bool) -> float:
-    """What is added to the corrected root: ε, or ε corrected with it."""
-    return group["eps"] / math.sqrt(correction2) if eps_before_correction else group["eps"]
-
-
-def _bias_corrections(step: float, beta1: float, beta2: float) -> tuple[float, float]:
-    return 1 - beta1**step, 1 - beta2**step
-
-
-def _buckets(weights: list[Tensor], state: Any) -> Iterator[list[Tensor]]:
-    """Weights that share device, dtypes and count, at most about BUCKET_ELEMENTS at a time."""
-    for members in _alike(weights, state, by_count=True):
-        bucket: list[Tensor] = []
-        held = 0
-        for weight in members:
-            if bucket and held + weight.numel() > BUCKET_ELEMENTS:
-                yield bucket
-                bucket, held = [], 0
-            bucket.append(weight)
-            held += weight.numel()
-        yield bucket
-
-
-def _alike(weights: list[Tensor], state: Any, by_count: bool = False) -> list[list[Tensor]]:
-    """Weights that share device and dtypes, and their count where it is on the host."""
+def _alike(weights: list[Tensor], state: Any) -> list[list[Tensor]]:
+    """Weights that share device and dtypes."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for weight in weights:
         own = state[weight]
         key = (weight.device, weight.dtype, weight.grad.dtype, own["exp_avg"].dtype, "compensation" in own)  # type: ignore[union-attr]
-        alike.setdefault((*key, own["step"].item()) if by_count else key, []).append(weight)
+        alike.setdefault(key, []).append(weight)
     return list(alike.values())

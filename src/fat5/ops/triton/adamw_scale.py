@@ -1,4 +1,4 @@
-"""The AdamWScale step of many tensors in three launches; the specification is `_single_step` of optim/adamw_scale.py.
+"""The AdamWScale step of many tensors in three launches; the specification is `_plain_step` of optim/adamw_scale.py.
 
 A table on the device holds the addresses of every tensor, and tensors are cut into chunks of CHUNK elements, a program
 each: sums of squares of the weights, the rate of each tensor from its chunks' sums in a fixed order, then the step.
