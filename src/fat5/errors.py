@@ -54,6 +54,16 @@ class UnsupportedModelError(FAT5Error, TypeError):
     """A model is of a kind that cannot be served."""
 
 
+LARGEST_SIZE = 1 << 24
+"""Of a size or share in a configuration: a larger one overflows int32, or is computed for hours."""
+
+
+def check_whole(value: object, key: str, least: int = 1, most: int = LARGEST_SIZE) -> None:
+    """Raises ConfigurationError unless the value of a key is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigurationError(f"must be a whole number from {least:,} to {most:,}, not {value!r}", where=key)
+
+
 def check_writable(path: str | Path, *, folder: bool = False, key: str = "output") -> Path:
     """`path`, after making sure, before any work, that the file (or folder) can be written; makes nothing.
 

@@ -21,7 +21,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fat5.data.text import formats, lines
+from fat5.data.text import formats, rows
 from fat5.data.text.corpus import Corpus, CorpusOptions, is_dataset, open_corpus
 from fat5.errors import DataError
 
@@ -237,7 +237,7 @@ def test_parquet_holds_text_in_several_types(tmp_path: Path, kind: pyarrow.DataT
 def test_bad_rows_are_skipped_and_counted_if_asked(
     tmp_path: Path, name: str, content: bytes, texts: str, bad: int, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (lines, formats):
+    for module in (rows, formats):
         monkeypatch.setattr(module, "LARGEST_DOCUMENT", 1000)
     (tmp_path / name).write_bytes(compressed(content, name))
     corpus = open_corpus([str(tmp_path)], CorpusOptions(on_bad_row="skip"))
@@ -362,7 +362,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, case: str) -> None:
 def test_a_line_that_never_ends_is_refused_before_it_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (lines, formats):
+    for module in (rows, formats):
         monkeypatch.setattr(module, "LARGEST_DOCUMENT", 1 << 20)
     first = b"text\n" if name == "a.csv" else b'{"text": "a"}\n'
     (tmp_path / name).write_bytes(compressed(first + b"a" * (3 << 20), name))

@@ -56,7 +56,7 @@ def test_compositions_are_uniform(total, parts):
     counts: Counter[tuple[int, ...]] = Counter()
     draws = 30_000
     for piece in range(draws):
-        kernels.compose(total, parts, out, marks, 1, piece, 0, 0, 5, 0)
+        kernels.compose(total, parts, out, marks, 1, (piece, 0, 0, 5, 0))
         counts[tuple(out.tolist())] += 1
     expected = {tuple(np.diff([0, *cuts, total]).tolist()) for cuts in combinations(range(1, total), parts - 1)}
     assert set(counts) == expected
@@ -227,7 +227,7 @@ def test_kernels_work_where_no_cache_folder_can_be_written():
     program = (
         "from pathlib import Path; import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
-        "from fat5.data import kernels\n"
+        "from fat5.data.examples import kernels\n"
         "print(kernels.philox(0, 0, 0, 0, 0, 0)[0])\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": "/dev/null/none"}

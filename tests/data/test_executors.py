@@ -10,8 +10,7 @@ import pytest
 from preparing import config, manifest, write_jsonl
 
 from fat5.data.shards.plan import read_plan
-from fat5.data.shards.prepare import finish, prepare
-from fat5.data.shards.slurm_options import SlurmOptions
+from fat5.data.shards.prepare import SlurmOptions, finish, prepare
 from fat5.errors import ConfigurationError, DataError
 
 

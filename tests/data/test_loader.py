@@ -13,7 +13,7 @@ from fat5.data import (
     MixtureOfDenoisers,
     PackedBatch,
     PackedLoader,
-    Source,
+    WeightedShards,
     open_shards,
     reconstruct,
     unpack,
@@ -172,7 +172,7 @@ def test_state_is_small_and_restoring_reads_no_tokens(shards):
     assert len(json.dumps(stream.state_dict())) < 2000
     fresh = PackedLoader([open_shards(shards.folder)], FAT5, INFO, BatchConfig(**CONFIG), seed=1)
     fresh.load_state_dict(stream.state_dict())
-    assert fresh.stream.layout.tokens_address.tolist() == [0, 0, 0]
+    assert fresh.stream.tables.tokens_address.tolist() == [0, 0, 0]
 
 
 def test_a_run_goes_on_with_another_world_size_and_micro_batch(shards):
@@ -211,7 +211,8 @@ def test_a_pack_of_tiny_documents_closes_at_the_static_bound(tmp_path):
 
 def test_sources_blend_in_the_loader(tmp_path, shards):
     other = write_corpus(tmp_path, made_documents([60] * 40))
-    both = PackedLoader([Source(shards, 2.0), Source(other, 1.0)], FAT5, INFO, BatchConfig(**CONFIG), seed=4)
+    sources = [WeightedShards(shards, 2.0), WeightedShards(other, 1.0)]
+    both = PackedLoader(sources, FAT5, INFO, BatchConfig(**CONFIG), seed=4)
     batches = take(both, 200)
     pieces = torch.cat([batch.piece[: batch.num_examples] for batch in batches])
     lengths = {0: 0, 1: 0}

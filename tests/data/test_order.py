@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_corpus import made_documents, made_info, write_corpus
 
-from fat5.data import MixtureOfDenoisers, PieceStream, Source
+from fat5.data import MixtureOfDenoisers, PieceStream, WeightedShards
 from fat5.data.examples import kernels
 from fat5.data.examples.order import blend
 from fat5.errors import ConfigurationError, DataError, TokenizerError
@@ -97,7 +97,7 @@ def test_sources_are_blended_by_tokens_and_each_keeps_its_own_passes(tmp_path):
     rng = np.random.default_rng(0)
     small = write_corpus(tmp_path / "small", made_documents(rng.integers(20, 40, 50)))
     large = write_corpus(tmp_path / "large", made_documents(rng.integers(100, 200, 4000)))
-    stream = PieceStream([Source(small, 1.0), Source(large, 3.0)], FAT5, INFO, 256, seed=2)
+    stream = PieceStream([WeightedShards(small, 1.0), WeightedShards(large, 3.0)], FAT5, INFO, 256, seed=2)
     drawn = stream.resolve(np.arange(3000))
     source = drawn.piece >> kernels.PIECE_BITS
     tokens = [drawn.length[source == s].sum() for s in (0, 1)]
@@ -127,7 +127,7 @@ def test_wide_token_files_are_read_like_narrow_ones(tmp_path):
     wide_info = made_info(vocab_size=70_000 // 128 * 128 + 128)
     narrow = PieceStream([write_corpus(tmp_path / "2", documents)], FAT5, INFO, 64, seed=1)
     wide = PieceStream([write_corpus(tmp_path / "4", documents, info=wide_info)], FAT5, wide_info, 64, seed=1)
-    assert wide.layout.token_bytes.tolist() == [4]
+    assert wide.tables.token_bytes.tolist() == [4]
     examples, flat = narrow.resolve(np.arange(30)), []
     for stream in (narrow, wide):
         inputs, targets = (
@@ -149,8 +149,8 @@ def test_what_cannot_be_streamed_is_named(tmp_path):
         ({"max_tokens": 4}, "max_tokens"),
         ({"seed": -1}, "seed"),
         ({"sources": []}, "no data source"),
-        ({"sources": [Source(shards, 0.0)]}, "weight"),
-        ({"sources": [Source(shards, float("nan"))]}, "weight"),
+        ({"sources": [WeightedShards(shards, 0.0)]}, "weight"),
+        ({"sources": [WeightedShards(shards, float("nan"))]}, "weight"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             PieceStream(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fat5.data.examples.denoisers import reconstruct as reconstruct
     from fat5.data.examples.loader import PackedLoader as PackedLoader
     from fat5.data.examples.order import PieceStream as PieceStream
-    from fat5.data.examples.order import Source as Source
+    from fat5.data.examples.order import WeightedShards as WeightedShards
     from fat5.data.examples.packing import pack as pack
     from fat5.data.examples.packing import suggest_budgets as suggest_budgets
     from fat5.data.examples.padded import PaddedBatch as PaddedBatch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fat5.data.shards.token_shards import open_shards as open_shards
     from fat5.data.shards.token_shards import read_manifest as read_manifest
     from fat5.data.shards.token_shards import verify as verify
-    from fat5.data.text.sample_corpus import sample_path as sample_path
+    from fat5.data.text.corpus import sample_path as sample_path
     from fat5.data.tokenizer.loading import Tokenizer as Tokenizer
     from fat5.data.tokenizer.loading import TokenizerInfo as TokenizerInfo
     from fat5.data.tokenizer.loading import load_tokenizer as load_tokenizer
@@ -42,7 +42,7 @@ __getattr__, __dir__ = lazy(
         "reconstruct": "examples.denoisers",
         "PackedLoader": "examples.loader",
         "PieceStream": "examples.order",
-        "Source": "examples.order",
+        "WeightedShards": "examples.order",
         "pack": "examples.packing",
         "suggest_budgets": "examples.packing",
         "PaddedBatch": "examples.padded",
@@ -55,7 +55,7 @@ __getattr__, __dir__ = lazy(
         "open_shards": "shards.token_shards",
         "read_manifest": "shards.token_shards",
         "verify": "shards.token_shards",
-        "sample_path": "text.sample_corpus",
+        "sample_path": "text.corpus",
         "Tokenizer": "tokenizer.loading",
         "TokenizerInfo": "tokenizer.loading",
         "load_tokenizer": "tokenizer.loading",

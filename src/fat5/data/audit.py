@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fat5.data.audit_figure import draw
 from fat5.data.examples import kernels
 from fat5.data.examples.batch import BatchConfig, PackedBatch
 from fat5.data.examples.denoisers import DenoiserConfig, MixtureOfDenoisers, reconstruct
 from fat5.data.examples.loader import Loader
-from fat5.data.examples.order import PieceStream, Source
+from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import fill, pack, suggest_budgets
 from fat5.data.examples.padded import unpack
 from fat5.data.examples.steps import PackPlan
 from fat5.data.shards.token_shards import open_shards
 from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
-from fat5.errors import ConfigurationError, TokenizerError, check_writable
+from fat5.errors import ConfigurationError, TokenizerError, check_whole, check_writable
 from fat5.files import naming, write_atomically
 
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
@@ -113,7 +112,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     with naming(folder / "audit.png"):
-        draw(mixture.names(), seen.encoder, seen.decoder, np.concatenate(seen.raw), folder / "audit.png")
+        _draw(mixture.names(), seen.encoder, seen.decoder, np.concatenate(seen.raw), folder / "audit.png")
     return report
 
 
@@ -151,7 +150,7 @@ class _Seen:
         encoder = batch.cu_seqlens.diff()[:count].numpy().astype(np.int64)
         decoder = batch.decoder_cu_seqlens.diff()[:count].numpy().astype(np.int64)
         noise = decoder - spans - 1
-        kept = encoder - spans - 1 - (self.stream.layout.mode[denoiser] >= 0)
+        kept = encoder - spans - 1 - (self.stream.tables.mode[denoiser] >= 0)
         raw = noise + kept
         self.raw.append(raw)
         for total, values in ((self.noise, noise), (self.kept, kept), (self.spans, spans)):
@@ -227,7 +226,7 @@ class _Seen:
         return rows
 
 
-def _open(config: AuditConfig) -> tuple[list[Source], Tokenizer]:
+def _open(config: AuditConfig) -> tuple[list[WeightedShards], Tokenizer]:
     if not config.inputs:
         raise ConfigurationError(
             "no prepared folder is given", where="inputs", hint="Try `fat5 audit DIR --output_dir OUT`"
@@ -235,19 +234,18 @@ def _open(config: AuditConfig) -> tuple[list[Source], Tokenizer]:
     weights = config.weights or [1.0] * len(config.inputs)
     if len(weights) != len(config.inputs):
         raise ConfigurationError(f"{len(weights)} weights for {len(config.inputs)} folders", where="weights")
-    for key in ("tokens", "examples", "encoder_tokens"):
-        value = getattr(config, key)
-        if not (0 if key == "examples" else 1) <= value <= MOST_TOKENS:
-            raise ConfigurationError(f"must be a whole number above 0, at most {MOST_TOKENS:,}, not {value}", where=key)
+    check_whole(config.tokens, "tokens", most=MOST_TOKENS)
+    check_whole(config.examples, "examples", least=0)
+    check_whole(config.encoder_tokens, "encoder_tokens")
     check_writable(config.output_dir, folder=True, key="output_dir")
-    sources = [Source(open_shards(folder, config.split), weight) for folder, weight in zip(config.inputs, weights)]
+    shards = [open_shards(folder, config.split) for folder in config.inputs]
     tokenizers = [load_tokenizer(Path(folder) / "tokenizer") for folder in config.inputs]
     for folder, tokenizer in zip(config.inputs, tokenizers):
         if tokenizer.info.sha256 != tokenizers[0].info.sha256:
             raise TokenizerError(
                 f"prepared with another tokenizer than {config.inputs[0]}", where=folder, hint="Prepare both with one"
             )
-    return sources, tokenizers[0]
+    return [WeightedShards(*pair) for pair in zip(shards, weights)], tokenizers[0]
 
 
 def _measure(config: AuditConfig, stream: PieceStream) -> dict[str, np.ndarray]:
@@ -323,3 +321,37 @@ def _pieces(stream: PieceStream) -> Iterator[int]:
     total = sum(stream.num_pieces)
     for start in range(0, total, BLOCK):
         yield from stream.resolve(np.arange(start, min(start + BLOCK, total))).piece.tolist()
+
+
+def _draw(
+    names: Sequence[str],
+    encoder: Sequence[Sequence[int]],
+    decoder: Sequence[Sequence[int]],
+    raw: np.ndarray,
+    path: Path,
+) -> None:
+    """Draws length histograms to a PNG: pieces; encoder and decoder sides by denoiser, stacked.
+
+    Args:
+        names: of the denoisers.
+        encoder, decoder: lengths of each denoiser's examples.
+        raw: (N,) raw tokens of each piece.
+        path: file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    pieces, inputs, targets = figure.subplots(1, 3)
+    pieces.hist(raw, bins=60, color="0.4")
+    pieces.set_title(f"pieces: {raw.size:,}, mean {raw.mean():.0f} tokens")
+    for axes, sides, title in ((inputs, encoder, "encoder side"), (targets, decoder, "decoder side")):
+        lengths = np.concatenate([np.asarray(side, np.int64) for side in sides])
+        axes.hist(sides, bins=60, stacked=True, label=names)
+        axes.set_title(f"{title}, mean {lengths.mean():.0f} tokens")
+    targets.legend(fontsize="small")
+    for axes in (pieces, inputs, targets):
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("examples")
+    figure.savefig(path, dpi=110)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from fat5.data import Manifest, PackedLoader, Source, load_tokenizer, open_shards, validation_batches
+from fat5.data import Manifest, PackedLoader, WeightedShards, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from fat5.files import whole_folder, write_atomically
 from fat5.machine import free_memory
@@ -107,8 +107,10 @@ def open_data(config: PretrainConfig) -> RunData:
     """
     folders = [Path(source.path) for source in config.data.sources]
     weights = [source.weight for source in config.data.sources]
-    train = [Source(open_shards(folder, "train"), weight) for folder, weight in zip(folders, weights, strict=True)]
-    held_out = [Source(open_shards(folder, "validation"), w) for folder, w in zip(folders, weights, strict=True)]
+    train, held_out = (
+        [WeightedShards(open_shards(folder, split), weight) for folder, weight in zip(folders, weights, strict=True)]
+        for split in ("train", "validation")
+    )
     tokenizer = folders[0] / "tokenizer"
     info = load_tokenizer(tokenizer).info
     mixture, batch = config.data.denoisers(), config.data.batch()

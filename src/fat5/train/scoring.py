@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fat5.data import BatchConfig, MixtureOfDenoisers, Source, load_tokenizer, open_shards, validation_batches
+from fat5.data import BatchConfig, MixtureOfDenoisers, WeightedShards, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
 from fat5.train.checkpoint.store import model_folder
@@ -95,7 +95,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **facts}
 
 
-def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[Source]:
+def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[WeightedShards]:
     """The validation splits of the folders that are named, or of those of the run."""
     named, weights = config.data, config.weights
     if not named:
@@ -107,7 +107,7 @@ def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[Source]:
     weights = weights or [1.0] * len(named)
     if len(weights) != len(named):
         raise ConfigurationError(f"{len(weights)} weights for {len(named)} folders", where="weights")
-    return [Source(open_shards(path, "validation"), weight) for path, weight in zip(named, weights)]
+    return [WeightedShards(open_shards(path, "validation"), weight) for path, weight in zip(named, weights)]
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

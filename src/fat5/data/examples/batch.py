@@ -11,10 +11,9 @@ import torch
 from fat5.data.examples import kernels
 from fat5.data.examples.order import PieceStream
 from fat5.data.examples.packing import BUDGET_MULTIPLE, Budget
-from fat5.errors import ConfigurationError
+from fat5.errors import ConfigurationError, check_whole
 
 EXAMPLE_TOKENS = 16  # encoder tokens of a pack per example it may hold
-LARGEST = 1 << 24  # of any number here: larger ones overflow int32 or are counted for hours
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,8 @@ class BatchConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "max_examples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"must be a whole number above 0, not {value!r}", where=f"data.{item.name}")
-            if value > LARGEST:
-                raise ConfigurationError(f"is {value:,}", where=f"data.{item.name}", hint=f"Give at most {LARGEST:,}")
+            if item.name != "max_examples" or value is not None:
+                check_whole(value, f"data.{item.name}")
         for name in ("encoder_tokens", "decoder_tokens"):
             value = getattr(self, name)
             if value % BUDGET_MULTIPLE:

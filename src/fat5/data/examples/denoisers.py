@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fat5.data.examples import kernels
-from fat5.errors import ConfigurationError, DataError, TokenizerError
+from fat5.errors import LARGEST_SIZE, ConfigurationError, DataError, TokenizerError
 
 if TYPE_CHECKING:
     from fat5.data.tokenizer.loading import TokenizerInfo
 
 DEFAULT_SENTINELS = 256
-LARGEST = 1 << 24  # of a mean span or a relative share: beyond any that says something
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         where = f"denoiser (mu={self.mu!r}, r={self.r!r}, max_spans={self.max_spans!r}, prefix={self.prefix!r})"
-        if not _is_number(self.mu) or not 1 <= self.mu <= LARGEST:
-            raise ConfigurationError(f"mu (mean span length) must be a number from 1 to {LARGEST:,}", where=where)
+        if not _is_number(self.mu) or not 1 <= self.mu <= LARGEST_SIZE:
+            raise ConfigurationError(f"mu (mean span length) must be a number from 1 to {LARGEST_SIZE:,}", where=where)
         if not _is_number(self.r) or not 0 <= self.r < 1:
             raise ConfigurationError("r (corruption rate) must be a number in [0, 1)", where=where)
         unlimited = self.max_spans is None or self.max_spans == "max_token_length"
@@ -132,31 +131,11 @@ class Denoiser:
         encoder, decoder = self.lengths(document.size, sentinels.size)
         noise, spans = self.spans(document.size, sentinels.size)
         inputs, targets = np.empty(encoder, np.int64), np.empty(decoder, np.int64)
-        scratch = np.empty((2, spans), np.int64)
-        low, high = split_seed(seed)
-        c1, c2 = piece & kernels.MASK32, piece >> 32
-        c3 = (kernels.TRAINING << kernels.DOMAIN_SHIFT) + epoch
-        mode = self.mode_id(info)
-        kernels.corrupt(
-            document,
-            noise,
-            spans,
-            mode,
-            sentinels,
-            info.eos_id,
-            scratch[0],
-            scratch[1],
-            np.zeros(document.size, np.uint8),
-            c1,
-            c2,
-            c3,
-            low,
-            high,
-            inputs,
-            0,
-            targets,
-            0,
-        )
+        scratch = np.empty((2, spans), np.int64), np.zeros(document.size, np.uint8)
+        word = (kernels.TRAINING << kernels.DOMAIN_SHIFT) + epoch
+        noise_key = piece & kernels.MASK32, piece >> 32, word, *split_seed(seed)
+        mode, eos = self.mode_id(info), info.eos_id
+        kernels.corrupt(document, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, 0, targets, 0)
         return inputs, targets
 
 
@@ -335,8 +314,8 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 def check_share(value: object, where: str) -> None:
     """Raises ConfigurationError unless a value can be the relative share of something."""
-    if not _is_number(value) or not 0 < value <= LARGEST:  # type: ignore[operator]
-        raise ConfigurationError(f"must be a number above 0 and at most {LARGEST:,}, not {value!r}", where=where)
+    if not _is_number(value) or not 0 < value <= LARGEST_SIZE:  # type: ignore[operator]
+        raise ConfigurationError(f"must be a number above 0 and at most {LARGEST_SIZE:,}, not {value!r}", where=where)
 
 
 def _is_number(value: object) -> bool:

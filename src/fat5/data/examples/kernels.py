@@ -1,4 +1,4 @@
-"""The compiled core of the data room: counter-based noise, the order of pieces, span corruption, packing.
+"""The compiled core of the room: counter-based noise, the order of pieces, span corruption, packing.
 
 Everything jitted lives in this one file, because numba's cache watches only the file a function is written in: a kernel
 that inlined another file's function would be served stale after that file changed.
@@ -86,13 +86,14 @@ def permute(index, size, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
 
 
 @jit
-def compose(total, parts, out, marks, block, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+def compose(total, parts, out, marks, block, noise_key):  # type: ignore[no-untyped-def]
     """Writes a uniform random composition of `total` into `parts` positive lengths; returns the next counter block.
 
     It is a uniform choice of parts-1 cuts among total-1 places: by Floyd's algorithm (one word a cut; Bentley and
     Floyd, CACM 1987) where cuts are few, else by selection sampling (one word a place; Knuth 3.4.2 S). `marks` is
-    uint8 scratch for `total` places, zero before and after.
+    uint8 scratch for `total` places, zero before and after; `noise_key` is as in `corrupt`.
     """
+    c1, c2, c3, k0, k1 = noise_key
     cuts = parts - 1
     places = total - 1
     part = 0
@@ -134,14 +135,20 @@ def compose(total, parts, out, marks, block, c1, c2, c3, k0, k1):  # type: ignor
 
 
 @jit
-def corrupt(tokens, noise, spans, mode, sentinels, eos, kept, masked, marks, c1, c2, c3, k0, k1, inputs, i, targets, t):  # type: ignore[no-untyped-def]
+def corrupt(tokens, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t):  # type: ignore[no-untyped-def]
     """Writes one example at inputs[i:] and targets[t:]; returns the ends.
 
-    `kept` and `masked` are scratch for `spans` lengths, `marks` for a byte a token, all zero; `mode` < 0 means no mode
-    token. Segments alternate from a non-noise one, so that a single span is always a suffix.
+    Segments alternate from a non-noise one, so that a single span is always a suffix.
+
+    Args:
+        mode: id of the mode token; below 0 for none.
+        scratch: (2, spans or more) int64 for the segment lengths, and uint8 with a byte a token, all zero.
+        noise_key: last three words of the Philox counter, and both words of the key.
     """
-    block = compose(tokens.size - noise, spans, kept, marks, 1, c1, c2, c3, k0, k1)
-    compose(noise, spans, masked, marks, block, c1, c2, c3, k0, k1)
+    lengths, marks = scratch
+    kept, masked = lengths[0], lengths[1]
+    block = compose(tokens.size - noise, spans, kept, marks, 1, noise_key)
+    compose(noise, spans, masked, marks, block, noise_key)
     if mode >= 0:
         inputs[i] = mode
         i += 1
@@ -174,7 +181,7 @@ def _pointer(_context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), generate
 
 
-class Layout(NamedTuple):
+class StreamTables(NamedTuple):
     """Where every piece of every source lies, and the tables of the mixture. Arrays, for the kernels."""
 
     # sources (S,)
@@ -214,7 +221,7 @@ class Examples(NamedTuple):
     encoder: np.ndarray  # int64: encoder tokens
     decoder: np.ndarray  # int64: decoder tokens
     length: np.ndarray  # int64: raw tokens
-    shard: np.ndarray  # int64: in the layout's shard arrays
+    shard: np.ndarray  # int64: in the tables's shard arrays
     start: np.ndarray  # int64: first raw token in the shard
 
 
@@ -266,39 +273,39 @@ def _last_not_above(values, low, high, key):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _extent(layout, shard, document):  # type: ignore[no-untyped-def]
+def _extent(tables, shard, document):  # type: ignore[no-untyped-def]
     """Start and length of a document, in tokens of its shard."""
-    ends = numba.carray(_pointer(layout.ends_address[shard]), (layout.documents[shard],), np.int64)
+    ends = numba.carray(_pointer(tables.ends_address[shard]), (tables.documents[shard],), np.int64)
     start = ends[document - 1] if document > 0 else 0
     return start, ends[document] - start
 
 
 @jit
-def _locate(layout, source, piece):  # type: ignore[no-untyped-def]
+def _locate(tables, source, piece):  # type: ignore[no-untyped-def]
     """(shard, first token in the shard, length) of a piece of a source."""
-    low, high = layout.shard_first[source], layout.shard_first[source + 1]
+    low, high = tables.shard_first[source], tables.shard_first[source + 1]
     document = piece
     part = 0
-    if not layout.simple[source]:
-        first = layout.index_first[source]
-        block = _last_not_above(layout.blocks, first, layout.index_first[source + 1], piece)
-        part = piece - layout.blocks[block]
+    if not tables.simple[source]:
+        first = tables.index_first[source]
+        block = _last_not_above(tables.blocks, first, tables.index_first[source + 1], piece)
+        part = piece - tables.blocks[block]
         document = (block - first) * BLOCK_DOCUMENTS
-    shard = _last_not_above(layout.first_document, low, high, document)
-    local = document - layout.first_document[shard]
-    start, length = _extent(layout, shard, local)
-    if not layout.simple[source]:
-        count = pieces_of(length, layout.max_tokens)
+    shard = _last_not_above(tables.first_document, low, high, document)
+    local = document - tables.first_document[shard]
+    start, length = _extent(tables, shard, local)
+    if not tables.simple[source]:
+        count = pieces_of(length, tables.max_tokens)
         while part >= count:
             part -= count
             local += 1
-            while local >= layout.documents[shard]:
+            while local >= tables.documents[shard]:
                 shard += 1
                 local = 0
-            start, length = _extent(layout, shard, local)
-            count = pieces_of(length, layout.max_tokens)
-    begin = part * layout.max_tokens
-    end = min(begin + layout.max_tokens, length)
+            start, length = _extent(tables, shard, local)
+            count = pieces_of(length, tables.max_tokens)
+    begin = part * tables.max_tokens
+    end = min(begin + tables.max_tokens, length)
     # A last piece of one token could not be corrupted: the piece before it lends it one.
     if length - end == 1:
         end -= 1
@@ -308,11 +315,11 @@ def _locate(layout, source, piece):  # type: ignore[no-untyped-def]
 
 
 @jit
-def resolve(layout, positions, out):  # type: ignore[no-untyped-def]
+def resolve(tables, positions, out):  # type: ignore[no-untyped-def]
     """Fills `out` for the given positions of the endless stream of pieces: order, denoiser, lengths, address."""
-    k0, k1 = layout.seed_low, layout.seed_high
-    sources = layout.pieces.size
-    period = layout.blend_source.size
+    k0, k1 = tables.seed_low, tables.seed_high
+    sources = tables.pieces.size
+    period = tables.blend_source.size
     key_source = -1
     key_epoch = -1
     w0 = w1 = w2 = w3 = 0
@@ -322,36 +329,36 @@ def resolve(layout, positions, out):  # type: ignore[no-untyped-def]
         draw = position
         if sources > 1:
             turn = position % period
-            source = layout.blend_source[turn]
-            draw = position // period * layout.blend_count[source] + layout.blend_rank[turn]
-        size = layout.pieces[source]
+            source = tables.blend_source[turn]
+            draw = position // period * tables.blend_count[source] + tables.blend_rank[turn]
+        size = tables.pieces[source]
         epoch = draw // size
         if source != key_source or epoch != key_epoch:
             w0, w1, w2, w3 = philox(epoch & MASK32, source, 0, PERMUTATION << DOMAIN_SHIFT, k0, k1)
             key_source, key_epoch = source, epoch
         local = permute(draw - epoch * size, size, w0, w1, w2, w3)
-        shard, start, length = _locate(layout, source, local)
+        shard, start, length = _locate(tables, source, local)
         piece = source << PIECE_BITS | local
         word, _, _, _ = philox(0, piece & MASK32, piece >> 32, (TRAINING << DOMAIN_SHIFT) + epoch, k0, k1)
         denoiser = 0
-        while word >= layout.thresholds[denoiser]:
+        while word >= tables.thresholds[denoiser]:
             denoiser += 1
-        set_example(layout, out, i, piece, epoch, denoiser, shard, start, length)
+        set_example(tables, out, i, piece, epoch, denoiser, shard, start, length)
 
 
 @jit
-def resolve_fixed(layout, source, pieces, denoiser, out):  # type: ignore[no-untyped-def]
+def resolve_fixed(tables, source, pieces, denoiser, out):  # type: ignore[no-untyped-def]
     """Fills `out` for given pieces of one source under a given denoiser (the validation stream)."""
     for i in range(pieces.size):
-        shard, start, length = _locate(layout, source, pieces[i])
-        set_example(layout, out, i, source << PIECE_BITS | pieces[i], denoiser, denoiser, shard, start, length)
+        shard, start, length = _locate(tables, source, pieces[i])
+        set_example(tables, out, i, source << PIECE_BITS | pieces[i], denoiser, denoiser, shard, start, length)
 
 
 @jit
-def set_example(layout, out, i, piece, epoch, denoiser, shard, start, length):  # type: ignore[no-untyped-def]
-    noise = layout.noise[denoiser, length]
-    spans = layout.spans[denoiser, length]
-    mode = 1 if layout.mode[denoiser] >= 0 else 0
+def set_example(tables, out, i, piece, epoch, denoiser, shard, start, length):  # type: ignore[no-untyped-def]
+    noise = tables.noise[denoiser, length]
+    spans = tables.spans[denoiser, length]
+    mode = 1 if tables.mode[denoiser] >= 0 else 0
     out.piece[i] = piece
     out.epoch[i] = epoch
     out.denoiser[i] = denoiser
@@ -363,11 +370,10 @@ def set_example(layout, out, i, piece, epoch, denoiser, shard, start, length):  
 
 
 @jit
-def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targets):  # type: ignore[no-untyped-def]
+def write_examples(tables, examples, domain, inputs, targets, cu_inputs, cu_targets):  # type: ignore[no-untyped-def]
     """Corrupts `examples` one after another into flat `inputs` and `targets`; fills cu_seqlens, padded with the end."""
-    kept = np.empty(layout.sentinels.size, np.int64)
-    masked = np.empty(layout.sentinels.size, np.int64)
-    marks = np.zeros(layout.max_tokens, np.uint8)
+    scratch = np.empty((2, tables.sentinels.size), np.int64), np.zeros(tables.max_tokens, np.uint8)
+    sentinels, eos = tables.sentinels, tables.eos
     i = 0
     t = 0
     cu_inputs[0] = 0
@@ -376,59 +382,20 @@ def write_examples(layout, examples, domain, inputs, targets, cu_inputs, cu_targ
     for n in range(count):
         length = examples.length[n]
         denoiser = examples.denoiser[n]
-        noise = layout.noise[denoiser, length]
-        spans = layout.spans[denoiser, length]
-        mode = layout.mode[denoiser]
+        noise = tables.noise[denoiser, length]
+        spans = tables.spans[denoiser, length]
+        mode = tables.mode[denoiser]
         piece = examples.piece[n]
-        c1, c2 = piece & MASK32, piece >> 32
-        c3 = (domain << DOMAIN_SHIFT) + examples.epoch[n]
-        k0, k1 = layout.seed_low, layout.seed_high
-        width = layout.token_bytes[examples.shard[n]]
-        address = layout.tokens_address[examples.shard[n]] + examples.start[n] * width
+        word = (domain << DOMAIN_SHIFT) + examples.epoch[n]
+        noise_key = piece & MASK32, piece >> 32, word, tables.seed_low, tables.seed_high
+        width = tables.token_bytes[examples.shard[n]]
+        address = tables.tokens_address[examples.shard[n]] + examples.start[n] * width
         if width == 2:
             short = numba.carray(_pointer(address), (length,), np.uint16)
-            i, t = corrupt(
-                short,
-                noise,
-                spans,
-                mode,
-                layout.sentinels,
-                layout.eos,
-                kept,
-                masked,
-                marks,
-                c1,
-                c2,
-                c3,
-                k0,
-                k1,
-                inputs,
-                i,
-                targets,
-                t,
-            )
+            i, t = corrupt(short, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t)
         else:
             wide = numba.carray(_pointer(address), (length,), np.uint32)
-            i, t = corrupt(
-                wide,
-                noise,
-                spans,
-                mode,
-                layout.sentinels,
-                layout.eos,
-                kept,
-                masked,
-                marks,
-                c1,
-                c2,
-                c3,
-                k0,
-                k1,
-                inputs,
-                i,
-                targets,
-                t,
-            )
+            i, t = corrupt(wide, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t)
         cu_inputs[n + 1] = i
         cu_targets[n + 1] = t
     cu_inputs[count + 1 :] = i

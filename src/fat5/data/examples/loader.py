@@ -23,10 +23,10 @@ from torch.utils.data._utils import signal_handling
 
 from fat5.data.examples.batch import BatchConfig, PackedBatch
 from fat5.data.examples.denoisers import MixtureOfDenoisers
-from fat5.data.examples.order import PieceStream, Source
-from fat5.data.examples.steps import PackPlan, Plan, State, check_state
+from fat5.data.examples.order import PieceStream, WeightedShards
+from fat5.data.examples.steps import PackPlan, State, StepPlan
 from fat5.data.worker_process import end_with_parent, leave_signals_to_parent
-from fat5.errors import ConfigurationError, DataError, FAT5Error
+from fat5.errors import DataError, FAT5Error, check_whole
 
 if TYPE_CHECKING:
     from fat5.data.shards.token_shards import TokenShards
@@ -50,15 +50,12 @@ class Loader(Generic[Batch]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: StepPlan,
         num_workers: int = 0,
         timeout: float = 300.0,
         multiprocessing_context: str | None = None,
     ) -> None:
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise ConfigurationError(
-                f"must be a whole number, 0 or more, not {num_workers!r}", where="data.num_workers"
-            )
+        check_whole(num_workers, "data.num_workers", least=0)
         self.plan = plan
         self.stream = plan.stream
         self._num_workers = num_workers
@@ -94,7 +91,7 @@ class Loader(Generic[Batch]):
             ConfigurationError: the state is of other data, another seed, mixture or packing, or was saved in the middle
                 of a step under another division of the step.
         """
-        check_state(self.plan, state)
+        self.plan.check(state)
         self._consumed = int(state["micro_batch"])
         self._state = {key: value for key, value in state.items() if key != "micro_batch"}
 
@@ -170,7 +167,7 @@ class PackedLoader(Loader[PackedBatch]):
     """Endless iterable of `PackedBatch`: this rank's micro-batches in order.
 
     Args:
-        sources: token shards, each with a weight (`Source`) or alone.
+        sources: token shards, each with a weight (`WeightedShards`) or alone.
         mixture: denoisers and proportions.
         tokenizer_info: special ids; its hash must be that of the shards.
         batch_config: shapes.
@@ -185,7 +182,7 @@ class PackedLoader(Loader[PackedBatch]):
 
     def __init__(
         self,
-        sources: Sequence[Source | TokenShards],
+        sources: Sequence[WeightedShards | TokenShards],
         mixture: MixtureOfDenoisers,
         tokenizer_info: TokenizerInfo,
         batch_config: BatchConfig,
@@ -207,7 +204,7 @@ class PackedLoader(Loader[PackedBatch]):
 class _Batches(IterableDataset):  # type: ignore[misc]
     """The batches of one rank; each worker makes every n-th."""
 
-    def __init__(self, plan: Plan, state: State, first: int) -> None:
+    def __init__(self, plan: StepPlan, state: State, first: int) -> None:
         self.plan, self.state, self.first = plan, state, first
 
     def __iter__(self) -> Iterator[Any]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fat5.data.examples import kernels
-from fat5.data.examples.denoisers import LARGEST, MixtureOfDenoisers, check_share, sentinel_array, split_seed
-from fat5.errors import ConfigurationError, DataError, TokenizerError
+from fat5.data.examples.denoisers import MixtureOfDenoisers, check_share, sentinel_array, split_seed
+from fat5.errors import ConfigurationError, DataError, TokenizerError, check_whole
 
 if TYPE_CHECKING:
     from fat5.data.shards.token_shards import TokenShards
@@ -27,7 +27,7 @@ MIN_MAX_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedShards:
     """A corpus and its weight.
 
     Attributes:
@@ -51,7 +51,7 @@ class PieceStream:
 
     def __init__(
         self,
-        sources: Sequence[Source | TokenShards],
+        sources: Sequence[WeightedShards | TokenShards],
         mixture: MixtureOfDenoisers,
         info: TokenizerInfo,
         max_tokens: int,
@@ -65,15 +65,8 @@ class PieceStream:
         """
         if not sources:
             raise ConfigurationError("no data source is given", where="data.sources")
-        if (
-            isinstance(max_tokens, bool)
-            or not isinstance(max_tokens, int)
-            or not MIN_MAX_TOKENS <= max_tokens <= LARGEST
-        ):
-            raise ConfigurationError(
-                f"must be a whole number from {MIN_MAX_TOKENS} to {LARGEST:,}, not {max_tokens!r}", where="max_tokens"
-            )
-        self.sources = [source if isinstance(source, Source) else Source(source) for source in sources]
+        check_whole(max_tokens, "max_tokens", least=MIN_MAX_TOKENS)
+        self.sources = [source if isinstance(source, WeightedShards) else WeightedShards(source) for source in sources]
         self.mixture, self.info, self.max_tokens, self.seed = mixture, info, max_tokens, seed
         self._check()
         self._build()
@@ -111,7 +104,7 @@ class PieceStream:
         sentinels = sentinel_array(self.info)
         noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
         low, high = split_seed(self.seed)
-        self.layout = kernels.Layout(
+        self.tables = kernels.StreamTables(
             pieces=np.array(self.num_pieces, np.int64),
             simple=np.array([s == 0 and m == 0 for s, m in zip(self.short_documents, self.cut_documents)]),
             index_first=np.cumsum([0] + [entries.size for entries in index]),
@@ -136,7 +129,7 @@ class PieceStream:
             seed_high=high,
         )
 
-    def _index(self, source: Source, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    def _index(self, source: WeightedShards, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """The block index of one source, and its (pieces, short documents, their tokens, cut documents)."""
         index = np.empty(sum(ends.size for ends in shards) // kernels.BLOCK_DOCUMENTS + 1, np.int64)
         pieces = in_block = at = short = short_tokens = cut = 0
@@ -157,9 +150,9 @@ class PieceStream:
             if count:
                 share = f"{count:,} of {source.shards.num_documents:,} documents"
                 notes.append(f"{source.shards.folder}: {share} have fewer than 2 tokens and cannot be corrupted")
-        sentinels = self.layout.sentinels.size
+        sentinels = self.tables.sentinels.size
         lengths = np.arange(self.max_tokens + 1)
-        for name, denoiser, given in zip(self.mixture.names(), self.mixture.denoisers, self.layout.spans):
+        for name, denoiser, given in zip(self.mixture.names(), self.mixture.denoisers, self.tables.spans):
             limited = np.flatnonzero(denoiser.wanted_spans(lengths) > given)
             if limited.size:
                 notes.append(
@@ -182,13 +175,13 @@ class PieceStream:
     def resolve(self, positions: np.ndarray) -> kernels.Examples:
         """What stands at stream positions (int64)."""
         examples = empty_examples(positions.size)
-        kernels.resolve(self.layout, positions, examples)
+        kernels.resolve(self.tables, positions, examples)
         return examples
 
     def resolve_fixed(self, source: int, pieces: np.ndarray, denoiser: int) -> kernels.Examples:
         """Given pieces of one source under a given denoiser."""
         examples = empty_examples(pieces.size)
-        kernels.resolve_fixed(self.layout, source, pieces, denoiser, examples)
+        kernels.resolve_fixed(self.tables, source, pieces, denoiser, examples)
         return examples
 
     def write(
@@ -202,7 +195,7 @@ class PieceStream:
     ) -> tuple[int, int]:
         """Corrupts examples into flat int64 buffers and fills both cu_seqlens; returns the tokens written."""
         self._map(examples.shard)
-        return kernels.write_examples(self.layout, examples, domain, inputs, targets, cu_inputs, cu_targets)
+        return kernels.write_examples(self.tables, examples, domain, inputs, targets, cu_inputs, cu_targets)
 
     def tokens(self, piece: int) -> np.ndarray:
         """Raw tokens of a global piece id: a view into its shard."""
@@ -215,16 +208,16 @@ class PieceStream:
 
     def passes(self, cursor: int) -> list[float]:
         """How often each source has been passed over when the stream stands at `cursor`."""
-        counts = self.layout.blend_count / self.layout.blend_source.size
+        counts = self.tables.blend_count / self.tables.blend_source.size
         return [float(cursor * share / pieces) for share, pieces in zip(counts, self.num_pieces)]
 
     def _map(self, shards: np.ndarray) -> None:
         """Maps (and, the first time, verifies) the shards about to be read."""
-        for shard in np.unique(shards[self.layout.tokens_address[shards] == 0]):
+        for shard in np.unique(shards[self.tables.tokens_address[shards] == 0]):
             source, local = self._owners[shard]
             tokens = self.sources[source].shards.shard_tokens(local)
             self._maps.append(tokens)  # keeps the address alive
-            self.layout.tokens_address[shard] = tokens.ctypes.data
+            self.tables.tokens_address[shard] = tokens.ctypes.data
 
     def __getstate__(self) -> dict[str, object]:
         keys = ("sources", "mixture", "info", "max_tokens", "seed")

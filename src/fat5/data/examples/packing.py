@@ -124,12 +124,12 @@ def pack(
         DataError: an example is longer than a budget, or the lengths are not lengths.
         ConfigurationError: a budget or the window below 1.
     """
-    for name, value in (("encoder_tokens", encoder_tokens), ("decoder_tokens", decoder_tokens), ("window", window)):
+    encoder, decoder = np.asarray(encoder_lengths, np.int64), np.asarray(decoder_lengths, np.int64)
+    most = max(encoder.size, 1) if max_examples is None else max_examples
+    budget = Budget(encoder_tokens, decoder_tokens, most, window)
+    for name, value in vars(budget).items():
         if value < 1:
             raise ConfigurationError(f"must be above 0, not {value}", where=name)
-    if max_examples is not None and max_examples < 1:
-        raise ConfigurationError(f"must be above 0, not {max_examples}", where="max_examples")
-    encoder, decoder = np.asarray(encoder_lengths, np.int64), np.asarray(decoder_lengths, np.int64)
     if encoder.ndim != 1 or encoder.shape != decoder.shape:
         raise DataError(f"encoder_lengths and decoder_lengths differ in shape: {encoder.shape}, {decoder.shape}")
     if (encoder < 0).any() or (decoder < 0).any():
@@ -141,8 +141,6 @@ def pack(
                 f"example {index} has {lengths[index]:,} {side} tokens, a pack holds {limit:,}",
                 hint=f"Raise {side}_tokens, or cut documents shorter with max_tokens",
             )
-    most = max(encoder.size, 1) if max_examples is None else max_examples
-    budget = Budget(encoder_tokens, decoder_tokens, most, window)
     waiting = Window(budget, lambda positions: (encoder[positions], decoder[positions]), end=encoder.size)
     packs = []
     while (positions := waiting.next_pack()) is not None:

@@ -16,9 +16,9 @@ from fat5.data.examples import kernels
 from fat5.data.examples.batch import PackedBatch
 from fat5.data.examples.denoisers import MixtureOfDenoisers
 from fat5.data.examples.loader import Loader
-from fat5.data.examples.order import PieceStream, Source
-from fat5.data.examples.steps import State, fingerprint, state_of
-from fat5.errors import ConfigurationError
+from fat5.data.examples.order import PieceStream, WeightedShards
+from fat5.data.examples.steps import State, StepPlan
+from fat5.errors import check_whole
 
 if TYPE_CHECKING:
     from fat5.data.shards.token_shards import TokenShards
@@ -94,7 +94,7 @@ class PaddedLoader(Loader[PaddedBatch]):
 
     def __init__(
         self,
-        sources: Sequence[Source | TokenShards],
+        sources: Sequence[WeightedShards | TokenShards],
         mixture: MixtureOfDenoisers,
         tokenizer_info: TokenizerInfo,
         *,
@@ -107,37 +107,28 @@ class PaddedLoader(Loader[PaddedBatch]):
         timeout: float = 300.0,
         multiprocessing_context: str | None = None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigurationError(f"must be a whole number above 0, not {batch_size!r}", where="batch_size")
-        if not 0 <= rank < world_size:
-            raise ConfigurationError(f"rank {rank} is not among {world_size} processes", where="rank")
+        check_whole(batch_size, "batch_size")
         stream = PieceStream(sources, mixture, tokenizer_info, max_tokens, seed)
         plan = LengthGroups(stream, batch_size, rank, world_size)
         super().__init__(plan, num_workers, timeout, multiprocessing_context)
 
 
-class LengthGroups:
+class LengthGroups(StepPlan):
     """Divides the stream into groups of batches of like length. A step of this plan is one group."""
 
     def __init__(self, stream: PieceStream, batch_size: int, rank: int, world_size: int) -> None:
-        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
-        self.micro_batches = GROUP_BATCHES
-        self.division = [batch_size, world_size, GROUP_BATCHES]
-        self.fingerprint = fingerprint(stream, [])
-
-    def start(self) -> State:
-        """The state before the first group."""
-        return state_of(self, 0, 0, [])
+        super().__init__(stream, rank, world_size, batch_size, GROUP_BATCHES, [])
+        self.batch_size = batch_size
 
     def batches_from(self, state: State, first: int) -> Iterator[tuple[State | None, kernels.Examples]]:
-        """From batch `first` of the group of `state` on: (state after the group, where it ends one; examples)."""
+        """As `StepPlan.batches_from`."""
         batches = GROUP_BATCHES * self.world_size
         step, cursor = int(state["step"]), int(state["cursor"])
         while True:
             positions = np.arange(cursor, cursor + batches * self.batch_size)
             group = self.stream.resolve(positions)
             cursor, step = cursor + positions.size, step + 1
-            after = state_of(self, step, cursor, [])
+            after = self.state(step, cursor, [])
             members = _alike(group.encoder, group.decoder, batches)
             words = kernels.philox(
                 step, cursor & kernels.MASK32, cursor >> 32, kernels.GROUPS << kernels.DOMAIN_SHIFT, 0, 0
@@ -149,7 +140,7 @@ class LengthGroups:
             first = 0
 
     def write(self, examples: kernels.Examples) -> PaddedBatch:
-        """The padded batch that holds the examples."""
+        """The padded batch with these examples."""
         count = examples.piece.size
         inputs = np.empty(int(examples.encoder.sum()), np.int64)
         targets = np.empty(int(examples.decoder.sum()), np.int64)

@@ -10,9 +10,10 @@ import numpy as np
 from fat5.data.examples import kernels
 from fat5.data.examples.batch import BatchConfig, BatchWriter, PackedBatch
 from fat5.data.examples.denoisers import MixtureOfDenoisers
-from fat5.data.examples.order import PieceStream, Source
+from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import pack
-from fat5.errors import ConfigurationError
+from fat5.data.examples.steps import check_rank
+from fat5.errors import check_whole
 
 if TYPE_CHECKING:
     from fat5.data.shards.token_shards import TokenShards
@@ -64,7 +65,7 @@ class ValidationBatches:
 
 
 def validation_batches(
-    sources: Sequence[Source | TokenShards],
+    sources: Sequence[WeightedShards | TokenShards],
     mixture: MixtureOfDenoisers,
     tokenizer_info: TokenizerInfo,
     batch_config: BatchConfig,
@@ -82,10 +83,8 @@ def validation_batches(
     Raises:
         ConfigurationError, DataError, TokenizerError: as `PackedLoader`.
     """
-    if eval_tokens < 1:
-        raise ConfigurationError(f"must be above 0, not {eval_tokens}", where="eval_tokens")
-    if not 0 <= rank < world_size:
-        raise ConfigurationError(f"rank {rank} is not among {world_size} processes", where="rank")
+    check_whole(eval_tokens, "eval_tokens", most=1 << 40)
+    check_rank(rank, world_size)
     stream = PieceStream(sources, mixture, tokenizer_info, batch_config.max_tokens, VALIDATION_SEED)
     return ValidationBatches(stream, batch_config, eval_tokens, rank, world_size)
 

@@ -25,7 +25,7 @@ from loguru import logger
 
 from fat5.data.shards.pipeline import Stage, build, stages
 from fat5.data.shards.plan import LOGS, read_plan
-from fat5.data.shards.slurm_options import SlurmOptions
+from fat5.data.shards.prepare import SlurmOptions, finish
 from fat5.data.worker_process import end_with_parent
 from fat5.errors import ConfigurationError, DataError
 
@@ -180,8 +180,6 @@ def main(argv: list[str]) -> int:
     """What a Slurm job runs: `python -m fat5.data.shards.executors FOLDER STAGE`."""
     folder, stage_name = argv
     if stage_name == "finish":
-        from fat5.data.shards.prepare import finish
-
         finish(Path(folder))
         return 0
     stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)

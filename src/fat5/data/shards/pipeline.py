@@ -7,7 +7,6 @@ mark as completed. A task is made from the folder's plan alone.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +21,8 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import HuggingFaceDatasetReader
 
-from fat5.data.shards.plan import LOGS, Plan, read_plan
+from fat5.data.shards.plan import LOGS, PreparePlan, read_plan
+from fat5.data.shards.progress import TaskProgress
 from fat5.data.shards.token_shards import SPLITS
 from fat5.data.text.corpus import Corpus
 from fat5.data.text.rows import BadRows
@@ -32,7 +32,6 @@ from fat5.files import naming, write_atomically
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 8192
-PROGRESS_SECONDS = 0.5
 MINHASH_BUCKETS = 14
 _HASH_RANGE = 1 << 64
 
@@ -45,7 +44,7 @@ class Stage:
     tasks: int
 
 
-def stages(plan: Plan) -> list[Stage]:
+def stages(plan: PreparePlan) -> list[Stage]:
     """The stages of a plan, in order; each needs all tasks of the one before."""
     before = []
     if plan.deduplicated:
@@ -98,7 +97,7 @@ class CorpusReader(PipelineStep):
         """Yields the documents of task `rank`; those without text are counted and left out."""
         plan = read_plan(self.folder)
         corpus = Corpus(plan.options)
-        progress = _Progress(self.folder, rank)
+        progress = TaskProgress(self.folder, rank)
         empty = done = 0
         for chunk in plan.tasks[rank]:
             for row in corpus.read(chunk, self.columns):
@@ -119,7 +118,7 @@ class CorpusReader(PipelineStep):
 class DatasetReader(HuggingFaceDatasetReader):
     """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`; it tells its documents."""
 
-    def __init__(self, folder: str, plan: Plan, columns: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: str, plan: PreparePlan, columns: tuple[str, ...] = ()) -> None:
         options = plan.options
         super().__init__(
             str(plan.dataset), dataset_options={"name": options.subset, "split": options.split}, streaming=True
@@ -136,7 +135,7 @@ class DatasetReader(HuggingFaceDatasetReader):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the documents of one part of the dataset."""
-        progress = _Progress(self.folder, rank)
+        progress = TaskProgress(self.folder, rank)
         for document in super().run(data, rank, world_size):
             progress.documents += 1
             if not progress.documents & 255:
@@ -243,23 +242,7 @@ class _ShardFile:
             self.partial.unlink(missing_ok=True)
 
 
-class _Progress:
-    """How far a task is, in a small file that whoever started it can read."""
-
-    def __init__(self, folder: str, rank: int) -> None:
-        self.path = Path(folder) / LOGS / "progress" / f"{rank:05d}.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.documents = 0
-        self._next = 0.0
-
-    def tell(self, size: int, final: bool = False) -> None:
-        if final or time.monotonic() > self._next:
-            self._next = time.monotonic() + PROGRESS_SECONDS
-            with naming(self.path):
-                self.path.write_text(json.dumps({"bytes": size, "documents": self.documents, "final": final}))
-
-
-def _reader(plan: Plan, folder: str) -> Any:
+def _reader(plan: PreparePlan, folder: str) -> Any:
     columns = ("url",) if "urls" in plan.steps else ()
     return CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
 

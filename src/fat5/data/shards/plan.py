@@ -22,7 +22,7 @@ PLAN = f"{LOGS}/plan.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparePlan:
     """Everything that decides the shards, and the tasks the corpus is read in."""
 
     name: str
@@ -54,7 +54,7 @@ class Plan:
 
 def make_plan(
     corpus: Corpus, name: str, steps: list[str], validation_fraction: float, sha256: str, size: int, token_bytes: int
-) -> Plan:
+) -> PreparePlan:
     """The plan for a corpus, with its files by absolute path, size and modification time."""
     files = [os.path.abspath(path) for path in corpus.files]
     if corpus.dataset is None:
@@ -62,7 +62,7 @@ def make_plan(
     else:
         tasks = [[] for _ in range(max(1, int(load_streamed(corpus.dataset, corpus.options).num_shards)))]
     stats = [os.stat(path) for path in files]
-    return Plan(
+    return PreparePlan(
         name=name or corpus.name,
         dataset=corpus.dataset,
         files=[[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)],
@@ -76,13 +76,13 @@ def make_plan(
     )
 
 
-def write_plan(plan: Plan, folder: Path) -> None:
+def write_plan(plan: PreparePlan, folder: Path) -> None:
     """Writes `logs/plan.json`, whole or not at all."""
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PLAN, json.dumps({"version": VERSION} | asdict(plan), ensure_ascii=False).encode())
 
 
-def read_plan(folder: str | Path) -> Plan:
+def read_plan(folder: str | Path) -> PreparePlan:
     """The plan of a folder that `fat5 prepare` began.
 
     Raises:
@@ -96,12 +96,12 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 @lru_cache(maxsize=2)
-def _read_plan(path: str, _modified: int) -> Plan:
+def _read_plan(path: str, _modified: int) -> PreparePlan:
     content = parse_json(Path(path).read_bytes())
     if content.pop("version") != VERSION:
         raise KeyError("version")
     content["tasks"] = [[Chunk(**chunk) for chunk in task] for task in content["tasks"]]
-    plan = Plan(**content)
+    plan = PreparePlan(**content)
     CorpusOptions(**plan.corpus)
     sizes = all(is_count(chunk.bytes) for task in plan.tasks for chunk in task)
     if not sizes or not all(isinstance(step, str) for step in plan.steps):
@@ -109,7 +109,7 @@ def _read_plan(path: str, _modified: int) -> Plan:
     return plan
 
 
-def difference(old: Plan, new: Plan) -> str | None:
+def difference(old: PreparePlan, new: PreparePlan) -> str | None:
     """The first thing two plans differ in, in words, or None."""
     words = {
         "tokenizer_sha256": "another tokenizer",

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fat5.data.shards.plan import LOGS, PLAN, STEPS, Plan, difference, make_plan, read_plan, write_plan
+from fat5.data.shards.plan import LOGS, PLAN, STEPS, PreparePlan, difference, make_plan, read_plan, write_plan
 from fat5.data.shards.progress import watch
-from fat5.data.shards.slurm_options import SlurmOptions
 from fat5.data.shards.token_shards import (
     MANIFEST,
     SPLITS,
@@ -32,6 +31,27 @@ from fat5.files import locked, parse_json, write_atomically
 from fat5.machine import available_cores
 
 LOCK = f"{LOGS}/lock"
+
+
+@dataclass
+class SlurmOptions:
+    """How to ask Slurm for tasks.
+
+    Args:
+        partition: partition to submit to.
+        time: time limit of one task.
+        qos: quality of service.
+        memory_gb: memory of one task.
+        max_array_size: the cluster's limit on the size of a job array.
+        environment: shell command that activates the Python environment, if the submitting one is not inherited.
+    """
+
+    partition: str = ""
+    time: str = "24:00:00"
+    qos: str = "normal"
+    memory_gb: int = 4
+    max_array_size: int = 1001
+    environment: str = ""
 
 
 @dataclass
@@ -232,7 +252,7 @@ def _check_folder(folder: Path) -> None:
             raise RunDirectoryError("holds something else", where=folder, hint="Choose a new or empty --output_dir")
 
 
-def _check_plan(folder: Path, plan: Plan) -> None:
+def _check_plan(folder: Path, plan: PreparePlan) -> None:
     found = difference(read_plan(str(folder.absolute())), plan)
     if found:
         raise RunDirectoryError(

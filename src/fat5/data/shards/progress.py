@@ -9,9 +9,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fat5.data.shards.plan import LOGS
+from fat5.files import naming
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = TELL_SECONDS = 0.5
 LINE_SECONDS = 60.0
+
+
+class TaskProgress:
+    """Writes how far a task is to a small file, which `watch` reads."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self.path = Path(folder) / LOGS / "progress" / f"{rank:05d}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.documents = 0
+        self._next = 0.0
+
+    def tell(self, size: int, final: bool = False) -> None:
+        """Writes the bytes read so far, at most twice a second."""
+        if final or time.monotonic() > self._next:
+            self._next = time.monotonic() + TELL_SECONDS
+            with naming(self.path):
+                self.path.write_text(json.dumps({"bytes": size, "documents": self.documents, "final": final}))
 
 
 @contextmanager

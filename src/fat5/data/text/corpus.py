@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fat5.data.text.formats import CODECS, READ, TxtDocuments, extension_of, read_rows, sniff, split_points
-from fat5.data.text.rows import BadRows, Row, missing_column, row_text
-from fat5.data.text.sample_corpus import sample_path
+from fat5.data.text.rows import BadRows, CorpusRow, missing_column, row_text
 from fat5.errors import DataError
 
 SAMPLE = "sample:"
+SAMPLE_LANGUAGES = ("fr", "en", "de")
 SMALLEST_CHUNK = 2 << 20
 LARGEST_CHUNK = 256 << 20
 CHUNKS = 256
@@ -102,7 +102,7 @@ class Corpus:
             filled += chunk.bytes
         return groups
 
-    def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[Row]:
+    def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[CorpusRow]:
         """Rows of one chunk, with the named further columns where they exist.
 
         Raises:
@@ -113,7 +113,7 @@ class Corpus:
             read_rows(chunk.path, chunk.start, chunk.stop, options.text_column, options.txt_documents, columns)
         )
 
-    def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> Row | None:
+    def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> CorpusRow | None:
         """One row of the Hugging Face dataset as `load_streamed` gave it, None where it is skipped.
 
         Raises:
@@ -124,7 +124,7 @@ class Corpus:
         except DataError as error:
             self._refuse_or_count(error)
             return None
-        return Row(text, 0, {name: row[name] for name in columns if name in row})
+        return CorpusRow(text, 0, {name: row[name] for name in columns if name in row})
 
     def rows(self, limit: int | None = None) -> Iterator[str]:
         """Texts of the corpus in order, at most `limit`; empty ones are left out."""
@@ -148,9 +148,9 @@ class Corpus:
             for row in self.read(chunk):
                 yield row.text
 
-    def _sound(self, found: Iterable[Row | DataError]) -> Iterator[Row]:
+    def _sound(self, found: Iterable[CorpusRow | DataError]) -> Iterator[CorpusRow]:
         for row in found:
-            if isinstance(row, Row):
+            if isinstance(row, CorpusRow):
                 yield row
             else:
                 self._refuse_or_count(row)
@@ -191,6 +191,19 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
     for file in dict.fromkeys(files):
         sniff(file)
     return Corpus(options, files=list(dict.fromkeys(files)))
+
+
+def sample_path(language: str = "fr") -> Path:
+    """The sample corpus that ships with FAT5, in one language: gzipped JSON lines of `id`, `chapter`, `text`.
+
+    It holds paragraphs of the Debian Administrator's Handbook; those of one `id` are translations of each other.
+
+    Raises:
+        DataError: no sample in that language.
+    """
+    if language not in SAMPLE_LANGUAGES:
+        raise DataError(f"no sample corpus in {language!r}", hint=f"Choose from {', '.join(SAMPLE_LANGUAGES)}")
+    return Path(__file__).parents[1] / "sample" / f"{language}.jsonl.gz"
 
 
 def is_dataset(name: str) -> bool:

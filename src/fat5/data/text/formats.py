@@ -12,9 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from fat5.data.text.lines import LARGEST_DOCUMENT, Lines
-from fat5.data.text.parquet import parquet_rows, row_groups
-from fat5.data.text.rows import Row, missing_column, row_text
+from fat5.data.text.rows import LARGEST_DOCUMENT, CorpusRow, Lines, missing_column, row_text
 from fat5.errors import DataError
 from fat5.files import PICKLE_HEADS, parse_json
 
@@ -35,6 +33,7 @@ _MAGIC = {
     b"%PDF": "a PDF",
 }
 _HEAD = 4096
+_PARQUET_ROWS = 16  # decoded at a time: a small file can name one large document in every row
 _HOW_LINES_LOOK = 'Each line is {"text": "…"}; `jq -c ".[]" FILE` makes lines of an array'
 
 
@@ -79,7 +78,7 @@ def split_points(path: str, target: int, txt_documents: TxtDocuments) -> Iterato
     """
     extension, size = extension_of(path), os.path.getsize(path)
     if extension == ".parquet":
-        yield from row_groups(path, target)
+        yield from _row_groups(path, target)
     elif extension in (".jsonl", ".json") or (extension == ".txt" and txt_documents != "file"):
         parts = max(1, round(size / target))
         points = [size * part // parts for part in range(parts + 1)]
@@ -96,7 +95,7 @@ def read_rows(
     text_column: str = "text",
     txt_documents: TxtDocuments = "paragraph",
     columns: Sequence[str] = (),
-) -> Iterator[Row | DataError]:
+) -> Iterator[CorpusRow | DataError]:
     """Rows of one part of a file, as `split_points` gave it; rows without text are yielded with text "".
 
     A row that cannot be read is yielded as its error, with file and line; the rows after it follow.
@@ -111,7 +110,7 @@ def read_rows(
         return
     try:
         if extension == ".parquet":
-            yield from parquet_rows(path, start, stop, text_column, columns)
+            yield from _parquet(path, start, stop, text_column, columns)
         elif extension.startswith(".csv"):
             yield from _csv(path, text_column, columns)
         elif extension.startswith(".txt"):
@@ -128,7 +127,9 @@ def read_rows(
         ) from error
 
 
-def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence[str]) -> Iterator[Row | DataError]:
+def _jsonl(
+    path: str, start: int, stop: int, text_column: str, columns: Sequence[str]
+) -> Iterator[CorpusRow | DataError]:
     import orjson
 
     lines = Lines(path, start, stop)
@@ -138,7 +139,7 @@ def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence
     for line in lines:
         if line.isspace():
             continue
-        found: Row | DataError
+        found: CorpusRow | DataError
         try:
             lines.check(line)
             if any(line.count(name) > 1 and len(key.findall(line)) > 1 for name, key in keys):
@@ -153,7 +154,7 @@ def _jsonl(path: str, start: int, stop: int, text_column: str, columns: Sequence
             text = row.get(text_column)
             if type(text) is not str:
                 text = row_text(row, text_column, lines.where())
-            found = Row(text, lines.position, {name: row[name] for name in columns if name in row})
+            found = CorpusRow(text, lines.position, {name: row[name] for name in columns if name in row})
         except DataError as error:
             found = error
         yield found
@@ -167,14 +168,14 @@ def _careful_json(line: str, lines: Lines) -> Any:
         raise DataError(f"not JSON ({error})", where=lines.where(), hint=_HOW_LINES_LOOK) from error
 
 
-def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[Row | DataError]:
+def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[CorpusRow | DataError]:
     if documents == "file":
         yield _whole_file(path)
     elif documents == "line":
         lines = Lines(path, start, stop)
         for line in lines:
             try:
-                found: Row | DataError = Row(lines.text(line).rstrip("\r\n"), lines.position, {})
+                found: CorpusRow | DataError = CorpusRow(lines.text(line).rstrip("\r\n"), lines.position, {})
             except DataError as error:
                 found = error
             yield found
@@ -182,7 +183,7 @@ def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[
         yield from _paragraphs(path, start, stop)
 
 
-def _paragraphs(path: str, start: int, stop: int) -> Iterator[Row | DataError]:
+def _paragraphs(path: str, start: int, stop: int) -> Iterator[CorpusRow | DataError]:
     # A paragraph belongs to the part that holds the blank line before it; reading goes past `stop` to finish it.
     lines = Lines(path, start, -1)
     ours = start == 0
@@ -192,7 +193,7 @@ def _paragraphs(path: str, start: int, stop: int) -> Iterator[Row | DataError]:
         past = 0 <= stop <= lines.begin
         if line.isspace():
             if kept:
-                yield Row("".join(kept).rstrip("\r\n"), lines.position, {})
+                yield CorpusRow("".join(kept).rstrip("\r\n"), lines.position, {})
             if past:
                 return
             ours, kept, size = True, [], 0
@@ -206,7 +207,7 @@ def _paragraphs(path: str, start: int, stop: int) -> Iterator[Row | DataError]:
         elif past:
             return
     if kept:
-        yield Row("".join(kept).rstrip("\r\n"), lines.position, {})
+        yield CorpusRow("".join(kept).rstrip("\r\n"), lines.position, {})
 
 
 def _line_of_paragraph(line: bytes, lines: Lines, size: int) -> str:
@@ -219,7 +220,7 @@ def _line_of_paragraph(line: bytes, lines: Lines, size: int) -> str:
     return lines.text(line)
 
 
-def _whole_file(path: str) -> Row | DataError:
+def _whole_file(path: str) -> CorpusRow | DataError:
     lines = Lines(path)
     kept: list[str] = []
     size = 0
@@ -232,10 +233,10 @@ def _whole_file(path: str) -> Row | DataError:
             kept.append(lines.text(line))
         except DataError as error:
             return error
-    return Row("".join(kept), lines.position, {})
+    return CorpusRow("".join(kept), lines.position, {})
 
 
-def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row | DataError]:
+def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[CorpusRow | DataError]:
     csv.field_size_limit(LARGEST_DOCUMENT)
     lines = _CsvLines(path)
     reader = csv.reader(map(lines.text, lines), strict=True)
@@ -253,7 +254,7 @@ def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Row | 
                 yield lines.fault
             elif len(values) == len(names):
                 row = dict(zip(names, values))
-                yield Row(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
+                yield CorpusRow(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
             elif values:
                 what = f"fields in this row: {len(values)}, in the header: {len(names)}"
                 yield DataError(what, where=lines.where(), hint="Quote fields that hold commas")
@@ -279,3 +280,78 @@ class _CsvLines(Lines):
         except DataError as error:
             self.fault = self.fault or error
             return line.decode("utf-8", "replace")
+
+
+def _row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
+    """(first, past the last, bytes) of consecutive row groups that hold about `target` bytes together."""
+    metadata = _open_parquet(path).metadata
+    first, filled = 0, 0
+    for group in range(metadata.num_row_groups):
+        filled += metadata.row_group(group).total_byte_size
+        if filled >= target or group + 1 == metadata.num_row_groups:
+            yield first, group + 1, filled
+            first, filled = group + 1, 0
+
+
+def _parquet(
+    path: str, start: int, stop: int, text_column: str, columns: Sequence[str]
+) -> Iterator[CorpusRow | DataError]:
+    """Rows of some row groups; an error in place of a row that cannot be read.
+
+    Raises:
+        DataError: damaged, or no column of text by that name.
+    """
+    import pyarrow
+
+    file = _open_parquet(path)
+    _check_parquet(file.schema_arrow, text_column, path)
+    names = file.schema_arrow.names
+    wanted = [text_column, *(name for name in columns if name in names and name != text_column)]
+    position = 0
+    try:
+        for group in range(start, stop):
+            metadata = file.metadata.row_group(group)
+            size, count = metadata.total_byte_size, max(1, metadata.num_rows)
+            done = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group], columns=wanted):
+                for row in batch.to_pylist():
+                    done += 1
+                    text = row_text(row, text_column, path)
+                    if len(text) > LARGEST_DOCUMENT:
+                        where = f"{path}, row {done} of row group {group}"
+                        yield DataError(f"a document longer than {LARGEST_DOCUMENT >> 20} MiB", where=where)
+                    else:
+                        yield CorpusRow(text, position + size * done // count, row)
+            position += size
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError("Parquet data is damaged", where=path, hint="Fetch it again") from error
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError("Parquet data is damaged", where=path, hint="Fetch it again") from error
+
+
+def _check_parquet(schema: Any, column: str, path: str) -> None:
+    from pyarrow import types
+
+    fields = {field.name: field.type for field in schema}
+    for name in [column] if column in fields or "." not in column else column.split("."):
+        if name not in fields:
+            raise missing_column(column, fields, path)
+        kind = fields[name]
+        fields = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        nested = ", ".join(f"{column}.{name}" for name in list(fields)[:20])
+        raise DataError(f"column {column!r} is nested", where=path, hint=f"Name one of {nested}")
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise DataError(
+            f"column {column!r} holds {kind}, not text", where=path, hint="Name one with --corpus.text_column"
+        )

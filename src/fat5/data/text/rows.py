@@ -1,14 +1,23 @@
-"""One row of a corpus: its text, found by the name of a column, and what is said of a row that cannot be read."""
+"""Rows of a corpus and the lines they come from: bounded in length, with their number for an error."""
 
-from collections.abc import Iterable, Mapping
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from fat5.errors import DataError
 
+# A line or document above this is a file without line breaks, not a text: reading on would fill the memory.
+LARGEST_DOCUMENT = 32 << 20
+# 4 bytes of Zstandard can hold 128 KiB, so this much compressed data makes 16 MiB at most.
+ZSTANDARD_INPUT = 512
+
 
 @dataclass(slots=True)
-class Row:
+class CorpusRow:
     """One document: its text, how many raw bytes of the file lie behind it, and the further columns asked for."""
 
     text: str
@@ -56,3 +65,130 @@ def missing_column(column: str, columns: Iterable[object], where: object) -> Dat
     """The error of a wrong text column, with the columns there are."""
     shown = ", ".join(sorted(map(str, columns))[:20]) or "none"
     return DataError(f"no column {column!r}; it has {shown}", where=where, hint="Name one with --corpus.text_column")
+
+
+class Lines:
+    """Lines of a file, plain or compressed, between two bytes: those that start in [start, stop).
+
+    A line above `LARGEST_DOCUMENT` is cut there, and the rest of it is passed over where reading goes on; `check` and
+    `text` refuse it.
+    """
+
+    def __init__(self, path: str, start: int = 0, stop: int = -1) -> None:
+        self.path = path
+        self.number = 0
+        self.begin = self.position = start
+        self._start, self._stop = start, stop
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as raw:
+            stream, tell = _decompressed(raw, self.path.lower())
+            offset = self._start
+            if offset:
+                # A line that began before `start` belongs to the part before.
+                raw.seek(offset - 1)
+                offset += _skip_line(raw) - 1
+            while self._stop < 0 or offset < self._stop:
+                line = stream.readline(LARGEST_DOCUMENT + 1)
+                if not line:
+                    return
+                self.number += 1
+                self.begin = offset
+                offset += len(line)
+                self.position = tell() if tell else offset
+                yield line
+                if len(line) > LARGEST_DOCUMENT and not line.endswith(b"\n"):
+                    offset += _skip_line(stream)
+
+    def where(self) -> str:
+        """`path:line` of the line read last; counts the lines before `start` only now that they matter."""
+        before = 0
+        if self._start:
+            with open(self.path, "rb") as file:
+                left = self._start - 1
+                while left > 0 and (block := file.read(min(left, 1 << 20))):
+                    before += block.count(b"\n")
+                    left -= len(block)
+            before += 1
+        return f"{self.path}:{before + self.number}"
+
+    def check(self, line: bytes) -> None:
+        """Refuses the line read last where it is too long.
+
+        Raises:
+            DataError: longer than `LARGEST_DOCUMENT`.
+        """
+        if len(line) > LARGEST_DOCUMENT:
+            raise DataError(f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up")
+
+    def text(self, line: bytes) -> str:
+        """The line read last as text, without a byte order mark.
+
+        Raises:
+            DataError: too long, or not UTF-8.
+        """
+        self.check(line)
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"invalid UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})",
+                where=self.where(),
+                hint="Convert it to UTF-8",
+            ) from error
+        if self.number == 1 and self._start == 0:
+            text = text.removeprefix("\ufeff")
+        return text
+
+
+def _skip_line(stream: Any) -> int:
+    skipped = 0
+    while part := stream.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
+    """A stream that never holds more than asked for, however far the data expands, and what tells its position."""
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw), raw.tell
+    if name.endswith(".zst"):
+        return io.BufferedReader(Zstandard(raw), 1 << 17), raw.tell
+    if name.endswith(".bz2"):
+        return bz2.BZ2File(raw), raw.tell
+    if name.endswith(".xz"):
+        return lzma.LZMAFile(raw), raw.tell
+    return raw, None
+
+
+class Zstandard(io.RawIOBase):
+    """Decompresses frame after frame. zstandard's own reader takes a file that was cut short for a complete one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(ZSTANDARD_INPUT)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is cut short")
+                return 0
+            self._frame = self._frame or self._new()
+            self._output, self._input = memoryview(self._frame.decompress(self._input)), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fat5.data import BatchConfig, PieceStream, Source, load_tokenizer, open_shards, suggest_budgets
+from fat5.data import BatchConfig, PieceStream, WeightedShards, load_tokenizer, open_shards, suggest_budgets
 from fat5.data.examples.packing import BUDGET_MULTIPLE
 from fat5.machine import free_memory
 from fat5.train.config import DataConfig, PretrainConfig
@@ -194,8 +194,8 @@ def _length(config: PretrainConfig, text: Text) -> PretrainConfig:
     return replace(config, schedule=config.schedule.resolved(config.steps))
 
 
-def _sources(config: PretrainConfig) -> list[Source]:
-    return [Source(open_shards(source.path, "train"), source.weight) for source in config.data.sources]
+def _sources(config: PretrainConfig) -> list[WeightedShards]:
+    return [WeightedShards(open_shards(source.path, "train"), source.weight) for source in config.data.sources]
 
 
 def _corpus_tokens(config: PretrainConfig) -> int:
