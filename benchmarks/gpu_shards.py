@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fat5.data import open_shards, sample_path
 from fat5.data.shards.prepare import PrepareConfig, prepare
-from fat5.data.text.sample_corpus import LANGUAGES
+from fat5.data.text.corpus import SAMPLE_LANGUAGES
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
 CHARACTERS = 4000
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         text = Path(name) / "handbook.jsonl"
-        joined = [document for language in LANGUAGES for document in documents(language)]
+        joined = [document for language in SAMPLE_LANGUAGES for document in documents(language)]
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in joined), encoding="utf-8")
         tokenizer = Path(name) / "tokenizer"
         train_tokenizer(TokenizerTraining([str(text)], str(tokenizer), vocab_size=options.vocab_size))

@@ -21,7 +21,9 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", ["ul2.md", "packing.md"])
 def test_python_snippets_run(page, tmp_path, monkeypatch):
     tokenizer = Tokenizer(byte_tokenizer(), None, {})
-    write_corpus(tmp_path / "shards", made_documents([200] * 200), info=tokenizer.info)
+    write_corpus(
+        tmp_path / "shards", made_documents([200] * 200, vocab_size=tokenizer.info.vocab_size), info=tokenizer.info
+    )
     tokenizer.save(tmp_path / "shards/tokenizer")
     monkeypatch.chdir(tmp_path)
     snippets = blocks(page, "python")

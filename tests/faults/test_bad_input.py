@@ -45,7 +45,7 @@ BAD_KEYS = {
     "budget": ({"data": {"encoder_tokens": 200}}, "data.encoder_tokens: must be a multiple of 128"),
     "budget below an example": ({"data": {"max_tokens": 4096}}, "is smaller than one example"),
     "budget beyond int32": ({"data": {"encoder_tokens": 128 * 10**30}}, "to 16,777,216"),
-    "endless step": ({"data": {"packs_per_step": 10**12}}, "data.packs_per_step: is 1,000,000,000,000"),
+    "endless step": ({"data": {"packs_per_step": 10**12}}, "data.packs_per_step: must be a whole number"),
     "endless model": ({"model": {"overrides": {"num_layers": 10**12}}}, "num_layers: expected 1 to 4,096, got 1,000,"),
     "width beyond int64": ({"model": {"overrides": {"d_model": 10**30}}}, "d_model: expected 1 to 16,777,216"),
     "distance beyond int64": (

@@ -1,4 +1,4 @@
-"""The audit of prepared data: what the model will see, measured on its batches, against the specification."""
+"""The audit of prepared data: the batches a model would see, measured against the specification."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """Measures prepared data and writes `audit.json` and `audit.png` to `config.output_dir`; returns what it wrote.
 
     Raises:
-        ConfigurationError, DataError, TokenizerError: what cannot be audited, and why.
+        ConfigurationError, DataError, TokenizerError: the data cannot be audited.
     """
     sources, tokenizer = _open(config)
     mixture = MixtureOfDenoisers.of(config.mixture)
@@ -83,18 +83,19 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         packs_per_step=1,
         window=config.window,
     )
-    seen = _Seen(stream, tokenizer, config.examples, config.window)
+    seen = _Examples(stream, tokenizer, config.examples)
     for batch in Loader[PackedBatch](PackPlan(stream, shapes, 0, 1)):
         seen.add(batch)
-        if seen.raw_tokens >= config.tokens:
+        if seen.tokens >= config.tokens:
             break
+    columns = seen.columns()
     report = {
-        "corpora": _corpora(stream, seen),
-        "mixture": seen.rows(),
-        "examples": sum(len(lengths) for lengths in seen.encoder),
-        "tokens": seen.raw_tokens,
+        "corpora": _corpora(stream, columns),
+        "mixture": _mixture(stream, columns, config.window),
+        "examples": int(columns.piece.size),
+        "tokens": seen.tokens,
         "tokens_dropped": sum(stream.short_tokens),
-        "reconstructed": seen.reconstructed,
+        "reconstructed": int(columns.whole.sum()),
         "budgets": {
             "encoder_tokens": shapes.encoder_tokens,
             "decoder_tokens": shapes.decoder_tokens,
@@ -103,7 +104,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
             "examples_per_pack": float(np.mean(seen.counts)),
         },
         "suggested": _suggest(measured, suggested, config.window),
-        "sentinels": {"available": len(tokenizer.info.sentinel_ids), "used": max(seen.most_sentinels)},
+        "sentinels": {"available": len(tokenizer.info.sentinel_ids), "used": int(columns.spans.max(initial=0))},
         "tokenizer": _fertility(stream, tokenizer),
         "notes": stream.notes(),
         "shown": seen.shown,
@@ -112,118 +113,120 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     with naming(folder / "audit.png"):
-        _draw(mixture.names(), seen.encoder, seen.decoder, np.concatenate(seen.raw), folder / "audit.png")
+        _draw(mixture.names(), columns, folder / "audit.png")
     return report
 
 
-class _Seen:
-    """Running measures over packed batches."""
+class _Columns(NamedTuple):
+    """The examples that were measured: int64 arrays of one length."""
 
-    def __init__(self, stream: PieceStream, tokenizer: Tokenizer, examples: int, window: int) -> None:
-        self.stream, self.tokenizer, self.examples, self.window = stream, tokenizer, examples, window
-        denoisers = len(stream.mixture)
-        self._is_sentinel = np.zeros(tokenizer.info.vocab_size, bool)
-        self._is_sentinel[list(tokenizer.info.sentinel_ids)] = True
-        self.encoder: list[list[int]] = [[] for _ in range(denoisers)]
-        self.decoder: list[list[int]] = [[] for _ in range(denoisers)]
-        self.raw: list[np.ndarray] = []
-        self.by_source = np.zeros(len(stream.sources), np.int64)
-        self.noise, self.kept, self.spans, self.limited, self.broken = np.zeros((5, denoisers), np.int64)
-        self.most_sentinels = [0] * denoisers
+    denoiser: np.ndarray
+    piece: np.ndarray
+    encoder: np.ndarray  # tokens of each side
+    decoder: np.ndarray
+    noise: np.ndarray  # raw tokens that are masked, and that are kept
+    kept: np.ndarray
+    spans: np.ndarray
+    whole: np.ndarray  # 1 if inputs and targets give the document back
+    lawful: np.ndarray  # 1 if it also has the noise and spans that its denoiser asks for
+
+    @property
+    def raw(self) -> np.ndarray:
+        """Raw tokens of each example."""
+        return self.noise + self.kept
+
+
+class _Examples:
+    """Takes the examples of packed batches apart, and measures them."""
+
+    def __init__(self, stream: PieceStream, tokenizer: Tokenizer, examples: int) -> None:
+        self.stream, self.tokenizer, self.examples = stream, tokenizer, examples
+        self._is_sentinel = np.zeros(tokenizer.info.vocab_size, np.int64)
+        self._is_sentinel[list(tokenizer.info.sentinel_ids)] = 1
+        self._parts: list[_Columns] = []
         self.encoder_fill: list[float] = []
         self.decoder_fill: list[float] = []
         self.counts: list[int] = []
-        self.raw_tokens = self.reconstructed = 0
+        self.tokens = 0
         self.shown: list[dict[str, Any]] = []
 
     def add(self, batch: PackedBatch) -> None:
-        """Measures one batch: every example is taken apart again."""
+        """Measures one batch."""
         count = batch.num_examples
         self.encoder_fill.append(batch.encoder_fill)
         self.decoder_fill.append(batch.decoder_fill)
         self.counts.append(count)
-        self.raw_tokens += batch.tokens
-        denoiser = batch.denoiser[:count].numpy().astype(np.int64)
+        self.tokens += batch.tokens
+        denoiser, piece = batch.denoiser[:count].numpy().astype(np.int64), batch.piece[:count].numpy()
         starts = batch.decoder_cu_seqlens[:count].numpy().astype(np.int64)
-        labels = batch.labels[: batch.num_items].numpy()
-        spans = np.add.reduceat(self._is_sentinel[labels].astype(np.int64), starts)
+        spans = np.add.reduceat(self._is_sentinel[batch.labels[: batch.num_items].numpy()], starts)
         encoder = batch.cu_seqlens.diff()[:count].numpy().astype(np.int64)
         decoder = batch.decoder_cu_seqlens.diff()[:count].numpy().astype(np.int64)
         noise = decoder - spans - 1
         kept = encoder - spans - 1 - (self.stream.tables.mode[denoiser] >= 0)
-        raw = noise + kept
-        self.raw.append(raw)
-        for total, values in ((self.noise, noise), (self.kept, kept), (self.spans, spans)):
-            np.add.at(total, denoiser, values)
-        np.add.at(self.by_source, batch.piece[:count].numpy() >> kernels.PIECE_BITS, raw)
-        for index, rule in enumerate(self.stream.mixture.denoisers):
-            mine = denoiser == index
-            self.encoder[index] += encoder[mine].tolist()
-            self.decoder[index] += decoder[mine].tolist()
-            self.limited[index] += int((rule.wanted_spans(raw[mine]) > spans[mine]).sum())
-            self.most_sentinels[index] = max(self.most_sentinels[index], int(spans[mine].max(initial=0)))
-        self._take_apart(batch, noise, spans)
+        whole, lawful = np.zeros((2, count), np.int64)
+        for n, (inputs, targets) in enumerate(unpack(batch)):
+            tokens = self.stream.tokens(int(piece[n]))
+            rule = self.stream.mixture.denoisers[denoiser[n]]
+            whole[n] = np.array_equal(reconstruct(inputs, targets, self.tokenizer.info), tokens)
+            asked = rule.spans(len(tokens), len(self.tokenizer.info.sentinel_ids))
+            lawful[n] = whole[n] and asked == (noise[n], spans[n])
+            self._show(int(denoiser[n]), int(piece[n]), inputs, targets)
+        self._parts.append(_Columns(denoiser, piece, encoder, decoder, noise, kept, spans, whole, lawful))
 
-    def _take_apart(self, batch: PackedBatch, noise: np.ndarray, spans: np.ndarray) -> None:
-        info, mixture = self.tokenizer.info, self.stream.mixture
-        rows = zip(unpack(batch), batch.piece.tolist(), batch.denoiser.tolist(), noise.tolist(), spans.tolist())
-        for (inputs, targets), piece, denoiser, masked, marked in rows:
-            tokens = self.stream.tokens(piece)
-            whole = np.array_equal(reconstruct(inputs, targets, info), tokens)
-            self.reconstructed += whole
-            asked = mixture.denoisers[denoiser].spans(len(tokens), len(info.sentinel_ids))
-            self.broken[denoiser] += not whole or asked != (masked, marked)
-            if sum(row["denoiser"] == denoiser for row in self.shown) < self.examples:
-                self.shown.append(
-                    {
-                        "denoiser": denoiser,
-                        "name": mixture.names()[denoiser],
-                        "piece": piece,
-                        "inputs": self._text(inputs),
-                        "targets": self._text(targets),
-                    }
-                )
+    def columns(self) -> _Columns:
+        """All examples so far."""
+        return _Columns(*map(np.concatenate, zip(*self._parts)))
+
+    def _show(self, denoiser: int, piece: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        if sum(row["denoiser"] == denoiser for row in self.shown) < self.examples:
+            name = self.stream.mixture.names()[denoiser]
+            texts = {"inputs": self._text(inputs), "targets": self._text(targets)}
+            self.shown.append({"denoiser": denoiser, "name": name, "piece": piece} | texts)
 
     def _text(self, ids: np.ndarray) -> str:
         cut = ids[:SHOWN_TOKENS]
         return self.tokenizer.decode(cut.tolist()) + (" …" if len(ids) > SHOWN_TOKENS else "")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Each denoiser against its specification. A verdict is
 
-        - "FAIL" where an example breaks the rule or the proportion is off by more than chance;
-        - "short documents" where every example obeys the rule, but mu or r cannot be met at these lengths;
-        - "ok" otherwise.
-        """
-        rows = []
-        drawn = np.array([len(lengths) for lengths in self.encoder])
-        for index, (rule, proportion) in enumerate(zip(self.stream.mixture.denoisers, self.stream.mixture.proportions)):
-            wanted = 1 - 1 / rule.mu if rule.sequential else rule.r
-            single = rule.max_spans == 1
-            rate = self.noise[index] / max(self.noise[index] + self.kept[index], 1)
-            span = self.noise[index] / max(self.spans[index], 1)
-            share = drawn[index] / drawn.sum()
-            sigma = np.sqrt(proportion * (1 - proportion) / drawn.sum())
-            deviation = {"r": rate / wanted - 1} | ({} if single else {"mu": span / rule.mu - 1})
-            verdict = "ok" if all(abs(off) <= RATE_TOLERANCE for off in deviation.values()) else "short documents"
-            waiting = self.window / drawn.sum()  # those still in the window may be of one kind
-            if self.broken[index] or abs(share - proportion) > DRAWS_SIGMA * sigma + waiting:
-                verdict = "FAIL"
-            rows.append(
-                {
-                    "name": self.stream.mixture.names()[index],
-                    "examples": int(drawn[index]),
-                    "proportion": {"asked": proportion, "measured": float(share), "sigma": float(sigma)},
-                    "corruption_rate": {"asked": wanted, "measured": float(rate)},
-                    "mean_span_length": {"asked": None if single else rule.mu, "measured": float(span)},
-                    "deviation": {key: float(off) for key, off in deviation.items()},
-                    "sentinels_used": self.most_sentinels[index],
-                    "limited_by_sentinels": int(self.limited[index]),
-                    "broken": int(self.broken[index]),
-                    "verdict": verdict,
-                }
-            )
-        return rows
+def _mixture(stream: PieceStream, columns: _Columns, window: int) -> list[dict[str, Any]]:
+    """Each denoiser against its specification. A verdict is
+
+    - "FAIL" if an example breaks the rule, or the proportion is off by more than chance;
+    - "short documents" if every example obeys the rule, but mu or r cannot be met at these lengths;
+    - "ok" otherwise.
+    """
+    rows = []
+    mixture, total = stream.mixture, columns.piece.size
+    for index, (name, rule, asked) in enumerate(zip(mixture.names(), mixture.denoisers, mixture.proportions)):
+        mine = _Columns(*(column[columns.denoiser == index] for column in columns))
+        count, noise = mine.piece.size, mine.noise.sum()
+        wanted = 1 - 1 / rule.mu if rule.sequential else rule.r
+        single = rule.max_spans == 1
+        rate = noise / max(mine.raw.sum(), 1)
+        span = noise / max(mine.spans.sum(), 1)
+        share, sigma = count / total, np.sqrt(asked * (1 - asked) / total)
+        deviation = {"r": rate / wanted - 1} | ({} if single else {"mu": span / rule.mu - 1})
+        broken = int(count - mine.lawful.sum())
+        verdict = "ok" if all(abs(off) <= RATE_TOLERANCE for off in deviation.values()) else "short documents"
+        waiting = window / total  # those still in the window may be of one kind
+        if broken or abs(share - asked) > DRAWS_SIGMA * sigma + waiting:
+            verdict = "FAIL"
+        rows.append(
+            {
+                "name": name,
+                "examples": count,
+                "proportion": {"asked": asked, "measured": share, "sigma": float(sigma)},
+                "corruption_rate": {"asked": wanted, "measured": float(rate)},
+                "mean_span_length": {"asked": None if single else rule.mu, "measured": float(span)},
+                "deviation": {key: float(off) for key, off in deviation.items()},
+                "sentinels_used": int(mine.spans.max(initial=0)),
+                "limited_by_sentinels": int((rule.wanted_spans(mine.raw) > mine.spans).sum()),
+                "broken": broken,
+                "verdict": verdict,
+            }
+        )
+    return rows
 
 
 def _open(config: AuditConfig) -> tuple[list[WeightedShards], Tokenizer]:
@@ -249,12 +252,12 @@ def _open(config: AuditConfig) -> tuple[list[WeightedShards], Tokenizer]:
 
 
 def _measure(config: AuditConfig, stream: PieceStream) -> dict[str, np.ndarray]:
-    """Encoder and decoder lengths of the first examples of the stream that hold `config.tokens`; reads no token."""
+    """Encoder and decoder lengths of the first examples, `config.tokens` raw tokens of them; reads no token."""
     parts: list[kernels.Examples] = []
-    total, position = 0, 0
+    total = 0
     while total < config.tokens:
-        parts.append(stream.resolve(np.arange(position, position + BLOCK)))
-        total, position = total + int(parts[-1].length.sum()), position + BLOCK
+        parts.append(stream.resolve(np.arange(BLOCK) + BLOCK * len(parts)))
+        total += int(parts[-1].length.sum())
     return {side: np.concatenate([getattr(part, side) for part in parts]) for side in ("encoder", "decoder")}
 
 
@@ -276,8 +279,9 @@ def _suggest(measured: dict[str, np.ndarray], budgets: tuple[int, int], window: 
     }
 
 
-def _corpora(stream: PieceStream, seen: _Seen) -> list[dict[str, Any]]:
+def _corpora(stream: PieceStream, columns: _Columns) -> list[dict[str, Any]]:
     total = sum(source.weight for source in stream.sources)
+    seen = np.bincount(columns.piece >> kernels.PIECE_BITS, columns.raw, len(stream.sources))
     return [
         {
             "folder": str(source.shards.folder),
@@ -288,8 +292,8 @@ def _corpora(stream: PieceStream, seen: _Seen) -> list[dict[str, Any]]:
             "short_documents": stream.short_documents[index],
             "cut_documents": stream.cut_documents[index],
             "share_asked": source.weight / total,
-            "tokens_seen": int(seen.by_source[index]),
-            "share_seen": float(seen.by_source[index] / seen.by_source.sum()),
+            "tokens_seen": int(seen[index]),
+            "share_seen": float(seen[index] / seen.sum()),
         }
         for index, source in enumerate(stream.sources)
     ]
@@ -323,31 +327,18 @@ def _pieces(stream: PieceStream) -> Iterator[int]:
         yield from stream.resolve(np.arange(start, min(start + BLOCK, total))).piece.tolist()
 
 
-def _draw(
-    names: Sequence[str],
-    encoder: Sequence[Sequence[int]],
-    decoder: Sequence[Sequence[int]],
-    raw: np.ndarray,
-    path: Path,
-) -> None:
-    """Draws length histograms to a PNG: pieces; encoder and decoder sides by denoiser, stacked.
-
-    Args:
-        names: of the denoisers.
-        encoder, decoder: lengths of each denoiser's examples.
-        raw: (N,) raw tokens of each piece.
-        path: file to write.
-    """
+def _draw(names: Sequence[str], columns: _Columns, path: Path) -> None:
+    """Draws length histograms to a PNG: pieces; encoder and decoder sides, stacked by denoiser."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
     pieces, inputs, targets = figure.subplots(1, 3)
-    pieces.hist(raw, bins=60, color="0.4")
-    pieces.set_title(f"pieces: {raw.size:,}, mean {raw.mean():.0f} tokens")
-    for axes, sides, title in ((inputs, encoder, "encoder side"), (targets, decoder, "decoder side")):
-        lengths = np.concatenate([np.asarray(side, np.int64) for side in sides])
+    pieces.hist(columns.raw, bins=60, color="0.4")
+    pieces.set_title(f"pieces: {columns.raw.size:,}, mean {columns.raw.mean():.0f} tokens")
+    for axes, lengths, title in ((inputs, columns.encoder, "encoder side"), (targets, columns.decoder, "decoder side")):
+        sides = [lengths[columns.denoiser == index] for index in range(len(names))]
         axes.hist(sides, bins=60, stacked=True, label=names)
         axes.set_title(f"{title}, mean {lengths.mean():.0f} tokens")
     targets.legend(fontsize="small")

@@ -24,9 +24,9 @@ class BatchConfig:
         max_tokens: raw tokens of one example; longer documents are cut into consecutive pieces.
         encoder_tokens: encoder tokens of a pack, a multiple of 128.
         decoder_tokens: decoder tokens of a pack, a multiple of 128; `fat5 audit` suggests it.
-        packs_per_step: packs of one optimizer step, over all processes and micro-batches.
-        packs_per_micro_batch: packs that one process runs at once.
-        window: examples the packing looks ahead to.
+        packs_per_step: packs of one optimizer step, in all processes and micro-batches.
+        packs_per_micro_batch: packs of one forward pass of a process.
+        window: waiting examples that the packing chooses from.
         max_examples: most examples of a pack; null for encoder_tokens / 16.
     """
 
@@ -62,11 +62,11 @@ class BatchConfig:
         return self.max_examples if self.max_examples is not None else max(8, self.encoder_tokens // EXAMPLE_TOKENS)
 
     def budget(self) -> Budget:
-        """What the packing works to."""
+        """The limits of the packing."""
         return Budget(self.encoder_tokens, self.decoder_tokens, self.examples_per_pack, self.window)
 
     def check_longest(self, encoder: int, decoder: int) -> None:
-        """Raises ConfigurationError where the longest example does not fit a pack."""
+        """Raises ConfigurationError if the longest example does not fit into a pack."""
         sides = (("encoder", encoder, self.encoder_tokens), ("decoder", decoder, self.decoder_tokens))
         for side, longest, room in sides:
             if longest > room:
@@ -86,10 +86,10 @@ class PackedBatch:
     Attributes:
         input_ids: int64 (T,), the tail filled with the pad id.
         cu_seqlens: int32 (N+1,), where each example starts in `input_ids`, padded with the last end.
-        max_seqlen: the longest encoder side any example of the run can have.
+        max_seqlen: the longest encoder side that an example of the run can have.
         labels: int64 (U,), the tail filled with -100.
         decoder_cu_seqlens: int32 (N+1,).
-        decoder_max_seqlen: the longest decoder side any example of the run can have.
+        decoder_max_seqlen: the longest decoder side that an example of the run can have.
         denoiser: int8 (N,), index into the mixture; -1 beyond the last example.
         piece: int64 (N,), global piece id; -1 beyond the last example.
         num_examples: examples in the batch.
@@ -119,27 +119,29 @@ class PackedBatch:
 
     @property
     def num_items(self) -> int:
-        """Target tokens: what a loss summed over the batch is divided by."""
+        """Target tokens, by which a loss summed over the batch is divided."""
         return int(self.decoder_cu_seqlens[-1])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch with its tensors on a device.
 
-        To a GPU they go through page-locked memory: from any other, a copy first waits for all that the GPU has to do.
+        Copies to a GPU go through page-locked memory; others would first wait until the GPU is idle.
         """
         to_gpu = torch.device(device).type == "cuda" and self.input_ids.device.type == "cpu"
         tensors = (self.pin_memory() if to_gpu else self)._tensors()
-        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors})
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors}
+        return replace(self, **moved)
 
     def copy_(self, other: PackedBatch) -> None:
-        """Takes over another batch of the same shapes, into the tensors that are here."""
+        """Copies another batch of the same shapes into the tensors of this one."""
         for name, tensor in (other.pin_memory() if self.input_ids.is_cuda else other)._tensors():
             getattr(self, name).copy_(tensor, non_blocking=True)
         self.num_examples, self.tokens = other.num_examples, other.tokens
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, for copies that overlap with compute."""
-        return self._of({name: tensor.pin_memory() for name, tensor in self._tensors()})
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors()}
+        return replace(self, **pinned)
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a packed forward pass."""
@@ -153,9 +155,6 @@ class PackedBatch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         arrays = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
         self.__dict__.update(state | arrays)
-
-    def _of(self, tensors: dict[str, Any]) -> PackedBatch:
-        return replace(self, **tensors)
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         values = ((item.name, getattr(self, item.name)) for item in fields(self))
@@ -180,7 +179,7 @@ class BatchWriter:
         self.max_examples = packs * config.examples_per_pack
 
     def write(self, examples: kernels.Examples, domain: int = kernels.TRAINING) -> PackedBatch:
-        """One batch of examples that fit it together."""
+        """One batch of these examples, which must fit."""
         count = examples.piece.size
         inputs, targets = np.empty(self.encoder_tokens, np.int64), np.empty(self.decoder_tokens, np.int64)
         cu_inputs, cu_targets = np.empty((2, self.max_examples + 1), np.int32)

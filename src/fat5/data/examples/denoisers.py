@@ -1,4 +1,4 @@
-"""UL2's mixture of denoisers: what each does to a document, and how often each is drawn.
+"""UL2's mixture of denoisers: how each corrupts a document, and how often each is drawn.
 
 Source: Tay et al., "UL2: Unifying Language Learning Paradigms" (2022); span corruption after Raffel et al., "Exploring
 the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020), `random_spans_noise_mask`.
@@ -24,13 +24,13 @@ DEFAULT_SENTINELS = 256
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One way of hiding part of a document.
+    """One way to mask part of a document.
 
     Attributes:
-        mu: mean span length, at least 1. Where `r` is 0: the prefix kept is round(L/mu) tokens, and mu is above 1.
+        mu: mean span length, at least 1. If `r` is 0, the prefix kept is round(L/mu) tokens, and mu is above 1.
         r: corruption rate in [0, 1). 0 is the sequential denoiser, which needs `max_spans` 1.
-        max_spans: limit on the spans of one document; None and "max_token_length" mean no limit but the text's.
-        prefix: mode token put before the inputs ("[R]", "[S]", "[X]"), or None.
+        max_spans: most spans of one document; None and "max_token_length" set no limit.
+        prefix: mode token before the inputs ("[R]", "[S]", "[X]"), or None.
 
     Raises:
         ConfigurationError: a value that cannot work.
@@ -47,10 +47,8 @@ class Denoiser:
             raise ConfigurationError(f"mu (mean span length) must be a number from 1 to {LARGEST_SIZE:,}", where=where)
         if not _is_number(self.r) or not 0 <= self.r < 1:
             raise ConfigurationError("r (corruption rate) must be a number in [0, 1)", where=where)
-        unlimited = self.max_spans is None or self.max_spans == "max_token_length"
-        if not unlimited and (
-            not isinstance(self.max_spans, int) or isinstance(self.max_spans, bool) or self.max_spans < 1
-        ):
+        count = isinstance(self.max_spans, int) and not isinstance(self.max_spans, bool) and self.max_spans > 0
+        if not count and self.max_spans not in (None, "max_token_length"):
             raise ConfigurationError("max_spans must be max_token_length, null or a whole number above 0", where=where)
         if self.prefix is not None and (not isinstance(self.prefix, str) or not self.prefix):
             raise ConfigurationError("prefix must be a mode token such as [R], or null for none", where=where)
@@ -86,7 +84,7 @@ class Denoiser:
         return (self.prefix is not None) + length - noise + spans + 1, noise + spans + 1
 
     def wanted_spans(self, lengths: np.ndarray) -> np.ndarray:
-        """Spans by the rule alone, before the sentinels of a tokenizer limit them."""
+        """Spans by the rule alone, without the limit of a tokenizer's sentinels."""
         return self.span_tables(lengths, np.iinfo(np.int32).max)[1]
 
     def span_tables(self, lengths: np.ndarray, num_sentinels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,34 +142,39 @@ class DenoiserConfig:
     """One row of a mixture written out in YAML."""
 
     mu: float
-    """Mean span length; where r is 0, the prefix kept is a mu-th of the text"""
+    """Mean span length; if r is 0, the prefix kept is a mu-th of the text"""
     r: float
     """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
     max_spans: int | str | None = None
-    """Most spans of a text: a number, or max_token_length for no limit but the text's"""
+    """Most spans of a text: a number, or max_token_length for no limit"""
     prefix: str | None = None
-    """Mode token in front of the inputs ([R], [S], [X]), or none"""
+    """Mode token before the inputs ([R], [S], [X]), or null"""
     proportion: float = 1.0
     """Relative share of the examples"""
 
 
+@dataclass(frozen=True)
 class MixtureOfDenoisers:
-    """Denoisers with the share of examples each is given. Proportions are relative and are normalised.
+    """Denoisers, and the share of the examples that each gets. Proportions are relative, and are normalised.
 
     Raises:
         ConfigurationError: no denoiser, more than 127, or a proportion that is not a number above 0.
     """
 
-    def __init__(self, denoisers: Sequence[Denoiser], proportions: Sequence[float]) -> None:
-        if not denoisers or len(denoisers) > 127:
-            raise ConfigurationError(f"a mixture holds 1 to 127 denoisers, not {len(denoisers)}", where="mixture")
-        if len(denoisers) != len(proportions):
-            raise ConfigurationError(f"{len(denoisers)} denoisers but {len(proportions)} proportions", where="mixture")
-        for index, proportion in enumerate(proportions):
+    denoisers: Sequence[Denoiser]
+    proportions: Sequence[float]
+
+    def __post_init__(self) -> None:
+        count = len(self.denoisers)
+        if not 0 < count <= 127:
+            raise ConfigurationError(f"a mixture holds 1 to 127 denoisers, not {count}", where="mixture")
+        if count != len(self.proportions):
+            raise ConfigurationError(f"{count} denoisers but {len(self.proportions)} proportions", where="mixture")
+        for index, proportion in enumerate(self.proportions):
             check_share(proportion, f"mixture[{index}].proportion")
-        self.denoisers = tuple(denoisers)
-        total = math.fsum(proportions)
-        self.proportions = tuple(float(proportion) / total for proportion in proportions)
+        total = math.fsum(self.proportions)
+        object.__setattr__(self, "denoisers", tuple(self.denoisers))
+        object.__setattr__(self, "proportions", tuple(float(proportion) / total for proportion in self.proportions))
 
     @classmethod
     def named(cls, name: str) -> MixtureOfDenoisers:
@@ -188,7 +191,7 @@ class MixtureOfDenoisers:
     def of(
         cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]] | MixtureOfDenoisers | Denoiser
     ) -> MixtureOfDenoisers:
-        """A mixture from what a YAML file holds: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
+        """A mixture from its form in YAML: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
         if isinstance(mixture, MixtureOfDenoisers):
             return mixture
         if isinstance(mixture, Denoiser):
@@ -214,7 +217,7 @@ class MixtureOfDenoisers:
         return cls(denoisers, proportions)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The mixture as a list that `of` reads back, for configurations and reports."""
+        """The mixture in its form in YAML, which `of` reads back."""
         pairs = zip(self.denoisers, self.proportions)
         return [
             {"mu": d.mu, "r": d.r, "max_spans": d.max_spans, "prefix": d.prefix, "proportion": proportion}
@@ -239,7 +242,7 @@ class MixtureOfDenoisers:
         return np.stack([noise for noise, _ in tables]), np.stack([spans for _, spans in tables])
 
     def max_lengths(self, max_tokens: int, num_sentinels: int) -> tuple[int, int]:
-        """The longest encoder and decoder side any piece of 2 to max_tokens tokens can have."""
+        """The longest encoder and decoder side of any piece of 2 to max_tokens tokens."""
         noise, spans = self.tables(max_tokens, num_sentinels)
         mode = np.array([[d.prefix is not None] for d in self.denoisers])
         encoder = mode + np.arange(max_tokens + 1) - noise + spans + 1
@@ -248,23 +251,14 @@ class MixtureOfDenoisers:
     def __len__(self) -> int:
         return len(self.denoisers)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MixtureOfDenoisers) and self.rows() == other.rows()
-
-    def __hash__(self) -> int:
-        return hash((self.denoisers, self.proportions))
-
-    def __repr__(self) -> str:
-        return f"MixtureOfDenoisers({list(self.denoisers)}, {list(self.proportions)})"
-
 
 def reconstruct(
     inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, info: TokenizerInfo
 ) -> np.ndarray:
-    """The document that an example was made of: every sentinel of the inputs replaced by its span of the targets.
+    """The document behind an example: the inputs, with each sentinel replaced by its span of the targets.
 
     Raises:
-        DataError: the two do not belong together.
+        DataError: inputs and targets do not belong together.
     """
     inputs, targets = np.asarray(inputs, np.int64), np.asarray(targets, np.int64)
     sentinels = sentinel_array(info)
@@ -313,7 +307,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def check_share(value: object, where: str) -> None:
-    """Raises ConfigurationError unless a value can be the relative share of something."""
+    """Raises ConfigurationError unless a value can be a relative share."""
     if not _is_number(value) or not 0 < value <= LARGEST_SIZE:  # type: ignore[operator]
         raise ConfigurationError(f"must be a number above 0 and at most {LARGEST_SIZE:,}, not {value!r}", where=where)
 

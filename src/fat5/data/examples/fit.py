@@ -160,9 +160,9 @@ def _finish_kinds(encoder, decoder, taken, room, weight, kinds, best):  # type: 
 
 @jit
 def fill_pack(encoder, decoder, taken, limits, used, mean, overall, chosen):  # type: ignore[no-untyped-def]
-    """Adds waiting examples to a pack until it is full; returns how many it holds, or -1 - that if the window is low.
+    """Adds waiting examples to a pack until it is full; returns their number n, or -1 - n if the window runs low.
 
-    The oldest goes first, so that none waits for ever; then whichever near one keeps both sides even; and where a few
+    The oldest goes first, so that none waits forever; then near ones that keep both sides even; and once only a few
     more fit, the best few by exhaustive search.
 
     Args:

@@ -1,7 +1,7 @@
-"""The training stream as batches: worker processes, exact position, elastic order.
+"""The training stream as batches, made by worker processes, with an exact position.
 
-A loader walks a plan (`steps`). Its state is that of the batches handed out, whatever the workers have prepared ahead:
-each batch that ends a step brings the state after it.
+A loader follows a plan (`steps`). Its state counts the batches handed out, not those that workers have prepared ahead:
+the last batch of each step comes with the state after it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Loader(Generic[Batch]):
     """Endless iterable of this rank's batches of a plan, in order.
 
     Args:
-        plan: what each step reads.
-        num_workers: worker processes; 0 prepares batches in this one.
+        plan: the examples of each step.
+        num_workers: worker processes; 0 makes batches in this process.
         timeout: seconds to wait for a worker before giving up.
         multiprocessing_context: how workers start ("fork", "spawn", "forkserver"); None for Python's default.
     """
@@ -76,11 +76,11 @@ class Loader(Generic[Batch]):
 
     @property
     def passes(self) -> list[float]:
-        """How often each source has been passed over at the start of this step."""
+        """Passes over each source, up to the start of this step."""
         return self.stream.passes(int(self._state["cursor"]))
 
     def state_dict(self) -> State:
-        """Where the stream stands after the batches handed out: small, JSON, at a step's end the same on every rank."""
+        """The position after the batches handed out: small, JSON, and at the end of a step equal on every rank."""
         return dict(self._state) | {"micro_batch": self._consumed}
 
     def load_state_dict(self, state: State) -> None:
@@ -88,8 +88,8 @@ class Loader(Generic[Batch]):
         worker count, packs_per_step or packs_per_micro_batch.
 
         Raises:
-            ConfigurationError: the state is of other data, another seed, mixture or packing, or was saved in the middle
-                of a step under another division of the step.
+            ConfigurationError: the state belongs to other data, another seed, mixture or packing, or was saved in the
+                middle of a step that was divided otherwise.
         """
         self.plan.check(state)
         self._consumed = int(state["micro_batch"])
@@ -112,14 +112,14 @@ class Loader(Generic[Batch]):
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # else each start draws from the generator that dropout uses
+            generator=torch.Generator(),  # the default would draw from the generator of dropout
             multiprocessing_context=self._context,
         )
         iterator: Any = iter(loader)
         signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
         kill = partial(_kill, iterator._workers)
-        atexit.register(kill)  # multiprocessing's own way at exit is SIGTERM, and a wait
+        atexit.register(kill)  # at exit, multiprocessing would send SIGTERM and wait
         try:
             while True:
                 item = self._next(iterator)
@@ -135,14 +135,14 @@ class Loader(Generic[Batch]):
         """The next item of the workers.
 
         Raises:
-            DataError: a worker died, or none answers.
+            DataError: a worker died, or none answered in time.
         """
         deadline = time.monotonic() + self._timeout
         while True:
             try:
                 with _raising_for_dead(iterator):
                     return next(iterator)
-            except (RuntimeError, OSError, EOFError) as error:  # a dead worker shows as any of them
+            except (RuntimeError, OSError, EOFError) as error:  # a dead worker raises any of them
                 silent = str(error).startswith("DataLoader timed out")
                 dead = _dead(iterator._workers, wait=not silent)
                 if dead:
@@ -154,7 +154,7 @@ class Loader(Generic[Batch]):
                     raise self._lost(f"no worker answered for {self._timeout:g} s", hint) from error
 
     def _lost(self, who: str, hint: str) -> DataError:
-        """What to tell when workers die or fall silent: which worker, and the batch that was awaited."""
+        """The error for workers that died or do not answer; names the batch that was awaited."""
         _, examples = next(self.plan.batches_from(self._state, self._consumed))
         return DataError(
             f"data loading stopped: {who}; awaited was micro-batch {self._consumed} of step {self.step}, "
@@ -217,7 +217,7 @@ class _Batches(IterableDataset):  # type: ignore[misc]
         except (FAT5Error, OSError, MemoryError) as error:
             if worker is None:
                 raise
-            # A worker's exception would reach the user as a traceback in a traceback; its line is enough.
+            # A worker's exception would reach the user as a traceback in a traceback; one line is enough.
             yield f"worker {index} (pid {os.getpid()}): {error or 'out of memory'}"
 
     def _write(self, examples: Any, pin: bool) -> Any:
@@ -238,9 +238,9 @@ def _start_worker(_worker: int) -> None:
 
 @contextmanager
 def _raising_for_dead(iterator: Any) -> Iterator[None]:
-    """Meanwhile, torch's handler of SIGCHLD raises RuntimeError when a worker dies, and at once for one that is dead.
+    """Inside, torch's SIGCHLD handler raises RuntimeError when a worker dies, and at once if one is dead.
 
-    Outside of this it must not: the error would come up in the middle of a step or of a save.
+    Outside it must not: the error would interrupt a step or a save.
     """
     signal_handling._set_worker_pids(id(iterator), tuple(worker.pid for worker in iterator._workers))
     try:
@@ -251,7 +251,7 @@ def _raising_for_dead(iterator: Any) -> Iterator[None]:
 
 
 def _dead(workers: Sequence[Any], wait: bool) -> tuple[str, str] | None:
-    """Which workers died, and what to do about it; with `wait`, one may be about to."""
+    """Which workers died, and a hint. With `wait`, one that is about to die is awaited."""
     if wait:
         connection.wait([worker.sentinel for worker in workers], timeout=1.0)
     found = {index: worker for index, worker in enumerate(workers) if worker.exitcode is not None}

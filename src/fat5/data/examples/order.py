@@ -1,9 +1,8 @@
 """The order of training: an endless stream of pieces, a pure function of (seed, position).
 
-Documents are cut into consecutive pieces of at most `max_tokens`. Each source is passed over again and again, every
-pass in its own order (a keyed permutation, so nothing is stored or shuffled); sources are interleaved by a fixed
-periodic pattern in proportion to their weights. Position → piece costs O(log documents) and no memory of what came
-before.
+Documents are cut into consecutive pieces of at most `max_tokens`. Every pass over a source has its own order, a keyed
+permutation, so nothing is stored or shuffled. Sources alternate in a fixed periodic pattern, in proportion to their
+weights. Position → piece takes O(log documents), and does not depend on earlier positions.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ MIN_MAX_TOKENS = 8
 
 @dataclass(frozen=True)
 class WeightedShards:
-    """A corpus and its weight.
+    """One corpus of a blend.
 
     Attributes:
         shards: the token shards of one split.
-        weight: relative share of the *tokens* seen in training.
+        weight: relative share of the *tokens* in training.
     """
 
     shards: TokenShards
@@ -44,9 +43,9 @@ class PieceStream:
 
     Attributes:
         num_pieces: pieces of each source.
-        short_documents: documents below 2 tokens, which no denoiser can corrupt and which are left out, by source.
-        short_tokens: tokens in them, at most one each, by source.
-        cut_documents: documents longer than `max_tokens`, by source.
+        short_documents: documents below 2 tokens of each source; they cannot be corrupted, and are left out.
+        short_tokens: tokens in them, at most one each.
+        cut_documents: documents longer than `max_tokens` of each source.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class PieceStream:
         return index[:at].copy(), (pieces, short, short_tokens, cut)
 
     def notes(self) -> list[str]:
-        """What a user should be told once: documents too short to corrupt, and spans that the sentinels limit."""
+        """Warnings for the user: documents too short to corrupt, and spans limited by the sentinels."""
         notes = []
         for source, count in zip(self.sources, self.short_documents):
             if count:
@@ -173,7 +172,7 @@ class PieceStream:
         return examples.encoder, examples.decoder
 
     def resolve(self, positions: np.ndarray) -> kernels.Examples:
-        """What stands at stream positions (int64)."""
+        """The examples at stream positions (int64)."""
         examples = empty_examples(positions.size)
         kernels.resolve(self.tables, positions, examples)
         return examples
@@ -207,12 +206,12 @@ class PieceStream:
         return self.sources[owner].shards.shard_tokens(shard)[start : start + int(examples.length[0])]
 
     def passes(self, cursor: int) -> list[float]:
-        """How often each source has been passed over when the stream stands at `cursor`."""
+        """Passes over each source, up to stream position `cursor`."""
         counts = self.tables.blend_count / self.tables.blend_source.size
         return [float(cursor * share / pieces) for share, pieces in zip(counts, self.num_pieces)]
 
     def _map(self, shards: np.ndarray) -> None:
-        """Maps (and, the first time, verifies) the shards about to be read."""
+        """Maps the shards about to be read; verifies them the first time."""
         for shard in np.unique(shards[self.tables.tokens_address[shards] == 0]):
             source, local = self._owners[shard]
             tokens = self.sources[source].shards.shard_tokens(local)
@@ -224,7 +223,7 @@ class PieceStream:
         return {key: self.__dict__[key] for key in keys}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """A spawned worker maps the files anew: addresses do not travel."""
+        """A spawned worker maps the files again, at other addresses."""
         self.__dict__.update(state)
         self._build()
 

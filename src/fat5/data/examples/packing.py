@@ -1,7 +1,7 @@
 """Two-dimensional packing: examples of (encoder tokens, decoder tokens) into packs of two fixed budgets.
 
-The planner holds a window of waiting examples. A pack starts with the oldest of them (so none waits for ever), goes on
-with near ones that keep both sides even, and ends with the few that fill it best (`fit`). It sees lengths only.
+The planner holds a window of waiting examples. A pack starts with the oldest (so none waits forever), continues with
+older ones that keep both sides even, and ends with the few that fill it best (`fit`). Only lengths are needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ MEAN_SAMPLE = 4096  # examples whose mean lengths stand for the stream's
 
 @dataclass(frozen=True)
 class Budget:
-    """What one pack may hold, and how far the planner looks ahead for it.
+    """The limits of one pack, and how far the planner looks ahead.
 
     Attributes:
         encoder_tokens: encoder tokens of a pack.
         decoder_tokens: decoder tokens of a pack.
-        max_examples: most examples of a pack; a pack of tiny documents closes there.
+        max_examples: most examples of a pack, which closes a pack of tiny documents.
         window: examples to choose from.
     """
 
@@ -46,7 +46,7 @@ class Window:
         Args:
             budget: of each pack.
             source: stream positions (int64) → encoder and decoder lengths (int64).
-            end: stream positions there are; None for an endless stream.
+            end: number of stream positions; None for an endless stream.
         """
         self.budget = budget
         self._source = source
@@ -57,7 +57,7 @@ class Window:
         self.restore(0, np.empty(0, np.int64))
 
     def restore(self, cursor: int, waiting: Sequence[int] | np.ndarray) -> None:
-        """Puts the window where it once was: the next stream position, and the positions that wait."""
+        """Restores an earlier window: the next stream position, and the positions that wait."""
         self.cursor = cursor
         self.positions = np.array(waiting, dtype=np.int64)
         self.encoder, self.decoder = self._source(self.positions)
@@ -113,12 +113,12 @@ def pack(
 
     Args:
         encoder_lengths, decoder_lengths: (N,) lengths of each example's two sides.
-        encoder_tokens, decoder_tokens: what one pack may hold of each.
+        encoder_tokens, decoder_tokens: most tokens of a pack on each side.
         window: examples to choose from.
         max_examples: most examples a pack may hold; None for no limit.
 
     Returns:
-        Lists of indices, one a pack.
+        Lists of indices, one per pack.
 
     Raises:
         DataError: an example is longer than a budget, or the lengths are not lengths.
@@ -154,10 +154,10 @@ def fill(packs: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> fl
 
 
 def suggest_budgets(mean_encoder: float, mean_decoder: float, encoder_tokens: int) -> tuple[int, int]:
-    """Budgets in the ratio of the mean lengths, multiples of 128: `encoder_tokens` rounded up, and what goes with it.
+    """Budgets in the ratio of the mean lengths, rounded up to multiples of 128.
 
-    The decoder side gets half a percent of slack and is rounded up: the encoder is to be the tighter side, and two
-    sides exactly as tight as each other would both suffer from chance.
+    The decoder gets half a percent more, so that the encoder is the tighter side: of two sides equally tight, chance
+    would leave both unfilled.
     """
     encoder = -(-encoder_tokens // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
     decoder = encoder * mean_decoder / mean_encoder * (1 + SLACK)

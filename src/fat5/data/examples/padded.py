@@ -1,7 +1,7 @@
 """Padded batches for stock models, from the same examples as the packed ones.
 
-Examples are taken in the stream's order in groups; within a group they are sorted by both lengths and cut into batches,
-and the batches are shuffled. So a batch holds examples of like length, and is padded to its own longest.
+Groups of examples are taken in the stream's order. A group is sorted by both lengths and cut into batches, which are
+shuffled. So the examples of a batch have similar lengths, and little is padded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fat5.data.tokenizer.loading import TokenizerInfo
 
 PAD_MULTIPLE = 8
-GROUP_BATCHES = 64  # batches of one process that are sorted by length together
+GROUP_BATCHES = 64  # batches of one process in a group
 
 
 class PaddedBatch(dict[str, torch.Tensor]):
@@ -114,7 +114,7 @@ class PaddedLoader(Loader[PaddedBatch]):
 
 
 class LengthGroups(StepPlan):
-    """Divides the stream into groups of batches of like length. A step of this plan is one group."""
+    """Divides the stream into groups of batches of similar lengths. A step of this plan is one group."""
 
     def __init__(self, stream: PieceStream, batch_size: int, rank: int, world_size: int) -> None:
         super().__init__(stream, rank, world_size, batch_size, GROUP_BATCHES, [])
@@ -152,7 +152,7 @@ class LengthGroups(StepPlan):
 
 
 def _alike(encoder: np.ndarray, decoder: np.ndarray, batches: int) -> np.ndarray:
-    """Indices (batches, batch size), each row of like lengths: bands of one side, sorted by the other."""
+    """Indices (batches, batch size), each row of similar lengths: bands of one side, sorted by the other."""
     bands = max(int(batches**0.5), 1)
     order = np.argsort(encoder, kind="stable")
     batch_size = order.size // batches

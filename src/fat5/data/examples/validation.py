@@ -1,4 +1,4 @@
-"""The validation stream: the same pieces under the same noise in every run, each under every denoiser."""
+"""The validation batches: in every run the same pieces with the same noise, each under every denoiser."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from fat5.data.shards.token_shards import TokenShards
     from fat5.data.tokenizer.loading import TokenizerInfo
 
-VALIDATION_SEED = 0  # not the run's: curves of runs with different seeds are to compare
+VALIDATION_SEED = 0  # not the run's, so that runs with different seeds can be compared
 
 
 class ValidationBatches:
     """A bounded sequence of `PackedBatch`; iterating it again gives the same batches again.
 
     Attributes:
-        num_pieces: validation pieces, each of which occurs once under every denoiser.
+        num_pieces: validation pieces; each occurs once under every denoiser.
         num_tokens: raw tokens of those pieces.
     """
 
@@ -51,7 +51,7 @@ class ValidationBatches:
             config.packs_per_micro_batch * config.decoder_tokens,
             max_examples=config.packs_per_micro_batch * config.examples_per_pack,
         )
-        # Every rank gets as many batches as the others (sharded models run in step), the last ones empty if need be.
+        # Sharded models run in step, so every rank gets as many batches as the others; the last may be empty.
         packs += [[]] * (-len(packs) % world_size)
         self._packs = [order[np.array(members, np.int64)] for members in packs[rank::world_size]]
 
@@ -78,7 +78,7 @@ def validation_batches(
 
     Args:
         sources: shards of the validation split; `eval_tokens` is divided among them by weight.
-        eval_tokens: raw tokens to choose; a split that has fewer is taken whole.
+        eval_tokens: raw tokens to choose; a smaller split is taken whole.
 
     Raises:
         ConfigurationError, DataError, TokenizerError: as `PackedLoader`.
@@ -90,7 +90,7 @@ def validation_batches(
 
 
 def _choose(stream: PieceStream, source: int, tokens: int) -> tuple[np.ndarray, int]:
-    """Pieces of one source in a fixed random order until they hold `tokens`, and what they hold."""
+    """Pieces of one source in a fixed random order, until they hold `tokens`; and how many tokens they hold."""
     size = stream.num_pieces[source]
     words = kernels.philox(0, source, 0, kernels.VALIDATION << kernels.DOMAIN_SHIFT, 0, 0)
     chosen: list[np.ndarray] = []

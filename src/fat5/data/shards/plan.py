@@ -1,7 +1,7 @@
-"""The plan of a `fat5 prepare`: what to read, in which tasks, with which options. A function of the corpus alone.
+"""The plan of `fat5 prepare`: the files, tasks and options. It depends on the corpus and the options alone.
 
-The plan is written to `logs/plan.json` before the first task, and every process, on this machine or another, works
-from it. Tasks do not depend on the number of workers, so neither do the shards.
+The plan is written to `logs/plan.json` before the first task, and every process on every machine works from it. Tasks
+do not depend on the number of workers, so shards do not either.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.data.text.corpus import Chunk, Corpus, CorpusOptions, load_streamed
+from fat5.data.tokenizer.loading import TokenizerInfo
 from fat5.errors import RunDirectoryError
 from fat5.files import is_count, parse_json, write_atomically
 
@@ -23,7 +24,7 @@ PLAN = f"{LOGS}/plan.json"
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """Everything that decides the shards, and the tasks the corpus is read in."""
+    """Everything that determines the shards."""
 
     name: str
     dataset: str | None
@@ -48,14 +49,14 @@ class PreparePlan:
 
     @property
     def deduplicated(self) -> bool:
-        """Whether near-duplicates are searched over the whole corpus, which takes further stages."""
+        """Whether near-duplicates are removed, which takes further stages."""
         return "minhash" in self.steps
 
 
 def make_plan(
-    corpus: Corpus, name: str, steps: list[str], validation_fraction: float, sha256: str, size: int, token_bytes: int
+    corpus: Corpus, name: str, steps: list[str], validation_fraction: float, tokenizer: TokenizerInfo
 ) -> PreparePlan:
-    """The plan for a corpus, with its files by absolute path, size and modification time."""
+    """The plan for a corpus; files are known by absolute path, size and modification time."""
     files = [os.path.abspath(path) for path in corpus.files]
     if corpus.dataset is None:
         tasks = Corpus(corpus.options, files).tasks()
@@ -69,15 +70,15 @@ def make_plan(
         corpus=asdict(corpus.options),
         steps=steps,
         validation_fraction=validation_fraction,
-        tokenizer_sha256=sha256,
-        vocab_size=size,
-        token_bytes=token_bytes,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        token_bytes=tokenizer.token_bytes,
         tasks=tasks,
     )
 
 
 def write_plan(plan: PreparePlan, folder: Path) -> None:
-    """Writes `logs/plan.json`, whole or not at all."""
+    """Writes `logs/plan.json`, atomically."""
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PLAN, json.dumps({"version": VERSION} | asdict(plan), ensure_ascii=False).encode())
 
@@ -86,7 +87,7 @@ def read_plan(folder: str | Path) -> PreparePlan:
     """The plan of a folder that `fat5 prepare` began.
 
     Raises:
-        RunDirectoryError: no plan there, or one of another version.
+        RunDirectoryError: no plan, or one of another version.
     """
     path = Path(folder) / PLAN
     try:
@@ -110,7 +111,7 @@ def _read_plan(path: str, _modified: int) -> PreparePlan:
 
 
 def difference(old: PreparePlan, new: PreparePlan) -> str | None:
-    """The first thing two plans differ in, in words, or None."""
+    """The first difference between two plans in words, or None."""
     words = {
         "tokenizer_sha256": "another tokenizer",
         "dataset": "another dataset",

@@ -1,7 +1,7 @@
-"""`fat5 prepare`: from a corpus to a folder of verified token shards, restartable, the same whoever runs it.
+"""`fat5 prepare`: from a corpus to a folder of verified token shards, with every executor the same.
 
-The folder is complete when it has its `manifest.json`, which is written last. Until then `logs/plan.json` says what
-is being made, and the same command goes on where it stopped.
+`manifest.json` is written last, so a folder that has it is complete. Until then `logs/plan.json` holds the plan, and
+the same command continues where it stopped.
 """
 
 import shutil
@@ -18,13 +18,13 @@ from fat5.data.shards.token_shards import (
     SPLITS,
     Manifest,
     ShardEntry,
-    check_size,
+    check_sizes,
     read_entry,
     read_manifest,
     verify,
 )
 from fat5.data.text.corpus import CorpusOptions, load_streamed, open_corpus
-from fat5.data.text.rows import row_text
+from fat5.data.text.rows import BadRows, row_text
 from fat5.data.tokenizer.loading import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
 from fat5.files import locked, parse_json, write_atomically
@@ -56,17 +56,17 @@ class SlurmOptions:
 
 @dataclass
 class PrepareConfig:
-    """Turns text into token shards that `fat5 pretrain` reads; run again, it goes on where it stopped.
+    """Turns text into token shards for `fat5 pretrain`. Run again, it continues where it stopped.
 
     Args:
         inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
             of the hub.
-        tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or of T5, mT5, ByT5, …), or its name on the hub.
+        tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or T5, mT5, ByT5, …), or its name on the hub.
         output_dir: folder to write; new, empty, or begun by the same command.
-        name: name of the corpus in the manifest; by default that of its first file.
-        validation_fraction: part of the documents held out, chosen by a hash of their text.
+        name: name of the corpus in the manifest; the name of its first file by default.
+        validation_fraction: share of the documents to hold out, chosen by a hash of their text.
         steps: cleaning steps in order: language=fr, c4, gopher_quality, gopher_repetition, urls, pii, minhash.
-        workers: tasks at a time; 0 means one a core (local) or no limit (slurm).
+        workers: tasks to run at once; 0 means one per core (local) or no limit (slurm).
         executor: where the tasks run.
         slurm: how to ask Slurm, with `--executor slurm`.
         corpus: how to read the inputs.
@@ -87,13 +87,13 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
-    """Prepares a corpus; returns the manifest, or None where the work was handed to Slurm.
+    """Prepares a corpus; returns the manifest, or None if Slurm finishes the work.
 
     Raises:
         ConfigurationError: a key has a value that cannot work.
-        DataError: the corpus cannot be read as what it should be; nothing is left that looks complete.
+        DataError: the corpus cannot be read. The folder is left without a manifest.
         TokenizerError: the tokenizer cannot be used.
-        RunDirectoryError: `output_dir` holds something else, or is being written by another process.
+        RunDirectoryError: `output_dir` holds something else, or another process is preparing it.
     """
     _check(config)
     folder = Path(config.output_dir)
@@ -108,17 +108,16 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
         from fat5.data.text.cleaning import check_models
 
         check_models(config.steps)
-    info = tokenizer.info
-    plan = make_plan(
-        corpus, config.name, config.steps, config.validation_fraction, info.sha256, info.vocab_size, info.token_bytes
-    )
+    plan = make_plan(corpus, config.name, config.steps, config.validation_fraction, tokenizer.info)
     fresh = not folder.exists()
     with _lock(folder):
         begun = (folder / PLAN).exists()
         if begun:
             _check_plan(folder, plan)
             if (folder / MANIFEST).exists():
-                return _complete(folder)
+                manifest = read_manifest(folder)
+                check_sizes(folder, manifest)
+                return manifest
         else:
             tokenizer.save(folder / "tokenizer")
             write_plan(plan, folder)
@@ -133,7 +132,7 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
 
 
 def finish(folder: Path) -> Manifest:
-    """Writes the manifest of a folder whose tasks are all done.
+    """Writes the manifest after the last task.
 
     Raises:
         DataError: tasks are missing, or no document had any text.
@@ -146,10 +145,14 @@ def finish(folder: Path) -> Manifest:
             raise DataError(
                 f"task {rank} of {len(plan.tasks)} is not done", where=folder, hint="Run fat5 prepare again"
             )
-        for split, entry in _read_record(path).items():
-            if entry:
-                shards[split].append(_read_entry(entry, path))
-    skipped = [_read_record(path) for path in sorted((folder / LOGS / "bad_rows").glob("*.json"))]
+        with _record(path) as entries:
+            for split, entry in entries.items():
+                if entry:
+                    shards[split].append(read_entry(entry))
+    skipped = []
+    for path in sorted((folder / LOGS / "bad_rows").glob("*.json")):
+        with _record(path) as bad_rows:
+            skipped.append(BadRows(**bad_rows))
     manifest = Manifest(
         name=plan.name,
         tokenizer_sha256=plan.tokenizer_sha256,
@@ -158,19 +161,17 @@ def finish(folder: Path) -> Manifest:
         validation_fraction=plan.validation_fraction,
         shards=shards,
         steps=plan.steps,
-        bad_rows=sum(task["count"] for task in skipped),
+        bad_rows=sum(task.count for task in skipped),
     )
     if not any(manifest.tokens(split) for split in SPLITS):
         for path in (folder / LOGS / "shards").glob("*.json"):
             path.unlink()
         why = "No document passed the steps" if plan.steps else "Every document is empty"
         if manifest.bad_rows:
-            first = next(task["first"] for task in skipped if task["count"])
+            first = next(task.first for task in skipped if task.count)
             why = f"Rows skipped: {manifest.bad_rows:,}; the first: {first}"
         raise DataError("no text in this corpus", where=plan.name, hint=why)
-    for entries in shards.values():
-        for entry in entries:
-            check_size(folder, entry, plan.token_bytes)
+    check_sizes(folder, manifest)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
         for partial in (folder / split).glob(".*.partial"):
@@ -180,26 +181,24 @@ def finish(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """What a task wrote when it was done; raises DataError where the file is damaged."""
+@contextmanager
+def _record(path: Path) -> Iterator[dict[str, Any]]:
+    """What a task wrote at its end.
+
+    Raises:
+        DataError: the file is damaged, or the body found a value of the wrong type in it.
+    """
     try:
         content = parse_json(path.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again")
-    return content
-
-
-def _read_entry(content: Any, path: Path) -> ShardEntry:
-    try:
-        return read_entry(content)
-    except (KeyError, TypeError) as error:
+        if not isinstance(content, dict):
+            raise TypeError("not an object")
+        yield content
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again") from error
 
 
 def _run(folder: Path, config: PrepareConfig) -> bool:
-    """Runs or submits the tasks; returns whether someone else will finish."""
+    """Runs or submits the tasks; returns True if Slurm writes the manifest."""
     from fat5.data.shards import executors
 
     where = str(folder.absolute())
@@ -214,31 +213,24 @@ def _run(folder: Path, config: PrepareConfig) -> bool:
     return False
 
 
-def _complete(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    for entries in manifest.shards.values():
-        for entry in entries:
-            check_size(folder, entry, manifest.token_bytes)
-    return manifest
-
-
 def _check(config: PrepareConfig) -> None:
     if not config.output_dir:
-        raise ConfigurationError("no output_dir", hint="Say where the shards go with --output_dir DIR")
+        raise ConfigurationError("no output_dir", hint="Give --output_dir DIR, where the shards go")
     if config.verify:
         return
     if not config.tokenizer:
         raise ConfigurationError("no tokenizer", hint="Train one with `fat5 tokenizer` and give --tokenizer DIR")
     if not 0 <= config.validation_fraction < 1:
         raise ConfigurationError(
-            f"validation_fraction {config.validation_fraction} is not in [0, 1)", hint="0.01 holds out one in a hundred"
+            f"validation_fraction {config.validation_fraction} is not in [0, 1)",
+            hint="0.01 holds out one in a hundred",
         )
     if config.workers < 0:
-        raise ConfigurationError(f"workers {config.workers} is negative", hint="0 means one a core")
+        raise ConfigurationError(f"workers {config.workers} is negative", hint="0 means one per core")
     for spec in config.steps:
         name, _, argument = spec.partition("=")
         if name not in STEPS:
-            raise ConfigurationError(f"no cleaning step {name!r}", hint=f"There is {', '.join(STEPS)}")
+            raise ConfigurationError(f"no cleaning step {name!r}", hint=f"Choose from {', '.join(STEPS)}")
         if (name == "language") != bool(argument):
             raise ConfigurationError(f"step {spec!r} is not complete", hint="Write language=fr; others take no value")
 
@@ -270,7 +262,7 @@ def _check_dataset(name: str, options: CorpusOptions) -> None:
 
 
 def _remove(folder: Path, fresh: bool) -> None:
-    """Takes away what a failed start left: all of a folder that was made for it, else what was put in."""
+    """Removes what a failed start wrote, and the folder itself if it is `fresh`."""
     for name in (LOGS, "tokenizer", *SPLITS):
         shutil.rmtree(folder / name, ignore_errors=True)
     if fresh:

@@ -3,12 +3,13 @@
 A prepared folder holds `manifest.json`, one folder a split (`train/`, `validation/`) and `tokenizer/`. A shard is
 datatrove's token file: `NAME.ds` with the token ids of its documents one after another (little-endian uint16, or uint32
 for vocabularies above 65,536), and `NAME.ds.index` with where each document ends (uint64, in tokens). No special
-tokens are stored. Sizes are checked when a folder is opened; each shard's SHA-256 when it is first read (`verify` does
-all at once), and remembered in `.verified/` beside it by size and modification time.
+tokens are stored. Sizes are checked when a folder is opened, and each shard's SHA-256 when it is first read (`verify`
+checks all at once). `.verified/` remembers the shards that passed, by size and modification time.
 """
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 END_BYTES = 8
+RESTORE = "Restore it, or prepare the corpus again"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in the manifest: file relative to the folder, what it holds, and the SHA-256 of both its files."""
+    """One shard in the manifest: its file relative to the folder, its sizes, and the SHA-256 of both its files."""
 
     file: str
     documents: int
@@ -36,12 +38,12 @@ class ShardEntry:
     sha256: str
     index_sha256: str
     unknown: int | None = None
-    """Tokens that are `<unk>`: text that the tokenizer has no token for; None in a manifest that does not say."""
+    """`<unk>` tokens, for text without a token; None in an old manifest that does not count them"""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds, and how many rows were skipped. It is written last: then the folder is complete."""
+    """The content of a prepared folder. It is written last, so a folder with a manifest is complete."""
 
     name: str
     tokenizer_sha256: str
@@ -54,7 +56,7 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the token ids in a shard."""
+        """Type of the token ids in a shard."""
         return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
 
     def documents(self, split: str) -> int:
@@ -66,12 +68,12 @@ class Manifest:
         return sum(entry.tokens for entry in self.shards[split])
 
     def unknown(self, split: str) -> int | None:
-        """`<unk>` tokens in one split; None where the manifest does not say."""
+        """`<unk>` tokens in one split; None if the manifest does not count them."""
         counts = [entry.unknown for entry in self.shards[split]]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def to_json(self) -> str:
-        """The manifest's text: the same for the same content."""
+        """The text of `manifest.json`; equal manifests give equal texts."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
         content["splits"] = {
             split: {
@@ -85,7 +87,7 @@ class Manifest:
 
 
 class TokenShards:
-    """The documents of one split, memory-mapped: opening reads nothing but sizes, whatever the corpus holds.
+    """The documents of one split, memory-mapped. Opening reads file sizes only, however large the corpus is.
 
     Documents are numbered over all shards in manifest order. `document(i)` is a read-only NumPy view of dtype uint16
     or uint32, without special tokens.
@@ -100,8 +102,7 @@ class TokenShards:
         self._first = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries], dtype=np.int64)])
         self._tokens: list[np.ndarray | None] = [None] * len(self.entries)
         self._ends: list[np.ndarray | None] = [None] * len(self.entries)
-        for entry in self.entries:
-            check_size(folder, entry, manifest.token_bytes)
+        check_sizes(folder, manifest, split)
 
     @property
     def num_shards(self) -> int:
@@ -141,7 +142,7 @@ class TokenShards:
 
         Raises:
             IndexError: no such document.
-            DataError: the shard's bytes are not those the manifest names.
+            DataError: the shard is damaged.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
@@ -156,19 +157,11 @@ class TokenShards:
         parts = [np.diff(self.shard_ends(shard).astype(np.int64), prepend=0) for shard in range(self.num_shards)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def ends(self) -> np.ndarray:
-        """Where each document ends in the whole split: int64 (num_documents,), as if the shards were one file."""
-        return np.cumsum(self.lengths())
-
-    def first_documents(self) -> np.ndarray:
-        """Number of the first document of each shard, and the total last: int64 (num_shards + 1,)."""
-        return self._first.copy()
-
     def shard_tokens(self, shard: int) -> np.ndarray:
         """All tokens of one shard, memory-mapped read-only; its hash is checked the first time.
 
         Raises:
-            DataError: the shard's bytes are not those the manifest names.
+            DataError: the shard is damaged.
         """
         tokens = self._tokens[shard]
         if tokens is None:
@@ -182,7 +175,7 @@ class TokenShards:
         """Document ends of one shard, memory-mapped read-only uint64; its hash is checked the first time.
 
         Raises:
-            DataError: the index's bytes are not those the manifest names.
+            DataError: the index is damaged.
         """
         ends = self._ends[shard]
         if ends is None:
@@ -211,16 +204,16 @@ def open_shards(folder: str | Path, split: str = "train") -> TokenShards:
 
 
 def verify(folder: str | Path) -> Manifest:
-    """Reads every shard of every split against its SHA-256, whatever was verified before.
+    """Checks every shard of every split against its SHA-256, even those that passed before.
 
     Raises:
         DataError: the first damaged file, named.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
     for entries in manifest.shards.values():
         for entry in entries:
-            check_size(folder, entry, manifest.token_bytes)
             check_hash(folder / entry.file, entry.sha256, folder, manifest, again=True)
             check_hash(folder / f"{entry.file}.index", entry.index_sha256, folder, again=True)
     return manifest
@@ -236,7 +229,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.exists():
         hint = (
             "Run `fat5 prepare` again to finish it"
-            if (Path(folder) / "logs").exists()
+            if (path.parent / "logs").exists()
             else "Make it with `fat5 prepare`"
         )
         raise DataError("no manifest.json: not a (complete) folder of token shards", where=folder, hint=hint)
@@ -256,14 +249,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         manifest = Manifest(**fields, shards=shards)
         texts = (manifest.name, manifest.tokenizer_sha256, *manifest.steps)
         counts = (manifest.token_bytes, manifest.vocab_size, manifest.bad_rows)
-        if (
-            not all(map(is_count, counts))
-            or manifest.token_bytes not in (2, 4)
-            or not 0 < manifest.vocab_size <= 1 << 8 * manifest.token_bytes
-            or not is_number(manifest.validation_fraction)
-            or not all(isinstance(text, str) for text in texts)
-        ):
+        typed = all(map(is_count, counts)) and all(isinstance(text, str) for text in texts)
+        if not typed or not is_number(manifest.validation_fraction) or manifest.token_bytes not in (2, 4):
             raise KeyError("a value of another type")
+        if not 0 < manifest.vocab_size <= 1 << 8 * manifest.token_bytes:
+            raise KeyError("vocab_size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
@@ -272,7 +262,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def read_entry(content: Any) -> ShardEntry:
-    """A shard's entry in a manifest; raises KeyError or TypeError where a value is of another type."""
+    """A shard's entry in a manifest; raises KeyError or TypeError if a value has the wrong type."""
     entry = ShardEntry(**content)
     path = Path(entry.file)
     hashes = isinstance(entry.sha256, str) and isinstance(entry.index_sha256, str)
@@ -283,42 +273,42 @@ def read_entry(content: Any) -> ShardEntry:
     return entry
 
 
-def check_size(folder: Path, entry: ShardEntry, token_bytes: int) -> None:
-    """Raises DataError, naming the file, where a shard or its index is missing or has the wrong size."""
-    expected = {entry.file: entry.bytes, f"{entry.file}.index": entry.documents * END_BYTES}
-    if entry.bytes != entry.tokens * token_bytes:
-        raise DataError(f"manifest contradicts itself about {entry.file}", where=folder, hint="Prepare it again")
-    for name, size in expected.items():
-        path = folder / name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise DataError("shard is missing", where=path, hint="Restore it, or prepare the corpus again") from error
-        if found != size:
-            raise DataError(
-                f"shard has {found:,} bytes, its manifest says {size:,}",
-                where=path,
-                hint="Restore it, or prepare the corpus again",
-            )
+def check_sizes(folder: Path, manifest: Manifest, split: str | None = None) -> None:
+    """Raises DataError, naming the file, if a shard or its index is missing or has the wrong size.
+
+    Args:
+        split: checks this split only.
+    """
+    for entry in [entry for name in manifest.shards if split in (None, name) for entry in manifest.shards[name]]:
+        if entry.bytes != entry.tokens * manifest.token_bytes:
+            raise DataError(f"manifest contradicts itself about {entry.file}", where=folder, hint="Prepare it again")
+        for name, size in ((entry.file, entry.bytes), (f"{entry.file}.index", entry.documents * END_BYTES)):
+            path = folder / name
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise DataError("shard is missing", where=path, hint=RESTORE) from error
+            if found != size:
+                raise DataError(f"shard has {found:,} bytes, its manifest says {size:,}", where=path, hint=RESTORE)
 
 
 def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | None = None, again: bool = False) -> None:
-    """Raises DataError, naming the file, where its SHA-256 is not `expected`, or, with the manifest given for a file of
-    tokens, where it holds an id beyond the vocabulary.
+    """Raises DataError, naming the file, if its SHA-256 is not `expected`, or a token id is beyond the vocabulary.
 
     A file that passed is remembered by size and modification time, so that a terabyte is not read at each start.
+
+    Args:
+        manifest: given for a file of tokens.
+        again: check even a file that passed before.
     """
     stamp = folder / ".verified" / path.relative_to(folder).as_posix().replace("/", "--")
     status = path.stat()
     seal = f"{expected} {status.st_size} {status.st_mtime_ns}"
-    if not again and _read_text(stamp) == seal:
-        return
+    with suppress(OSError):
+        if not again and stamp.read_text() == seal:
+            return
     if file_sha256(path) != expected:
-        raise DataError(
-            "shard is damaged: its SHA-256 is not the manifest's",
-            where=path,
-            hint="Restore it, or prepare the corpus again",
-        )
+        raise DataError("shard is damaged: its SHA-256 is not the manifest's", where=path, hint=RESTORE)
     largest = int(_map(path, manifest.dtype).max(initial=0)) if manifest else 0
     if manifest and largest >= manifest.vocab_size:
         raise DataError(
@@ -326,18 +316,9 @@ def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | Non
             where=path,
             hint="Prepare the corpus again",
         )
-    try:
+    with suppress(OSError):  # a read-only folder is verified at every start
         stamp.parent.mkdir(exist_ok=True)
         write_atomically(stamp, seal)
-    except OSError:
-        pass  # a read-only folder is verified at every start
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

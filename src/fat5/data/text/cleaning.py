@@ -1,4 +1,4 @@
-"""Cleaning steps of datatrove that `fat5 prepare --steps` switches on by name.
+"""The cleaning steps of `fat5 prepare --steps`, from datatrove.
 
 | step | what it does |
 |---|---|
@@ -72,7 +72,7 @@ class UrlBlocklists(URLFilter):
         self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
     def filter(self, document: Any) -> Any:
-        """Keeps a document whose URL no blocklist names.
+        """Keeps a document unless a blocklist has its URL.
 
         Raises:
             DataError: the document has no `url`.
@@ -83,7 +83,7 @@ class UrlBlocklists(URLFilter):
 
 
 def build_step(spec: str) -> Any:
-    """One datatrove step from its name, as given to `--steps` (all but `minhash`, which is several stages)."""
+    """The datatrove step of a name in `--steps`, except `minhash`, which is several stages."""
     name, _, argument = spec.partition("=")
     words = UnicodeWords()
     if name == "language":
@@ -101,21 +101,21 @@ def build_step(spec: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _language_filter(languages: str) -> LanguageFilter:
-    """Kept between the tasks of a process, for its model is large."""
+    """Cached between the tasks of a process: its model is large."""
     return LanguageFilter(languages=languages.split("+"))
 
 
 @lru_cache(maxsize=1)
 def _url_blocklists() -> UrlBlocklists:
-    """Kept between the tasks of a process, for its lists are long."""
+    """Cached between the tasks of a process: its lists are long."""
     return UrlBlocklists()
 
 
 def check_models(steps: list[str]) -> None:
-    """Loads what a step needs from outside, so that a missing package or model is found before the corpus is read.
+    """Loads the packages and models of the steps, so that a missing one is found before the corpus is read.
 
     Raises:
-        DataError: a package or a model cannot be had.
+        DataError: a package is missing, or a model cannot be fetched.
     """
     for spec in steps:
         if spec == "minhash":

@@ -1,13 +1,13 @@
-"""Corpora: what the user names on the command line, cut into chunks that can be read independently and in any order.
+"""Corpora: files, folders or a Hugging Face dataset, cut into chunks that can be read independently and in any order.
 
-Every form is read strictly: a damaged line, a wrong column or a binary file stops the reading with its name and
-line. With `on_bad_row: skip` a row that cannot be read is counted instead. No form holds a file in memory, and no line
-above `LARGEST_DOCUMENT` is read.
+Reading is strict: a damaged line, a wrong column or a binary file raises an error with file and line. With `on_bad_row:
+skip`, rows that cannot be read are counted instead. Files are streamed, and a line above `LARGEST_DOCUMENT` is refused.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ SAMPLE_LANGUAGES = ("fr", "en", "de")
 SMALLEST_CHUNK = 2 << 20
 LARGEST_CHUNK = 256 << 20
 CHUNKS = 256
-# What the datasets library leaves beside its data.
+# Files that the datasets library writes beside its data.
 NO_DATA = ("dataset_info.json", "dataset_infos.json")
-# Files that likely hold text and would be missed; others in a folder (README.md, pictures) are passed over.
+# Files that likely hold text, and are refused; others in a folder (README.md, pictures) are ignored.
 UNREAD = (*CODECS, ".lz4", ".br", ".lzma", ".tsv", ".ndjson", ".arrow")
 
 
@@ -41,9 +41,9 @@ class CorpusOptions:
     """How to read a corpus.
 
     Args:
-        text_column: the column (or JSON key) that holds the text; `translation.fr` is the key `fr` in `translation`.
-        on_bad_row: `refuse` stops at a row that cannot be read; `skip` leaves it out and counts it.
-        txt_documents: one document in a .txt file is a `paragraph` (blank lines between), a `line`, or the `file`.
+        text_column: column (or JSON key) of the text; `translation.fr` is the key `fr` in `translation`.
+        on_bad_row: `refuse` stops at a row that cannot be read; `skip` counts it and continues.
+        txt_documents: a document in a .txt file is a `paragraph` (between blank lines), a `line`, or the whole `file`.
         subset: configuration of a Hugging Face dataset, such as a language.
         split: split of a Hugging Face dataset.
     """
@@ -60,7 +60,7 @@ class Corpus:
     """A corpus of local files, or one Hugging Face dataset (`dataset` is its name then, and `files` is empty).
 
     Attributes:
-        bad_rows: what `read` (since this object was made) or the last pass of `rows` skipped.
+        bad_rows: rows skipped by `read`, or by the last pass of `rows`.
     """
 
     options: CorpusOptions
@@ -81,19 +81,17 @@ class Corpus:
         return sum(os.path.getsize(path) for path in self.files)
 
     def chunks(self) -> list[Chunk]:
-        """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB), whoever will read them."""
-        target = min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
+        """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB)."""
         return [
             Chunk(path, start, stop, size)
             for path in self.files
-            for start, stop, size in split_points(path, target, self.options.txt_documents)
+            for start, stop, size in split_points(path, self._chunk_bytes(), self.options.txt_documents)
         ]
 
     def tasks(self) -> list[list[Chunk]]:
-        """Chunks grouped so that a thousand tiny files do not make a thousand tasks. A function of the files alone."""
-        target = min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
+        """Chunks in groups, so that a thousand tiny files do not make a thousand tasks."""
         groups: list[list[Chunk]] = []
-        filled = target
+        target = filled = self._chunk_bytes()
         for chunk in self.chunks():
             if filled + chunk.bytes > target:
                 groups.append([])
@@ -106,18 +104,20 @@ class Corpus:
         """Rows of one chunk, with the named further columns where they exist.
 
         Raises:
-            DataError: anything that cannot be read as what it should be, with file and line.
+            DataError: a row that cannot be read (with file and line), unless such rows are skipped.
         """
-        options = self.options
-        return self._sound(
-            read_rows(chunk.path, chunk.start, chunk.stop, options.text_column, options.txt_documents, columns)
-        )
+        column, documents = self.options.text_column, self.options.txt_documents
+        for row in read_rows(chunk.path, chunk.start, chunk.stop, column, documents, columns):
+            if isinstance(row, CorpusRow):
+                yield row
+            else:
+                self._refuse_or_count(row)
 
     def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> CorpusRow | None:
-        """One row of the Hugging Face dataset as `load_streamed` gave it, None where it is skipped.
+        """One row that `load_streamed` gave; None if it is skipped.
 
         Raises:
-            DataError: it has no text in the text column.
+            DataError: no text in the text column.
         """
         try:
             text = row_text(row, self.options.text_column, where)
@@ -127,33 +127,18 @@ class Corpus:
         return CorpusRow(text, 0, {name: row[name] for name in columns if name in row})
 
     def rows(self, limit: int | None = None) -> Iterator[str]:
-        """Texts of the corpus in order, at most `limit`; empty ones are left out."""
-        count = 0
-        for text in self._texts():
-            if limit is not None and count >= limit:
-                return
-            if text:
-                count += 1
-                yield text
-
-    def _texts(self) -> Iterator[str]:
+        """Texts of the corpus in order, at most `limit`, without empty ones."""
         self.bad_rows = BadRows()
+        rows: Iterator[CorpusRow | None]
         if self.dataset is not None:
-            for number, streamed in enumerate(load_streamed(self.dataset, self.options), 1):
-                row = self.streamed_row(streamed, f"{self.dataset}, row {number}")
-                if row is not None:
-                    yield row.text
-            return
-        for chunk in self.chunks():
-            for row in self.read(chunk):
-                yield row.text
+            streamed = enumerate(load_streamed(self.dataset, self.options), 1)
+            rows = (self.streamed_row(row, f"{self.dataset}, row {number}") for number, row in streamed)
+        else:
+            rows = (row for chunk in self.chunks() for row in self.read(chunk))
+        yield from islice((row.text for row in rows if row is not None and row.text), limit)
 
-    def _sound(self, found: Iterable[CorpusRow | DataError]) -> Iterator[CorpusRow]:
-        for row in found:
-            if isinstance(row, CorpusRow):
-                yield row
-            else:
-                self._refuse_or_count(row)
+    def _chunk_bytes(self) -> int:
+        return min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
 
     def _refuse_or_count(self, error: DataError) -> None:
         if self.options.on_bad_row == "refuse":
@@ -162,17 +147,17 @@ class Corpus:
 
 
 def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
-    """Finds what the user named: files, folders (searched through), or one Hugging Face dataset.
+    """Opens files, folders (searched recursively), or one Hugging Face dataset.
 
-    A name that is no path and reads `owner/name` is a dataset of the hub; `hf:NAME` always is. `sample:fr`
-    (en, de) is the sample corpus that ships with FAT5.
+    `owner/name` is a dataset of the hub if there is no such path; `hf:NAME` always is. `sample:fr` (en, de) is the
+    sample corpus that ships with FAT5.
 
     Raises:
-        DataError: nothing there, an unknown extension, an empty file or folder, a file that is not what it is called.
+        DataError: no such file, an unknown extension, an empty file or folder, or content that belies the extension.
     """
     options = options or CorpusOptions()
     if not inputs:
-        raise DataError("no corpus given", hint="Name files, folders or a Hugging Face dataset")
+        raise DataError("no corpus given", hint="Give files, folders or a Hugging Face dataset")
     inputs = [str(sample_path(name.removeprefix(SAMPLE))) if name.startswith(SAMPLE) else name for name in inputs]
     datasets = [name for name in inputs if is_dataset(name)]
     if datasets:

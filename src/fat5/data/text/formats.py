@@ -1,4 +1,4 @@
-"""The file forms of a corpus (.txt, .jsonl, .json, .csv, also compressed; .parquet), read row by row and strictly."""
+"""The file formats of a corpus, read row by row: .txt, .jsonl, .json and .csv, also compressed, and .parquet."""
 
 import csv
 import gzip
@@ -38,16 +38,16 @@ _HOW_LINES_LOOK = 'Each line is {"text": "…"}; `jq -c ".[]" FILE` makes lines 
 
 
 def extension_of(name: str) -> str | None:
-    """The extension FAT5 reads a file by, or None."""
+    """The known extension of a file name, or None."""
     lowered = Path(name).name.lower()
     return next((extension for extension in EXTENSIONS if lowered.endswith(extension)), None)
 
 
 def sniff(path: str) -> None:
-    """Looks at the first bytes of a file.
+    """Checks the first bytes of a file against its extension.
 
     Raises:
-        DataError: unknown extension, empty, binary, or not the form its name says.
+        DataError: unknown extension, empty, binary, or another format than the extension says.
     """
     extension = extension_of(path)
     if extension is None:
@@ -72,9 +72,9 @@ def sniff(path: str) -> None:
 
 
 def split_points(path: str, target: int, txt_documents: TxtDocuments) -> Iterator[tuple[int, int, int]]:
-    """Parts of a file that can be read alone: (start, stop, bytes) of about `target` bytes each.
+    """Parts of a file that can be read independently: (start, stop, bytes), of about `target` bytes each.
 
-    Starts and stops are bytes for .txt, .jsonl and .json, row groups for .parquet, and (0, -1) for a form read whole.
+    Starts and stops are bytes for .txt, .jsonl and .json, and row groups for .parquet; (0, -1) is a file read whole.
     """
     extension, size = extension_of(path), os.path.getsize(path)
     if extension == ".parquet":
@@ -96,12 +96,12 @@ def read_rows(
     txt_documents: TxtDocuments = "paragraph",
     columns: Sequence[str] = (),
 ) -> Iterator[CorpusRow | DataError]:
-    """Rows of one part of a file, as `split_points` gave it; rows without text are yielded with text "".
+    """Rows of one part of a file, from `split_points`. A row without text has the text "".
 
-    A row that cannot be read is yielded as its error, with file and line; the rows after it follow.
+    For a row that cannot be read, its error is yielded, with file and line; the rows after it follow.
 
     Raises:
-        DataError: the file as a whole cannot be read: damaged, or without the column.
+        DataError: the file is damaged, or has no such column.
     """
     import zstandard
 
@@ -133,7 +133,7 @@ def _jsonl(
     import orjson
 
     lines = Lines(path, start, stop)
-    # Where the name of the column stands before a colon twice, one object may have it twice.
+    # If the column's name stands before a colon twice, an object may have the key twice.
     names = [json.dumps(name, ensure_ascii=False).encode() for name in {text_column, *text_column.split(".")}]
     keys = [(name, re.compile(re.escape(name) + rb"\s*:")) for name in names]
     for line in lines:
@@ -161,7 +161,7 @@ def _jsonl(
 
 
 def _careful_json(line: str, lines: Lines) -> Any:
-    """A line that the fast parser refuses, or may read wrongly: one with `NaN`, or with a key that stands twice."""
+    """Parses a line that the fast parser refuses or may misread: `NaN`, or a repeated key."""
     try:
         return parse_json(line, strict=True)
     except ValueError as error:
@@ -184,7 +184,7 @@ def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[
 
 
 def _paragraphs(path: str, start: int, stop: int) -> Iterator[CorpusRow | DataError]:
-    # A paragraph belongs to the part that holds the blank line before it; reading goes past `stop` to finish it.
+    # A paragraph belongs to the part with the blank line before it; reading goes past `stop` to finish it.
     lines = Lines(path, start, -1)
     ours = start == 0
     kept: list[str] = []
@@ -264,7 +264,7 @@ def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Corpus
 
 
 class _CsvLines(Lines):
-    """Lines for the csv module, which needs every line to know where rows end. Counts and judges those of one row."""
+    """Lines for the csv module. It needs every line to find the end of a row, so a fault is kept until the row ends."""
 
     fault: DataError | None = None
     size = 0
@@ -283,7 +283,7 @@ class _CsvLines(Lines):
 
 
 def _row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
-    """(first, past the last, bytes) of consecutive row groups that hold about `target` bytes together."""
+    """(first, past the last, bytes) of runs of row groups with about `target` bytes each."""
     metadata = _open_parquet(path).metadata
     first, filled = 0, 0
     for group in range(metadata.num_row_groups):
@@ -296,11 +296,6 @@ def _row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
 def _parquet(
     path: str, start: int, stop: int, text_column: str, columns: Sequence[str]
 ) -> Iterator[CorpusRow | DataError]:
-    """Rows of some row groups; an error in place of a row that cannot be read.
-
-    Raises:
-        DataError: damaged, or no column of text by that name.
-    """
     import pyarrow
 
     file = _open_parquet(path)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from fat5.errors import DataError
 
-# A line or document above this is a file without line breaks, not a text: reading on would fill the memory.
+# A longer line or document is a file without line breaks, not a text, and would fill the memory.
 LARGEST_DOCUMENT = 32 << 20
 # 4 bytes of Zstandard can hold 128 KiB, so this much compressed data makes 16 MiB at most.
 ZSTANDARD_INPUT = 512
@@ -18,7 +18,7 @@ ZSTANDARD_INPUT = 512
 
 @dataclass(slots=True)
 class CorpusRow:
-    """One document: its text, how many raw bytes of the file lie behind it, and the further columns asked for."""
+    """One document: its text, the file position after it in raw bytes, and the other columns asked for."""
 
     text: str
     position: int
@@ -27,7 +27,7 @@ class CorpusRow:
 
 @dataclass
 class BadRows:
-    """Rows that were skipped because they cannot be read: how many, and what was wrong with the first."""
+    """Rows that could not be read and were skipped: their number, and the first one's error."""
 
     count: int = 0
     first: str = ""
@@ -39,7 +39,7 @@ class BadRows:
 
 
 def row_text(row: Mapping[str, Any], column: str, where: object) -> str:
-    """The text of one row, "" where it is null. The column `translation.fr` is the key `fr` in `translation`.
+    """The text of one row, or "" if it is null. The column `translation.fr` is the key `fr` in `translation`.
 
     Raises:
         DataError: no such column, or no string in it.
@@ -62,16 +62,15 @@ def row_text(row: Mapping[str, Any], column: str, where: object) -> str:
 
 
 def missing_column(column: str, columns: Iterable[object], where: object) -> DataError:
-    """The error of a wrong text column, with the columns there are."""
+    """The error for a wrong text column, which names the existing ones."""
     shown = ", ".join(sorted(map(str, columns))[:20]) or "none"
     return DataError(f"no column {column!r}; it has {shown}", where=where, hint="Name one with --corpus.text_column")
 
 
 class Lines:
-    """Lines of a file, plain or compressed, between two bytes: those that start in [start, stop).
+    """Lines of a file, plain or compressed, that start at bytes in [start, stop).
 
-    A line above `LARGEST_DOCUMENT` is cut there, and the rest of it is passed over where reading goes on; `check` and
-    `text` refuse it.
+    A line above `LARGEST_DOCUMENT` is cut there and its rest is skipped; `check` and `text` refuse it.
     """
 
     def __init__(self, path: str, start: int = 0, stop: int = -1) -> None:
@@ -85,7 +84,7 @@ class Lines:
             stream, tell = _decompressed(raw, self.path.lower())
             offset = self._start
             if offset:
-                # A line that began before `start` belongs to the part before.
+                # A line that began before `start` belongs to the previous part.
                 raw.seek(offset - 1)
                 offset += _skip_line(raw) - 1
             while self._stop < 0 or offset < self._stop:
@@ -101,7 +100,7 @@ class Lines:
                     offset += _skip_line(stream)
 
     def where(self) -> str:
-        """`path:line` of the line read last; counts the lines before `start` only now that they matter."""
+        """`path:line` of the last line; the lines before `start` are counted only here."""
         before = 0
         if self._start:
             with open(self.path, "rb") as file:
@@ -113,16 +112,12 @@ class Lines:
         return f"{self.path}:{before + self.number}"
 
     def check(self, line: bytes) -> None:
-        """Refuses the line read last where it is too long.
-
-        Raises:
-            DataError: longer than `LARGEST_DOCUMENT`.
-        """
+        """Raises DataError if the last line is longer than `LARGEST_DOCUMENT`."""
         if len(line) > LARGEST_DOCUMENT:
             raise DataError(f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up")
 
     def text(self, line: bytes) -> str:
-        """The line read last as text, without a byte order mark.
+        """The last line as text, without a byte order mark.
 
         Raises:
             DataError: too long, or not UTF-8.
@@ -151,7 +146,7 @@ def _skip_line(stream: Any) -> int:
 
 
 def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
-    """A stream that never holds more than asked for, however far the data expands, and what tells its position."""
+    """A stream that decompresses no more than is read from it, and a function that gives its position in raw bytes."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw), raw.tell
     if name.endswith(".zst"):
@@ -164,7 +159,7 @@ def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | No
 
 
 class Zstandard(io.RawIOBase):
-    """Decompresses frame after frame. zstandard's own reader takes a file that was cut short for a complete one."""
+    """Decompresses frame by frame. zstandard's own reader takes a truncated file for a complete one."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard

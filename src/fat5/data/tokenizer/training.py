@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -53,10 +54,10 @@ class TokenizerTraining:
     Args:
         inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
             of the hub.
-        output_dir: folder to write; must be new or empty.
+        output_dir: folder to write; new or empty.
         model: `bpe` or `unigram`, both with byte fallback.
-        vocab_size: ids in all, special tokens included; a multiple of 128, at most 65,536.
-        rows: most documents to learn from, the first ones.
+        vocab_size: number of ids, special tokens included; a multiple of 128, at most 65,536.
+        rows: learn from the first documents, this many at most.
         normalization: `none` keeps every text as it is; `nfc` composes accents first (not byte-exact then).
         corpus: how to read the inputs.
     """
@@ -71,10 +72,10 @@ class TokenizerTraining:
 
 
 def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[str, Any]:
-    """Trains and saves; returns the report: vocabulary, documents, tokens per word and per byte, unknown rate.
+    """Trains and saves a tokenizer; returns the report: vocabulary, documents, tokens per word and byte, unknown rate.
 
     Raises:
-        ConfigurationError: a vocabulary that cannot be.
+        ConfigurationError: an impossible vocabulary size.
         DataError: the corpus is empty or cannot be read.
         RunDirectoryError: `output_dir` holds something else.
     """
@@ -164,9 +165,9 @@ def learn(corpus: Corpus, config: TokenizerTraining, progress: bool = False) -> 
 
 
 def alphabet(texts: Iterable[str], most: int, compose: bool = False) -> list[str]:
-    """The characters worth an id: printable ASCII, then the most frequent ones until 99.99% of the text is covered.
+    """The characters that get an id: printable ASCII, then the most frequent ones until 99.99% of the text is covered.
 
-    Counted over the first 200 million characters. The choice depends on the text alone, ties by code point.
+    They are counted in the first 200 million characters; ties are broken by code point.
     """
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     pending: list[str] = []
@@ -195,13 +196,13 @@ def alphabet(texts: Iterable[str], most: int, compose: bool = False) -> list[str
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
-    """What encoding some texts costs: tokens per word (white space between words) and per byte, share of unknown and
-    of byte-fallback tokens."""
+    """Tokens per word (split at white space) and per byte of some texts, and the shares of unknown and byte tokens."""
     byte_ids = np.zeros(tokenizer.info.vocab_size, bool)
     ids = [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     byte_ids[[index for index in ids if index is not None]] = True
     documents = words = size = tokens = unknown = fallback = 0
-    for batch in _batches(texts, 512):
+    texts = iter(texts)
+    while batch := list(islice(texts, 512)):
         found, lengths = tokenizer.encode_documents(batch)
         documents += len(lengths)
         words += sum(len(text.split()) for text in batch)
@@ -219,7 +220,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
 
 
 class _Counted:
-    """Counts the texts that pass; none does after their different words hold `most` characters."""
+    """Passes texts on and counts them, until their different words hold `most` characters."""
 
     def __init__(self, texts: Iterator[str], most: int | None) -> None:
         self.texts, self.most, self.count = texts, most, 0
@@ -242,20 +243,9 @@ class _Counted:
 
 
 def _filled(tokens: list[str]) -> list[str]:
-    """Tokens up to the next multiple of 128: where the corpus gave too few, the last ones are unused."""
+    """Tokens, and unused ones up to the next multiple of 128."""
     missing = -len(tokens) % MULTIPLE
     return [*tokens, *(f"<unused_{index}>" for index in range(missing))]
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _check(config: TokenizerTraining) -> None:
