@@ -11,12 +11,10 @@ from transformers import (
 )
 
 from fat5.model.configuration import POSITION_ENCODINGS, PRESETS, FAT5Config
-from fat5.model.encoder import FAT5EncoderModel
-from fat5.model.encoder_decoder import FAT5Model
-from fat5.model.heads import FAT5ForSequenceClassification, FAT5ForTokenClassification
+from fat5.model.heads import FAT5ForQuestionAnswering, FAT5ForSequenceClassification, FAT5ForTokenClassification
 from fat5.model.loading import load_model, quiet
-from fat5.model.question_answering import FAT5ForQuestionAnswering
 from fat5.model.seq2seq import FAT5ForConditionalGeneration, PackedLMOutput
+from fat5.model.t5 import FAT5EncoderModel, FAT5Model
 
 AutoConfig.register("fat5", FAT5Config, exist_ok=True)
 AutoModel.register(FAT5Config, FAT5Model, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Heads that classify: a text, or each of its tokens.
+"""Heads that classify a text or each of its tokens, or find an answer in it.
 
-Each reads padded rows as the stock class of its name, or packed documents (`cu_seqlens`) where it has no decoder, and
-loads from a seq2seq checkpoint, whose decoder and output projection an encoder leaves aside.
+Each reads padded rows as the stock class of its name, or packed documents (`cu_seqlens`) if it has no decoder. Each
+loads from a seq2seq checkpoint; an encoder leaves the decoder and the output projection aside.
 """
 
 from typing import Any, ClassVar
@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
     Seq2SeqSequenceClassifierOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from fat5.errors import DataError
-from fat5.model.encoder import NOT_OF_AN_ENCODER, FAT5EncoderModel
-from fat5.model.encoder_decoder import NOT_WITHOUT_A_HEAD, FAT5Model
+from fat5.errors import ConfigurationError, DataError
 from fat5.model.layers import HeadProjection
-from fat5.model.pretrained import FAT5PreTrainedModel
+from fat5.model.pretrained import FAT5PreTrainedModel, refuse_given
+from fat5.model.t5 import NOT_OF_AN_ENCODER, NOT_WITHOUT_A_HEAD, EncoderDecoder, FAT5EncoderModel, FAT5Model
 from fat5.ops import is_recorded
+
+FORM = "a head with head_form {!r} takes none"
 
 
 class ClassificationHead(nn.Module):
@@ -97,46 +100,36 @@ class FAT5ForSequenceClassification(_Headed):
             ValueError: an argument that this form cannot serve.
             DataError: a form that reads at EOS, and the rows do not all have one number, at least 1, of EOS tokens.
         """
-        asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        if self.has_decoder:
-            refuse_given("head_form 'encoder-decoder'", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True)
+        form = self.config.head_form or "encoder"
+        packed = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if form != "encoder":
+            refuse_given(FORM.format(form), **packed)
             if input_ids is None:
-                raise ValueError("input_ids: the encoder-decoder form finds EOS in them, got None")
+                raise ValueError(f"input_ids: head_form {form!r} finds EOS in them, got None")
+        if self.has_decoder:
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self._shift_right(input_ids)
+                decoder_input_ids = self._shift_right(input_ids)  # type: ignore[arg-type]
             run = self.transformer(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
                 inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds,
-                use_cache=use_cache if labels is None else False, return_dict=True, **asked,
+                use_cache=use_cache if labels is None else False, **asked,
             )  # fmt: skip
-            logits = self.classification_head(self._at_last_eos(run.last_hidden_state, input_ids))
-            loss = None if labels is None else _classification_loss(logits, labels, self.config)
-            named = {key: value for key, value in run.items() if key != "last_hidden_state"}
-            seq2seq = Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **named)
-            return seq2seq if self.wants_dict(return_dict) else seq2seq.to_tuple()
-        refuse_given(
-            "head_form 'encoder'", decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds, use_cache=use_cache or None,
-        )  # fmt: skip
-        at_eos = self.config.head_form == "encoder-eos"
-        if at_eos:
-            refuse_given("head_form 'encoder-eos'", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-            if input_ids is None:
-                raise ValueError("input_ids: head_form 'encoder-eos' finds EOS in them, got None")
-        run = self.transformer(
-            input_ids, attention_mask, inputs_embeds, return_dict=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-            **asked,
-        )  # fmt: skip
-        if at_eos and input_ids is not None:
-            pooled = self._at_last_eos(run.last_hidden_state, input_ids)
         else:
+            refuse_given(
+                FORM.format(form), decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds,
+                use_cache=use_cache or None,
+            )  # fmt: skip
+            run = self.transformer(input_ids, attention_mask, inputs_embeds, **packed, **asked)
+        if form == "encoder":
             pooled = _mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens)
+        else:
+            pooled = self._at_last_eos(run.last_hidden_state, input_ids)  # type: ignore[arg-type]
         logits = self.classification_head(pooled)
         loss = None if labels is None else _classification_loss(logits, labels, self.config)
-        output = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=run.hidden_states, attentions=run.attentions
-        )
-        return output if self.wants_dict(return_dict) else output.to_tuple()
+        kind = Seq2SeqSequenceClassifierOutput if self.has_decoder else SequenceClassifierOutput
+        return self.returned(kind(loss=loss, logits=logits, **_beside_states(run)), return_dict)
 
     def _at_last_eos(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         is_eos = input_ids == self.config.eos_token_id
@@ -188,17 +181,97 @@ class FAT5ForTokenClassification(_Headed):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.reshape(-1, self.num_labels), labels.to(logits.device).reshape(-1))
-        output = TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=run.hidden_states, attentions=run.attentions
-        )
-        return output if self.wants_dict(return_dict) else output.to_tuple()
+        return self.returned(TokenClassifierOutput(loss=loss, logits=logits, **_beside_states(run)), return_dict)
 
 
-def refuse_given(form: str, **given: Any) -> None:
-    """Raises ValueError for an argument that a head of this form cannot serve."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: a head with {form} takes none")
+class FAT5ForQuestionAnswering(EncoderDecoder):
+    """Start and end of the answer in the text.
+
+    By default (`head_form` None or "encoder-decoder") as transformers' T5ForQuestionAnswering, whose decoder reads the
+    text too; with head_form "encoder" from the encoder alone, which costs half and also reads packed documents.
+    """
+
+    accepts_loss_kwargs = False
+    _head_weights: ClassVar = ("qa_outputs.",)
+    _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
+
+    def __init__(self, config: Any) -> None:
+        if config.head_form == "encoder-eos":
+            raise ConfigurationError(
+                "encoder-eos is a form of sequence classification", where="head_form", hint="Use encoder"
+            )
+        super().__init__(config, has_decoder=config.head_form != "encoder")
+        self.has_decoder = config.head_form != "encoder"
+        if not self.has_decoder:
+            self._keys_to_ignore_on_load_unexpected = NOT_OF_AN_ENCODER  # type: ignore[misc]
+            self._tied_weights_keys = FAT5EncoderModel._tied_weights_keys  # type: ignore[misc]
+        self.num_labels = config.num_labels
+        self.qa_outputs = HeadProjection(config.d_model, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Any:
+        """start_logits and end_logits, (B, L) each, or (T,) packed, which takes no positions of answers.
+
+        The loss is the mean of the two cross-entropies; positions outside the text do not count.
+
+        Raises:
+            ValueError: an argument that this form cannot serve.
+        """
+        run: Any
+        if self.has_decoder:
+            refuse_given("a head with a decoder takes none", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                if input_ids is None:
+                    raise ValueError("decoder_input_ids: without input_ids they must be given, got None")
+                decoder_input_ids = self._shift_right(input_ids)
+            if start_positions is not None and end_positions is not None:
+                use_cache = False
+            run = self.run(
+                input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
+                inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
+            )  # fmt: skip
+        else:
+            refuse_given(
+                "a head without a decoder takes none", decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask, encoder_outputs=encoder_outputs,
+                decoder_inputs_embeds=decoder_inputs_embeds, use_cache=use_cache or None,
+            )  # fmt: skip
+            run = self.encode(
+                input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states,
+                cu_seqlens, max_seqlen,
+            )  # fmt: skip
+        start, end = self.qa_outputs(run.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            if cu_seqlens is not None:
+                raise ValueError("start_positions: packed documents (cu_seqlens) take none; give padded rows")
+            loss = (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
+        kind: Any = Seq2SeqQuestionAnsweringModelOutput if self.has_decoder else QuestionAnsweringModelOutput
+        output = kind(loss=loss, start_logits=start, end_logits=end, **_beside_states(run))
+        return self.returned(output, return_dict)
+
+
+def _beside_states(run: Any) -> dict[str, Any]:
+    """The fields of an output but its last hidden state."""
+    return {key: value for key, value in run.items() if key != "last_hidden_state"}
 
 
 def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -232,3 +305,11 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
     if kind == "single_label_classification":
         return F.cross_entropy(logits.reshape(-1, config.num_labels), labels.reshape(-1))
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy over the places of a text (B, L); an answer that was cut off lies outside and does not count."""
+    length = logits.shape[1]
+    if positions.dim() > 1:
+        positions = positions.squeeze(-1)
+    return F.cross_entropy(logits, positions.to(logits.device).clamp(0, length), ignore_index=length)

@@ -10,8 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
-from fat5.model.layout import Layout
-from fat5.model.rows import Trace
+from fat5.model.padding import Segments, Trace
 from fat5.ops import RelativeBias
 from fat5.ops.choice import uses_triton
 
@@ -59,10 +58,10 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        segments: Segments,
         *,
         memory: Tensor | None = None,
-        memory_layout: Layout | None = None,
+        memory_segments: Segments | None = None,
         bias: RelativeBias | Tensor | None = None,
         causal: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
@@ -71,33 +70,33 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows.
 
-        `weights` receives the attention weights (B, H, Lq, Lk), of rows whose keys' layout says `formed`.
+        `weights` receives the attention weights (B, H, Lq, Lk), for rows whose keys are `formed`.
         """
         query = self._heads(ops.linear(self.q, hidden))
         if rotation is not None:
             query = ops.rotary(query, *rotation)
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
-        key_layout = layout if memory_layout is None else memory_layout
+        key_segments = segments if memory_segments is None else memory_segments
         dropout_p = self.dropout if self.training else 0.0
-        if layout.packed and key_layout.mask is None:
+        if segments.packed and key_segments.mask is None:
             out = ops.attention(
                 query, key, value, bias=bias, causal=causal, dropout_p=dropout_p,
-                cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=key_layout.cu_seqlens,
-                max_seqlen_q=layout.max_seqlen, max_seqlen_k=key_layout.max_seqlen,
+                cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=key_segments.cu_seqlens,
+                max_seqlen_q=segments.max_seqlen, max_seqlen_k=key_segments.max_seqlen,
             )  # fmt: skip
         else:
-            if layout.packed:  # whole rows
-                query, key, value = (x.unflatten(0, (len(key_layout.mask), -1)) for x in (query, key, value))  # type: ignore[arg-type]
+            if segments.packed:  # whole rows
+                query, key, value = (x.unflatten(0, (len(key_segments.mask), -1)) for x in (query, key, value))  # type: ignore[arg-type]
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            if key_layout.formed:
-                formed = ops.attention_weights(query, key, bias=bias, causal=causal, key_padding_mask=key_layout.mask)
+            if key_segments.formed:
+                formed = ops.attention_weights(query, key, bias=bias, causal=causal, key_padding_mask=key_segments.mask)
                 formed = F.dropout(formed, dropout_p)
                 if weights is not None:
                     weights.append(formed)
                 out = formed.to(value.dtype) @ value
             else:
                 out = ops.attention(
-                    query, key, value, bias=bias, causal=causal, dropout_p=dropout_p, key_padding_mask=key_layout.mask
+                    query, key, value, bias=bias, causal=causal, dropout_p=dropout_p, key_padding_mask=key_segments.mask
                 )
             out = out.transpose(1, 2)
         return ops.linear(self.o, out.reshape(*hidden.shape[:-1], self.heads * self.width))
@@ -148,8 +147,8 @@ class SelfAttentionLayer(nn.Module):
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, hidden: Tensor, layout: Layout, **how: Any) -> Tensor:
-        return hidden + self.dropout(self.SelfAttention(self.layer_norm(hidden), layout, **how))
+    def forward(self, hidden: Tensor, segments: Segments, **how: Any) -> Tensor:
+        return hidden + self.dropout(self.SelfAttention(self.layer_norm(hidden), segments, **how))
 
 
 class CrossAttentionLayer(nn.Module):
@@ -161,8 +160,8 @@ class CrossAttentionLayer(nn.Module):
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, hidden: Tensor, layout: Layout, **how: Any) -> Tensor:
-        return hidden + self.dropout(self.EncDecAttention(self.layer_norm(hidden), layout, **how))
+    def forward(self, hidden: Tensor, segments: Segments, **how: Any) -> Tensor:
+        return hidden + self.dropout(self.EncDecAttention(self.layer_norm(hidden), segments, **how))
 
 
 class FeedForward(nn.Module):
@@ -233,10 +232,10 @@ class Block(GradientCheckpointingLayer):
         memory: Tensor | None,
         *,
         relative: bool,
-        layout: Layout,
+        segments: Segments,
         rotation: tuple[Tensor, Tensor] | None,
         causal: bool,
-        memory_layout: Layout | None,
+        memory_segments: Segments | None,
         past_key_values: Any,
         trace: Trace,
     ) -> Tensor:
@@ -246,11 +245,13 @@ class Block(GradientCheckpointingLayer):
         known = RelativeBias(bias) if relative and bias is not None else bias
         cache, own, across = past_key_values, trace.attentions, trace.cross_attentions
         hidden = _clamp(
-            self.layer[0](hidden, layout, bias=known, causal=causal, rotation=rotation, cache=cache, weights=own)
+            self.layer[0](hidden, segments, bias=known, causal=causal, rotation=rotation, cache=cache, weights=own)
         )
         if self.is_decoder and memory is not None:
             hidden = _clamp(
-                self.layer[1](hidden, layout, memory=memory, memory_layout=memory_layout, cache=cache, weights=across)
+                self.layer[1](
+                    hidden, segments, memory=memory, memory_segments=memory_segments, cache=cache, weights=across
+                )
             )
         return _clamp(self.layer[-1](hidden))
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 
 from fat5.errors import CheckpointError, CheckpointShapeError
 from fat5.model.configuration import EXACT_ATTENTION, FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
-from fat5.model.layout import shift_right
+from fat5.model.padding import Segments, shift_right
 from fat5.model.positions import AbsolutePositions, Fire
 from fat5.model.stack import Stack
 from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
@@ -72,9 +73,40 @@ class FAT5PreTrainedModel(PreTrainedModel):
         start = self.config.decoder_start_token_id
         return (pad if start is None else start), pad
 
-    def wants_dict(self, return_dict: bool | None) -> bool:
-        """Whether forward answers with a ModelOutput rather than a tuple."""
-        return bool(self.config.return_dict if return_dict is None else return_dict)
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> BaseModelOutput:
+        """Padded rows or packed documents through the encoder; see `FAT5EncoderModel.forward`."""
+        self.refuse_unread_embeddings()
+        encoder: Any = self.encoder
+        if cu_seqlens is None:
+            if max_seqlen is not None:
+                raise ValueError("cu_seqlens: packed documents need it beside max_seqlen, got None")
+            asked = self.asked(output_attentions, output_hidden_states)
+            return encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **asked)  # type: ignore[no-any-return]
+        if max_seqlen is None:
+            raise ValueError("max_seqlen: packed documents need it beside cu_seqlens, got None")
+        refuse_given(
+            "packed documents (cu_seqlens) take none; give padded rows", attention_mask=attention_mask,
+            output_attentions=output_attentions or None, output_hidden_states=output_hidden_states or None,
+        )  # fmt: skip
+        return BaseModelOutput(encoder(input_ids, Segments(cu_seqlens, max_seqlen), inputs_embeds=inputs_embeds))
+
+    def asked(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, Any]:
+        """What forward is asked to return beside hidden states: its arguments, else the configuration."""
+        given = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        return {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+
+    def returned(self, output: Any, return_dict: bool | None) -> Any:
+        """`output`, or its tuple if the caller or the configuration wants one."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """FAT5 has one attention, exact, whose kernel follows the device: every stock name of exact attention means it.
@@ -238,3 +270,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
         ]
         if told:
             logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, ", ".join(told))
+
+
+def refuse_given(reason: str, **given: Any) -> None:
+    """Raises ValueError for the first argument that is not None."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: {reason}")

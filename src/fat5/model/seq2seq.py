@@ -11,8 +11,9 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from fat5 import ops
-from fat5.model.encoder_decoder import EncoderDecoder
-from fat5.model.layout import Layout, document_positions, shift_right
+from fat5.model.padding import Segments, segment_positions, shift_right
+from fat5.model.pretrained import refuse_given
+from fat5.model.t5 import EncoderDecoder
 
 
 @dataclass
@@ -48,8 +49,8 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         self.post_init()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As of every module; where the tensors hold an output projection apart from the embeddings, so does the model
-        from then on, whatever its configuration said: stock ones say "tied" of every T5.
+        """Also unties the output projection if the tensors hold one that differs from the embeddings; stock
+        configurations say "tied" of every T5.
         """
         table, head = (state_dict.get(f"{name}.weight") for name in ("shared", "lm_head"))
         tied = self.lm_head.weight is self.shared.weight
@@ -91,7 +92,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         `output_attentions` forms the weights in quadratic memory, as the plain formula does; the default never does.
 
         Raises:
-            ValueError: an argument that the layout needs is missing, or one that it cannot serve is given.
+            ValueError: an argument is missing, or one is given that packed training does not take.
         """
         if cu_seqlens is not None:
             packed = dict(
@@ -101,21 +102,16 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
             for name, value in packed.items():
                 if value is None:
                     raise ValueError(f"{name}: packed training needs it beside cu_seqlens, got None")
-            rows_only = dict(
-                attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask, encoder_outputs=encoder_outputs,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            refuse_given(
+                "packed training (cu_seqlens) takes none; give padded rows", attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds, output_attentions=output_attentions or None,
                 output_hidden_states=output_hidden_states or None,
             )  # fmt: skip
-            for name, value in rows_only.items():
-                if value is not None:
-                    raise ValueError(f"{name}: packed training (cu_seqlens) takes none; give padded rows")
             return self._packed_forward(cu_seqlens, **packed, items=num_items_in_batch, per_token=per_token)  # type: ignore[arg-type]
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
         outputs = self.run(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
             inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
@@ -123,8 +119,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         logits = self.lm_head(self._scaled(outputs.last_hidden_state))
         loss = None if labels is None else self._loss_of_logits(logits, labels, num_items_in_batch)
         named = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
-        output = Seq2SeqLMOutput(loss=loss, logits=logits, **named)
-        return output if self.wants_dict(return_dict) else output.to_tuple()
+        return self.returned(Seq2SeqLMOutput(loss=loss, logits=logits, **named), return_dict)
 
     def _packed_forward(
         self,
@@ -138,10 +133,10 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         per_token: bool,
     ) -> PackedLMOutput:
         self.refuse_unread_embeddings()
-        layout, decoder_layout = Layout(cu_seqlens, max_seqlen), Layout(decoder_cu_seqlens, decoder_max_seqlen)
-        memory = self.encoder(input_ids, layout)
-        inputs = shift_right(labels, document_positions(decoder_cu_seqlens, len(labels)), *self._start_and_pad())
-        hidden = self._scaled(self.decoder(inputs, decoder_layout, memory=memory, memory_layout=layout))
+        segments, decoder_segments = Segments(cu_seqlens, max_seqlen), Segments(decoder_cu_seqlens, decoder_max_seqlen)
+        memory = self.encoder(input_ids, segments)
+        inputs = shift_right(labels, segment_positions(decoder_cu_seqlens, len(labels)), *self._start_and_pad())
+        hidden = self._scaled(self.decoder(inputs, decoder_segments, memory=memory, memory_segments=segments))
         if not ops.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
             return self._output_of_logits(self.lm_head(hidden), labels, items, per_token)
         total = ops.linear_cross_entropy(

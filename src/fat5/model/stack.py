@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from fat5.model.configuration import FAT5Config
 from fat5.model.layers import Block, Embedding, RMSNorm, bias_table
-from fat5.model.layout import Layout
+from fat5.model.padding import Segments, Trace
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
-from fat5.model.rows import Trace
 from fat5.ops import RelativeBias
 
 
@@ -44,10 +43,10 @@ class Stack(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        layout: Layout,
+        segments: Segments,
         *,
         memory: Tensor | None = None,
-        memory_layout: Layout | None = None,
+        memory_segments: Segments | None = None,
         cache: Any = None,
         trace: Trace | None = None,
     ) -> Tensor:
@@ -55,8 +54,8 @@ class Stack(nn.Module):
 
         Args:
             tokens: ids, (T,) or (B, L) int64, or embeddings with a last dimension d_model.
-            layout: of the tokens.
-            memory, memory_layout: the encoder's hidden states, for a decoder.
+            segments: of the tokens.
+            memory, memory_segments: the encoder's hidden states, for a decoder.
             cache: an EncoderDecoderCache; rows only. Its length is the position of the first token.
             trace: receives the hidden states before each block and after the last, and of rows the attention weights.
         """
@@ -69,18 +68,18 @@ class Stack(nn.Module):
         encoding = self.config.position_encoding
         rotation = None
         if encoding in ("absolute", "rope"):
-            positions = layout.positions(tokens) + offset
+            positions = segments.positions(tokens) + offset
             if encoding == "absolute":
-                self.absolute.check(layout.max_seqlen + (offset if isinstance(offset, int) else 0))
+                self.absolute.check(segments.max_seqlen + (offset if isinstance(offset, int) else 0))
                 hidden = hidden + self.absolute(positions).to(hidden.dtype)
             else:
                 rotation = self.rotary(positions)
         # One bias for all blocks, or one a block, each with where it comes from.
         sources = range(len(self.block)) if self.own_bias else [0]
-        biases = [self._bias(layout, cache, offset, hidden, source) for source in sources]
+        biases = [self._bias(segments, cache, offset, hidden, source) for source in sources]
         causal = self.is_decoder and cache is None
-        if layout.masks_scores:  # the biases hold the mask
-            layout, causal = replace(layout, mask=None), False
+        if segments.masks_scores:  # the biases hold the mask
+            segments, causal = replace(segments, mask=None), False
         hidden = self.dropout(hidden)
         trace = Trace() if trace is None else trace
         for number, block in enumerate(self.block):
@@ -88,17 +87,17 @@ class Stack(nn.Module):
             bias = biases[number if self.own_bias else 0]
             vector, relative = (bias.vector, True) if isinstance(bias, RelativeBias) else (bias, False)
             hidden = block(
-                hidden, vector, memory, relative=relative, layout=layout, rotation=rotation,
-                causal=causal, memory_layout=memory_layout, past_key_values=cache, trace=trace,
+                hidden, vector, memory, relative=relative, segments=segments, rotation=rotation,
+                causal=causal, memory_segments=memory_segments, past_key_values=cache, trace=trace,
             )  # fmt: skip
         return trace.passed(self.dropout(self.final_layer_norm(hidden)))
 
     def _bias(
-        self, layout: Layout, cache: Any, offset: Any, hidden: Tensor, source: int
+        self, segments: Segments, cache: Any, offset: Any, hidden: Tensor, source: int
     ) -> RelativeBias | Tensor | None:
         """What attention adds to the scores. With a cache, or a mask of the scores, it hides keys too."""
-        if cache is None and not layout.masks_scores:
-            return self._relative_bias(layout.max_seqlen, source, hidden.device)
+        if cache is None and not segments.masks_scores:
+            return self._relative_bias(segments.max_seqlen, source, hidden.device)
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
         # decoding.
         length, device = hidden.shape[1], hidden.device
@@ -113,8 +112,8 @@ class Stack(nn.Module):
             bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
         if bias is None:
             bias = torch.zeros(1, 1, length, capacity, device=device)
-        if layout.masks_scores:  # it hides the future too
-            return _masked(bias, layout.mask[..., :capacity])  # type: ignore[index]
+        if segments.masks_scores:  # it hides the future too
+            return _masked(bias, segments.mask[..., :capacity])  # type: ignore[index]
         return bias.masked_fill(future, torch.finfo(bias.dtype).min)
 
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:

@@ -26,7 +26,7 @@ from fat5 import ops
 from fat5.errors import UnsupportedModelError
 from fat5.generate.step import scales_output
 from fat5.model.layers import bias_table
-from fat5.model.layout import Padding
+from fat5.model.padding import Padding
 from fat5.ops import RelativeBias
 
 
@@ -117,7 +117,7 @@ class _Stack:
         own, across = None, None
         if self._serves(input_ids, inputs_embeds, memory, masks, past_key_values, use_cache, kwargs):
             own, across = self._paddings(masks, kept)
-        if own is None or own.layout.formed or (across is not None and across.layout.formed):
+        if own is None or own.segments.formed or (across is not None and across.segments.formed):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask, inputs_embeds=inputs_embeds,
@@ -239,15 +239,15 @@ def _attend(
         "bias": bias, "causal": module.is_causal, "scale": module.scaling,
         "dropout_p": module.dropout if module.training else 0.0,
     }  # fmt: skip
-    if keys.layout.mask is None:
+    if keys.segments.mask is None:
         return ops.attention(
             query, key, value, **how,
-            cu_seqlens_q=queries.layout.cu_seqlens, max_seqlen_q=queries.layout.max_seqlen,
-            cu_seqlens_k=keys.layout.cu_seqlens, max_seqlen_k=keys.layout.max_seqlen,
+            cu_seqlens_q=queries.segments.cu_seqlens, max_seqlen_q=queries.segments.max_seqlen,
+            cu_seqlens_k=keys.segments.cu_seqlens, max_seqlen_k=keys.segments.max_seqlen,
         )  # fmt: skip
     # Where some keys of whole rows are hidden, all stay in rows, and so must the queries.
     rows = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
-    return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.layout.mask).transpose(1, 2))
+    return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.segments.mask).transpose(1, 2))
 
 
 def _bias(attention: Any, device: torch.device) -> RelativeBias:

@@ -1,0 +1,239 @@
+"""Padded rows and packed segments: how tokens lie in memory, and the way from one to the other.
+
+    packed    (T, d), the segments (documents) end to end, with cu_seqlens
+    padded    (B, L, d), a row a text, with a mask
+
+Training and encoding run packed, so padding costs nothing where nobody reads it; padded inputs are packed on entry and
+padded again on exit. Decoding with a cache runs on rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fat5.ops import is_recorded
+
+
+@dataclass
+class Segments:
+    """Where the segments of a tensor of tokens begin and end.
+
+    Args:
+        cu_seqlens: int32 (N+1,) for packed tokens (T, ...); None for rows (B, L, ...).
+        max_seqlen: upper bound of the segments' lengths; for rows, their length.
+        mask: (B, L) bool, True = a key to attend to; None when all are. Packed tokens with a mask are whole rows.
+            With a cache also (B, 1, Lq, Lk), bool or to be added to the scores.
+        formed: attention to these tokens forms its weights, as the plain formula does: because they are asked for, a
+            graph is recorded, or the mask leaves a query without a key.
+    """
+
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    mask: Tensor | None = None
+    formed: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def masks_scores(self) -> bool:
+        """Whether the mask has an entry for each query and key."""
+        return self.mask is not None and self.mask.dim() == 4
+
+    def to(self, device: torch.device | str, **how: Any) -> "Segments":
+        """The same on another device, which the accelerate library calls for a model spread over several."""
+        starts, mask = (None if x is None else x.to(device, **how) for x in (self.cu_seqlens, self.mask))
+        return replace(self, cu_seqlens=starts, mask=mask)
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        """The position of each token in its segment: (T,) packed, (1, L) for rows."""
+        if self.cu_seqlens is None:
+            return torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return segment_positions(self.cu_seqlens, tokens.shape[0])
+
+
+def segment_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(T,) int64: positions inside each packed segment; tokens behind the last segment count from its end."""
+    row = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    return (row - cu_seqlens[segment]).long()
+
+
+def shift_right(labels: Tensor, positions: Tensor, start_id: int, pad_id: int) -> Tensor:
+    """Decoder inputs: the labels of each segment moved one to the right behind `start_id`; -100 becomes `pad_id`."""
+    shifted = torch.where(positions == 0, start_id, labels.roll(1, dims=-1))
+    return torch.where(shifted == -100, pad_id, shifted)
+
+
+@dataclass
+class Padding:
+    """Packs padded rows into the tokens that a stack computes, and pads its output again.
+
+    Args:
+        segments: of those tokens. With a mask they are whole rows, some of whose keys are hidden.
+        shape: (B, L) of the rows.
+        index: (T,) int64, where each token stands in the flattened rows; None for whole rows.
+        kept: (B, L) bool, the positions whose states come back; the others come back as zeros. None = all.
+    """
+
+    segments: Segments
+    shape: tuple[int, int]
+    index: Tensor | None = None
+    kept: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device, *, whole: bool, causal: bool = False
+    ) -> "Padding":
+        """From a (B, L) mask, non-zero = a token.
+
+        Args:
+            whole: compute every position; the mask only hides keys, as in stock T5. Otherwise masked positions are left
+                out and come back as zeros. They are still computed where the mask has holes, since packing would move
+                tokens, and in a row without a token, since a decoder reads all of that row.
+            causal: query i attends to keys 0..i.
+        """
+        batch, length = shape
+        starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+        if mask is None or batch * length == 0:
+            return cls(Segments(starts, length), shape)
+        mask = mask.to(device).bool()
+        lengths, runs = mask.sum(dim=1), (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1) + mask[:, 0]
+        most_runs, shortest, first = torch.stack([runs.max(), lengths.min(), mask[:, 0].min()]).tolist()
+        if shortest == length:
+            return cls(Segments(starts, length), shape)
+        if not whole and most_runs <= 1 and shortest > 0:
+            return cls.leaving_out(mask)
+        segments = Segments(starts, length, mask, formed=not (first if causal else shortest))
+        return cls(segments, shape, kept=None if whole else kept_positions(mask))
+
+    @classmethod
+    def leaving_out(cls, mask: Tensor) -> "Padding":
+        """Packs exactly the tokens of a (B, L) bool mask, holes or not."""
+        lengths = mask.sum(dim=1)
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max()) if len(mask) else 0
+        return cls(Segments(starts, longest), (mask.shape[0], mask.shape[1]), index=mask.flatten().nonzero()[:, 0])
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """(B, L, ...) to (T, ...)."""
+        rows = rows.flatten(0, 1)
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(T, ...) to (B, L, ...), zeros where there is no token."""
+        if self.index is not None:
+            rows = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+            packed = rows.index_copy(0, self.index.to(packed.device), packed)
+        return packed.unflatten(0, self.shape)
+
+    def restore(self, packed: Tensor) -> Tensor:
+        """(T, d) to (B, L, d), zeros at positions that are not kept."""
+        return keep(self.pad(packed), self.kept)
+
+
+def keep(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """(B, L, d) with zeros at positions that are not kept."""
+    return rows if kept is None else rows * kept[..., None].to(rows)
+
+
+def kept_positions(mask: Tensor) -> Tensor:
+    """(B, L) bool: the tokens of a mask, and every position of a row without a token, which a decoder reads."""
+    return mask | ~mask.any(dim=1, keepdim=True)
+
+
+@dataclass
+class Trace:
+    """Hidden states and attention weights that a stack records; None for those not asked for.
+
+    Args:
+        hidden: the hidden states before each block and after the last, as rows.
+        attentions: the weights of self-attention, (B, H, L, L) a block.
+        cross_attentions: those of cross-attention, (B, H, L, S) a block.
+        chosen: the places in `hidden` that are asked for, negative ones from the end; None = all.
+        to_rows, from_rows: convert the stack's tokens to rows, and back.
+    """
+
+    hidden: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    cross_attentions: list[Tensor] | None = None
+    chosen: list[int] | None = None
+    to_rows: Callable[[Tensor], Tensor] | None = None
+    from_rows: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, hidden_states: bool | int | list[int] | None, attentions: bool | None) -> "Trace":
+        """Lists for what is asked for; `hidden_states` may name places, as in transformers."""
+        chosen = None
+        if hidden_states is not None and not isinstance(hidden_states, bool):
+            chosen = [hidden_states] if isinstance(hidden_states, int) else list(hidden_states)
+        return cls([] if hidden_states else None, [] if attentions else None, [] if attentions else None, chosen)
+
+    def passed(self, hidden: Tensor) -> Tensor:
+        """Records the hidden states if asked to, and returns those to go on with: computed from the recorded ones, so
+        that their gradient can be read.
+        """
+        if self.hidden is None:
+            return hidden
+        self.hidden.append(hidden if self.to_rows is None else self.to_rows(hidden))
+        return self.hidden[-1] if self.from_rows is None else self.from_rows(self.hidden[-1])
+
+    def kept(self) -> tuple[tuple[Tensor | None, ...] | None, ...]:
+        """hidden, attentions, cross_attentions, as tuples; hidden states that were not chosen are None."""
+        hidden: tuple[Tensor | None, ...] | None = None if self.hidden is None else tuple(self.hidden)
+        if hidden is not None and self.chosen is not None:
+            count = len(hidden)
+            places = {place % count for place in self.chosen if -count <= place < count}
+            hidden = tuple(state if place in places else None for place, state in enumerate(hidden))
+        weights = (None if kept is None else tuple(kept) for kept in (self.attentions, self.cross_attentions))
+        return (hidden, *weights)
+
+
+def run_padded(
+    stack: Any,
+    rows: Tensor,
+    mask: Tensor | None,
+    *,
+    whole: bool,
+    causal: bool,
+    trace: Trace,
+    memory: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+) -> Tensor:
+    """Runs a stack over padded rows (B, L[, d]), packed inside; returns its hidden states (B, L, d).
+
+    `whole`: every position is computed, and the mask only hides keys; otherwise masked positions are left out and come
+    back as zeros. Rows stay rows if attention weights are asked for, or a graph is recorded (torch.export,
+    torch.jit.trace).
+    """
+    shape = (rows.shape[0], rows.shape[1])
+    check_mask("attention_mask", mask, shape)
+    memory_shape = (0, 0) if memory is None else (memory.shape[0], memory.shape[1])
+    if memory is not None:
+        check_mask("attention_mask of the encoder's tokens", memory_mask, memory_shape)
+    how: dict[str, Any] = {"trace": trace}
+    if is_recorded() or trace.attentions is not None:
+        tokens, memory_tokens = (None if x is None else x.bool() for x in (mask, memory_mask))
+        if memory is not None:
+            how |= {"memory": memory, "memory_segments": Segments(None, memory_shape[1], memory_tokens, formed=True)}
+        kept = None if whole or tokens is None else kept_positions(tokens)
+        if kept is not None:
+            trace.to_rows = partial(keep, kept=kept)
+        return keep(stack(rows, Segments(None, shape[1], tokens, formed=True), **how), kept)
+    padding = Padding.of(mask, shape, rows.device, whole=whole, causal=causal)
+    trace.to_rows, trace.from_rows = padding.restore, padding.pack
+    if memory is not None:
+        across = Padding.of(memory_mask, memory_shape, rows.device, whole=False)
+        how |= {"memory": across.pack(memory), "memory_segments": across.segments}
+    return padding.restore(stack(padding.pack(rows), padding.segments, **how))
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError for a mask that is not one of tokens (B, L): of another length it would hide other tokens."""
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, a number for each token, got {tuple(mask.shape)}")
