@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat5.model.weight_files import read_tensors
+from fat5.model.loading import read_tensors
 
 # Formulas in float64 against a model in float32, whose rounding unscaled attention over large weights amplifies: 5e-6
 # to 1.2e-5, according to the processor's instructions. The other GELU (erf for tanh) is off by 3e-4 and more.

@@ -1,8 +1,6 @@
 """What a folder to be converted holds: its configuration, its kind of model, its tokenizer; and how it is read."""
 
-import json
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
 from fat5.files import refuse_pickle
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
-from fat5.model.weight_files import readable, refuse_adapter, transformers_quiet
+from fat5.model.loading import read_object, readable, refuse_adapter
 from fat5.train.checkpoint.store import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -107,9 +105,7 @@ def load_stock(folder: Path, kind: str) -> Any:
     """The same model read by the class of stock transformers, in float32 on the CPU, in evaluation mode."""
     family = _read_object(folder / "config.json").get("model_type")
     cls = getattr(transformers, f"{STOCK_PREFIX[str(family)]}{kind}")
-    with ExitStack() as stack:
-        for context in (quiet(), transformers_quiet(), readable(folder)):
-            stack.enter_context(context)
+    with quiet(), readable(folder):
         safe = any(folder.glob("*.safetensors"))
         how = {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
         return cls.from_pretrained(folder, dtype=torch.float32, **how).eval()
@@ -181,12 +177,4 @@ def _check_size(folder: Path, vocab_size: int) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     if path.is_file():
         refuse_pickle(path, CheckpointError)
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("is not JSON", where=path, hint="Restore it, or save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError("does not hold a JSON object", where=path, hint="Restore it, or save it again")
-    return content
+    return read_object(path)

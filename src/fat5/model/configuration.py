@@ -1,4 +1,4 @@
-"""The configuration of a FAT5 model: T5's, with the choice of position encoding and the loss's options."""
+"""The configuration of a FAT5 model: T5's, with a choice of position encoding and options of the loss."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from fat5.files import is_count
 from fat5.model.flash_t5 import translate_configuration
 
 FAMILIES: dict[str, Any] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
-HEAD_FORMS = (None, "encoder", "encoder-eos", "encoder-decoder")
 MOST_LABELS = 1 << 20
 EXACT_ATTENTION = ("eager", "sdpa", "flex_attention", "fat5")
 DEFAULT_FORM = {"FAT5ForSequenceClassification": "encoder", "FAT5ForQuestionAnswering": "encoder-decoder"}
@@ -90,61 +89,52 @@ class FAT5Config(T5Config):
 
     def validate(self) -> None:
         """Checks every key that FAT5 reads."""
-        _one_of("position_encoding", self.position_encoding, POSITION_ENCODINGS)
-        _one_of("absolute_kind", self.absolute_kind, ("learned", "sinusoidal"))
-        _one_of("head_form", self.head_form, HEAD_FORMS)
-        for key in ("alibi_asymmetric", "scale_decoder_outputs", "tie_word_embeddings", "compute_padding"):
+        for key, allowed in _CHOICES.items():
+            _one_of(key, getattr(self, key), allowed)
+        for key, (kind, least, most, ends) in _BOUNDS.items():
             value = getattr(self, key)
-            if not (isinstance(value, bool) or (value is None and key == "compute_padding")):
-                raise ConfigurationError(f"expected true or false, got {value!r}", where=key)
-        if self.compute_padding and self.position_encoding in COUNTED_FROM_THE_FIRST_TOKEN:
-            raise ConfigurationError(
-                f"{self.position_encoding} positions count from a text's first token: padding has none; leave it out",
-                where="compute_padding",
-            )
-        for key, kind in _OWN_NUMBERS.items():
-            value = getattr(self, key)
-            none = value is None and key == "attention_dropout_rate"
-            if not none and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise ConfigurationError(f"expected a number, got {value!r}", where=key)
-        for key, (least, most) in _RANGES.items():
-            value = getattr(self, key)
-            if not isinstance(value, int | float):  # one that came under another name, such as hidden_size
-                raise ConfigurationError(f"expected a number, got {value!r}", where=key)
-            if not least <= value <= most:
-                raise ConfigurationError(f"expected {least:,} to {most:,}, got {value:,}", where=key)
+            if value is None and key == "attention_dropout_rate":
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ConfigurationError(f"expected a {'whole ' * (kind is int)}number, got {value!r}", where=key)
+            above = value > least if ends[0] == "(" else value >= least
+            below = value < most if ends[1] == ")" else value <= most
+            if not (above and below):
+                wanted = (
+                    f"{least:,} to {most:,}" if ends == "[]" else f"a number in {ends[0]}{least}, {most:,}{ends[1]}"
+                )
+                raise ConfigurationError(f"expected {wanted}, got {value:,}", where=key)
         for key in ("pad_token_id", "decoder_start_token_id", "eos_token_id", "bos_token_id"):
             held = getattr(self, key, None)
             for token in held if isinstance(held, list) and key == "eos_token_id" else [held]:
                 if token is not None and not (is_count(token) and token < self.vocab_size):
                     raise ConfigurationError(f"expected a token of the {self.vocab_size:,}, got {token!r}", where=key)
         gate, _, activation = self.feed_forward_proj.rpartition("-")
-        if gate not in ("", "gated") or activation not in ACT2FN:
-            raise ConfigurationError(
-                f"expected an activation of transformers, alone or after gated-, got {self.feed_forward_proj!r}",
-                where="feed_forward_proj",
-            )
-        if self.relative_attention_num_buckets % 2:
-            raise ConfigurationError(
-                f"expected an even number, got {self.relative_attention_num_buckets}",
-                where="relative_attention_num_buckets",
-            )
-        for key in ("dropout_rate", "attention_dropout_rate", "label_smoothing"):
-            rate = getattr(self, key)
-            if rate is not None and not 0.0 <= rate < 1.0:
-                raise ConfigurationError(f"expected a number in [0, 1), got {rate}", where=key)
-        for key, most in (("rotary_fraction", 1), ("rotary_scaling", 1_000_000)):
-            if not 0 < getattr(self, key) <= most:
-                raise ConfigurationError(f"expected a number in (0, {most:,}], got {getattr(self, key)}", where=key)
         rotating = self.d_kv * self.rotary_fraction
-        if self.position_encoding == "rope" and int(rotating) % 2:
-            raise ConfigurationError(
-                f"expected d_kv * rotary_fraction to be even, got {rotating:g}", where="rotary_fraction"
-            )
+        for key, is_wrong, wanted in (
+            (
+                "compute_padding",
+                self.compute_padding and self.position_encoding in COUNTED_FROM_THE_FIRST_TOKEN,
+                f"false or null, as {self.position_encoding} positions count from a text's first token",
+            ),
+            (
+                "feed_forward_proj",
+                gate not in ("", "gated") or activation not in ACT2FN,
+                "an activation of transformers, alone or after gated-",
+            ),
+            ("relative_attention_num_buckets", self.relative_attention_num_buckets % 2, "an even number"),
+            (
+                "rotary_fraction",
+                self.position_encoding == "rope" and int(rotating) % 2,
+                f"an even d_kv * rotary_fraction, which is {rotating:g}",
+            ),
+        ):
+            if is_wrong:
+                raise ConfigurationError(f"expected {wanted}, got {getattr(self, key)!r}", where=key)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "FAT5Config":
-        """The configuration called `name` (one of `PRESETS`), with `overrides` in its place."""
+        """The configuration called `name` (one of `PRESETS`), with `overrides`."""
         _one_of("preset", name, tuple(PRESETS))
         return cls(**(PRESETS[name] | overrides))
 
@@ -170,10 +160,10 @@ class FAT5Config(T5Config):
 
     @classmethod
     def from_stock(cls, config: Any) -> "FAT5Config":
-        """The configuration of the same model here, of a T5Config, MT5Config or UMT5Config of transformers.
+        """The FAT5 configuration of the model that a T5Config, MT5Config or UMT5Config of transformers describes.
 
-        Stock configurations no longer say whether the output projection is the embedding: it is taken to be, and
-        loading goes by the weights.
+        Stock configurations no longer say whether the output projection is tied to the embeddings: it is taken to be,
+        and loading decides by the weights.
         """
         return cls.from_dict(_as_fat5(config.to_dict(), type(config).__name__))
 
@@ -184,7 +174,7 @@ class FAT5Config(T5Config):
         written = json.loads(path.read_text())
         classes = written.get("architectures") or []
         if not self._is_stock(classes[0] if classes else ""):
-            # Stock T5Config drops the first of these and reads the second; here as there both are said.
+            # Stock T5Config drops tie_word_embeddings and reads scale_decoder_outputs, so both are written.
             written["scale_decoder_outputs"] = self.scale_decoder_outputs
             path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
             return
@@ -192,7 +182,7 @@ class FAT5Config(T5Config):
         for key in _ADDED_KEYS:
             if key in written and written[key] == getattr(default, key):
                 del written[key]
-        # Families have different defaults: nothing that a stock class reads is left to them.
+        # Families have different defaults, so every key that a stock class reads is written.
         for key in _STOCK_KEYS:
             written.setdefault(key, getattr(self, key))
         written.pop("family", None)
@@ -213,21 +203,26 @@ class FAT5Config(T5Config):
         return (self.head_form or DEFAULT_FORM[class_name]) == "encoder-decoder"
 
 
-# Keys that transformers does not know, and whose types it does not check.
-_OWN_NUMBERS: dict[str, Any] = {
-    **dict.fromkeys(("z_loss", "label_smoothing", "attention_dropout_rate"), int | float),
-    **dict.fromkeys(("rotary_base", "rotary_fraction", "rotary_scaling"), int | float),
-    **dict.fromkeys(("max_positions", "fire_width"), int),
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "position_encoding": POSITION_ENCODINGS,
+    "absolute_kind": ("learned", "sinusoidal"),
+    "head_form": (None, "encoder", "encoder-eos", "encoder-decoder"),
+    **dict.fromkeys(("alibi_asymmetric", "scale_decoder_outputs", "tie_word_embeddings"), (True, False)),
+    "compute_padding": (True, False, None),
 }
-# Beyond any model: larger sizes overflow, or build layers for hours, and such numbers train nothing.
-_RANGES: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "fire_width"), (1, 1 << 24)),
-    **dict.fromkeys(("max_positions", "relative_attention_max_distance"), (1, 1 << 24)),
-    **dict.fromkeys(("num_layers", "num_decoder_layers"), (1, 4096)),
-    "relative_attention_num_buckets": (4, 1 << 24),
-    **dict.fromkeys(("z_loss", "initializer_factor"), (0, 1000)),
-    "layer_norm_epsilon": (0, 1),
-    "rotary_base": (2, 10**12),
+# Key → type, least, most, and whether the ends belong to the range. Sizes beyond these overflow, or build layers for
+# hours.
+_BOUNDS: dict[str, tuple[Any, int, int, str]] = {
+    **dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "fire_width"), (int, 1, 1 << 24, "[]")),
+    **dict.fromkeys(("max_positions", "relative_attention_max_distance"), (int, 1, 1 << 24, "[]")),
+    **dict.fromkeys(("num_layers", "num_decoder_layers"), (int, 1, 4096, "[]")),
+    "relative_attention_num_buckets": (int, 4, 1 << 24, "[]"),
+    **dict.fromkeys(("z_loss", "initializer_factor"), (int | float, 0, 1000, "[]")),
+    **dict.fromkeys(("dropout_rate", "attention_dropout_rate", "label_smoothing"), (int | float, 0, 1, "[)")),
+    "layer_norm_epsilon": (int | float, 0, 1, "[]"),
+    "rotary_base": (int | float, 2, 10**12, "[]"),
+    "rotary_fraction": (int | float, 0, 1, "(]"),
+    "rotary_scaling": (int | float, 0, 1_000_000, "(]"),
 }
 _STOCK_KEYS = T5Config.__annotations__.keys() - {"model_type", "keys_to_ignore_at_inference", "attribute_map"}
 _ADDED_KEYS = tuple(key for key in FAT5Config.__annotations__ if key != "model_type")
@@ -244,7 +239,7 @@ def _as_fat5(found: dict[str, Any], where: object) -> dict[str, Any]:
         found = translate_configuration(found, where)
     elif found_type in FAMILIES:
         family = (found.get("family") or found_type) if found_type == "t5" else found_type
-        # What the file leaves out has the family's defaults, which are not T5's.
+        # Keys that the file leaves out have the family's defaults, which are not T5's.
         stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
         stock.pop("tie_word_embeddings", None)
         found = stock | found | {"family": family}
@@ -292,7 +287,7 @@ _UNCHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (f"one of {', '.join(EXACT_ATTENTION)}", lambda value: value in EXACT_ATTENTION),
     ),
     "model_type": ("a name", lambda value: isinstance(value, str)),
-    "family": (f"one of {', '.join(FAMILIES)}", lambda value: value in tuple(FAMILIES)),
+    "family": ("t5, mt5 or umt5", lambda value: value in tuple(FAMILIES)),
     "architectures": ("a list of names", _are_names),
     "dense_act_fn": ("an activation of transformers", lambda value: isinstance(value, str) and value in ACT2FN),
     "is_gated_act": ("true or false", lambda value: isinstance(value, bool)),
@@ -314,6 +309,8 @@ def _only_known(found: dict[str, Any], family: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key in family.__annotations__}
 
 
-def _one_of(key: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"expected one of {', '.join(map(str, allowed))}, got {value!r}", where=key)
+def _one_of(key: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+        words = [{True: "true", False: "false", None: "null"}.get(one, one) for one in allowed]
+        wanted = ", ".join(words[:-1]) + f" or {words[-1]}"
+        raise ConfigurationError(f"expected {wanted}, got {value!r}", where=key)

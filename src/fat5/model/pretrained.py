@@ -12,10 +12,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from fat5.errors import CheckpointError, CheckpointShapeError
 from fat5.model.configuration import EXACT_ATTENTION, FAMILIES, FAT5Config
 from fat5.model.layers import Attention, FeedForward, GatedFeedForward, HeadProjection, RMSNorm
+from fat5.model.loading import generation_settings, quiet, readable, weight_source
 from fat5.model.padding import Segments, shift_right
 from fat5.model.positions import AbsolutePositions, Fire
 from fat5.model.stack import Stack
-from fat5.model.weight_files import generation_settings, readable, transformers_quiet, weight_source
 
 logger = logging.getLogger(__name__)
 # safetensors.torch.save_model keeps one name of a shared table, the first by the alphabet.
@@ -209,7 +209,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
             raise CheckpointError("weights_only=False would run what a pickle holds, and is refused", where=where)
         if type(kwargs.get("config")) in FAMILIES.values():
             kwargs["config"] = FAT5Config.from_stock(kwargs["config"])
-        with readable(where), transformers_quiet():
+        with readable(where), quiet(bars=True):
             if where is not None and kwargs.get("state_dict") is None:
                 kwargs |= weight_source(where, kwargs)
             elif where is not None and kwargs.get("config") is None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fat5.errors import CheckpointError
-from fat5.model.weight_files import refuse_adapter
+from fat5.model.loading import refuse_adapter
 from fat5.train.checkpoint import files as checkpoint_files
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
 
