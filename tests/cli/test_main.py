@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 
 from fat5.cli.main import VERBS, main
+from fat5.cli.parsing import FIRST_KEYS
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
@@ -42,6 +43,19 @@ def test_help_imports_no_torch() -> None:
     heavy = "any(name in sys.modules for name in ('torch', 'numpy', 'jsonargparse'))"
     code = f"import sys; from fat5.cli.main import main; main(['--help']); sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["tokenizer", "prepare", "generate", "convert", "plot", "bench"])
+def test_help_of_a_verb_imports_no_torch_and_begins_with_its_first_keys(verb: str) -> None:
+    code = (
+        f"import sys\nfrom fat5.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(str({'torch', 'transformers', 'numba', 'datatrove'} & sys.modules.keys() or 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "0"
+    first, _, rest = done.stdout.partition("all other keys:")
+    assert "start with these:\n  --config" in first
+    assert all(f"{key} " in first and f"--{key} " not in rest for key in FIRST_KEYS.get(verb, ()))
 
 
 def test_import_fat5_needs_no_torch() -> None:

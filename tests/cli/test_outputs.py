@@ -6,7 +6,7 @@ import pytest
 
 from fat5.cli.main import VERBS, main
 from fat5.errors import ConfigurationError, FAT5Error, check_writable
-from fat5.generate.completion import Decoding
+from fat5.generate import Decoding
 from made_run import pretrain, tiny
 
 

@@ -105,9 +105,30 @@ def test_a_key_twice_on_the_command_line_is_refused() -> None:
         parse(Recipe, ["--output_dir", "a", "--optimizer", "{lr: 1, lr: 2}"], "pretrain")
 
 
-def test_an_unknown_flag_suggests_the_near_one() -> None:
-    with pytest.raises(ConfigurationError, match=r"Did you mean optimizer\.lr\?"):
-        parse(Recipe, ["--output_dir", "a", "--optimizer.lrr", "1"], "pretrain")
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--optimizer.lrr", "--optimizer.lr"), ("--lr", "--optimizer.lr"), ("--setps", "--steps")],
+)
+def test_an_unknown_flag_suggests_the_near_one(flag: str, meant: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^no key {flag}\. Did you mean {meant}\?"):
+        parse(Recipe, ["--output_dir", "a", flag, "1"], "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seed x", "seed: expected a whole number, got 'x'"),
+        ("--compile=maybe", "compile: expected true or false or auto, got 'maybe'"),
+        ("--sizes 1 x", "sizes: expected a list, each item a whole number or null"),
+        ("--seed", "seed: expected a value, got none"),
+        ("--compile=aut", "Did you mean auto?"),
+    ],
+)
+def test_a_wrong_value_is_told_in_our_words(words: str, said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(Job, words.split(), "prepare", words="inputs")
+    assert said in str(caught.value)
+    assert not any(theirs in str(caught.value) for theirs in ("Parser key", "typing", "<class", "Union"))
 
 
 def test_a_recipe_has_a_section_a_verb(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """`fat5 convert`: a T5-family model to another format, with proof that the copy computes the same."""
 
 from fat5.cli.parsing import parse
+from fat5.convert import ConvertConfig
 
 
 def main(argv: list[str]) -> int:
-    """Prints the report."""
-    from fat5.convert.conversion import ConvertConfig, convert
+    """Converts and prints the report."""
+    config = ConvertConfig(**parse(ConvertConfig, argv, "convert", positional={"model": "?"}))
+    from fat5.convert import convert
 
-    for line in convert(ConvertConfig(**parse(ConvertConfig, argv, "convert", positional={"model": "?"}))).lines():
-        print(line)
+    print("\n".join(convert(config).lines()))
     return 0

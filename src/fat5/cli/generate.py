@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal
 from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError, DataError, check_writable
 from fat5.files import write_output
-from fat5.generate.completion import Decoding, complete
+from fat5.generate import Decoding
 
 # A prompt is a text for one context window; a line above this is some other file given by mistake.
 LONGEST_PROMPT = 1_000_000
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     if not texts:
         raise DataError("no prompt", hint=f"Give one: fat5 generate --model {config.model} 'Le noyau ___ est libre.'")
     from fat5.data import load_tokenizer
+    from fat5.generate import complete
     from fat5.model import load_model
     from fat5.train.checkpoint.store import model_folder
 

@@ -3,9 +3,10 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -21,6 +22,29 @@ _CONFIG_HELP = (
     f"A recipe: one that ships with FAT5, by name ({', '.join(recipe_names())}), or a YAML file, by its path, with any "
     "of the keys below; flags win over it"
 )
+
+
+# The keys that one starts with; a verb's help shows them above the others.
+FIRST_KEYS = {
+    "demo": (
+        "output_dir", "language", "prompts", "tokenizer.vocab_size", "prepare.inputs", "pretrain.steps",
+        "pretrain.model.preset", "pretrain.optimizer.lr", "pretrain.seed",
+    ),
+    "tokenizer": ("inputs", "output_dir", "vocab_size", "model", "rows"),
+    "prepare": ("inputs", "tokenizer", "output_dir", "workers", "validation_fraction", "steps", "verify"),
+    "pretrain": (
+        "output_dir", "data.sources", "model.preset", "model.position_encoding", "steps", "optimizer.lr",
+        "data.encoder_tokens", "data.decoder_tokens", "data.packs_per_step",
+    ),
+    "evaluate": ("model", "data", "mixture", "eval_tokens", "output"),
+    "generate": (
+        "model", "prompts", "input", "output", "mode", "max_new_tokens", "num_beams", "sample", "temperature",
+    ),
+    "convert": ("model", "output_dir", "to", "dtype", "tokenizer"),
+    "plot": ("runs", "x", "output"),
+    "audit": ("inputs", "output_dir", "mixture", "examples"),
+    "doctor": ("data.sources", "model.preset", "steps", "json_output"),
+}  # fmt: skip
 
 
 def parse(
@@ -39,11 +63,10 @@ def parse(
             parameters nest: `--optimizer.lr`.
         argv: the words after the verb.
         verb: for the usage line and messages.
-        section: the section of a recipe to read, where it is not that of the verb.
+        section: the section of a recipe to read, if not the verb's own.
         positional: parameter name → nargs (``"*"``, ``"+"``, ``"?"``) for those given without a flag.
-        words: name of a list that has a flag, so that a recipe may hold it, and that words without a flag are the
-            content of as well.
-        recipe: the recipe that is read where `argv` names none.
+        words: name of a list that may also be given as words without a flag.
+        recipe: the recipe that is read if `argv` names none.
 
     Returns:
         Keyword arguments for `signature`, dataclasses instantiated.
@@ -55,6 +78,8 @@ def parse(
     description = (signature.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(
         prog=f"fat5 {verb}",
+        usage=f"fat5 {verb} [--config RECIPE] [--key value …]"
+        + f" [{' '.join(positional) or words} …]" * bool(positional or words),
         description=f"{description} Words without a flag are its {words}." if words else description,
         exit_on_error=False,
         allow_abbrev=False,
@@ -66,6 +91,7 @@ def parse(
         default: dict[str, Any] = {"default": []} if nargs == "*" else {}
         parser.add_argument(name, nargs=nargs, **default, help=_parameter_help(signature, name))
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    _put_first(parser, FIRST_KEYS.get(verb, ()), description)
     argv = _read_recipes(argv, section or verb, recipe)
     argv = spell_out(argv, actions, bool(positional or words), words)
     _check_values(argv)
@@ -76,13 +102,12 @@ def parse(
     except ConfigurationError:
         raise
     except (ArgumentError, ValueError, TypeError, OSError, RecursionError) as error:
-        message = _one_line(str(error))
-        raise ConfigurationError(message, hint=_hint(message, parser, verb)) from error
+        raise _in_our_words(str(error), parser, verb) from error
     return {key: value for key, value in values.items() if key != "config"}
 
 
 def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> list[str]:
-    """Checks each `--config NAME` before the parser meets it, and puts one section of it in its place.
+    """Replaces each `--config NAME` by the content of that recipe, or of the verb's section of it.
 
     A recipe whose top-level keys are all verbs (`tokenizer:`, `prepare:`, `pretrain:`) serves each of them; a verb
     without a section of its own (`demo`) reads the whole.
@@ -101,10 +126,10 @@ def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> lis
 
 
 def _check_values(argv: Sequence[str]) -> None:
-    """Judges lists and mappings written on the command line as those of a recipe."""
+    """Refuses repeated keys in mappings written on the command line, as in a recipe."""
     for word in argv:
         flag, _, value = word.partition("=")
-        if flag != "--config" and value.startswith(("{", "[")) and "{" in value:
+        if flag.startswith("--") and flag != "--config" and value.startswith(("{", "[")) and "{" in value:
             refuse_repeated_keys(value, flag)
 
 
@@ -117,7 +142,7 @@ def _refuse_null(namespace: Any, parser: ArgumentParser) -> None:
 
 
 def _parameter_help(signature: Callable[..., Any], name: str) -> str:
-    """What the docstring says of a parameter: under `Args:`, or below a dataclass's attribute."""
+    """The docstring of a parameter: under `Args:`, or below a dataclass's attribute."""
     text = inspect.getsource(signature)
     found = re.search(rf'^    {name}: .*\n\s+"""([^"]+)"""', text, re.MULTILINE) or re.search(
         rf"^\s+{name}: (.+)$", signature.__doc__ or "", re.MULTILINE
@@ -125,20 +150,88 @@ def _parameter_help(signature: Callable[..., Any], name: str) -> str:
     return " ".join(found.group(1).split()) if found else name
 
 
-def _hint(message: str, parser: ArgumentParser, verb: str) -> str:
-    lists = f"`fat5 {verb} --help` lists the keys"
+def _put_first(parser: ArgumentParser, first: Sequence[str], description: str) -> None:
+    """Shows `--config` and these keys in a group of their own, above all others."""
+    names = ["config", *first]
+    chosen = sorted((one for one in parser._actions if one.dest in names), key=lambda one: names.index(one.dest))
+    start: Any = parser.add_argument_group("start with these")
+    groups: list[Any] = [group for group in parser._action_groups if group is not start]
+    for group in groups:
+        group._group_actions = [action for action in group._group_actions if action not in chosen]
+        if description.startswith(str(group.title)):
+            group.title = "all other keys"
+    start._group_actions = chosen
+    parser._action_groups[:] = [start, *sorted(groups, key=lambda group: group.title == "options")]  # type: ignore[index]
+
+
+def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> ConfigurationError:
+    """A message of jsonargparse, said by key, with what was expected, what was given, and the nearest name."""
+    hint = f"`fat5 {verb} --help` lists the keys"
+    keys = {action.dest: action for action in parser._actions}
     unknown = re.search(
-        r"unrecognized arguments: --(?P<flag>[\w.]+)|[Oo]ption '(?P<key>[\w.]+)' is not accepted"
-        r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<member>[\w.]+)'",
+        r"unrecognized arguments: (?P<dashes>--)(?P<flag>[\w.]+)|Group '(?P<group>[\w.]+)' does not accept option"
+        r" '(?P<member>[\w.]+)'|\A\W*Option '(?P<key>[\w.]+)' is not accepted",
         message,
     )
-    if not unknown:
-        return lists
-    found = unknown.groupdict()
-    asked = found["flag"] or found["key"] or f"{found['group']}.{found['member']}"
-    keys = [action.dest for action in parser._actions]
-    near = get_close_matches(asked, keys, n=1)
-    return f"Did you mean {near[0]}? {lists}" if near else lists
+    if unknown:
+        found = unknown.groupdict()
+        asked = found["flag"] or found["key"] or f"{found['group']}.{found['member']}"
+        dashes = found["dashes"] or ""
+        near = _nearest(asked, keys)
+        return ConfigurationError(
+            f"no key {dashes}{asked}", hint=f"Did you mean {dashes}{near}? {hint}" if near else hint
+        )
+    if needs := re.search(r"argument (?:--)?([\w.]+): expected (?:one|at least one) argument", message):
+        return ConfigurationError("expected a value, got none", where=needs[1], hint=hint)
+    if needs := re.search(r"Key \"([\w.]+)\" is required", message):
+        return ConfigurationError("is required", where=needs[1], hint=hint)
+    wrong = re.search(r"Parser key \"([\w.]+)\"", message)
+    if wrong is None or wrong[1] not in keys:
+        return ConfigurationError(_one_line(message), hint=hint)
+    inner = re.search(r"class_path '[\w.]+': *\n? *-? *(.*)", message)
+    if inner:  # an item of a list
+        said = re.sub(r"Option ('[\w.]+') is not accepted", r"no key \1 in an item", inner[1])
+        said = re.sub(r"the following arguments are required: ", "an item lacks ", said)
+        return ConfigurationError(_one_line(said), where=wrong[1], hint=hint)
+    kind = getattr(keys[wrong[1]], "_typehint", None)
+    given = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*)['\"]", message)
+    value = (given[1] or given[2] or "").strip().rstrip(".") if given else "something else"
+    close = get_close_matches(value, _literals(kind), n=1)
+    meant = f"Did you mean {close[0]}? " if close else ""
+    return ConfigurationError(f"expected {_in_words(kind)}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
+
+
+def _nearest(asked: str, keys: Iterable[str]) -> str | None:
+    """The key that was probably meant: one with this last part, one with these letters, or the most similar."""
+    names = [key for key in keys if key not in ("help", "print_config")]
+    leaf = asked.rpartition(".")[2]
+    similar = get_close_matches(asked, names, n=3)
+    candidates = [key for key in names if key.rpartition(".")[2] == leaf]
+    candidates += [key for key in similar if sorted(key) == sorted(asked)]
+    return next(iter([*candidates, *similar]), None)
+
+
+def _literals(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    return [value for part in get_args(kind) for value in _literals(part)]
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a person says it."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    if kind in plain:
+        return plain[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        words = [str(value) for value in parts]
+    elif get_origin(kind) in (Union, UnionType):
+        words = [_in_words(part) for part in parts]
+    elif get_origin(kind) is list:
+        return f"a list, each item {_in_words(parts[0])}"
+    else:
+        return "keys with values"
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _one_line(message: str) -> str:

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from fat5.lazy import lazy
 
 if TYPE_CHECKING:
+    from fat5.convert.config import ConvertConfig as ConvertConfig
     from fat5.convert.conversion import Conversion as Conversion
-    from fat5.convert.conversion import ConvertConfig as ConvertConfig
     from fat5.convert.conversion import convert as convert
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "Conversion": "conversion",
-        "ConvertConfig": "conversion",
+        "ConvertConfig": "config",
         "convert": "conversion",
     },
 )

@@ -1,9 +1,10 @@
-"""`convert(config)`: a T5-family model from one format into another, verified, in a folder that is whole or not there.
+"""`convert(config)`: copies a T5-family model into another format, verifies the copy, and writes all of it or nothing.
 
-source (conversion_source.py)  FAT5, transformers' T5, mT5, umT5, ByT5, or the first FAT5 (flash_t5)
-hf, fat5                       here                        ctranslate2, onnx    export_ctranslate2.py, export_onnx.py
-verification.py                the same examples through both; above the tolerance nothing is written
-flash_t5_formulas.py           the first FAT5's model, to compare with
+source.py               the folder to convert: FAT5, stock T5, mT5, umT5, ByT5, or the first FAT5 (flash_t5)
+conversion.py           this file: the steps, and the formats hf and fat5
+ctranslate2.py, onnx.py the other two formats
+verification.py         runs the same examples through both; above the tolerance nothing is written
+flash_t5_formulas.py    the first FAT5's model in float64, to compare with
 """
 
 import json
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from fat5.convert.config import ConvertConfig
 from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.convert.source import (
     STOCK_PREFIX,
@@ -41,36 +43,14 @@ PACKAGES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxscript", "onn
 
 
 @dataclass
-class ConvertConfig:
-    """Convert a T5-family model to another format, and verify that the copy computes the same."""
-
-    model: str = ""
-    """Folder of a model (FAT5, T5, mT5, umT5, ByT5, flash_t5) or of a run (its model/ is taken)"""
-    output_dir: str = ""
-    """Folder to make; it must not exist yet"""
-    to: Literal["hf", "fat5", "ctranslate2", "onnx"] = "hf"
-    """hf, for stock transformers (T5 positions); fat5, with any positions; ctranslate2; or onnx, of the encoder"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights written; auto is the one they have (ONNX is float32)"""
-    quantization: Literal["int8", "int8_float16", "int8_bfloat16", "int16"] | None = None
-    """Of CTranslate2's weights, after the conversion without it was verified"""
-    tokenizer: str | None = None
-    """Folder of the tokenizer, where it is not in the model's"""
-    license: str | None = None
-    """Of the model, for its card: apache-2.0, cc-by-4.0, …; by default the one its card names"""
-    seed: int = 0
-    """Of the random examples it is verified with"""
-
-
-@dataclass
 class Conversion:
-    """What was done.
+    """The report of a conversion.
 
     Args:
         source, target: folders.
-        kind: what was converted, in words.
-        parameters: of the model written; tensors: as many.
-        compared: each thing that was compared, with its difference and tolerance.
+        kind: the model's type, class and dtype, in words.
+        parameters, tensors: their numbers in the model written.
+        compared: each comparison, with its difference and tolerance.
         notes: what else the user should know.
         files: name → bytes.
     """
@@ -85,7 +65,7 @@ class Conversion:
     files: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The report."""
+        """The report as lines of text."""
         return [
             f"converted   {self.source} ({self.kind}) to {self.target}",
             f"parameters  {self.parameters:,} in {self.tensors} tensors",

@@ -6,8 +6,8 @@ from fat5.lazy import lazy
 
 if TYPE_CHECKING:
     from fat5.generate.completion import Completion as Completion
-    from fat5.generate.completion import Decoding as Decoding
     from fat5.generate.completion import complete as complete
+    from fat5.generate.config import Decoding as Decoding
     from fat5.generate.decoding import Decoder as Decoder
     from fat5.generate.decoding import generate as generate
 
@@ -15,7 +15,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "Completion": "completion",
-        "Decoding": "completion",
+        "Decoding": "config",
         "complete": "completion",
         "Decoder": "decoding",
         "generate": "decoding",

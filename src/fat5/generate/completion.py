@@ -4,19 +4,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
+from fat5.generate.config import Decoding
+from fat5.generate.decoding import DecodingLoop
+from fat5.generate.settings import left_to_stock, settings
+from fat5.generate.step import Models
 from fat5.machine import GIB, free_memory
 
 # A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
 MODES = ("auto", "infill", "continue", "text")
-LOOPS = ("auto", "fat5", "stock")
-DEFAULT_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -38,73 +40,6 @@ class Completion:
         return asdict(self)
 
 
-@dataclass
-class Decoding:
-    """How an answer is written, token by token. What is not given is what the model's generation_config.json says."""
-
-    max_new_tokens: int | None = None
-    """Limit of one answer; 64 where the model's generation_config.json has none"""
-    num_beams: int | None = None
-    """Above 1, beam search"""
-    sample: bool | None = None
-    """Draw tokens rather than take the likeliest"""
-    temperature: float | None = None
-    """Flattens (above 1) or sharpens the distribution when sampling"""
-    top_k: int | None = None
-    """Keep this many likeliest tokens when sampling; 0 keeps all"""
-    top_p: float | None = None
-    """Keep the smallest set of tokens with this probability when sampling"""
-    repetition_penalty: float | None = None
-    """Above 1, tokens already written become less likely (Keskar et al. 2019)"""
-    batch_size: int = 8
-    """Prompts run together"""
-    seed: int = 0
-    """Of the sampling"""
-    loop: Literal["auto", "fat5", "stock"] = "auto"
-    """fat5 is our decoding loop, stock the generate of transformers; auto is ours for what it can do, else stock"""
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            if given.get(name, 1) < 1:
-                raise ConfigurationError(f"{given[name]} is below 1", where=name)
-        for name in ("temperature", "repetition_penalty"):
-            if not given.get(name, 1) > 0:
-                raise ConfigurationError(f"{given[name]} is not above 0", where=name)
-        if not 0 <= self.seed < 1 << 63:
-            raise ConfigurationError(f"{self.seed} is not from 0 up to 2^63 - 1", where="seed")
-        if given.get("top_k", 0) < 0:
-            raise ConfigurationError(f"{self.top_k} is below 0", where="top_k", hint="0 keeps all")
-        if not 0 < given.get("top_p", 1) <= 1:
-            raise ConfigurationError(f"{self.top_p} is not in (0, 1]", where="top_p", hint="1 keeps all")
-        if self.loop not in LOOPS:
-            raise ConfigurationError(f"no loop {self.loop!r}", where="loop", hint=f"Choose one of {', '.join(LOOPS)}")
-
-    def fields(self, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The fields of `GenerationConfig` to ask for: what is given here, and what every answer needs."""
-        own = model.generation_config
-        length = self.max_new_tokens or own.max_new_tokens or (own.max_length or 1 + DEFAULT_LENGTH) - 1
-        asked = {
-            "max_new_tokens": max(length, 1),
-            "num_beams": self.num_beams,
-            "do_sample": self.sample,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-            # One answer a prompt, as a tensor.
-            "num_return_sequences": 1,
-            "return_dict_in_generate": False,
-        }
-        needed = {
-            "eos_token_id": tokenizer.info.eos_id,
-            "pad_token_id": tokenizer.info.pad_id,
-            "decoder_start_token_id": model.config.decoder_start_token_id if own.bos_token_id is None else None,
-        }
-        asked |= {name: token for name, token in needed.items() if getattr(own, name) is None}
-        return {name: value for name, value in asked.items() if value is not None}
-
-
 def complete(
     model: Any,
     tokenizer: Tokenizer,
@@ -119,17 +54,17 @@ def complete(
     Args:
         model: a FAT5 or stock T5 model with `generate`.
         tokenizer: the one it was trained with.
-        prompts: texts. Blanks are `___` or `<extra_id_0>`, in the order they stand.
-        mode: "infill" fills blanks, "continue" goes on after the text, "text" gives the text as it is (translation and
-            other fine-tuned tasks); "auto" is infill where a prompt has a blank, else continue.
-        mode_token: put first; None takes [R] for infill and [S] for continue where the tokenizer has them, as those of
-            other T5s do not; "" puts none.
-        decoding: what the model's generation configuration says by default; greedy where it says nothing.
+        prompts: texts. Blanks are `___` or `<extra_id_0>`, in order.
+        mode: "infill" fills blanks, "continue" continues the text, "text" passes the text as it is (translation and
+            other fine-tuned tasks); "auto" is infill for a prompt with a blank, else continue.
+        mode_token: the first token of the input; None takes [R] for infill and [S] for continue if the tokenizer has
+            them (tokenizers of other T5s do not); "" puts none.
+        decoding: None takes the model's generation configuration, or greedy decoding without one.
 
     Raises:
-        ConfigurationError: an unknown mode or mode token, what the decoding loop asked for cannot do, or more than the
-            memory holds.
-        TokenizerError: more tokens than the model has rows for.
+        ConfigurationError: an unknown mode or mode token, a setting that the decoding loop cannot obey, or answers that
+            do not fit into memory.
+        TokenizerError: a tokenizer with more tokens than the model has rows for.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
     decoding = decoding or Decoding()
@@ -177,11 +112,6 @@ def complete(
 
 def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., torch.Tensor], Any]:
     """Our decoding loop's `generate` or the model's own, and the generation configuration that holds."""
-    # Here, since it brings transformers along, which `fat5 generate --help` can do without.
-    from fat5.generate.decoding import Decoder
-    from fat5.generate.settings import left_to_stock, settings
-    from fat5.generate.step import Models
-
     config = settings(model, how)
     serves = isinstance(model, Models) and not any(parameter.is_meta for parameter in model.parameters())
     beyond = left_to_stock(config)
@@ -190,7 +120,7 @@ def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., t
         raise ConfigurationError(f"our decoding loop does not {what}", where="loop", hint="Use --loop stock")
     if loop == "stock" or beyond or not serves:
         return model.generate, config
-    return Decoder(model).generate, config
+    return DecodingLoop(model).generate, config
 
 
 def _check_memory(model: Any, rows: int, config: Any) -> None:

@@ -1,5 +1,5 @@
 """Our own decoding loop: greedy, sampling and beam search with the tokens of stock `generate`, in a fraction of its
-time (docs/generate.md has the figures, decoding_step.py the step).
+time (figures in docs/generate.md, the step in step.py).
 """
 
 from collections.abc import Callable
@@ -18,12 +18,13 @@ STEPS_BETWEEN_CHECKS = 8
 HOPELESS = -1.0e9
 
 
-class Decoder:
-    """A model made ready to write: its decoder's weights, laid out for few rows, as they are at this moment.
+class DecodingLoop:
+    """A model ready to decode: a copy of its decoder's weights, laid out for few rows.
 
     Args:
         model: a `FAT5ForConditionalGeneration`, or a T5, mT5 or umT5 of transformers with a language-model head, in
-            evaluation mode. On the CPU in float32 the decoder's weights are held a second time.
+            evaluation mode. Make a new loop after its weights change. On the CPU in float32 the decoder's weights are
+            held twice.
 
     Raises:
         TypeError: `model` is no such model.
@@ -49,8 +50,8 @@ class Decoder:
             input_ids: (B, L) int64. attention_mask: (B, L), non-zero = a token.
             generator: of the draws; the global one where None.
             cuda_graph: on CUDA, replay each step as a graph.
-            how: fields of `GenerationConfig` (`num_beams`, `do_sample`, `top_p`, …). Those not given are the model's
-                own, from its `generation_config`; docs/generate.md lists what becomes of each field.
+            how: fields of `GenerationConfig` (`num_beams`, `do_sample`, `top_p`, …). The model's `generation_config`
+                supplies the others; docs/generate.md says which fields have an effect.
 
         Returns:
             (B, 1 + n) int64: the start token, then n <= max_new_tokens tokens; padding after an end.
@@ -84,9 +85,13 @@ class Decoder:
         return _one_by_one(following, first, max_new_tokens, sample, chosen, stop, pad, generator)
 
 
+# The name in docs/generate.md; in this package a decoder is the model's.
+Decoder = DecodingLoop
+
+
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:
-    """`Decoder(model).generate(input_ids, attention_mask, **how)`, for one batch."""
-    return Decoder(model).generate(input_ids, attention_mask, **how)
+    """`DecodingLoop(model).generate(input_ids, attention_mask, **how)`, for one batch."""
+    return DecodingLoop(model).generate(input_ids, attention_mask, **how)
 
 
 def _one_by_one(

@@ -1,13 +1,13 @@
-"""One step of a decoder on (rows, d): what the decoding loop (decoding.py) repeats for each token.
+"""One step of a decoder on (rows, d), which the decoding loop (decoding.py) repeats for each token.
 
-What costs in decoding is reading weights and calling functions, so this is what a step does about it:
+Decoding spends its time on reading weights and calling functions. A step saves both:
 
 - On the CPU, weights are held in oneDNN's blocked layout, which multiplies a few rows two to three times as fast as
   the plain one, and takes GELU, gate and residual along (decision 0075).
 - Keys and values of the memory are computed once; those of the decoder go to fixed places in memory of fixed size. The
   keys attended grow by `WINDOW` at a time, so that shapes hold still from step to step.
 - The bias is a row of T5's vector.
-- Beams never copy the cache: each beam remembers at which place its ancestor wrote, and the others' places are hidden.
+- Beams never copy the cache: each beam remembers where its ancestor wrote, and the other places are hidden.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from fat5.data.shards.prepare import PrepareConfig, prepare
 from fat5.data.text.corpus import SAMPLE
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.files import write_atomically
-from fat5.generate.completion import Decoding, complete
+from fat5.generate import Decoding, complete
 from fat5.train import PretrainConfig, pretrain
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import refuse_many_processes

@@ -1,0 +1,28 @@
+"""`fat5 generate` loads what decoding needs, and nothing of training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+
+
+def test_a_completion_imports_no_optimizer_and_no_trainer(tmp_path: Path) -> None:
+    report = train_tokenizer(
+        TokenizerTraining(inputs=["sample:fr"], output_dir=str(tmp_path), vocab_size=1024, rows=200)
+    )
+    config = FAT5Config.preset("fat5-demo", vocab_size=report["vocab_size"], num_layers=1, num_decoder_layers=1)
+    FAT5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    words = ["generate", "--model", str(tmp_path), "--max_new_tokens", "3", "Le ___ libre."]
+    code = f"""
+import sys
+from fat5.cli.main import main
+assert main({words!r}) == 0
+print(*sorted(name for name in sys.modules if name.startswith(("fat5", "numba"))), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stderr.split()
+    assert "fat5.generate.decoding" in loaded
+    assert not [name for name in loaded if name.startswith(("fat5.optim", "fat5.train.trainer", "fat5.data.examples"))]
