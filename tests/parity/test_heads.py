@@ -165,7 +165,7 @@ def test_with_a_decoder_from_a_seq2seq_checkpoint(family, kind, tmp_path):
 
 def test_a_head_of_another_size_is_begun_anew_on_request(tmp_path, caplog):
     fat5.FAT5ForTokenClassification(FAT5Config(**SIZES, num_labels=3)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"classifier\..* ignore_mismatched_sizes=True begins a head anew"):
+    with pytest.raises(CheckpointError, match=r"classifier\..* ignore_mismatched_sizes=True initialises a new head"):
         fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5)
     with caplog.at_level(logging.WARNING):
         ours = fat5.FAT5ForTokenClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)

@@ -86,8 +86,8 @@ def convert(config: ConvertConfig) -> Conversion:
         The report.
 
     Raises:
-        ConfigurationError: keys that cannot be, a format that cannot express the model, a missing package.
-        CheckpointError, TokenizerError: a source that is missing, damaged or unsafe; a copy that computes otherwise.
+        ConfigurationError: invalid keys, a format that cannot express the model, a missing package.
+        CheckpointError, TokenizerError: a source that is missing, damaged or unsafe; a copy that differs.
     """
     _check(config)
     source = read_source(config.model, config.tokenizer)
@@ -107,7 +107,7 @@ def convert(config: ConvertConfig) -> Conversion:
     report.compared += _verify_source(source, model, kind, examples)
     _round(model, stored, kind, examples, report)
     if source.tokenizer is None:
-        report.notes.append("the source holds no tokenizer, and so does the copy; give one with --tokenizer DIR")
+        report.notes.append("neither source nor copy holds a tokenizer; give one with --tokenizer DIR")
     with _folder(report.target) as partial:
         if config.to == "onnx":
             from fat5.convert.onnx import verify_onnx, write_onnx
@@ -162,7 +162,7 @@ def _check(config: ConvertConfig) -> None:
 
 
 def _check_expressible(source: Source, to: str) -> None:
-    """Raises ConfigurationError where the format has no room for what the model computes."""
+    """Raises ConfigurationError if the format cannot express the model."""
     positions = source.config.position_encoding
     if to in ("hf", "ctranslate2") and positions != "t5":
         others = "fat5 or onnx"
@@ -197,7 +197,7 @@ def _stored_dtype(source: Source, config: ConvertConfig) -> torch.dtype:
 
 
 def _round(model: Any, stored: torch.dtype, kind: str, examples: dict[str, Any], report: Conversion) -> None:
-    """Rounds the weights as they will be stored, and notes what that changes; the model stays in float32."""
+    """Rounds the weights to the stored dtype and notes the effect on outputs; the model stays in float32."""
     if stored == torch.float32:
         return
     before = outputs(model, kind, examples)
@@ -218,7 +218,7 @@ def _round(model: Any, stored: torch.dtype, kind: str, examples: dict[str, Any],
 
 
 def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
-    """Writes the folder that save_pretrained makes, in the dtype wanted; the model is as before afterwards."""
+    """Calls save_pretrained in the stored dtype; the model is float32 again afterwards."""
     with quiet():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
@@ -229,7 +229,7 @@ def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
 
 
 def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
-    """Compares what FAT5 reads with what code reads that shares no translation of keys and names with it."""
+    """Compares the source read by FAT5 with the source read by code that shares no translation with FAT5."""
     tolerance = TOLERANCE
     if source.model_type == "flash_t5":
         other: Any = FlashT5Formulas.of_folder(source.folder, kind)
@@ -243,7 +243,7 @@ def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, An
 
 
 def _verify_folder(folder: Path, source: Source, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
-    """Compares the copy with the source, the copy read by stock transformers where it is for that."""
+    """Compares the copy with the source; stock transformers reads a copy made for it."""
     if to == "hf" and not _stock_reads(folder):
         raise ConfigurationError(
             "no class of stock transformers computes what this model does",
@@ -279,13 +279,13 @@ def _copy_tokenizer(source: Source, folder: Path) -> None:
 
 
 def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
-    """Notes that stock AutoTokenizer reads the copy's tokenizer as it reads the source's."""
+    """Checks that stock transformers encodes some texts alike with both tokenizers, and notes it."""
     if source.tokenizer is None:
         return
     texts = ["Le noyau Linux est libre. 3 < 4, œuf & naïveté; déjà 42 %!", "[R] Un<extra_id_0> paquet", "日本語 ½ \t x"]
     before, after = (load_stock_tokenizer(where)(texts)["input_ids"] for where in (source.tokenizer, folder))
     if before != after:
-        raise TokenizerError("the copy encodes otherwise than the source; nothing was written", where=source.tokenizer)
+        raise TokenizerError("the copy encodes text differently; nothing was written", where=source.tokenizer)
     report.notes.append(f"the tokenizer encodes {len(texts)} texts to the same {sum(map(len, after))} tokens")
     first = first_sentinel(source.tokenizer) if source.model_type == "flash_t5" else None
     if first not in (None, "<extra_id_0>"):

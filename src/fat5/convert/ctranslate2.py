@@ -1,4 +1,4 @@
-"""A T5 or mT5 as a CTranslate2 model: by CTranslate2's own converter, set right where it misreads today's T5."""
+"""A T5 or mT5 as a CTranslate2 model, by CTranslate2's own converter with its misreadings of today's T5 corrected."""
 
 import gc
 from pathlib import Path
@@ -12,10 +12,10 @@ from fat5.convert.verification import Comparison
 from fat5.errors import CheckpointError
 
 GREEDY_TOKENS = 32
-# Logarithms of probabilities, computed in float32 by both, relative to the largest logit: one more sum over the
-# vocabulary than the logits have.
+# Largest difference of log-probabilities, relative to the largest logit. Both sides compute in float32; the softmax
+# adds one sum over the vocabulary.
 SCORE_TOLERANCE = 2e-5
-# Where our two best logits lie closer than this share of the largest, either may win.
+# If our two best logits are closer than this, relative to the largest, either may win.
 TIE = 1e-4
 
 
@@ -31,19 +31,19 @@ def convert_ctranslate2(
     """Writes and verifies.
 
     Args:
-        plain: the model as a folder for stock transformers, with its tokenizer.
-        target: folder to write into; what it holds is removed.
-        model: the same as FAT5 reads it, in float32.
-        examples: to verify with.
-        stored: float type of the weights; quantization: what is made of them in the end.
-        report: takes what was compared.
+        plain: a folder with the model and its tokenizer, for stock transformers.
+        target: folder to write into; its content is removed.
+        model: the same model read by FAT5, in float32.
+        examples: inputs for the verification.
+        stored: float dtype of the weights; quantization: their final type, or None.
+        report: receives comparisons and notes.
 
     Raises:
-        CheckpointError: its tokens or scores are not ours.
+        CheckpointError: CTranslate2's tokens or scores differ from ours.
     """
     tokenizer = load_stock_tokenizer(plain)
     names = _names(tokenizer, model.config.vocab_size)
-    # Float weights decide whether the conversion is right; whole numbers cannot, since they are others.
+    # Only float weights show whether the conversion is right; quantised weights are different numbers.
     _write(plain, target, names, str(stored).removeprefix("torch."))
     _verify(target, model, examples, names, report)
     if quantization is None:
@@ -61,18 +61,18 @@ def _write(plain: Path, target: Path, names: list[str], quantization: str) -> No
     class Loader(T5Loader):  # type: ignore[misc]
         def get_model_spec(self, model: Any) -> Any:
             spec = super().get_model_spec(model)
-            # It asks tie_word_embeddings, which stock T5Config of transformers 5 sets to true whatever the file says.
+            # It reads tie_word_embeddings, which T5Config of transformers 5 always sets to true.
             config = model.config
             spec.decoder.scale_outputs = config.d_model**-0.5 if config.scale_decoder_outputs else OPTIONAL
             return spec
 
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
-            # It names rows without a token <extra_id_N>, which other rows are called already.
+            # It names rows without a token <extra_id_N>, names that other rows already have.
             return names
 
         def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
             super().set_config(config, model, tokenizer)
-            # The tokenizer of a BERT-like T5 names no end, and the model's own is what ends its answers.
+            # The tokenizer of a BERT-like T5 names no EOS; the model's configuration does.
             config.bos_token, config.eos_token = names[model.config.pad_token_id], names[model.config.eos_token_id]
             config.layer_norm_epsilon = model.config.layer_norm_epsilon
 
@@ -86,7 +86,7 @@ def _write(plain: Path, target: Path, names: list[str], quantization: str) -> No
 
 
 def _names(tokenizer: Any, vocab_size: int) -> list[str]:
-    """The token of each row of the embeddings; rows without one have a name that no text gives."""
+    """The token of each row of the embeddings; rows without one get a name that no text contains."""
     known = {index: token for token, index in tokenizer.get_vocab().items()}
     return [known.get(index, f"<unused_{index}>") for index in range(vocab_size)]
 
@@ -109,7 +109,7 @@ def _scores(folder: Path, model: Any, examples: dict[str, Tensor], names: list[s
     import ctranslate2
 
     config = model.config
-    # Start, targets, and EOS, which CTranslate2 scores as well.
+    # CTranslate2 also scores EOS behind the targets.
     decoder_input_ids = examples["decoder_input_ids"]
     labels = torch.cat([decoder_input_ids[:, 1:], torch.full((len(decoder_input_ids), 1), config.eos_token_id)], 1)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def _scores(folder: Path, model: Any, examples: dict[str, Tensor], names: list[s
 def _greedy(
     folder: Path, model: Any, examples: dict[str, Tensor], names: list[str], compute_type: str
 ) -> tuple[int, int, str]:
-    """Equal tokens, tokens, and the first that differs although our best was clear."""
+    """Number of equal tokens, number of tokens, and the first difference that is no tie, in words."""
     import ctranslate2
 
     want, gaps = _our_greedy(model, examples)
@@ -146,7 +146,9 @@ def _greedy(
 
 @torch.no_grad()
 def _our_greedy(model: Any, examples: dict[str, Tensor]) -> tuple[list[list[int]], list[list[float]]]:
-    """Greedy tokens of each example up to EOS, and how far ahead each was, relative to the largest logit."""
+    """Greedy tokens of each example up to EOS, and the lead of each over the second best, relative to the largest
+    logit.
+    """
     config = model.config
     mask = examples["attention_mask"]
     memory = model.get_encoder()(examples["input_ids"], attention_mask=mask)

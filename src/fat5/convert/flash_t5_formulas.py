@@ -1,6 +1,6 @@
 """The first FAT5's model (flash_t5) by its own formulas, over its own names and keys.
 
-What a converted copy is compared with: nothing here is shared with the loader but the reading of files.
+A converted copy is compared with it, so it shares nothing with the loader but the reading of files.
 
     norm(x) = w * x / sqrt(mean(x^2) + eps)
     attention: softmax(scale * Wq x (Wk y)^T + bias) Wv y, then o; the bias in every block's self-attention, from block
@@ -34,7 +34,7 @@ class FlashT5Formulas:
     Args:
         tensors: under the old names.
         keys: of the old config.json.
-        kind: the class's name without FlashT5: what a call computes.
+        kind: the class's name without FlashT5; it decides which outputs a call computes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FlashT5Formulas:
 
     @classmethod
     def of_folder(cls, folder: Path, kind: str) -> "FlashT5Formulas":
-        """Those of a checkpoint."""
+        """The formulas over a checkpoint's tensors and keys."""
         return cls(read_tensors(folder), json.loads((folder / "config.json").read_text()), kind)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -58,7 +58,7 @@ class FlashT5Formulas:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor | None = None, **_: Any
     ) -> dict[str, Tensor]:
-        """Outputs by name as of a model of transformers, for rows padded on the right; zeros at padding."""
+        """Outputs by name, as a model of transformers returns them, for rows padded on the right; zeros at padding."""
         texts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask)]
         encoded = [self.stack("encoder", ids) for ids in texts]
         if self.kind == "ForSequenceClassification":
@@ -76,10 +76,6 @@ class FlashT5Formulas:
             return {"logits": self.linear("classifier", padded)}
         start, end = self.linear("qa_outputs", padded).unbind(-1)
         return {"start_logits": start, "end_logits": end}
-
-    def logits(self, ids: Tensor, decoder_ids: Tensor) -> Tensor:
-        """(U, vocabulary) of one text (L,) and one decoder input (U,)."""
-        return self.stack("decoder", decoder_ids, self.stack("encoder", ids)) @ self["lm_head"].T
 
     def classified(self, x: Tensor, ids: Tensor) -> Tensor:
         last = x[ids == self.keys.get("eos_token_id", 1)][-1]
@@ -137,7 +133,7 @@ class FlashT5Formulas:
 
     def stack(self, stack: str, ids: Tensor, memory: Tensor | None = None) -> Tensor:
         """Hidden states (L, d_model) of one text."""
-        # Copies of one table; which of the names are stored depends on the way it was saved.
+        # Names of the same table; how the model was saved decides which of them are stored.
         tables = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
         x = self[next(name for name in tables if f"{name}.weight" in self.tensors)][ids]
         bias = self.bias(stack, len(ids))
@@ -155,7 +151,7 @@ class FlashT5Formulas:
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi's: 2^(-8/n), its square, its cube … for a power of two; the rest are every other one of twice as many."""
+    """ALiBi's slopes: 2^(-8/n) and its powers if n is a power of two; further heads take every other slope of 2n."""
     power = 2 ** int(math.log2(heads))
     ratio = 2.0 ** (-8.0 / power)
     found = [ratio**i for i in range(1, power + 1)]

@@ -1,4 +1,4 @@
-"""An encoder as ONNX, batch and length free, of any position encoding; verified in onnxruntime."""
+"""An encoder as ONNX, for any batch size, length and position encoding; verified in onnxruntime."""
 
 import logging
 import warnings
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fat5.convert.verification import Comparison, compare
 
 FILE = "model.onnx"
-# Above this a protobuf cannot hold the weights; they go into a file of their own beside it.
+# A protobuf cannot hold more bytes; larger weights go into a file beside it.
 LARGEST_PROTOBUF = 1 << 31
 
 
 class EncoderRows(nn.Module):
-    """The encoder, its hidden states alone."""
+    """The encoder, returning only its hidden states."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def write_onnx(model: Any, folder: Path) -> None:
 
 
 def verify_onnx(folder: Path, model: Any, examples: dict[str, Tensor]) -> Comparison:
-    """The largest difference at any token, over batches and lengths that the export has not seen."""
+    """The largest difference at any token, for batch sizes and lengths that the export has not seen."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
@@ -77,7 +77,7 @@ def verify_onnx(folder: Path, model: Any, examples: dict[str, Tensor]) -> Compar
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, the exporter says nothing of what it lacks and we do not need."""
+    """Inside, the exporter prints no warnings."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

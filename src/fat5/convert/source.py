@@ -1,4 +1,4 @@
-"""What a folder to be converted holds: its configuration, its kind of model, its tokenizer; and how it is read."""
+"""The folder to convert: its configuration, kind of model and tokenizer, read by FAT5 and by stock transformers."""
 
 import re
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ KINDS = (
     "ForConditionalGeneration", "EncoderModel", "Model",
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
 )  # fmt: skip
-# Of every tokenizer; the files of its class (spiece.model, vocab.json, …) come to these.
+# Files of every tokenizer; those of its class (spiece.model, vocab.json, …) are copied too.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-# Any of these makes a tokenizer; the others only add to it.
+# A folder with any of these has a tokenizer.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -35,9 +35,9 @@ class Source:
 
     Args:
         folder: with config.json and weights.
-        model_type: as its config.json says: t5, mt5, umt5, fat5 or flash_t5.
-        kind: one of `KINDS`: the class's name without its family.
-        config: as FAT5 reads it.
+        model_type: from its config.json: t5, mt5, umt5, fat5 or flash_t5.
+        kind: the class's name without its family, one of `KINDS`.
+        config: the configuration as FAT5 reads it.
         tokenizer: folder of its tokenizer, or None.
     """
 
@@ -48,18 +48,18 @@ class Source:
     tokenizer: Path | None
 
     def load(self, encoder_only: bool = False) -> Any:
-        """The model as FAT5 reads it, in float32 on the CPU, in evaluation mode."""
+        """The model read by FAT5, in float32 on the CPU, in evaluation mode."""
         cls = FAT5EncoderModel if encoder_only else getattr(fat5_model, f"FAT5{self.kind}")
         with quiet():
             return cls.from_pretrained(self.folder, dtype=torch.float32).eval()
 
 
 def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
-    """Looks at a folder; weights are not read yet.
+    """Describes a folder without reading its weights.
 
     Args:
-        path: folder of a model, of a checkpoint, or of a run.
-        tokenizer: folder of the tokenizer, where it is not the model's.
+        path: folder of a model, a checkpoint, or a run.
+        tokenizer: folder of the tokenizer, if it is not in the model's.
 
     Raises:
         CheckpointError: no folder, no configuration, another type of model.
@@ -75,7 +75,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
     kind = _kind(found, folder)
     if found.get("quantization_config"):
         raise CheckpointError(
-            "holds quantised weights", where=folder, hint="Convert the model as it was before, then quantise the copy"
+            "holds quantised weights", where=folder, hint="Convert the unquantised model, then quantise the copy"
         )
     try:
         with readable(folder):
@@ -102,7 +102,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
 
 
 def load_stock(folder: Path, kind: str) -> Any:
-    """The same model read by the class of stock transformers, in float32 on the CPU, in evaluation mode."""
+    """The model read by its stock class of transformers, in float32 on the CPU, in evaluation mode."""
     family = _read_object(folder / "config.json").get("model_type")
     cls = getattr(transformers, f"{STOCK_PREFIX[str(family)]}{kind}")
     with quiet(), readable(folder):
@@ -112,7 +112,7 @@ def load_stock(folder: Path, kind: str) -> Any:
 
 
 def load_stock_tokenizer(folder: Path) -> Any:
-    """The tokenizer as stock transformers reads it; code in its folder is never run.
+    """The tokenizer read by stock transformers; code in its folder never runs.
 
     Raises:
         TokenizerError: it cannot be read.
@@ -121,7 +121,7 @@ def load_stock_tokenizer(folder: Path) -> Any:
 
 
 def is_named_unigram(folder: Path) -> bool:
-    """Whether tokenizer_config.json names T5's class, whose model is Unigram in transformers 5, and it is another's.
+    """Whether tokenizer_config.json names T5's tokenizer class, which is Unigram, for another kind of vocabulary.
 
     The first FAT5 wrote that class for its BPE.
     """
@@ -135,14 +135,14 @@ def is_named_unigram(folder: Path) -> bool:
 
 
 def first_sentinel(folder: Path) -> str | None:
-    """The sentinel of the highest id, with which the first FAT5 marked a text's first blank; None without sentinels."""
+    """The sentinel with the highest id, which the first FAT5 used for a text's first blank; None without sentinels."""
     tokenizer = load_stock_tokenizer(folder)
     names = [token for token in tokenizer.all_special_tokens if "extra" in token]
     return max(names, key=tokenizer.convert_tokens_to_ids, default=None)
 
 
 def _kind(found: dict[str, Any], folder: Path) -> str:
-    """The model's kind from `architectures`; a configuration that names none is an encoder-decoder's."""
+    """The model's kind from `architectures`; without it, an encoder-decoder with a language-model head."""
     classes = found.get("architectures") or ["T5ForConditionalGeneration"]
     name = str(classes[0]) if isinstance(classes, list) else str(classes)
     kind = re.sub(r"^(FAT5|FlashT5|MT5|UMT5|T5)", "", name).replace("WithLMHeadModel", "ForConditionalGeneration")

@@ -1,4 +1,4 @@
-"""Whether two models compute the same: random examples, the outputs of each, and their difference."""
+"""Whether two models compute the same: random examples, the outputs of both, and their difference."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +9,22 @@ from torch import Tensor
 from fat5.errors import CheckpointError
 from fat5.model import FAT5Config
 
-# Both sides compute in float32 and add in another order: at 12+12 layers they differ by some 1e-6 of the largest
-# output, and by more where layers are many. A tensor in a wrong place moves it by 1e-2 and more.
+# Both sides compute in float32 and add in different orders: with 12+12 layers they differ by about 1e-6 of the largest
+# output, with more layers by more. A misplaced tensor changes it by 1e-2 or more.
 TOLERANCE = 1e-5
-# Documents of unequal length in one batch: one longer than the 128 tokens where T5's buckets end, one of a word.
+# Lengths of the documents in a batch: one beyond the 128 tokens where T5's buckets end, one of a single word.
 LENGTHS = (160, 75, 23, 3)
 DECODER_LENGTH = 16
 
 
 @dataclass
 class Comparison:
-    """How far two models' outputs lie apart.
+    """The difference between two models' outputs.
 
     Args:
-        what: which outputs.
-        difference: the largest, relative to the largest output.
-        tolerance: what it may be.
+        what: which outputs, in words.
+        difference: the largest difference, relative to the largest output.
+        tolerance: the largest one allowed.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Comparison:
     tolerance: float = TOLERANCE
 
     def require(self, where: object) -> "Comparison":
-        """Itself.
+        """Returns itself.
 
         Raises:
             CheckpointError: the difference is above the tolerance, or not a number.
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
-    """Examples like text: frequent tokens are frequent, each ends in EOS, the shorter are padded on the right.
+    """Random token ids distributed like text: a few tokens make most of it, and each example ends in EOS.
 
     Returns:
         input_ids and attention_mask (4, 160), decoder_input_ids (4, 16), all int64.
@@ -60,7 +60,7 @@ def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
     first = min(3, config.vocab_size - 1)
 
     def draw(*shape: int) -> Tensor:
-        # The cube of a uniform number: as with Zipf's law, a few tokens make most of the text.
+        # The cube of a uniform number approximates Zipf's law.
         share = torch.rand(shape, generator=generator).pow(3)
         return first + (share * (config.vocab_size - first)).long().clamp(max=config.vocab_size - first - 1)
 
@@ -78,7 +78,7 @@ def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def outputs(model: Any, kind: str, examples: dict[str, Tensor]) -> Tensor:
-    """What a model of this kind computes of the examples, at tokens and not at padding, as one vector."""
+    """The model's outputs for the examples, without padding, as one vector."""
     decodes = kind in ("ForConditionalGeneration", "Model")
     given = {key: value for key, value in examples.items() if decodes or key != "decoder_input_ids"}
     if decodes:

@@ -1,7 +1,8 @@
 """The model card: the README.md of a saved folder, as the Hugging Face hub reads it.
 
-write_card(folder, facts)          training_section(...)  what a run can tell of its training
-read_card(folder)                  what a card already there says, for the card of a converted copy
+write_card(folder, facts)    writes one
+training_section(...)        its section on a pretraining run
+read_card(folder)            parts of an existing card, for the card of a converted copy
 """
 
 import re
@@ -16,24 +17,24 @@ from fat5.model import FAT5Config
 CARD = "README.md"
 PLOT = "loss.png"
 _BEGIN, _END = "<!-- fat5:training:begin -->", "<!-- fat5:training:end -->"
-# The card of a large model has some 100 kB; what is much longer is not one.
+# The card of a large model has about 100 kB; a much larger file is no card.
 _LARGEST_CARD = 1 << 20
 
 
 @dataclass
 class CardFacts:
-    """What a card tells.
+    """The content of a card.
 
     Args:
-        name: its title.
+        name: the card's title.
         kind: the class's name without its family: ForConditionalGeneration, EncoderModel, …
-        config: of the model; parameters: their number.
-        target: hf (stock transformers reads it), fat5, ctranslate2 or onnx: how it is loaded.
-        license: an identifier that the hub knows; None where nobody said.
-        training: the section of a run, from `training_section`; "" where nothing is known.
-        languages: codes, where known.
-        conversion: lines of the report of a conversion.
-        converted_from: the source's name; source_card: whether the source had a card of its own, kept beside this one.
+        config: the model's configuration; parameters: their number.
+        target: how it is loaded: hf (by stock transformers), fat5, ctranslate2 or onnx.
+        license: an identifier that the hub knows; None if unknown.
+        training: the section from `training_section`; "" if unknown.
+        languages: language codes, if known.
+        conversion: lines of a conversion's report.
+        converted_from: the source's name; source_card: whether the source's own card is kept beside this one.
         tokenizer: whether the folder holds one.
     """
 
@@ -53,7 +54,7 @@ class CardFacts:
 
 @dataclass
 class FoundCard:
-    """What a folder's card says: licence and languages of its front matter, FAT5's section on training, its plot.
+    """The parts of an existing card: licence and languages of its front matter, FAT5's training section, its plot.
 
     `foreign` is True for a card that FAT5 did not write.
     """
@@ -104,7 +105,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 
 def read_card(folder: Path) -> FoundCard:
-    """What the card of a folder says; nothing where there is none or it cannot be read."""
+    """The parts of a folder's card; empty if there is none or it cannot be read."""
     path = folder / CARD
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
@@ -127,13 +128,13 @@ def read_card(folder: Path) -> FoundCard:
 
 
 def training_section(config: dict[str, Any], summary: dict[str, Any], sources: list[Any], plot: bool) -> str:
-    """The section of a pretraining run.
+    """The training section for a pretraining run.
 
     Args:
-        config: of the run, as its config.yaml holds it.
-        summary: as its summary.json will hold it.
+        config: the content of the run's config.yaml.
+        summary: the content of its summary.json.
         sources: the `Manifest` of each prepared folder.
-        plot: whether loss.png lies beside the card.
+        plot: whether loss.png is beside the card.
     """
     data, optimizer, schedule = config["data"], config["optimizer"], config["schedule"]
     mixture = data["mixture"] if isinstance(data["mixture"], str) else "a list of its own"
@@ -208,8 +209,8 @@ def _license(facts: CardFacts) -> str:
     if facts.license:
         return f"`{facts.license}`. The terms of the text it was trained on may bind its use as well."
     return (
-        "Nobody has said under which licence these weights are. Whoever publishes them says so here and in `license:` "
-        "above, after looking at the terms of the text they were trained on."
+        "No licence was given for these weights. Before you publish them, check the terms of the text they were "
+        "trained on, and state the licence here and in `license:` above."
     )
 
 

@@ -40,9 +40,7 @@ class ClassificationHead(nn.Module):
 
 
 class _Headed(FAT5PreTrainedModel):
-    """What the heads share: their form, and the initialisation of their weights."""
-
-    # Without this Trainer would take a division of the loss for granted that these losses do not make.
+    # These losses are not divided by num_items_in_batch, as Trainer would otherwise assume.
     accepts_loss_kwargs = False
 
     def get_input_embeddings(self) -> nn.Module:
@@ -53,12 +51,12 @@ class _Headed(FAT5PreTrainedModel):
 
 
 class FAT5ForSequenceClassification(_Headed):
-    """A label, or a number, for each text.
+    """A label, or a number, for each text, read from one vector by `head_form`:
 
-    By default (`head_form` None or "encoder") the mean of the encoder's hidden states over the tokens of the text; with
-    head_form "encoder-eos" the encoder's hidden state at the text's last EOS, as the first FAT5 has it; with
-    "encoder-decoder" stock T5ForSequenceClassification: the decoder reads the text too, and its hidden state at the
-    text's last EOS is taken.
+    - None or "encoder": the mean of the encoder's hidden states over the text's tokens;
+    - "encoder-eos": the encoder's hidden state at the text's last EOS, as in the first FAT5;
+    - "encoder-decoder": the decoder, which reads the text too, at the text's last EOS, as stock
+      T5ForSequenceClassification.
     """
 
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
@@ -93,12 +91,12 @@ class FAT5ForSequenceClassification(_Headed):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Any:
-        """logits (B, num_labels), or (N, num_labels) for N packed documents; the loss as in transformers, by
-        `problem_type`.
+        """logits (B, num_labels), or (N, num_labels) for N packed documents; the loss follows `problem_type`, as in
+        transformers.
 
         Raises:
-            ValueError: an argument that this form cannot serve.
-            DataError: a form that reads at EOS, and the rows do not all have one number, at least 1, of EOS tokens.
+            ValueError: an argument that this form does not take.
+            DataError: the form reads at EOS, and the rows differ in their number of EOS tokens or have none.
         """
         asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True)
         form = self.config.head_form or "encoder"
@@ -136,9 +134,9 @@ class FAT5ForSequenceClassification(_Headed):
         counts = is_eos.sum(dim=1)
         if not is_recorded() and (bool((counts != counts[0]).any()) or int(counts[0]) == 0):
             raise DataError(
-                "texts with unlike numbers of EOS, or none",
+                "the texts differ in their number of EOS tokens, or have none",
                 where="input_ids",
-                hint="end each text with one EOS token, which marks where its hidden state is read",
+                hint="end each text with one EOS token; its hidden state is read there",
             )
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(is_eos, place, -1).amax(dim=1)
@@ -187,8 +185,8 @@ class FAT5ForTokenClassification(_Headed):
 class FAT5ForQuestionAnswering(EncoderDecoder):
     """Start and end of the answer in the text.
 
-    By default (`head_form` None or "encoder-decoder") as transformers' T5ForQuestionAnswering, whose decoder reads the
-    text too; with head_form "encoder" from the encoder alone, which costs half and also reads packed documents.
+    With head_form None or "encoder-decoder" as transformers' T5ForQuestionAnswering, whose decoder reads the text too;
+    with "encoder" from the encoder alone, which costs half and also reads packed documents.
     """
 
     accepts_loss_kwargs = False
@@ -228,12 +226,12 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Any:
-        """start_logits and end_logits, (B, L) each, or (T,) packed, which takes no positions of answers.
+        """start_logits and end_logits, (B, L) each, or (T,) packed, which takes no start_positions.
 
         The loss is the mean of the two cross-entropies; positions outside the text do not count.
 
         Raises:
-            ValueError: an argument that this form cannot serve.
+            ValueError: an argument that this form does not take.
         """
         run: Any
         if self.has_decoder:
@@ -283,7 +281,7 @@ def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
         documents = len(cu_seqlens) - 1
         row = torch.arange(hidden.shape[0], device=hidden.device, dtype=cu_seqlens.dtype)
         owner = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
-        # Rows behind the last document go to one more, which is dropped.
+        # Rows behind the last document are summed as one more, which is dropped.
         sums = hidden.new_zeros(documents + 1, hidden.shape[1], dtype=torch.float32)
         total = sums.index_add(0, owner, hidden.float())[:documents]
         count = cu_seqlens.diff().float()
@@ -291,8 +289,8 @@ def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
 
 
 def _classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
-    """By `problem_type`, which unless given follows from the labels: one output is a regression, whole numbers are
-    classes, others are several labels at once.
+    """The loss of `problem_type`. If None: regression for one output, single-label for integer labels, else
+    multi-label.
     """
     labels = labels.to(logits.device)
     kind = config.problem_type
@@ -308,7 +306,7 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
 
 
 def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy over the places of a text (B, L); an answer that was cut off lies outside and does not count."""
+    """Cross-entropy over the positions of a text (B, L); a position behind the text's end does not count."""
     length = logits.shape[1]
     if positions.dim() > 1:
         positions = positions.squeeze(-1)

@@ -1,4 +1,4 @@
-"""The blocks of a T5 stack, on packed tokens (T, d) or rows (B, L, d); names are Hugging Face T5's."""
+"""The blocks of a T5 stack, on packed tokens (T, d) or rows (B, L, d); parameters have Hugging Face T5's names."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        # Behind a float32 wo the hidden states of a float16 model are float32; its projections want float16.
+        # A float32 wo makes the hidden states of a float16 model float32, while its projections take float16.
         weight = self.weight
         if weight.dtype != hidden.dtype and weight.dtype in (torch.float16, torch.bfloat16):
             return ops.rms_norm(hidden, weight.to(hidden.dtype), self.eps).to(weight.dtype)
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose gradient is the same at every run when compiled too."""
+    """nn.Embedding with a deterministic gradient, compiled or not."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.weight)
@@ -70,7 +70,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attends from `hidden` to itself, or to `memory`; `cache` (of transformers) keeps keys and values of rows.
 
-        `weights` receives the attention weights (B, H, Lq, Lk), for rows whose keys are `formed`.
+        `weights` is a list to which the attention weights (B, H, Lq, Lk) are appended, if the keys are `formed`.
         """
         query = self._heads(ops.linear(self.q, hidden))
         if rotation is not None:
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 def bias_table(attention: Any, device: torch.device) -> Tensor:
     """The (num_buckets, H) bias table of an attention, ours or stock T5's.
 
-    An adapter, a hook, or the weights' place on the disk (device_map) shows in a call alone.
+    An embedding with an adapter, a hook, or weights on disk (device_map) is called: its `weight` is not the table.
     """
     embedding = attention.relative_attention_bias
     if ops.is_plain(embedding, nn.Embedding):
@@ -135,7 +135,7 @@ def bias_table(attention: Any, device: torch.device) -> Tensor:
 
 
 class HeadProjection(nn.Linear):
-    """A projection of a head: with a bias, and initialised as such."""
+    """A projection of a head, with a bias; a class of its own for its initialisation."""
 
 
 class SelfAttentionLayer(nn.Module):
@@ -195,7 +195,7 @@ class GatedFeedForward(nn.Module):
     def _gated(self, hidden: Tensor) -> Tensor:
         plain = ops.is_plain(self.wi_0, nn.Linear) and ops.is_plain(self.wi_1, nn.Linear) and self.act is None
         if plain and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
-            # One product twice as wide; the kernel that casts the weights also joins them.
+            # One matrix product twice as wide; the kernel that casts the weights also joins them.
             return ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
         gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
         return ops.geglu(gate, up) if self.act is None else self.act(gate) * up
@@ -239,8 +239,8 @@ class Block(GradientCheckpointingLayer):
         past_key_values: Any,
         trace: Trace,
     ) -> Tensor:
-        """`bias` is the vector of a RelativeBias where it is `relative`: a reentrant checkpoint passes gradients on to
-        arguments by position, and of those to tensors alone.
+        """`bias` is the vector of a RelativeBias if `relative`: reentrant gradient checkpointing passes gradients only
+        to positional arguments that are tensors.
         """
         known = RelativeBias(bias) if relative and bias is not None else bias
         cache, own, across = past_key_values, trace.attentions, trace.cross_attentions
@@ -257,12 +257,12 @@ class Block(GradientCheckpointingLayer):
 
 
 def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
-    """wo(hidden). T5's overflow float16 here: a float32 wo (`_keep_in_fp32_modules`) computes in float32, under
-    float16 autocast too.
+    """wo(hidden), in float32 if wo is float32 (`_keep_in_fp32_modules`), even under float16 autocast: T5 overflows
+    float16 here.
     """
     weight, device = getattr(wo, "weight", None), hidden.device.type
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return wo(hidden)  # quantised: it knows what it takes
+        return wo(hidden)  # quantised: it casts its input itself
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         with torch.autocast(device, enabled=False):
             return wo(hidden.to(weight.dtype))
@@ -272,9 +272,7 @@ def _project_safely(wo: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _clamp(hidden: Tensor) -> Tensor:
-    """float16 hidden states kept finite, as stock T5 does: to its largest number, or 1000 below once one was
-    infinite.
-    """
+    """Clamps float16 hidden states, as stock T5 does: to the largest float16, or 1000 below it if any is infinite."""
     if hidden.dtype != torch.float16:
         return hidden
     largest = torch.finfo(torch.float16).max

@@ -1,4 +1,4 @@
-"""What every FAT5 model shares: initialisation, tied weights, safe loading and saving."""
+"""The base class of every FAT5 model: initialisation, tied weights, safe loading and saving."""
 
 import logging
 from typing import Any, ClassVar
@@ -18,13 +18,13 @@ from fat5.model.positions import AbsolutePositions, Fire
 from fat5.model.stack import Stack
 
 logger = logging.getLogger(__name__)
-# safetensors.torch.save_model keeps one name of a shared table, the first by the alphabet.
+# safetensors.torch.save_model keeps the alphabetically first name of a shared table.
 _TABLE = {r"decoder\.embed_tokens\.weight$": "shared.weight"}
 
 
 class FAT5PreTrainedModel(PreTrainedModel):
-    """Base class: T5's initialisation; checkpoints as safetensors, complete, and with T5 positions readable by stock
-    classes.
+    """A model with T5's initialisation and complete safetensors checkpoints, which stock classes read if positions are
+    T5's.
     """
 
     config_class = FAT5Config
@@ -40,7 +40,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
     ]
 
-    # T5's feed-forward overflows float16; bfloat16 reaches as far as float32.
+    # T5's feed-forward overflows float16; bfloat16 has the range of float32.
     _keep_in_fp32_modules: ClassVar = ["wo"]
     _head_weights: ClassVar[tuple[str, ...]] = ()
 
@@ -53,8 +53,8 @@ class FAT5PreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The embeddings of both stacks are always the shared one; the output projection only if the configuration
-        ties it.
+        """Both stacks always share one embedding; the output projection is tied to it only if the configuration says
+        so.
         """
         if all_submodels:
             return super().get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[no-any-return]
@@ -64,7 +64,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
         return mine
 
     def _shift_right(self, ids: Tensor) -> Tensor:
-        """(B, U) labels, or a text, one to the right behind the start token, as decoder inputs."""
+        """Decoder inputs from (B, U) labels, or from a text: moved one to the right behind the start token."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return shift_right(ids, positions, *self._start_and_pad())
 
@@ -109,11 +109,10 @@ class FAT5PreTrainedModel(PreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """FAT5 has one attention, exact, whose kernel follows the device: every stock name of exact attention means it.
+        """Maps every stock name of exact attention to FAT5's one attention, which picks its kernel by device.
 
-        Returns "eager" where that is asked for, and "sdpa" for the other names: by them transformers knows which masks
-        to make. Attention weights are formed under either. Flash attention, which has no place for T5's bias, is
-        refused, as stock T5 refuses it.
+        Returns "eager" if asked for, else "sdpa"; transformers makes its masks accordingly. Attention weights can be
+        returned under both. Flash attention, which cannot add T5's bias, is refused, as in stock T5.
         """
         if requested_attention is None or requested_attention in EXACT_ATTENTION:
             return "eager" if requested_attention == "eager" else "sdpa"
@@ -129,7 +128,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 getattr(self, stack).embed_tokens = value
 
     def refuse_unread_embeddings(self) -> None:
-        """Raises ValueError where an adapter took the place of `shared`, which no stack reads."""
+        """Raises ValueError if an adapter replaced `shared`, which no stack reads."""
         if isinstance(self.encoder.embed_tokens, nn.Embedding) and not isinstance(self.shared, nn.Embedding):
             raise ValueError(
                 f"shared: the {type(self.shared).__name__} in its place has no effect, since each stack reads its own "
@@ -145,13 +144,13 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 self._require_grads_hooks.append(hook)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside transformers it takes a module without parameters of its own, such as Attention, for
-        # initialised.
+        # is_custom_code=True would skip modules without parameters of their own, such as Attention.
         super()._initialize_weights(module)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's: normal everywhere; embeddings with deviation 1, projections with the inverse root of their inputs'
-        width, and q with (d_model * d_kv)^-0.5, which is where 1/sqrt(d_kv) of the scores went."""
+        """T5's initialisation, all normal: embeddings with standard deviation 1, projections with the inverse root of
+        their input width, q with (d_model * d_kv)^-0.5, which takes the place of 1/sqrt(d_kv) on the scores.
+        """
         config = self.config
         factor, width = config.initializer_factor, config.d_model
 
@@ -195,12 +194,12 @@ class FAT5PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for folders of FAT5, of stock T5, mT5 and umT5, and of the first FAT5 (flash_t5).
 
-        Complete or not at all: safetensors, or a pytorch_model.bin read with weights_only=True. Weights of a head that
-        the checkpoint lacks are initialised and named in one line. `config` may be the stock one of such a folder;
-        `state_dict` stands in for the folder's weights.
+        Reads safetensors, or a pytorch_model.bin with weights_only=True, and refuses an incomplete checkpoint. Only the
+        weights of a head may be missing: they are initialised, with one warning. `config` may be a stock configuration;
+        `state_dict` replaces the folder's weights.
 
         Raises:
-            CheckpointError: damaged or unsafe files, or a tensor that is missing, misshapen, or has no place here.
+            CheckpointError: damaged or unsafe files, or a tensor that is missing, misshapen or unknown.
         """
         where = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
@@ -220,26 +219,26 @@ class FAT5PreTrainedModel(PreTrainedModel):
                 model, info = super().from_pretrained(
                     given, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 )
-            except NotImplementedError as error:  # embeddings that both were left out, being misshapen, are compared
+            except NotImplementedError as error:  # transformers compared two embeddings left out for their shape
                 raise CheckpointShapeError(
                     "the tensors are of another shape than the configuration wants",
                     where=where,
                     hint="config.json does not belong to these weights",
                 ) from error
-        # What was renamed is renamed back at saving, unless it is taken out here.
+        # transformers would rename the tensors back at saving.
         renamings = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [one for one in renamings if one.source_patterns != list(_TABLE)]
         if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
             model.generation_config = generation_settings(where, kwargs) or model.generation_config
         cls._check_tensors(info, where, allows_mismatch)
-        # A stock T5 that was saved again says "tied" whatever it is: what its file holds decides.
+        # A stock T5 that was saved again always says "tied", so the weights decide.
         if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
             model.config.tie_word_embeddings = False
         return (model, info) if wants_info else model
 
     @classmethod
     def _check_tensors(cls, info: dict[str, Any], where: Any, allows_mismatch: bool) -> None:
-        """Raises CheckpointError unless the tensors were those of this class; weights that are new get one warning."""
+        """Raises CheckpointError unless the tensors are those of this class; warns of newly initialised weights."""
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:
@@ -254,7 +253,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
             raise CheckpointShapeError(
                 f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}",
                 where=where,
-                hint="ignore_mismatched_sizes=True begins a head anew"
+                hint="ignore_mismatched_sizes=True initialises a new head"
                 if cls._head_weights and name.startswith(cls._head_weights)
                 else "config.json does not belong to these weights",
             )

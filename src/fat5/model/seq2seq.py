@@ -18,7 +18,7 @@ from fat5.model.t5 import EncoderDecoder
 
 @dataclass
 class PackedLMOutput(ModelOutput):
-    """What packed training returns.
+    """The output of packed training.
 
     Args:
         loss: scalar, z-loss and label smoothing included.
@@ -34,13 +34,12 @@ class PackedLMOutput(ModelOutput):
 class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
     """T5 with a language-model head.
 
-    Forward takes either padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or,
-    when `cu_seqlens` is given, packed documents for training. Parameters bear the names and shapes of
-    T5ForConditionalGeneration.
+    Forward takes padded rows, with the signature and outputs of transformers' T5ForConditionalGeneration, or packed
+    documents (`cu_seqlens`) for training. Parameters have that class's names and shapes.
     """
 
     _tied_weights_keys: ClassVar = EncoderDecoder._tied_weights_keys | {"lm_head.weight": "shared.weight"}
-    # Trainer may hand `num_items_in_batch` over.
+    # Trainer may pass `num_items_in_batch`.
     accepts_loss_kwargs = True
 
     def __init__(self, config: Any) -> None:
@@ -86,10 +85,10 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
 
         Packed (`cu_seqlens` given): input_ids (T,) and labels (U,) int64, cu_seqlens and decoder_cu_seqlens int32
         (N+1,), max_seqlen and decoder_max_seqlen ints that bound the documents' lengths. Decoder inputs are the labels
-        shifted right inside each document; labels of -100 do not count. Returns a `PackedLMOutput`; no logits are made.
+        shifted right inside each document; labels of -100 do not count. Returns a `PackedLMOutput` without logits.
 
         The loss is the sum over the labels that count, divided by `num_items_in_batch`, or by their number.
-        `output_attentions` forms the weights in quadratic memory, as the plain formula does; the default never does.
+        `output_attentions` needs quadratic memory; without it attention never does.
 
         Raises:
             ValueError: an argument is missing, or one is given that packed training does not take.
@@ -151,7 +150,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
     def _output_of_logits(
         self, logits: Tensor, labels: Tensor, items: Tensor | int | None, per_token: bool
     ) -> PackedLMOutput:
-        """The packed output of an adapted or quantised head, whose logits are made whole."""
+        """The packed output of an adapted or quantised head, from its full logits."""
         output = PackedLMOutput(loss=self._loss_of_logits(logits, labels, items))
         if per_token:
             output["token_loss"] = F.cross_entropy(logits.float(), labels, reduction="none")
@@ -159,7 +158,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         return output
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        """T5 v1.0 ties its output to its embeddings and scales; v1.1 does neither."""
+        """Scales the decoder's output as T5 v1.0 does, whose output projection is tied; v1.1 does not."""
         return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
 
     def _loss_of_logits(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:

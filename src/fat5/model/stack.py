@@ -57,7 +57,7 @@ class Stack(nn.Module):
             segments: of the tokens.
             memory, memory_segments: the encoder's hidden states, for a decoder.
             cache: an EncoderDecoderCache; rows only. Its length is the position of the first token.
-            trace: receives the hidden states before each block and after the last, and of rows the attention weights.
+            trace: records the hidden states before each block and after the last, and for rows the attention weights.
         """
         hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         device = hidden.device.type
@@ -74,7 +74,7 @@ class Stack(nn.Module):
                 hidden = hidden + self.absolute(positions).to(hidden.dtype)
             else:
                 rotation = self.rotary(positions)
-        # One bias for all blocks, or one a block, each with where it comes from.
+        # The blocks whose tables make the biases: the first for all, or each its own.
         sources = range(len(self.block)) if self.own_bias else [0]
         biases = [self._bias(segments, cache, offset, hidden, source) for source in sources]
         causal = self.is_decoder and cache is None
@@ -95,7 +95,7 @@ class Stack(nn.Module):
     def _bias(
         self, segments: Segments, cache: Any, offset: Any, hidden: Tensor, source: int
     ) -> RelativeBias | Tensor | None:
-        """What attention adds to the scores. With a cache, or a mask of the scores, it hides keys too."""
+        """The bias that attention adds to the scores; with a cache, or a mask of the scores, it includes the mask."""
         if cache is None and not segments.masks_scores:
             return self._relative_bias(segments.max_seqlen, source, hidden.device)
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in

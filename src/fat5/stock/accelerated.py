@@ -1,10 +1,10 @@
 """`fat5.accelerate`: a stock T5, mT5 or umT5 of transformers made fast in place, by giving its modules other classes.
 
 Parameters, module names, hooks and configuration stay as they are: only `__class__` changes, to a subclass of the stock
-class. The stacks take padding out on entry where nobody reads it, and put it back on exit; between the two, stock
-blocks run on packed tokens (1, T, d) and hand the packing (`packed=`) through to attention. The stacks hand to the
-stock class what they cannot pack: one-token steps of decoding, `output_attentions`, masks of four dimensions, masks
-that leave a query without a key, tracing.
+class. A stack removes padding that nobody reads on entry and restores it on exit; in between, stock blocks run on
+packed tokens (1, T, d) and pass the packing (`packed=`) to attention. A stack calls the stock class for inputs that it
+cannot pack: one-token steps of decoding, `output_attentions`, masks of four dimensions, masks that leave a query
+without a key, tracing.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
     """Makes every stock T5, mT5 or umT5 in `model` fast, in place; same tokens, losses and gradients, up to rounding.
 
     Args:
-        model: a T5, mT5 or umT5 of transformers (encoder-decoder, encoder, or with a head), or a module that holds one:
-            a PEFT model, a pipeline's text encoder.
-        undo: give the model its stock classes back.
-        fused_loss: in training, a model with a language-model head makes its loss without its logits, from the labels
-            that count alone; `logits` of its output is then None.
-        compute_padding: whether encoders compute their hidden states at padding, as stock ones do, or leave them out,
-            which is faster, and return zeros. None: computed, unless a decoder follows, which does not read them.
+        model: a T5, mT5 or umT5 of transformers (encoder-decoder, encoder, or with a head), or a module that contains
+            one, such as a PEFT model.
+        undo: restore the stock classes.
+        fused_loss: in training, compute the loss of a language-model head without logits, which are then None, and
+            only for the labels that count.
+        compute_padding: True computes an encoder's hidden states at padding, as stock T5 does; False skips them, which
+            is faster, and returns zeros. None skips them only if a decoder follows, since it does not read them.
 
     Returns:
         `model`.
@@ -70,7 +70,7 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
             )
     followed = [module.encoder for module in modules if hasattr(module, "encoder") and hasattr(module, "decoder")]
     for module in modules:
-        # The loss, and what becomes of padding, are chosen anew at each call.
+        # Each call chooses fused_loss and compute_padding anew.
         stock = STOCK.get(type(module), type(module)) if type(module) in FUSED.values() else type(module)
         module.__class__ = FUSED[stock] if fused_loss and stock in FUSED else FAST.get(stock, stock)
         if isinstance(module, _Stack):
@@ -80,13 +80,13 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
 
 
 @dataclass
-class Plan:
-    """What attention needs to know beside hidden states.
+class Packing:
+    """How the hidden states of a stack are packed, and the bias that its blocks share.
 
     Args:
-        own, memory: the way from rows to a stack's tokens, and to those it attends across to.
-        first: the first block's self-attention, whose bucket table serves the blocks that have none.
-        bias: of that table; None where each block is to make it.
+        own, memory: padding of the stack's own tokens, and of the memory's.
+        first: the first block's self-attention, whose bucket table serves the blocks without one.
+        bias: made from that table; None if each block makes its own.
     """
 
     own: Padding
@@ -130,9 +130,9 @@ class _Stack:
         hidden = own.pack(rows)[None] if input_ids is None else self.embed_tokens(own.pack(rows)[None])
         packed_memory = None if across is None else across.pack(memory)[None]
         first = self.block[0].layer[0].SelfAttention
-        # A checkpoint that runs backward on its own must find the table in each block, not a tensor made of it here.
+        # Under gradient checkpointing each block makes the bias: a shared tensor would be outside its recomputation.
         apart = self.training and getattr(self.block[0], "gradient_checkpointing", False)
-        plan = Plan(own, across, first, None if apart else _bias(first, hidden.device))
+        packing = Packing(own, across, first, None if apart else _bias(first, hidden.device))
         between = () if isinstance(self, modeling_umt5.UMT5Stack) else (None,)
         hidden = self.dropout(hidden)
         asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
@@ -141,7 +141,7 @@ class _Stack:
             if asked:
                 states.append(own.restore(hidden[0]))
                 hidden = own.pack(states[-1])[None]  # so that the gradient of what is returned can be read
-            out = block(hidden, None, *between, packed_memory, packed=plan, past_key_values=past_key_values)
+            out = block(hidden, None, *between, packed_memory, packed=packing, past_key_values=past_key_values)
             hidden = out[0] if isinstance(out, tuple) else out
         last = own.restore(self.dropout(self.final_layer_norm(hidden))[0])
         output = BaseModelOutputWithPastAndCrossAttentions(
@@ -169,11 +169,11 @@ class _Stack:
             return False
         if cache is None:
             return self.config.is_encoder_decoder or not _wants_cache(self, use_cache)
-        # A step of decoding is the stock class's, and so is anything behind tokens seen before.
+        # The stock class runs decoding steps, and everything else behind a filled cache.
         return isinstance(cache, EncoderDecoderCache) and rows.shape[1] > 1 and int(cache.get_seq_length()) == 0
 
     def _paddings(self: Any, masks: Any, kept: Tensor | None) -> tuple[Padding, Padding | None]:  # type: ignore[misc]
-        """Of the stack's own tokens, and of those it attends across to."""
+        """Paddings of the stack's own tokens and of the memory."""
         (mask, rows), (memory_mask, memory) = masks
         device, decodes = rows.device, self.is_decoder
         if kept is None:
@@ -186,7 +186,7 @@ class _Stack:
 
 
 class _Attention:
-    def forward(self: Any, hidden_states, *args, packed: Plan | None = None, **kwargs):  # type: ignore[no-untyped-def]
+    def forward(self: Any, hidden_states, *args, packed: Packing | None = None, **kwargs):  # type: ignore[no-untyped-def]
         """As the stock attention's; with `packed`, over packed tokens (1, T, d)."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -211,7 +211,7 @@ class _Attention:
 
 class _LayerNorm:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        """In one pass where dtypes agree; a mixed one is the stock class's."""
+        """In one pass if the dtypes agree; otherwise as the stock class."""
         if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -245,7 +245,7 @@ def _attend(
             cu_seqlens_q=queries.segments.cu_seqlens, max_seqlen_q=queries.segments.max_seqlen,
             cu_seqlens_k=keys.segments.cu_seqlens, max_seqlen_k=keys.segments.max_seqlen,
         )  # fmt: skip
-    # Where some keys of whole rows are hidden, all stay in rows, and so must the queries.
+    # Whole rows with hidden keys stay in rows, and so must the queries.
     rows = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
     return queries.pack(ops.attention(*rows, **how, key_padding_mask=keys.segments.mask).transpose(1, 2))
 
@@ -259,7 +259,7 @@ def _bias(attention: Any, device: torch.device) -> RelativeBias:
 
 
 def _keep(cache: Any, layer: int, keys: Padding, key: Tensor, value: Tensor, crosses: bool) -> None:
-    """What a decoding step will find, at padding zeros that its mask hides."""
+    """Fills the cache for decoding steps; at padding with zeros, which the mask hides."""
     side = cache.cross_attention_cache if crosses else cache.self_attention_cache
     side.update(keys.pad(key).transpose(1, 2), keys.pad(value).transpose(1, 2), layer)
     if crosses:
@@ -267,7 +267,7 @@ def _keep(cache: Any, layer: int, keys: Padding, key: Tensor, value: Tensor, cro
 
 
 def _wants_cache(stack: Any, use_cache: bool | None) -> bool:
-    """In training nobody reads the cache that stock makes unasked."""
+    """Whether to make a cache; in training only on request, since nobody reads it."""
     return bool(stack.config.use_cache and not stack.training) if use_cache is None else use_cache
 
 
@@ -290,7 +290,7 @@ def _with_fused_loss(stock: Any) -> Any:
 
 
 def _loss_alone(model: Any, given: dict[str, Any]) -> Any:
-    """The loss from the labels that count; tokens behind a row's last such label are not decoded."""
+    """The loss over labels that are not -100; tokens behind a row's last such label are not decoded."""
     encoded = given.get("encoder_outputs")
     if encoded is None:
         encoded = model.encoder(

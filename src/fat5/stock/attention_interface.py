@@ -1,7 +1,7 @@
 """`attn_implementation="fat5"`: our attention under transformers' interface, for stock models left as they are.
 
-A stock T5 makes its dense (1, H, Lq, Lk) bias before it calls attention; all this can do is not to read it: a bias of
-distances is known from its first row and column. `fat5.accelerate` goes further, and makes none.
+A stock T5 makes its dense (1, H, Lq, Lk) bias before it calls attention. This file only avoids reading all of it: a
+bias that depends on distance is known from its first row and column. `fat5.accelerate` makes no dense bias at all.
 """
 
 from typing import Any
@@ -36,9 +36,9 @@ def make_mask(
 ) -> Tensor | None:
     """The keys to attend to: None for all, (B, Lk) bool, or (B, 1, Lq, Lk) bool.
 
-    Causality is not in the first two: `module.is_causal` says it, which holds as long as queries and keys start
-    together. With a cache they do not, and the mask has four dimensions. So has one that leaves a query without a key,
-    and every mask of a graph that is recorded: attention is then sdpa's, where such a query attends to all keys alike.
+    The first two leave causality to `module.is_causal`, which is right while queries and keys start together. The mask
+    has four dimensions with a cache, where they do not; if it leaves a query without a key; and in every recorded
+    graph. Attention is then sdpa's, where a query without a key attends to all keys alike.
     """
     causal = mask_function is causal_mask_function
     together = isinstance(q_offset, int) and q_offset == kv_offset == 0 and not ops.is_recorded()
