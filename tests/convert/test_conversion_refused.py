@@ -101,7 +101,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(folder: Any, tokenizer: Path) ->
 
 def test_keys_that_cannot_be(folder: Any, tmp_path: Path) -> None:
     source = folder("v1.1")
-    refused(source, ConfigurationError, "quantization is CTranslate2's", quantization="int8")
+    refused(source, ConfigurationError, "only ctranslate2 quantizes", quantization="int8")
     refused(source, ConfigurationError, "onnx is written in float32", to="onnx", dtype="float16")
     (source.parent / "made").mkdir()
     (source.parent / "made" / "thing").write_text("mine")

@@ -140,50 +140,53 @@ def convert(config: ConvertConfig) -> Conversion:
 
 
 def _check(config: ConvertConfig) -> None:
-    if not config.model:
-        raise ConfigurationError("no model", hint="Say which: fat5 convert DIR --output_dir NEW --to hf")
-    if not config.output_dir:
-        raise ConfigurationError("output_dir is not given", hint="Say where the copy goes: --output_dir NEW")
-    if not 0 <= config.seed < 1 << 63:
-        raise ConfigurationError(f"{config.seed} is not from 0 up to 2^63 - 1", where="seed")
-    target = Path(config.output_dir)
-    if target.is_symlink() or target.exists():
-        raise ConfigurationError("exists", where=target, hint="Choose a new --output_dir, or remove this one")
-    if config.quantization and config.to != "ctranslate2":
-        raise ConfigurationError(f"quantization is CTranslate2's, and not {config.to}'s", hint="Use dtype")
-    if config.to == "onnx" and config.dtype not in ("auto", "float32"):
-        raise ConfigurationError(f"onnx is written in float32, not {config.dtype}", where="dtype", hint="Leave it out")
-    missing = [package for package in PACKAGES.get(config.to, ()) if find_spec(package) is None]
-    if missing:
-        raise ConfigurationError(
-            f"--to {config.to} needs {' and '.join(missing)}, not installed here",
-            hint=f"pip install 'fat5[{config.to}]'",
-        )
+    target, to = Path(config.output_dir), config.to
+    missing = [package for package in PACKAGES.get(to, ()) if find_spec(package) is None]
+    for is_wrong, what, where, hint in (
+        (not config.model, "no model", None, "Say which: fat5 convert DIR --output_dir NEW --to hf"),
+        (not config.output_dir, "is not given", "output_dir", "Say where the copy goes: --output_dir NEW"),
+        (not 0 <= config.seed < 1 << 63, f"{config.seed} is not from 0 up to 2^63 - 1", "seed", None),
+        (target.is_symlink() or target.exists(), "exists", target, "Choose a new --output_dir, or remove this one"),
+        (
+            config.quantization and to != "ctranslate2",
+            f"only ctranslate2 quantizes, not {to}", "quantization", "Use dtype",
+        ),
+        (
+            to == "onnx" and config.dtype not in ("auto", "float32"),
+            f"onnx is written in float32, not {config.dtype}", "dtype", "Leave it out",
+        ),
+        (
+            missing, f"--to {to} needs {' and '.join(missing)}, not installed here", None,
+            f"pip install 'fat5[{to}]'",
+        ),
+    ):  # fmt: skip
+        if is_wrong:
+            raise ConfigurationError(what, where=where, hint=hint)
 
 
 def _check_expressible(source: Source, to: str) -> None:
     """Raises ConfigurationError if the format cannot express the model."""
-    positions = source.config.position_encoding
-    if to in ("hf", "ctranslate2") and positions != "t5":
-        others = "fat5 or onnx"
-        raise ConfigurationError(
-            f"{positions} positions: {to} has T5's only", where=source.folder, hint=f"Use --to {others}"
+    positions, to_ctranslate2 = source.config.position_encoding, to == "ctranslate2"
+    for is_wrong, what, use in (
+        (
+            to in ("hf", "ctranslate2") and positions != "t5",
+            f"{positions} positions: {to} has T5's only", "fat5 or onnx",
+        ),
+        (
+            to_ctranslate2 and source.kind != "ForConditionalGeneration",
+            f"a T5{source.kind}: ctranslate2 takes encoder-decoders with a language-model head", "hf or onnx",
+        ),
+        (
+            to_ctranslate2 and source.config.family == "umt5",
+            "umT5: ctranslate2 has no bias table in every layer", "hf or onnx",
+        ),
+    ):  # fmt: skip
+        if is_wrong:
+            raise ConfigurationError(what, where=source.folder, hint=f"Use --to {use}")
+    if to_ctranslate2 and source.tokenizer is None:
+        raise TokenizerError(
+            "holds no tokenizer, whose tokens ctranslate2 needs", where=source.folder, hint="Give --tokenizer DIR"
         )
-    if to == "ctranslate2":
-        if source.kind != "ForConditionalGeneration":
-            raise ConfigurationError(
-                f"a T5{source.kind}: ctranslate2 takes encoder-decoders with a language-model head",
-                where=source.folder,
-                hint="Use --to hf or onnx",
-            )
-        if source.config.family == "umt5":
-            raise ConfigurationError(
-                "umT5: ctranslate2 has no bias table in every layer", where=source.folder, hint="Use --to hf or onnx"
-            )
-        if source.tokenizer is None:
-            raise TokenizerError(
-                "holds no tokenizer, whose tokens ctranslate2 needs", where=source.folder, hint="Give --tokenizer DIR"
-            )
 
 
 def _stored_dtype(source: Source, config: ConvertConfig) -> torch.dtype:

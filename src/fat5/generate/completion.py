@@ -1,4 +1,4 @@
-"""Prompts in, completions out: fill the blanks of a text, continue it, or hand it to the model as it is."""
+"""Prompts to completions: fill the blanks of a text, continue it, or pass it to the model as it is."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from fat5.generate.settings import left_to_stock, settings
 from fat5.generate.step import Models
 from fat5.machine import GIB, free_memory
 
-# A blank is written as the sentinel itself or as three underscores, whichever the user finds easier to type.
+# A blank is a sentinel or at least three underscores.
 BLANK = re.compile(r"<extra_id_\d+>|_{3,}")
 MODES = ("auto", "infill", "continue", "text")
 
@@ -27,8 +27,8 @@ class Completion:
 
     Attributes:
         prompt: as given.
-        completion: what the model wrote: the spans of an infill (joined by " … "), the continuation, or the output.
-        text: the whole: the prompt with its blanks filled or its continuation appended; the output text in mode "text".
+        completion: the model's own text: the spans of an infill (joined by " … "), the continuation, or the output.
+        text: the prompt with its blanks filled or its continuation appended; in mode "text" only the output.
     """
 
     prompt: str
@@ -80,7 +80,7 @@ def complete(
             hint="They do not belong together; give the model its own tokenizer",
         )
     encoded = [_encode(tokenizer, prompt, mode, mode_token) for prompt in prompts]
-    # Prompts of one length share a batch as far as may be: less padding.
+    # Prompts of similar length share a batch, for less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][1]), reverse=True)
     answers: dict[int, Completion] = {}
     device = next(model.parameters()).device
@@ -111,7 +111,7 @@ def complete(
 
 
 def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., torch.Tensor], Any]:
-    """Our decoding loop's `generate` or the model's own, and the generation configuration that holds."""
+    """The `generate` of our decoding loop or the model's own, and the generation configuration for it."""
     config = settings(model, how)
     serves = isinstance(model, Models) and not any(parameter.is_meta for parameter in model.parameters())
     beyond = left_to_stock(config)
@@ -124,7 +124,7 @@ def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., t
 
 
 def _check_memory(model: Any, rows: int, config: Any) -> None:
-    """Raises ConfigurationError where the answers of one batch are larger than the memory."""
+    """Raises ConfigurationError if the answers of one batch do not fit into memory."""
     beams, length = config.num_beams or 1, config.max_new_tokens
     shape = model.config
     weight = next(model.parameters())
@@ -142,7 +142,7 @@ def _check_memory(model: Any, rows: int, config: Any) -> None:
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None) -> tuple[str, list[int]]:
-    """(resolved mode, input ids): opening, mode token, text with sentinels, EOS, as the model saw them in training."""
+    """(resolved mode, input ids): opening, mode token, text with sentinels, EOS, as in training."""
     info = tokenizer.info
     has_blank = BLANK.search(prompt) is not None
     if mode == "auto":
@@ -166,7 +166,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None
         )
     before = ""
     for index, piece in enumerate(pieces):
-        # A token carries the space before it, so the space before a blank belongs to what fills it.
+        # A token includes the space before it, so the space before a blank belongs to its filling.
         piece = piece if index == len(pieces) - 1 else piece.rstrip(" ")
         if index:
             ids.append(info.sentinel_ids[index - 1])
@@ -194,7 +194,7 @@ def _decode(tokenizer: Tokenizer, prompt: str, mode: str, row: list[int]) -> Com
         before = tokenizer.encode(left) or before
         fill = tokenizer.decode(spans.get(index, []), skip_special_tokens=True, after=before)
         if left.endswith(("\n", "\t")) and not tokenizer.decode(before).endswith(("\n", "\t")):
-            # SentencePiece has one kind of white space: the space that the span begins with is this line break.
+            # SentencePiece has one kind of white space, so the span begins with a space for this line break.
             fill = fill.removeprefix(" ")
         text += left + fill
         fills.append(fill.strip())
@@ -203,7 +203,7 @@ def _decode(tokenizer: Tokenizer, prompt: str, mode: str, row: list[int]) -> Com
 
 
 def _spans(row: list[int], sentinel_ids: Sequence[int]) -> dict[int, list[int]]:
-    """Blank number → its tokens, from `sentinel span sentinel span …`; the first answer for a blank counts."""
+    """Blank number → its tokens, from `sentinel span sentinel span …`; the first span for a blank counts."""
     number = {token: index for index, token in enumerate(sentinel_ids)}
     spans: dict[int, list[int]] = {}
     current: list[int] | None = None

@@ -12,9 +12,9 @@ from transformers import LogitsProcessorList
 from fat5.generate.settings import left_to_stock, processors, settings
 from fat5.generate.step import DecoderWeights, Step
 
-# On a GPU, whether every row has ended is asked this often: each answer makes the host wait.
+# On a GPU, the loop checks for the end of every row this often, since each check makes the host wait.
 STEPS_BETWEEN_CHECKS = 8
-# A score that no sequence has; what stock beam search calls minus infinity.
+# Below the score of any sequence; stock beam search uses it for minus infinity.
 HOPELESS = -1.0e9
 
 
@@ -136,14 +136,13 @@ def _beam_search(
     stop: Tensor,
     pad: int,
 ) -> Tensor:
-    """Beam search that ends an item when its best open beam cannot pass the worst of its n finished ones.
-
-    An open beam is judged at its present length; scores are mean log-probabilities of the tokens written.
+    """Beam search. An item ends when its best open beam, at its present length, cannot pass the worst of its n finished
+    ones; scores are mean log-probabilities of the tokens written.
     """
     items, device = len(first), first.device
     open_tokens = torch.full((items, beams, 1 + length), pad, device=device)
     open_tokens[:, :, 0] = first[:, None]
-    # All beams start alike: only the first counts.
+    # All beams start alike, so only the first counts.
     open_scores = torch.full((items, beams), HOPELESS, device=device)
     open_scores[:, 0] = 0.0
     done_tokens, done_scores = open_tokens.clone(), torch.full((items, beams), HOPELESS, device=device)
@@ -166,7 +165,7 @@ def _beam_search(
         open_tokens = _take(rows, kept)
         reorder(_take(source, kept))
 
-        # Only the n best candidates may finish; the others are there to keep n beams open.
+        # Only the n best candidates may finish; the others keep n beams open.
         finishes = ends & improvable
         finishes[:, beams:] = False
         finished_scores = torch.where(finishes, best / written, HOPELESS)

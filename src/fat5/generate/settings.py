@@ -1,6 +1,4 @@
-"""What becomes of each field of a `GenerationConfig`: our decoding loop obeys it, stock `generate` does, or no token
-changes.
-"""
+"""Each field of `GenerationConfig`: obeyed by our decoding loop, left to stock `generate`, or without effect."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from transformers import (
 from fat5.errors import ConfigurationError
 from fat5.files import is_count, is_number
 
-# Our loop does these, whatever their value.
+# Our loop obeys these, whatever their value.
 DONE = frozenset(
     {
         "max_new_tokens", "max_length", "min_new_tokens", "min_length",
@@ -38,7 +36,7 @@ DONE = frozenset(
         "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
     }
 )  # fmt: skip
-# These change no token: caches and compilation, what is returned besides tokens, details of an assistant model.
+# These change no token: caches, compilation, outputs besides tokens, details of an assistant model.
 WITHOUT_EFFECT = frozenset(
     {
         "use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size",
@@ -49,39 +47,22 @@ WITHOUT_EFFECT = frozenset(
         "transformers_version",
     }
 )  # fmt: skip
-# Stock `generate` does these. The value is the one that changes nothing.
+# Only stock `generate` obeys these. The value here is the one that changes nothing.
 STOCK: dict[str, Any] = {
-    "num_return_sequences": 1,
-    "max_time": None,
-    "stop_strings": None,
-    "sequence_bias": None,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "guidance_scale": 1.0,
-    "token_healing": False,
-    "watermarking_config": None,
-    "use_mtp": False,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "speculation_type": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-}
-# The same; without effect unless among beams, or unless sampling.
+    **dict.fromkeys((
+        "max_time", "stop_strings", "sequence_bias", "exponential_decay_length_penalty", "watermarking_config",
+        "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type", "penalty_alpha", "dola_layers",
+        "constraints", "force_words_ids",
+    )),
+    **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "token_healing", "use_mtp"), False),
+    "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
+}  # fmt: skip
+# The same, but without effect unless in beam search, or unless sampling.
 STOCK_AMONG_BEAMS: dict[str, Any] = {"length_penalty": 1.0, "early_stopping": False}
 STOCK_IN_SAMPLING: dict[str, Any] = {
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
+    "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
 
 
 def _is_token(value: Any, size: int) -> bool:
@@ -89,36 +70,36 @@ def _is_token(value: Any, size: int) -> bool:
 
 
 def _are_tokens(value: Any, size: int) -> bool:
-    """One or several; -1 and ids beyond the vocabulary stand for a token that never comes."""
-    several = value if isinstance(value, list) else [value]
-    return all(is_count(token) or (type(token) is int and token == -1) for token in several)
+    """One id or several; -1 or an id beyond the vocabulary never occurs."""
+    return all(is_count(token) or (type(token) is int and token == -1) for token in _as_list(value))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _KINDS: dict[str, Callable[[Any, int], bool]] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id", "forced_bos_token_id"), _is_token),
-    "decoder_start_token_id": lambda value, size: all(
-        _is_token(token, size) for token in (value if isinstance(value, list) else [value])
-    ),
+    "decoder_start_token_id": lambda value, size: all(_is_token(token, size) for token in _as_list(value)),
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _are_tokens),
     **dict.fromkeys(
         ("suppress_tokens", "begin_suppress_tokens"),
         lambda value, size: isinstance(value, list) and _are_tokens(value, size),
     ),
-    **dict.fromkeys(
-        ("num_beams", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"),
-        lambda value, _: is_count(value),
-    ),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), lambda value, _: is_count(value)),
+    **dict.fromkeys((
+        "num_beams", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k",
+        "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    ), lambda value, _: is_count(value)),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), lambda value, _: is_number(value)),
-}
+}  # fmt: skip
 
 
 def settings(model: Any, how: dict[str, Any]) -> GenerationConfig:
-    """The fields that hold for one call: `how`, and the model's own generation configuration where `how` is silent.
+    """The fields for one call: `how`, and the model's own generation configuration for the others.
 
     Raises:
-        ValueError: `how` names something that is no field.
-        ConfigurationError: a value of the model's own that no decoding can use.
+        ValueError: `how` names an unknown field.
+        ConfigurationError: the model's own configuration has an unusable value.
     """
     for name, fits in _KINDS.items():
         value = getattr(model.generation_config, name, None)
@@ -136,7 +117,7 @@ def settings(model: Any, how: dict[str, Any]) -> GenerationConfig:
 
 
 def left_to_stock(config: GenerationConfig) -> list[str]:
-    """Names of the fields whose values only stock `generate` obeys, among them every field that we do not know."""
+    """Names of the fields whose values only stock `generate` obeys, including every field unknown to us."""
     found = []
     among_beams, sampling = (config.num_beams or 1) > 1, bool(config.do_sample)
     for name, value in vars(config).items():
@@ -154,7 +135,7 @@ def left_to_stock(config: GenerationConfig) -> list[str]:
 
 
 def processors(config: GenerationConfig, length: int, prompts: Tensor, ends: Tensor) -> LogitsProcessorList:
-    """transformers' own, in its order.
+    """The logits processors of transformers, in its order.
 
     Args:
         length: tokens written at most, without the start token.

@@ -82,11 +82,11 @@ class Projection:
 
 
 class DecoderWeights:
-    """The decoder of a model, its projections ready for few rows.
+    """A model's decoder with its projections laid out for few rows.
 
     Raises:
-        TypeError: `model` is none of `Models`, its weights are offloaded, or its decoder has hooks that a step would
-            not call.
+        TypeError: `model` is none of `Models`, its weights are offloaded, or its decoder has hooks, which a step would
+            skip.
     """
 
     def __init__(self, model: Any) -> None:
@@ -111,10 +111,10 @@ class DecoderWeights:
         self.lm_head = Projection(model.lm_head, packs=packs)
 
     def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What the biases of layer i are read from, or None where they are the layer's before.
+        """The biases of layer i, or None if it shares those of the layer before.
 
-        (H, 2 capacity - 1), indexed by distance + capacity - 1, with the future hidden; of FIRE, whose bias is no
-        function of the distance, (H, capacity, capacity).
+        (H, 2 capacity - 1), indexed by distance + capacity - 1, with the future hidden; for FIRE, whose bias is no
+        function of distance, (H, capacity, capacity).
         """
         attention = self.decoder.block[i].layer[0].SelfAttention
         if self.encoding == "t5":
@@ -136,14 +136,14 @@ class DecoderWeights:
 
 
 class LayerWeights:
-    """One block's."""
+    """One block's weights."""
 
     def __init__(self, layer: Any, config: Any, packs: bool) -> None:
         own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
         self.norms = [part.layer_norm for part in layer]
         self.query_key_value, self.output = Projection(own.q, own.k, own.v, packs=packs), Projection(own.o, packs=packs)
         self.memory_query, self.memory_output = Projection(across.q, packs=packs), Projection(across.o, packs=packs)
-        # Of many rows at once, and once: no need to lay them out.
+        # Called once, on many rows, so they need no special layout.
         self.memory_key, self.memory_value = across.k, across.v
         self.gated = hasattr(dense, "wi_0")
         self.inner = Projection(dense.wi_0 if self.gated else dense.wi, packs=packs)
@@ -158,7 +158,7 @@ class LayerWeights:
 
 
 class Step:
-    """A decoder at work on one batch: `self(tokens, position)` gives the logits of the next tokens.
+    """A decoder's state for one batch; `self(tokens, position)` returns the logits of the next tokens.
 
     Args:
         weights: of the decoder.
@@ -183,7 +183,7 @@ class Step:
         places = (len(weights.layers), self.items, self.heads, capacity, beams, self.width)
         self.keys, self.values = (torch.zeros(places, dtype=dtype, device=device) for _ in range(2))
         self.slots = torch.arange(beams, device=device)
-        # (B, n, capacity): where in each place the beam's ancestor wrote.
+        # (B, n, capacity): the slot where the beam's ancestor wrote at each position.
         self.ancestors = self.slots[None, :, None].repeat(self.items, 1, capacity)
         self.times = torch.arange(capacity, device=device)
         self.biases = [weights.bias_table(i, capacity, dtype, device) for i in range(len(weights.layers))]
@@ -195,11 +195,11 @@ class Step:
         return self.run(tokens, torch.tensor([position], device=tokens.device), self.window(position))
 
     def window(self, position: int) -> int:
-        """How many places a step at `position` looks at."""
+        """How many positions a step at `position` attends to."""
         return min(self.capacity, (position // WINDOW + 1) * WINDOW)
 
     def run(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
-        """The same with the position on the device, (1,) int64, so that a graph can be replayed."""
+        """The same with the position as a (1,) int64 tensor on the device, so that a graph can be replayed."""
         weights = self.weights
         hidden = weights.decoder.embed_tokens(tokens)
         rotation = None
@@ -223,11 +223,11 @@ class Step:
         return weights.lm_head(hidden if weights.scale is None else hidden * weights.scale).float()
 
     def reorder(self, sources: Tensor) -> None:
-        """Beam j goes on from beam `sources[:, j]`, (B, n)."""
+        """Beam j continues beam `sources[:, j]`, (B, n)."""
         self.ancestors.copy_(self.ancestors.gather(1, sources[..., None].expand_as(self.ancestors)))
 
     def graphed(self) -> Callable[[Tensor, int], Tensor]:
-        """This, as a CUDA graph for each window, replayed with tokens and position copied in."""
+        """The step as a CUDA graph for each window, replayed with tokens and position copied in."""
         graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         device = self.times.device
         token_buffer = torch.zeros(self.items * self.beams, dtype=torch.long, device=device)
@@ -302,7 +302,7 @@ class Step:
 
 
 def _refuse_hooks(decoder: Any) -> None:
-    """A step calls projections, embeddings and norms, and none of the modules around them."""
+    """Raises TypeError for a hook on a module that a step does not call: all but projections, embeddings and norms."""
     passed = {"decoder": decoder}
     for i, block in enumerate(decoder.block):
         passed[f"decoder.block.{i}"] = block
@@ -311,7 +311,7 @@ def _refuse_hooks(decoder: Any) -> None:
             passed |= {place: layer, f"{place}.{name}": getattr(layer, name)}
     for place, module in passed.items():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers leaves inactive ones behind once hidden states or attention weights were asked for.
+        # transformers leaves inactive hooks behind after recording hidden states or attention weights.
         active = any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks)
         if active or "forward" in module.__dict__:
             raise TypeError(f"model: this loop would not call the hook of {place}; call model.generate instead")

@@ -1,7 +1,7 @@
-"""Checkpoints of the first FAT5 (model_type: flash_t5): their keys and names, said in T5's.
+"""Checkpoints of the first FAT5 (model_type: flash_t5): their keys and tensor names, translated to T5's.
 
-The formulas are T5's with a factor on the attention scores, which is folded into the query projections; so what is
-loaded is a plain T5, and is saved as one. Facts: docs/compatibility.md; formulas: fat5.convert.flash_t5_formulas.
+The old model is a T5 with a factor on its attention scores. The factor is folded into the query projections, so the
+loaded model is a plain T5 and is saved as one. Facts: docs/compatibility.md; formulas: fat5.convert.flash_t5_formulas.
 """
 
 import math
@@ -30,8 +30,8 @@ _PARTS = (
     (r"(encoder\.block\.\d+)\.ff_layer\.(?:act\.)?(wi|wi_0|wi_1|wo)\.", r"\1.layer.1.DenseReluDense.\2."),
     (r"(decoder\.block\.\d+)\.ff_layer\.(?:act\.)?(wi|wi_0|wi_1|wo)\.", r"\1.layer.2.DenseReluDense.\2."),
 )
-# Keys that mean the same here. No other is taken over as it stands: the file also holds choices of kernels, and what
-# transformers 4 derived (`is_gated_act`, `dense_act_fn`) from a `feed_forward_proj` that the old classes never read.
+# Keys with the same meaning here. The file also has choices of kernels, and keys that transformers 4 derived
+# (`is_gated_act`, `dense_act_fn`) from a `feed_forward_proj` that the old classes never read.
 _SAME = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
     "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "initializer_factor",
@@ -44,10 +44,10 @@ _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 def translate_configuration(found: dict[str, Any], where: object) -> dict[str, Any]:
-    """FAT5's keys from a flash_t5 config.json; a key that is absent has the default of the old classes.
+    """FAT5's keys from a flash_t5 config.json; absent keys get the defaults of the old classes.
 
     Raises:
-        CheckpointError: a key by which the old classes compute something else than FAT5 does.
+        CheckpointError: a key for which the old classes compute something that FAT5 does not.
     """
     positions = found.get("position_encoding_type", "t5")
     refused = {
@@ -71,7 +71,7 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
         "position_encoding": _POSITIONS[positions],
         "feed_forward_proj": f"gated-{activation}" if found.get("use_glu_mlp", False) else plain,
         "tie_word_embeddings": False,
-        # The old model says False of itself, pads labels with -100 and leaves factors of its loss null.
+        # The old file says False, pads labels with -100 and may have null factors of the loss.
         "is_encoder_decoder": True,
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "attention_dropout_rate": found.get("attention_dropout_rate") or 0.0,
@@ -82,7 +82,7 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
 
 
 def attention_scale(found: dict[str, Any], where: object) -> float:
-    """The factor on attention scores; null or absent, the root of the number of heads, not of their width.
+    """The factor on attention scores; by default the inverse root of the number of heads (not of their width).
 
     Raises:
         CheckpointError: it is no number.
@@ -103,13 +103,13 @@ def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -
     """The tensors under T5's names, `scale` folded into the query projections, in float32 or wider.
 
     Raises:
-        CheckpointError: keys and values in one tensor, by which one knows weights of an earlier and other formula.
+        CheckpointError: keys and values in one tensor, as in an earlier version with other formulas.
     """
     translated, folded = {}, {}
     for old, tensor in tensors.items():
         if ".Wkv." in old:
             raise CheckpointError(
-                f"{old} is of a first version of flash_t5, whose decoder had other positions",
+                f"{old} comes from a first version of flash_t5, whose decoder had other positions",
                 where=where,
                 hint="give a checkpoint that has Wk and Wv",
             )
@@ -123,12 +123,12 @@ def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -
     for copied in _TABLES:
         if copied in translated:
             translated.setdefault("shared.weight", translated.pop(copied))
-    # The wider ones last: where no dtype is asked for, transformers takes that of the first.
+    # The wider tensors last: without a dtype asked for, transformers takes that of the first.
     return translated | folded
 
 
 def _head_form(found: dict[str, Any]) -> str | None:
-    """What the head of the class that was saved reads; None for the others."""
+    """The `head_form` of the saved class; None for classes without one."""
     classes = found.get("architectures") or [""]
     name = classes if isinstance(classes, str) else classes[0]
     return {"FlashT5ForSequenceClassification": "encoder-eos", "FlashT5ForQuestionAnswering": "encoder"}.get(name)

@@ -138,30 +138,18 @@ class HeadProjection(nn.Linear):
     """A projection of a head, with a bias; a class of its own for its initialisation."""
 
 
-class SelfAttentionLayer(nn.Module):
-    """hidden + dropout(SelfAttention(norm(hidden)))."""
+class Residual(nn.Module):
+    """hidden + dropout(part(norm(hidden))), with a part called SelfAttention, EncDecAttention or DenseReluDense."""
 
-    def __init__(self, config: FAT5Config, layer: int, has_relative_attention_bias: bool) -> None:
+    def __init__(self, config: FAT5Config, **part: nn.Module) -> None:
         super().__init__()
-        self.SelfAttention = Attention(config, layer, has_relative_attention_bias)
+        [(self.name, module)] = part.items()
+        self.add_module(self.name, module)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, hidden: Tensor, segments: Segments, **how: Any) -> Tensor:
-        return hidden + self.dropout(self.SelfAttention(self.layer_norm(hidden), segments, **how))
-
-
-class CrossAttentionLayer(nn.Module):
-    """hidden + dropout(EncDecAttention(norm(hidden), memory)); no position enters."""
-
-    def __init__(self, config: FAT5Config, layer: int) -> None:
-        super().__init__()
-        self.EncDecAttention = Attention(config, layer)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, hidden: Tensor, segments: Segments, **how: Any) -> Tensor:
-        return hidden + self.dropout(self.EncDecAttention(self.layer_norm(hidden), segments, **how))
+    def forward(self, hidden: Tensor, *args: Any, **how: Any) -> Tensor:
+        return hidden + self.dropout(getattr(self, self.name)(self.layer_norm(hidden), *args, **how))
 
 
 class FeedForward(nn.Module):
@@ -201,29 +189,18 @@ class GatedFeedForward(nn.Module):
         return ops.geglu(gate, up) if self.act is None else self.act(gate) * up
 
 
-class FeedForwardLayer(nn.Module):
-    """hidden + dropout(FeedForward(norm(hidden)))."""
-
-    def __init__(self, config: FAT5Config) -> None:
-        super().__init__()
-        self.DenseReluDense = GatedFeedForward(config) if config.is_gated_act else FeedForward(config)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.dropout(self.DenseReluDense(self.layer_norm(hidden)))
-
-
 class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention in a decoder, feed-forward."""
 
     def __init__(self, config: FAT5Config, layer: int, is_decoder: bool, has_relative_attention_bias: bool) -> None:
         super().__init__()
         self.is_decoder = is_decoder
-        self.layer = nn.ModuleList([SelfAttentionLayer(config, layer, has_relative_attention_bias)])
+        own = Attention(config, layer, has_relative_attention_bias)
+        self.layer = nn.ModuleList([Residual(config, SelfAttention=own)])
         if is_decoder:
-            self.layer.append(CrossAttentionLayer(config, layer))
-        self.layer.append(FeedForwardLayer(config))
+            self.layer.append(Residual(config, EncDecAttention=Attention(config, layer)))
+        feed_forward = GatedFeedForward(config) if config.is_gated_act else FeedForward(config)
+        self.layer.append(Residual(config, DenseReluDense=feed_forward))
 
     def forward(
         self,
