@@ -156,7 +156,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "labels that are no mapping": (config(id2label=["a"]), "id2label: expected number → label, got \"['a']\""),
     "classes that are no names": (config(architectures=5), "5"),
     "a type of model that is a list": (config(model_type=[]), "model_type: expected a name"),
-    "no family": (config(family="t6"), "family: expected one of t5, mt5, umt5, got 't6'"),
+    "no family": (config(family="t6"), "family: expected t5, mt5 or umt5, got 't6'"),
     "no dtype": (config(dtype="float31"), "dtype: expected the name of a dtype, got 'float31'"),
     "a dtype that is a number": (config(torch_dtype=-1), "torch_dtype: expected the name of a dtype"),
     "an activation that is derived": (config(dense_act_fn=None), "dense_act_fn: expected an activation"),
@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole numbers": (as_integers, "holds I32, and weights are floating-point numbers"),
     "NaN": (tensors(lambda t: t[KEY][0].fill_(float("nan"))), f"{KEY} holds NaN or infinity"),
     "infinity": (tensors(lambda t: t["lm_head.weight"][5, 5].fill_(-float("inf"))), "lm_head.weight holds NaN or inf"),
-    "an adapter": (adapter, "is no model without its base model. merge the two: python"),
+    "an adapter": (adapter, "needs its base model. merge the two: python"),
     "an adapter beside a model": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter of PEFT",
     ),
