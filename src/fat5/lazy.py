@@ -1,4 +1,4 @@
-"""Names of a room that are imported when first used, so that `import fat5` and a verb's help stay light."""
+"""Imports a room's names on first use, so that `import fat5` and a verb's help stay light."""
 
 import sys
 from collections.abc import Callable

@@ -12,30 +12,30 @@ from fat5.errors import ConfigurationError, DataError, check_writable
 from fat5.files import write_output
 from fat5.generate import Decoding
 
-# A prompt is a text for one context window; a line above this is some other file given by mistake.
+# A prompt fits one context window; a longer line means that the file is no list of prompts.
 LONGEST_PROMPT = 1_000_000
 
 
 @dataclass
 class GenerateConfig(Decoding):
-    """Fill the blanks of texts (___ or <extra_id_0>), continue texts, or hand them to a fine-tuned model."""
+    """Fill the blanks of texts (___ or <extra_id_0>), continue texts, or pass them to a fine-tuned model."""
 
     model: str = ""
     """Folder of a model, or of a run (its model/ is taken)"""
     prompts: list[str] = field(default_factory=list)
-    """The texts; without any, and without --input, they are read from standard input, one a line"""
+    """The texts; by default the lines of standard input"""
     input: str | None = None
     """File of prompts, one a line (UTF-8)"""
     output: str | None = None
-    """File to write the answers to, one a line; standard output otherwise"""
+    """File for the answers, one a line; by default standard output"""
     mode: Literal["auto", "infill", "continue", "text"] = "auto"
-    """text gives the prompt as it is (fine-tuned tasks); auto is infill where there is a blank, else continue"""
+    """text passes the prompt as it is (fine-tuned tasks); auto is infill for a prompt with a blank, else continue"""
     mode_token: str | None = None
-    """[R], [S] or [X] put first; by default [R] for infill and [S] for continue; "" for none"""
+    """First token of the input: [R], [S], [X] or "" for none; by default [R] for infill and [S] for continue"""
     json_lines: bool = False
-    """Write {"prompt", "completion", "text"} a line rather than the text alone"""
+    """Write a line {"prompt", "completion", "text"} instead of the text alone"""
     device: str = "auto"
-    """auto (CUDA where there is one), cpu or cuda"""
+    """auto (CUDA if available), cpu or cuda"""
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_prompts(words: list[str], file: str | None) -> Iterator[str]:
-    """The prompts: the words given, else the lines of a file, else those of standard input; empty ones are left out.
+    """The prompts: the words given, else the lines of a file, else of standard input; empty lines are skipped.
 
     Raises:
         ConfigurationError: both words and a file.

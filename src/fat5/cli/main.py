@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):
-        # A terminal that cannot show a letter gets its code, not a traceback.
+        # A letter that the terminal cannot show is printed as its code, without a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not _streams_are_open():
         print("fat5: standard output is closed. Redirect it to a file or to /dev/null", file=sys.stderr)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence_stdout()  # the reader has seen enough (`| head`)
+        _silence_stdout()  # the reader closed the pipe, as `| head` does
         return 0
     except OSError as error:
         _silence_stdout()
@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _streams_are_open() -> bool:
-    """Whether something takes what is printed. A closed stream becomes /dev/null: else the next file that is opened
-    would take its number, and with it what libraries print."""
+    """Whether standard output is open. A closed stream becomes /dev/null; otherwise the next file opened would get its
+    number, and receive what libraries print.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -92,7 +93,7 @@ def _describe(error: OSError) -> str:
         errno.EDQUOT: "Make room, and run the same command again",
         errno.EFBIG: "Raise the limit on the size of a file (ulimit -f)",
         errno.EMFILE: "Raise the limit on open files (ulimit -n)",
-        errno.EIO: "The disk fails; the system's log (dmesg) says more",
+        errno.EIO: "The disk fails; the system log (dmesg) has details",
         errno.EROFS: "Choose a folder that can be written",
         errno.EACCES: "Choose a folder that can be written, or change its permissions",
     }
@@ -117,14 +118,14 @@ def _run(argv: list[str]) -> int:
         print(f"fat5: no verb {verb!r}. {meant}", file=sys.stderr)
         return 2
     for word in rest:
-        # What is not UTF-8 reaches Python as lone surrogates, which no JSON, YAML or tokenizer takes.
+        # Bytes that are not UTF-8 reach Python as lone surrogates, which JSON, YAML and tokenizers refuse.
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             print(f"fat5 {verb}: {word!r}: not UTF-8. Rename it, or set a UTF-8 locale", file=sys.stderr)
             return 2
     from fat5.errors import FAT5Error
 
-    # OpenMP threads that wait spin by default, and starve each other on a busy machine; a short spin costs nothing on a
-    # quiet one (docs/lab-log.md). It must be said before torch loads OpenMP.
+    # Waiting OpenMP threads spin by default, and starve each other on a busy machine; a short spin costs nothing on an
+    # idle one (docs/lab-log.md). This must be set before torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return import_module(f"fat5.cli.{verb}").main(rest) or 0
@@ -137,7 +138,7 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # A full disk, a folder that is not ours: the user's to mend, like any other bad input.
+        # The user can mend a full disk or a folder without permission, like any other bad input.
         if error.filename is None and not _stdout_works():
             error.filename = "standard output"
         print(f"fat5 {verb}: {_describe(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""From a function's signature to a verb's command line and YAML file, with jsonargparse."""
+"""A verb's command line and YAML recipe, from the signature of a function or dataclass, with jsonargparse."""
 
 import inspect
 import json

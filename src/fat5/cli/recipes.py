@@ -16,7 +16,7 @@ def recipe_names() -> list[str]:
 def find_recipe(name: str) -> Path:
     """The file that `--config` names: the shipped recipe of exactly that name, else a file on the disk.
 
-    A file of your own that is called like a recipe is given with its suffix or its path: `demo.yaml`, `./demo`.
+    For a file of your own with a recipe's name, give its suffix or path: `demo.yaml`, `./demo`.
 
     Raises:
         ConfigurationError: neither a recipe nor a file.
@@ -30,12 +30,12 @@ def find_recipe(name: str) -> Path:
         hint = f"Give the file: --config {own}" if own.is_file() else _shipped(names)
         raise ConfigurationError("is a folder, not a recipe", where=name, hint=hint)
     if not path.exists():
-        raise ConfigurationError("no recipe and no file of this name", where=name, hint=_near(path, names))
+        raise ConfigurationError("neither a recipe nor a file", where=name, hint=_near(path, names))
     return path
 
 
 def _near(path: Path, names: list[str]) -> str:
-    """What may have been meant: a recipe asked for by its path or misspelled, or a file beside the one named."""
+    """A hint with the recipe or file that was probably meant: named by a path, or misspelled."""
     bare = path.with_suffix("").as_posix().removeprefix("./")
     called = [name for name in names if bare == name or bare.endswith(f"/{name}")]
     recipe = called[:1] or get_close_matches(bare, names, n=1) or [n for n in names if n.endswith(f"/{bare}")][:1]

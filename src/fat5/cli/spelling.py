@@ -1,4 +1,4 @@
-"""What a person types, as the parser wants it: bare flags, lists without brackets, words that follow no flag."""
+"""Rewrites a typed command line for jsonargparse: bare flags, lists without brackets, words without a flag."""
 
 import json
 from argparse import Action
@@ -12,17 +12,17 @@ TRUTHS = ("true", "false", "yes", "no", "null")
 
 
 def spell_out(argv: Sequence[str], actions: Mapping[str, Action], takes_words: bool, words: str | None) -> list[str]:
-    """`argv` with each value tied to its flag, recipes first (so that flags win over them wherever they stand).
+    """`argv` with each value joined to its flag, and recipes first, so that flags always win over them.
 
     Args:
         argv: the words after the verb.
-        actions: the parser's, by flag.
-        takes_words: whether words that follow no flag mean something, so that one after `--strict` is not its value.
-        words: the list that words without a flag are the content of; None leaves them to the parser.
+        actions: the parser's actions by flag.
+        takes_words: whether the verb takes words without a flag; one after `--strict` is then not its value.
+        words: the key of the list that takes words without a flag; None leaves them to the parser.
 
     Returns:
-        The same, where ``--strict`` became ``--strict=true``, ``--data a b`` became ``--data=["a", "b"]``, and the
-        words ``--WORDS=[…]``.
+        `argv` with ``--strict`` as ``--strict=true``, ``--data a b`` as ``--data=["a", "b"]``, and the words without a
+        flag as ``--WORDS=[…]``.
 
     Raises:
         ConfigurationError: the list is given both as words and by its flag.
@@ -55,7 +55,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _values(flag: str, action: Action | None, rest: list[str], takes_words: bool) -> list[str]:
-    """Takes from `rest` what belongs to a flag."""
+    """Takes a flag's values from `rest`."""
     if action is not None and (action.nargs == 0 or action.dest == "print_config"):
         return []
     kinds = _kinds(action)
@@ -85,14 +85,14 @@ def _is_list(value: str) -> bool:
 
 
 def _kinds(action: Action | None) -> list[Any]:
-    """The types that a key takes, None aside."""
+    """The types of a key, without None."""
     kind = getattr(action, "_typehint", None)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return [kind for kind in kinds if kind is not NoneType]
 
 
 def _item(kinds: list[Any]) -> Any:
-    """The type of a list's items, where a key takes nothing but a list."""
+    """The type of a list's items, if the key takes only a list."""
     return get_args(kinds[0])[0] if len(kinds) == 1 and get_origin(kinds[0]) is list else None
 
 

@@ -1,4 +1,4 @@
-"""A rich console whose reader may leave early, like that of any other print."""
+"""A rich console that leaves a broken pipe to `fat5.cli.main`, as print does."""
 
 from typing import NoReturn
 
@@ -6,7 +6,7 @@ from rich import console
 
 
 class Console(console.Console):
-    """rich's own ends the process with exit code 1 when the pipe breaks; here `fat5.cli.main` decides."""
+    """rich would end the process with exit code 1 when the reader closes the pipe."""
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError

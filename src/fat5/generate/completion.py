@@ -1,12 +1,13 @@
 """Prompts to completions: fill the blanks of a text, continue it, or pass it to the model as it is."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
@@ -91,7 +92,8 @@ def complete(
     ends = {ends} if isinstance(ends, int) else set(ends)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
-        for batch in _batches(order, decoding.batch_size):
+        for start in range(0, len(order), decoding.batch_size):
+            batch = order[start : start + decoding.batch_size]
             input_ids, attention_mask = _pad([encoded[i][1] for i in batch], tokenizer.info.pad_id)
             try:
                 with torch.inference_mode():
@@ -217,15 +219,6 @@ def _spans(row: list[int], sentinel_ids: Sequence[int]) -> dict[int, list[int]]:
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, L) int64 ids padded on the right, and their mask."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
-
-
-def _batches(order: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    texts = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(text) for text in texts]
+    return pad_sequence(texts, batch_first=True, padding_value=pad_id), pad_sequence(masks, batch_first=True)

@@ -39,18 +39,7 @@ class ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(hidden)))))
 
 
-class _Headed(FAT5PreTrainedModel):
-    # These losses are not divided by num_items_in_batch, as Trainer would otherwise assume.
-    accepts_loss_kwargs = False
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.get_input_embeddings()  # type: ignore[union-attr, operator]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.set_input_embeddings(value)  # type: ignore[union-attr, operator]
-
-
-class FAT5ForSequenceClassification(_Headed):
+class FAT5ForSequenceClassification(FAT5PreTrainedModel):
     """A label, or a number, for each text, read from one vector by `head_form`:
 
     - None or "encoder": the mean of the encoder's hidden states over the text's tokens;
@@ -59,6 +48,8 @@ class FAT5ForSequenceClassification(_Headed):
       T5ForSequenceClassification.
     """
 
+    # These losses are not divided by num_items_in_batch, as Trainer would otherwise assume.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_WITHOUT_A_HEAD
     _head_weights: ClassVar = ("classification_head.",)
 
@@ -143,9 +134,10 @@ class FAT5ForSequenceClassification(_Headed):
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-class FAT5ForTokenClassification(_Headed):
+class FAT5ForTokenClassification(FAT5PreTrainedModel):
     """A label for each token, from the encoder, as transformers' T5ForTokenClassification."""
 
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected: ClassVar = NOT_OF_AN_ENCODER
     _head_weights: ClassVar = ("classifier.",)
 

@@ -119,13 +119,14 @@ class FAT5PreTrainedModel(PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.shared  # type: ignore[return-value]
+        return self.base_model.shared  # type: ignore[return-value]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.shared = value
+        base = self.base_model
+        base.shared = value
         for stack in ("encoder", "decoder"):
-            if hasattr(self, stack):
-                getattr(self, stack).embed_tokens = value
+            if hasattr(base, stack):
+                getattr(base, stack).embed_tokens = value
 
     def refuse_unread_embeddings(self) -> None:
         """Raises ValueError if an adapter replaced `shared`, which no stack reads."""

@@ -137,7 +137,13 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         inputs = shift_right(labels, segment_positions(decoder_cu_seqlens, len(labels)), *self._start_and_pad())
         hidden = self._scaled(self.decoder(inputs, decoder_segments, memory=memory, memory_segments=segments))
         if not ops.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
-            return self._output_of_logits(self.lm_head(hidden), labels, items, per_token)
+            # An adapted or quantised head: all logits are made.
+            logits = self.lm_head(hidden)
+            output = PackedLMOutput(loss=self._loss_of_logits(logits, labels, items))
+            if per_token:
+                output["token_loss"] = F.cross_entropy(logits.float(), labels, reduction="none")
+                output["token_correct"] = logits.argmax(dim=-1) == labels
+            return output
         total = ops.linear_cross_entropy(
             hidden, self.lm_head.weight, labels, reduction="sum",
             z_loss=float(self.config.z_loss), label_smoothing=float(self.config.label_smoothing),
@@ -145,16 +151,6 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         output = PackedLMOutput(loss=total / _items(labels, items))
         if per_token:
             output["token_loss"], output["token_correct"] = ops.token_statistics(hidden, self.lm_head.weight, labels)
-        return output
-
-    def _output_of_logits(
-        self, logits: Tensor, labels: Tensor, items: Tensor | int | None, per_token: bool
-    ) -> PackedLMOutput:
-        """The packed output of an adapted or quantised head, from its full logits."""
-        output = PackedLMOutput(loss=self._loss_of_logits(logits, labels, items))
-        if per_token:
-            output["token_loss"] = F.cross_entropy(logits.float(), labels, reduction="none")
-            output["token_correct"] = logits.argmax(dim=-1) == labels
         return output
 
     def _scaled(self, hidden: Tensor) -> Tensor:
