@@ -91,7 +91,7 @@ def test_a_line_break_in_a_path_stays_one_line(verb, tmp_path, capsys):
     ("words", "says"),
     [
         (["--device", "tpu"], "device: no device 'tpu'"),
-        (["--device", "cuda:99"], "device: there is no"),
+        (["--device", "cuda:99"], "device: no device 'cuda:99'"),
         (["--seed", "-1"], "seed: -1"),
         (["--seed", str(1 << 64)], "seed: "),
     ],

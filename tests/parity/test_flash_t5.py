@@ -275,7 +275,7 @@ def test_keys_and_values_in_one_tensor_are_refused(old):
         pair = [tensors.pop(name), tensors.pop(name.replace(".Wk.", ".Wv."))]
         tensors[name.replace(".Wk.", ".Wkv.")] = torch.cat(pair)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"Wkv\.weight is of a first version of flash_t5"):
+    with pytest.raises(CheckpointError, match=r"Wkv\.weight comes from a first version of flash_t5"):
         FAT5ForConditionalGeneration.from_pretrained(folder)
 
 

@@ -107,7 +107,7 @@ def convert(config: ConvertConfig) -> Conversion:
     report.compared += _verify_source(source, model, kind, examples)
     _round(model, stored, kind, examples, report)
     if source.tokenizer is None:
-        report.notes.append("neither source nor copy holds a tokenizer; give one with --tokenizer DIR")
+        report.notes.append("the source holds no tokenizer, so neither does the copy; give one with --tokenizer DIR")
     with _folder(report.target) as partial:
         if config.to == "onnx":
             from fat5.convert.onnx import verify_onnx, write_onnx
