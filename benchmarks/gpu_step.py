@@ -15,11 +15,11 @@ import torch
 from fat5.data import PackedBatch
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.optim import OptimizerConfig
-from fat5.train.config import PretrainConfig
+from fat5.tasks import PretrainConfig
 from fat5.train.cost.flops import ModelShape, peak_flops
 from fat5.train.precision import resolve_precision
-from fat5.train.pretraining import step_runner
-from fat5.train.step import StepResult, StepRunner
+from fat5.train.step import StepResult, StepRunner, step_runner
+from fat5.train.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = 32768
@@ -120,7 +120,7 @@ class Case:
             torch.cuda.reset_peak_memory_stats()
         with torch.device(DEVICE):
             model = FAT5ForConditionalGeneration(FAT5Config.preset(preset, vocab_size=vocabulary))
-        runner = step_runner(config, model, DEVICE)
+        runner = step_runner(config, model, World(DEVICE))
         return cls(config, model, runner)
 
     def step(self, number: int, packed: PackedBatch) -> StepResult:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from fat5.data import sample_path
 from fat5.data.shards.prepare import PrepareConfig, prepare
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
-from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows
+from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain
+from fat5.train import read_rows
 from fat5.train.checkpoint.files import read_json
 from fat5.train.log.metrics import TIMES
 
@@ -150,6 +151,20 @@ def kill_at_row(row: int) -> Callable[[], None]:
         MetricsLog.write = deadly  # type: ignore[method-assign]
 
     return install
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list whose last number is the step, counted from 1, that `StepRunner.run` makes next or is making."""
+    from fat5.train import trainer
+
+    steps, rate_of = [0], trainer.learning_rate
+
+    def watched(schedule, step, total):
+        steps.append(step + 1)
+        return rate_of(schedule, step, total)
+
+    monkeypatch.setattr(trainer, "learning_rate", watched)
+    return steps
 
 
 def events(run: Path) -> list[dict]:

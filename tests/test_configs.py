@@ -16,9 +16,9 @@ from fat5.data.tokenizer.training import TokenizerTraining
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.optim import build_optimizer
+from fat5.tasks import PretrainConfig
 from fat5.tasks.demo import DemoConfig
-from fat5.train import PretrainConfig
-from fat5.train.resolution import configure_model, settle
+from fat5.tasks.sizes import configure_model, settle
 
 RECIPES = [find_recipe(name) for name in recipe_names()]
 INFO = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")

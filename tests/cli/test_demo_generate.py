@@ -65,6 +65,8 @@ def test_the_model_s_card_tells_its_training(demo: Path) -> None:
             "AutoModelForSeq2SeqLM.from_pretrained",
             "for 4 steps",
             "fr.jsonl.gz",
+            "language:\n- fr",
+            "[R]Le paquet est installé par la commande <extra_id_0> dans le terminal.",
             "![Loss, rate and throughput](loss.png)",
         ]
         told += [

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fat5.cli.main import main
-from fat5.train import SourceConfig, pretrain
+from fat5.tasks import SourceConfig, pretrain
 from made_run import tiny
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fat5.cli.main import main
-from fat5.train import pretrain
+from fat5.tasks import pretrain
 from made_run import tiny
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fat5.errors import CheckpointError
 from fat5.optim import OptimizerConfig, ScheduleConfig
-from fat5.train import PretrainConfig, pretrain
+from fat5.tasks import PretrainConfig, pretrain
 from fat5.train.checkpoint.compare import HARMLESS, WARNED, check_changes
 from made_run import events, tiny
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fat5.errors import CheckpointError
-from fat5.train import pretrain
+from fat5.tasks import pretrain
 from made_run import assert_same_run, events, tiny
 
 FILES = (

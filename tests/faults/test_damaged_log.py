@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fat5.errors import DataError
-from fat5.train import draw_comparison, draw_run, pretrain, read_rows
+from fat5.tasks import pretrain
+from fat5.train import draw_comparison, draw_run, read_rows
 from fat5.train.log.metrics import MetricsLog
 from made_run import events, rows_without_times, tiny
 

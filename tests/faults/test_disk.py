@@ -5,8 +5,8 @@ import errno
 import pytest
 
 from fat5.errors import CheckpointError
-from fat5.train import pretrain, verify_checkpoint
-from fat5.train.checkpoint import saving
+from fat5.tasks import pretrain
+from fat5.train import verify_checkpoint
 from fat5.train.checkpoint import store as checkpoint
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.step import StepRunner
@@ -15,8 +15,8 @@ from made_run import assert_same_run, events, tiny
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(saving, "LEAVING_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "LEAVING_SECONDS", 0.0)
 
 
 def failing(monkeypatch, fails, code=errno.ENOSPC):
@@ -63,16 +63,16 @@ def test_it_stops_after_five_failures_with_the_last_good_checkpoint(prepared, tm
 
 def test_the_pause_decides_not_the_schedule(prepared, tmp_path, monkeypatch, capfd):
     """A save falls due at every step, the disk is full for the first three attempts: none comes before its pause."""
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 60.0)
     attempts, now = [], [0.0]
     step_of = StepRunner.run
 
-    def run(self, batches, rate, step):
+    def run(self, batches, rate):
         now[0] += 10.0
-        return step_of(self, batches, rate, step)
+        return step_of(self, batches, rate)
 
     monkeypatch.setattr(StepRunner, "run", run)
-    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     failing(monkeypatch, lambda save: attempts.append(now[0]) or save <= 3)
     pretrain(tiny(prepared, tmp_path / "run", steps=60, save_every=1, eval_every=60))
     # Failures show with the next step, ten seconds later; then 60, 120 and 240 s pass.
@@ -81,7 +81,7 @@ def test_the_pause_decides_not_the_schedule(prepared, tmp_path, monkeypatch, cap
 
 
 def test_a_save_that_waits_for_its_pause_is_tried_before_the_run_leaves(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 1e6)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 1e6)
     failing(monkeypatch, lambda save: save == 1)
     pretrain(tiny(prepared, tmp_path / "run", save_every=2))
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-8"]

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from fat5.errors import FAT5Error
-from fat5.train import CheckpointStore, pretrain
+from fat5.tasks import pretrain
+from fat5.train import CheckpointStore
 from fat5.train.checkpoint.files import _self_sha256, read_json
 from made_run import events, tiny
 
@@ -94,18 +95,15 @@ def test_a_copy_under_another_name_is_passed_over(prepared, begun, tmp_path, cap
 def trainer(prepared, tmp_path_factory):
     """The trainer of the run `begun`, and its folder."""
 
-    import torch
-
-    from fat5.model import FAT5ForConditionalGeneration
-    from fat5.train import pretraining
-    from fat5.train.run_directory import RunDirectory
+    from fat5.tasks import Pretraining
+    from fat5.train import RunDirectory, World
+    from fat5.train.run import new_trainer
 
     config = tiny(prepared, tmp_path_factory.mktemp("trainer") / "run", precision="fp16").resolved()
-    data = pretraining.open_data(config)
-    model = FAT5ForConditionalGeneration(pretraining.configure_model(config, data.info))
+    world = World.here()
     run = RunDirectory(config.output_dir)
     run.mark()
-    return pretraining._trainer(config, run, model, data, torch.device("cpu"))
+    return new_trainer(Pretraining.open(config, world), run, world)
 
 
 @pytest.mark.parametrize("name", ["trainer.json", "optimizer.json", "rng.json"])

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fat5.train import pretrain
+from fat5.tasks import pretrain
 from made_run import assert_same_run, events, in_child, kill_at_row, rows_without_times, start, tiny, wait_for_step
 
 DROPOUT = {"attention_dropout_rate": 0.1}

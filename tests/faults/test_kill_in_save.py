@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from fat5.train import pretrain
+from fat5.tasks import pretrain
 from fat5.train.checkpoint import files
 from made_run import assert_same_run, events, in_child, tiny
 

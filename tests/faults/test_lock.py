@@ -8,7 +8,8 @@ import time
 import pytest
 
 from fat5.errors import RunDirectoryError
-from fat5.train import RunDirectory, pretrain, run_directory
+from fat5.tasks import pretrain
+from fat5.train import RunDirectory, run_directory
 from made_run import start, tiny, wait_for_step
 
 

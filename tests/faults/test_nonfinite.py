@@ -8,30 +8,29 @@ import torch
 from safetensors.torch import load_file
 
 from fat5.optim import OptimizerConfig
-from fat5.train import NonFiniteError, pretrain
+from fat5.tasks import pretrain
+from fat5.train import NonFiniteError
 from fat5.train.step import StepRunner
-from made_run import events, last_checkpoint, rows_without_times, tiny
+from made_run import events, last_checkpoint, rows_without_times, tiny, watch_steps
 
 
 def break_step(monkeypatch, broken, what="gradient", deferred=False):
     """Makes the loss or a gradient of the given steps (counted from 1) not finite; returns the pieces of the first."""
     step_of, backward = StepRunner.run, StepRunner._forward_backward
     pieces: dict[int, list] = {}
-    now = 0
+    steps = watch_steps(monkeypatch)
 
-    def run(self, batches, rate, step):
-        nonlocal now
-        now = step + 1
+    def run(self, batches, rate):
         self.deferred = deferred
-        if now in broken:
-            pieces.setdefault(now, [batch.piece[: batch.num_examples].tolist() for batch in batches])
-        return step_of(self, batches, rate, step)
+        if steps[-1] in broken:
+            pieces.setdefault(steps[-1], [batch.piece[: batch.num_examples].tolist() for batch in batches])
+        return step_of(self, batches, rate)
 
     def spoiled(self, batch, count):
         loss = backward(self, batch, count)
-        if now in broken and what == "gradient":
+        if steps[-1] in broken and what == "gradient":
             self.weights[3].grad[0] = math.inf
-        return loss * math.nan if now in broken and what == "loss" else loss
+        return loss * math.nan if steps[-1] in broken and what == "loss" else loss
 
     monkeypatch.setattr(StepRunner, "run", run)
     monkeypatch.setattr(StepRunner, "_forward_backward", spoiled)
@@ -92,11 +91,11 @@ def test_rewind_takes_the_last_checkpoint_and_the_data_that_follows(prepared, tm
     """The data of steps 5 to 7 is passed over: the run redoes steps 5 to 7 with what would have been 8 to 10."""
     pretrain(tiny(prepared, tmp_path / "clean", steps=12, save_every=4, eval_every=50))
     done = []
-    step_of = StepRunner.run
+    step_of, steps = StepRunner.run, watch_steps(monkeypatch)
 
-    def run(self, batches, rate, step):
-        done.append((step + 1, batches[0].piece[0].item()))
-        return step_of(self, batches, rate, step)
+    def run(self, batches, rate):
+        done.append((steps[-1], batches[0].piece[0].item()))
+        return step_of(self, batches, rate)
 
     monkeypatch.setattr(StepRunner, "run", run)
     pretrain(tiny(prepared, tmp_path / "plain", steps=12, save_every=4, eval_every=50))
@@ -114,22 +113,15 @@ def test_rewind_takes_the_last_checkpoint_and_the_data_that_follows(prepared, tm
 
 
 def spoil_once(monkeypatch, at):
-    backward, step_of = StepRunner._forward_backward, StepRunner.run
-    left, now = [at], 0
-
-    def run(self, batches, rate, step):
-        nonlocal now
-        now = step + 1
-        return step_of(self, batches, rate, step)
+    backward, steps, left = StepRunner._forward_backward, watch_steps(monkeypatch), [at]
 
     def spoiled(self, batch, count):
         loss = backward(self, batch, count)
-        if left and now == left[0]:
+        if left and steps[-1] == left[0]:
             left.clear()
             return loss * math.nan
         return loss
 
-    monkeypatch.setattr(StepRunner, "run", run)
     monkeypatch.setattr(StepRunner, "_forward_backward", spoiled)
 
 

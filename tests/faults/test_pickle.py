@@ -9,9 +9,8 @@ import pytest
 
 from fat5.errors import CheckpointError, FAT5Error
 from fat5.files import file_sha256
-from fat5.train import pretrain
+from fat5.tasks import EvaluateConfig, evaluate_model, pretrain
 from fat5.train.checkpoint.files import _self_sha256
-from fat5.train.scoring import EvaluateConfig, evaluate_model
 from made_run import tiny
 
 

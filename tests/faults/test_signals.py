@@ -6,11 +6,22 @@ import time
 
 import pytest
 
-from fat5.train import RunStopped, evaluation, pretrain, verify_checkpoint
+from fat5.tasks import pretrain
+from fat5.train import RunStopped, evaluation, verify_checkpoint
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
-from made_run import assert_same_run, events, in_child, last_checkpoint, rows_without_times, start, tiny, wait_for_step
+from made_run import (
+    assert_same_run,
+    events,
+    in_child,
+    last_checkpoint,
+    rows_without_times,
+    start,
+    tiny,
+    wait_for_step,
+    watch_steps,
+)
 
 SECONDS_TO_LEAVE = 20.0  # a step and a save take well under one; the rest is a busy machine
 
@@ -33,21 +44,21 @@ def test_the_command_saves_and_leaves(prepared, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_the_other_signals_do_the_same(prepared, tmp_path, number, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(StepRunner, "run", raising_at(2, number))
+    monkeypatch.setattr(StepRunner, "run", raising_at(monkeypatch, 3, number))
     with pytest.raises(RunStopped, match=f"stopped by {number.name} after step 3; the same command continues"):
         pretrain(tiny(prepared, run, save_every=8, data={"num_workers": 1}))
     assert verify_checkpoint(last_checkpoint(run))["step"] == 3
     assert not (run / "run.lock").exists()
 
 
-def raising_at(at, number):
+def raising_at(monkeypatch, at, number):
     """A step that is interrupted by a signal in its middle, once."""
-    step_of = StepRunner.run
+    step_of, steps = StepRunner.run, watch_steps(monkeypatch)
 
-    def run(self, batches, rate, step):
-        if step == at:
+    def run(self, batches, rate):
+        if steps[-1] == at:
             os.kill(os.getpid(), number)
-        return step_of(self, batches, rate, step)
+        return step_of(self, batches, rate)
 
     return run
 
@@ -77,16 +88,16 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(prepared, tmp_p
     """Before the first step, in the middle, and after the last step, whose checkpoint is not yet saved then."""
     pretrain(tiny(prepared, tmp_path / "clean", eval_tokens=2000))
     batches = []
-    score, run_evaluation = evaluation.denoiser_of_tokens, Trainer._evaluate_if_due
+    score, run_evaluation = evaluation.part_of_tokens, Trainer._evaluate_if_due
 
-    def interrupted(batch):
+    def interrupted(batch, part):
         batches.append(batch)
         if len(batches) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(batch)
+        return score(batch, part)
 
     def noted(self):
-        monkeypatch.setattr(evaluation, "denoiser_of_tokens", interrupted if self.progress.step == at else score)
+        monkeypatch.setattr(evaluation, "part_of_tokens", interrupted if self.state.step == at else score)
         return run_evaluation(self)
 
     monkeypatch.setattr(Trainer, "_evaluate_if_due", noted)
@@ -106,7 +117,7 @@ def test_a_second_signal_leaves_at_once(prepared, tmp_path):
     config = tiny(prepared, run)
 
     def work():
-        def stuck(self, batches, rate, step):
+        def stuck(self, batches, rate):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGTERM)

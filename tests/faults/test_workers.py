@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fat5.optim import ScheduleConfig
-from fat5.train import pretrain, verify_checkpoint
+from fat5.tasks import pretrain
+from fat5.train import verify_checkpoint
 from made_run import assert_same_run, last_checkpoint, start, tiny, wait_for_step
 
 SECONDS_TO_DIE = 5.0  # a worker looks once a second

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fat5.train import ModelConfig, pretrain, read_rows
+from fat5.tasks import ModelConfig, pretrain
+from fat5.train import read_rows
 from made_run import TINY, prepare_sample, tiny
 
 FILE = Path(__file__).with_name("losses.txt")

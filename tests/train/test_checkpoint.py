@@ -11,7 +11,8 @@ from fat5.errors import CheckpointError
 from fat5.optim import OptimizerConfig, build_optimizer
 from fat5.train.checkpoint import state
 from fat5.train.checkpoint.files import write_checkpoint
-from fat5.train.checkpoint.store import CheckpointStore, Snapshot
+from fat5.train.checkpoint.state import to_text
+from fat5.train.checkpoint.store import CheckpointStore, Saver, Snapshot
 
 
 def snapshot(step, loss=None):
@@ -22,8 +23,6 @@ def saved(folder, losses, **rules):
     store = CheckpointStore(folder, **rules)
     for step, loss in losses.items():
         store.save(snapshot(step, loss))
-        store.wait()
-        assert store.take_error() is None
     return store
 
 
@@ -61,11 +60,12 @@ def test_an_empty_store_has_no_choice(tmp_path):
 def test_saving_does_not_wait_and_does_not_see_later_training(tmp_path):
     weight = nn.Parameter(torch.zeros(1000, 1000))
     model = nn.ParameterDict({"w": weight})
-    store = CheckpointStore(tmp_path)
-    store.save(Snapshot(1, {"model.safetensors": state.capture_weights(model)}, {}, None))
+    taken = [Snapshot(1, {"model.safetensors": state.capture_weights(model)}, {}, None)]
+    saver = Saver(CheckpointStore(tmp_path), taken.pop, pytest.fail)
+    saver.save()
     with torch.no_grad():
         weight.fill_(1.0)
-    store.wait()
+    saver.finish()
     from safetensors.torch import load_file
 
     assert torch.equal(load_file(tmp_path / "step-1" / "model.safetensors")["w"], torch.zeros(1000, 1000))
@@ -103,8 +103,6 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
     tensors, facts = state.capture_optimizer(optimizer, model)
     weights = state.capture_weights(model)
     assert list(weights) == ["shared.weight", "wi.weight"]
-    from fat5.train.checkpoint.store import to_text
-
     files = {state.WEIGHTS: weights, state.OPTIMIZER: tensors}
     write_checkpoint(tmp_path / "step-3", files, {state.OPTIMIZER_FACTS: to_text(facts)}, {})
     twin, restored = made()
@@ -133,8 +131,6 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_random_generators_come_back(tmp_path):
-    from fat5.train.checkpoint.store import to_text
-
     def draw():
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist(), random.random()
 

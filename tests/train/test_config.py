@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 
 import pytest
@@ -12,8 +12,7 @@ from fat5.cli.parsing import parse
 from fat5.data import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
-from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig
-from fat5.train.scoring import EvaluateConfig
+from fat5.tasks import DataConfig, EvaluateConfig, ModelConfig, PretrainConfig, SourceConfig
 
 CLASSES = [
     PretrainConfig,
@@ -30,12 +29,12 @@ CLASSES = [
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_key_is_documented(cls):
     """A field is followed by a string: what --help says of it."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
     documented = set()
-    for statement, following in pairwise(body):
-        text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and text:
-            documented.add(statement.target.id)
+    for part in [one for one in cls.__mro__ if is_dataclass(one)]:
+        for statement, following in pairwise(ast.parse(inspect.getsource(part)).body[0].body):
+            text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and text:
+                documented.add(statement.target.id)
     assert documented == {field.name for field in fields(cls)}
 
 

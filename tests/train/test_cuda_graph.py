@@ -6,8 +6,9 @@ import torch
 from fat5.data import PackedBatch
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.train.config import PretrainConfig
-from fat5.train.pretraining import step_runner
+from fat5.tasks import PretrainConfig
+from fat5.train.step import step_runner
+from fat5.train.world import World
 from made_run import TINY
 
 STEPS, MICRO_BATCHES, TOKENS, EXAMPLES = 4, 3, 128, 8
@@ -29,7 +30,7 @@ def trained(cuda_graphs: bool, dropout: float) -> tuple[list, list[torch.Tensor]
     device = torch.device("cuda")
     config = PretrainConfig(precision="bf16", compile=True, cuda_graphs=cuda_graphs)
     model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 512, "dropout_rate": dropout})).to(device)
-    runner = step_runner(config, model, device)
+    runner = step_runner(config, model, World(device))
     torch.manual_seed(2)
     results = []
     for step in range(STEPS):
@@ -53,5 +54,6 @@ def test_recorded_is_launched(dropout: float) -> None:
 
 def test_refused_without_a_gpu() -> None:
     model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 512}))
+    config = PretrainConfig(precision="fp32", compile=False, cuda_graphs=True)
     with pytest.raises(ConfigurationError, match="cuda_graphs"):
-        step_runner(PretrainConfig(precision="fp32", compile=False, cuda_graphs=True), model, torch.device("cpu"))
+        step_runner(config, model, World(torch.device("cpu")))

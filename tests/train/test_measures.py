@@ -1,37 +1,42 @@
 """What is measured: evaluation, entropy, FLOPs, peak, drawings, and the log they come from."""
 
+import io
 import json
 import math
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from fat5.errors import DataError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.train import evaluate, read_rows, unigram_entropy
+from fat5.tasks import Pretraining
+from fat5.train import Scorer, World, evaluate, read_rows, unigram_entropy
 from fat5.train.cost.flops import ModelShape, peak_flops
+from fat5.train.log.display import RunDisplay
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.log.plots import LivePlot, draw_comparison, draw_run, smooth
 from fat5.train.precision import Precision
-from fat5.train.pretraining import open_data
-from fat5.train.resolution import configure_model
 from made_run import tiny
 
 
 @pytest.fixture(scope="module")
 def scored(prepared, tmp_path_factory):
     config = tiny(prepared, tmp_path_factory.mktemp("none"))
-    data = open_data(config)
+    data = Pretraining.open(config, World(torch.device("cpu")))
     torch.manual_seed(0)
-    return FAT5ForConditionalGeneration(configure_model(config, data.info)), data
+    return data.build_model(), data
 
 
 def test_evaluation_is_the_mean_over_each_denoisers_tokens(scored):
     """Against the padded forward pass, document by document."""
     model, data = scored
     model.train()
-    result = evaluate(model, model, data.validation, data.names, Precision("fp32", torch.device("cpu")))
+    cpu = torch.device("cpu")
+    scorer = Scorer(model, Precision("fp32", cpu), World(cpu), model)
+    result = evaluate(scorer, ((batch, batch.denoiser) for batch in data.validation), data.names)
     assert model.training, "switched back"
     sums = {name: [0.0, 0, 0] for name in data.names}
     model.eval()
@@ -46,9 +51,9 @@ def test_evaluation_is_the_mean_over_each_denoisers_tokens(scored):
             total[1] += (logits.argmax(-1) == labels).sum().item()
             total[2] += len(labels)
     model.train()
-    assert set(result.by_denoiser) == set(data.names)
+    assert set(result.by_part) == set(data.names)
     for name, (loss, correct, tokens) in sums.items():
-        score = result.by_denoiser[name]
+        score = result.by_part[name]
         assert score.tokens == tokens
         assert score.loss == pytest.approx(loss / tokens, rel=1e-5)
         assert score.accuracy == pytest.approx(correct / tokens, abs=1e-9)
@@ -140,7 +145,7 @@ def test_log_is_cut_by_step_and_of_its_torn_line(tmp_path):
 
 def test_drawings(tmp_path):
     written(tmp_path / "a"), written(tmp_path / "b", steps=5)
-    draw_run(tmp_path / "a" / "metrics.jsonl", tmp_path / "loss.png", "title", 5.0)
+    draw_run(tmp_path / "a" / "metrics.jsonl", tmp_path / "loss.png", "title", ("unigram entropy", 5.0))
     for axis in ("step", "tokens", "hours"):
         draw_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / f"{axis}.png", axis)
     for name in ("loss", "step", "tokens", "hours"):
@@ -151,10 +156,10 @@ def test_drawings(tmp_path):
 
 
 def test_smoothing_is_unbiased_and_passes_over_gaps():
-    assert smooth([4.0] * 100) == pytest.approx([4.0] * 100)
-    values = smooth([1.0, math.nan, 1.0])
+    assert smooth([4.0] * 100, 5) == pytest.approx([4.0] * 100)
+    values = smooth([1.0, math.nan, 1.0], 2)
     assert values == pytest.approx([1.0, 1.0, 1.0])
-    assert abs(smooth([math.sin(i) for i in range(1000)])[-1]) < 0.2
+    assert abs(smooth([math.sin(i) for i in range(1000)], 20)[-1]) < 0.2
 
 
 def test_live_plot_is_seldom_and_survives_a_full_disk(monkeypatch):
@@ -176,3 +181,19 @@ def test_live_plot_is_seldom_and_survives_a_full_disk(monkeypatch):
     for _ in range(5):
         patient.poke()
     assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_bar_takes_the_width_and_shows_every_number(monkeypatch, columns):
+    monkeypatch.setattr("fat5.train.log.display.os.isatty", lambda descriptor: True)
+    display = RunDisplay("pretrain", 50_000, every=10, eval_every=500, mfu=True)
+    display.begin(500, {"loss": 6.5432})
+    row = {"kind": "train", "step": 12_345, "loss": 6.1234, "lr": 0.0123, "step_tokens": 800_000, "mfu": 0.4}
+    display.show(row | {"tokens_per_second": 1_234_567.0})
+    seen = Console(width=columns, record=True, file=io.StringIO())
+    seen.print(display._bar)
+    bar, numbers = seen.export_text().rstrip().splitlines()
+    assert len(bar.rstrip()) > columns - 3
+    assert bar.count("━") > (columns - 48) * row["step"] / 50_000, "without colours the rest of the bar is blank"
+    assert re.search(r"12345/50000 .* 6:\d\d:\d\d left", bar)
+    assert numbers.rstrip() == "loss 6.1234  validation 6.5432  lr 0.0123  1,234,567 tokens/s  MFU 40%"

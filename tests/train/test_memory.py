@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fat5 import machine
 from fat5.cli.main import main
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
-from fat5.train.cost import memory
 from fat5.train.cost.memory import GIB, activations
 from made_run import tiny
 
@@ -55,7 +55,7 @@ def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
 
 MEASURED = """
 import sys
-from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, pretraining
+from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, pretraining
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -79,7 +79,7 @@ def test_the_plan_is_what_a_process_takes(prepared: Path, tmp_path: Path) -> Non
 def test_a_run_beyond_the_memory_is_refused_before_it_spends(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * GIB)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny(prepared, tmp_path / "run").to_yaml())
     flags = ["--config", str(recipe), "--model.preset", "fat5-large", "--model.overrides", "{}"]

@@ -13,7 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 
 from fat5.files import PICKLE_SUFFIXES
 from fat5.optim import OptimizerConfig, ScheduleConfig
-from fat5.train import RunDirectory, pretrain, read_rows
+from fat5.tasks import pretrain
+from fat5.train import RunDirectory, read_rows
 from made_run import assert_same_run, last_checkpoint, rows_without_times, tiny
 
 SPLIT = 2e-5  # float32 sums in another order, over eight steps
@@ -53,7 +54,7 @@ def test_a_run_is_not_lost_for_its_samples(prepared, tmp_path, monkeypatch, caps
     def no_memory(*_):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    monkeypatch.setattr("fat5.train.pretraining.validation_samples", no_memory)
+    monkeypatch.setattr("fat5.tasks.pretraining.validation_samples", no_memory)
     summary = pretrain(tiny(prepared, tmp_path / "run", steps=1))
     assert summary["samples"] == []
     assert "no samples were written: no memory" in capsys.readouterr().err
@@ -109,7 +110,7 @@ def test_a_checkpoint_is_a_model_too(run):
 
 def test_the_resolved_recipe_makes_the_same_configuration(prepared, run):
     from fat5.cli.parsing import parse
-    from fat5.train import PretrainConfig
+    from fat5.tasks import PretrainConfig
 
     folder, _ = run
     again = PretrainConfig(**parse(PretrainConfig, ["--config", str(folder / "config.yaml")], "pretrain"))

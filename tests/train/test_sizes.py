@@ -8,28 +8,15 @@ import torch
 import yaml
 
 from fat5.cli.main import main
-from fat5.data import suggest_budgets
+from fat5.data import TokenizerInfo, suggest_budgets
 from fat5.errors import ConfigurationError
-from fat5.train import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, read_rows
-from fat5.train.cost import sizes
+from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, sizes
+from fat5.tasks.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys, settle
+from fat5.train import read_rows
 from fat5.train.cost.memory import GIB
-from fat5.train.cost.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys
-from fat5.train.resolution import settle
 from made_run import TINY, kill_at_row
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-class Model:
-    """As much of a model as its memory depends on: fat5-small's shapes."""
-
-    class config:  # noqa: N801
-        d_model, num_heads, d_kv, d_ff, is_gated_act = 512, 8, 64, 2048, True
-        num_layers = num_decoder_layers = 12
-        vocab_size = 32768
-
-    def num_parameters(self) -> int:
-        return 146_832_896
 
 
 def chosen(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, free: int = 80 * GIB, **data: object):
@@ -37,7 +24,8 @@ def chosen(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(sizes, "WEB_PAGES", dataclasses.replace(WEB_PAGES, tokens=tokens))
     monkeypatch.setattr(sizes, "free_memory", lambda device: free)
     config = PretrainConfig("x", data=DataConfig([SourceConfig("nowhere")], **data), precision="bf16")
-    return choose_sizes(config, device, lambda config: Model(), prepared=False)
+    info = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
+    return choose_sizes(config, device, info)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])

@@ -13,7 +13,7 @@ from fat5.cli.parsing import parse
 from fat5.cli.recipes import FOLDER, recipe_names
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.machine import available_cores, available_memory
-from fat5.train.config import PretrainConfig, SourceConfig
+from fat5.tasks import PretrainConfig, SourceConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
 
@@ -71,68 +71,51 @@ def machine() -> list[Finding]:
         wanted = ".".join(map(str, least))
         findings.append(Finding(name, OK if enough else BAD, found or "not installed", f"{wanted} or newer is needed"))
     triton = _version("triton")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+        advice = "bf16 and the tuned kernels want an A100 or newer"
+        findings.append(Finding(f"GPU {index}", OK if gpu.major >= 8 else WARN, found, advice))
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            capable = properties.major >= 8
-            size = properties.total_memory / 2**30
-            findings.append(
-                Finding(
-                    f"GPU {index}",
-                    OK if capable else WARN,
-                    f"{properties.name}, {size:.0f} GiB, sm_{properties.major}{properties.minor}",
-                    "bf16 and the tuned kernels want an A100 or newer",
-                )
-            )
-        findings.append(
-            Finding(
-                "triton", OK if triton else BAD, triton or "not installed", "pip install 'fat5[gpu]' for the kernels"
-            )
-        )
+        advice = "pip install 'fat5[gpu]' for the kernels"
+        findings.append(Finding("triton", OK if triton else BAD, triton or "not installed", advice))
     else:
-        findings.append(
-            Finding("GPU", WARN, "none: fat5 runs on the CPU here", "fine for the demo; training wants a GPU")
-        )
+        advice = "fine for the demo; training wants a GPU"
+        findings.append(Finding("GPU", WARN, "none: fat5 runs on the CPU here", advice))
         findings.append(Finding("triton", OK, triton or "not installed (needed on a GPU only)"))
-    cores = available_cores()
-    findings.append(Finding("CPU cores", OK, f"{cores}, torch uses {torch.get_num_threads()} threads"))
-    memory = available_memory()
-    if memory is not None:
-        findings.append(
-            Finding("memory", OK if memory > 4 * 2**30 else WARN, f"{memory / 2**30:.0f} GiB free", "4 GiB is little")
-        )
-    disk = shutil.disk_usage(".").free
-    findings.append(
-        Finding("disk", OK if disk > 10 * 2**30 else WARN, f"{disk / 2**30:.0f} GiB free here", "10 GiB is little")
-    )
+    findings.append(Finding("CPU cores", OK, f"{available_cores()}, torch uses {torch.get_num_threads()} threads"))
+    for what, free, little, where in (
+        ("memory", available_memory(), 4, "free"),
+        ("disk", shutil.disk_usage(".").free, 10, "free here"),
+    ):
+        if free is not None:
+            status = OK if free > little * 2**30 else WARN
+            findings.append(Finding(what, status, f"{free / 2**30:.0f} GiB {where}", f"{little} GiB is little"))
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    findings.append(
-        Finding("C compiler", OK if compiler else WARN, compiler or "none", "torch.compile and Triton need one")
-    )
+    advice = "torch.compile and Triton need one"
+    findings.append(Finding("C compiler", OK if compiler else WARN, compiler or "none", advice))
     for name, why in (
         ("tensorboard", "--tensorboard true"),
         ("pytorch-optimizer", "LAMB"),
         ("ray", "--executor ray"),
     ):
-        found = _version(name)
-        findings.append(Finding(name, OK, found or f"not installed (needed for {why} only)"))
+        findings.append(Finding(name, OK, _version(name) or f"not installed (needed for {why} only)"))
     return findings
 
 
 def recipe(config: DoctorConfig) -> list[Finding]:
     """What a run of this recipe needs: each fault it would meet, its size and its memory."""
-    import torch
-
     from fat5.data import TokenizerInfo
-    from fat5.train.pretraining import open_data
-    from fat5.train.resolution import configure_model, on_meta, settle
+    from fat5.tasks.pretraining import Pretraining
+    from fat5.tasks.sizes import configure_model, on_meta, settle
+    from fat5.train.world import World, training_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     findings: list[Finding] = []
     config.output_dir = config.output_dir or "runs/doctor"
     try:
         run = settle(config, device)
-        info = open_data(run).info
+        info = Pretraining.open(run, World(device)).info
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
@@ -152,10 +135,9 @@ def recipe(config: DoctorConfig) -> list[Finding]:
 
 def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
     from fat5.machine import free_memory
-    from fat5.train.cost.memory import LOWER, check_memory, plan_memory
-    from fat5.train.log.banner import TIGHT
+    from fat5.train.cost.memory import LOWER, TIGHT, check_memory, plan_memory
 
-    plan, free = plan_memory(config, model, device), free_memory(device)
+    plan, free = plan_memory(config, config.data.batch(), model, device), free_memory(device)
     try:
         check_memory(plan, free)
     except FAT5Error as error:

@@ -8,7 +8,7 @@ def main(argv: list[str]) -> int:
     from fat5.cli.parsing import parse
     from fat5.errors import check_writable
     from fat5.files import write_output
-    from fat5.train.scoring import EvaluateConfig, evaluate_model
+    from fat5.tasks import EvaluateConfig, evaluate_model
 
     config = EvaluateConfig(**parse(EvaluateConfig, argv, "evaluate"))
     if config.output:

@@ -7,7 +7,8 @@ import sys
 def main(argv: list[str]) -> int:
     """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
     from fat5.cli.parsing import parse
-    from fat5.train import PretrainConfig, RunStopped, pretrain
+    from fat5.tasks import PretrainConfig, pretrain
+    from fat5.train import RunStopped
 
     config = PretrainConfig(**parse(PretrainConfig, argv, "pretrain"))
     try:

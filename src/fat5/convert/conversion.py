@@ -310,6 +310,7 @@ def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Con
         license=config.license or found.license,
         training=found.training,
         languages=found.languages,
+        datasets=found.datasets,
         conversion=report.lines()[1:],
         converted_from=source.folder.name if source.folder.name != "model" else source.folder.parent.name,
         source_card=found.foreign,

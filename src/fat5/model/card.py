@@ -32,7 +32,7 @@ class CardFacts:
         target: how it is loaded: hf (by stock transformers), fat5, ctranslate2 or onnx.
         license: an identifier that the hub knows; None if unknown.
         training: the section from `training_section`; "" if unknown.
-        languages: language codes, if known.
+        languages: language codes, if known; datasets: names on the hub.
         conversion: lines of a conversion's report.
         converted_from: the source's name; source_card: whether the source's own card is kept beside this one.
         tokenizer: whether the folder holds one.
@@ -46,6 +46,7 @@ class CardFacts:
     license: str | None = None
     training: str = ""
     languages: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
     conversion: list[str] = field(default_factory=list)
     converted_from: str = ""
     source_card: bool = False
@@ -54,13 +55,15 @@ class CardFacts:
 
 @dataclass
 class FoundCard:
-    """The parts of an existing card: licence and languages of its front matter, FAT5's training section, its plot.
+    """The parts of an existing card: licence, languages and datasets of its front matter, FAT5's
+    sections on use and training, its plot.
 
     `foreign` is True for a card that FAT5 did not write.
     """
 
     license: str | None = None
     languages: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
     training: str = ""
     plot: Path | None = None
     foreign: bool = False
@@ -78,6 +81,8 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         front["pipeline_tag"] = "text2text-generation"
     if facts.languages:
         front["language"] = facts.languages
+    if facts.datasets:
+        front["datasets"] = facts.datasets
     layers = f"{config.num_layers} encoder layers"
     if facts.kind != "EncoderModel":
         layers += f", {config.num_decoder_layers} decoder layers"
@@ -114,16 +119,25 @@ def read_card(folder: Path) -> FoundCard:
     except (OSError, UnicodeDecodeError):
         return FoundCard()
     front = _front_matter(text)
-    license, language = front.get("license"), front.get("language")
-    languages = [language] if isinstance(language, str) else [str(one) for one in language or []]
+    license = front.get("license")
     training = re.search(f"{re.escape(_BEGIN)}\n(.*)\n{re.escape(_END)}", text, re.DOTALL)
     plot = folder / PLOT
     return FoundCard(
         license=license if isinstance(license, str) and license != "unknown" else None,
-        languages=languages,
+        languages=_names(front.get("language")),
+        datasets=_names(front.get("datasets")),
         training=training[1] if training else "",
         plot=plot if training and plot.is_file() else None,
         foreign="[FAT5](https://github.com/fat5/fat5)" not in text,
+    )
+
+
+def usage_section(prompt: str) -> str:
+    """How a pretrained model is asked: `prompt` begins with a mode token and has a sentinel for each gap."""
+    return (
+        "## How to ask it\n\nThe model fills gaps. A mode token says which kind (`[R]` short gaps, `[X]` long or many "
+        "gaps, `[S]` what follows), a sentinel stands for each gap, and the answer repeats each sentinel before what "
+        f"it stands for:\n\n```text\n{prompt}\n```\n\n`fat5 generate` puts both in place. Other tasks need fine-tuning."
     )
 
 
@@ -212,6 +226,11 @@ def _license(facts: CardFacts) -> str:
         "No licence was given for these weights. Before you publish them, check the terms of the text they were "
         "trained on, and state the licence here and in `license:` above."
     )
+
+
+def _names(value: object) -> list[str]:
+    """One name or a list of them."""
+    return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else []
 
 
 def _front_matter(text: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from fat5.data.text.corpus import SAMPLE
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.files import write_atomically
 from fat5.generate import Decoding, complete
-from fat5.train import PretrainConfig, pretrain
+from fat5.tasks.config import PretrainConfig, SourceConfig
+from fat5.tasks.pretraining import pretrain
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import refuse_many_processes
 
@@ -97,13 +98,14 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
         "each file with its SHA-256"
     )
     sources = [replace(source, path=str(shards)) for source in config.pretrain.data.sources[:1]]
-    data = replace(config.pretrain.data, sources=sources or [_source(shards)])
-    summary = pretrain(replace(config.pretrain, output_dir=str(folder), data=data))
+    data = replace(config.pretrain.data, sources=sources or [SourceConfig(str(shards))])
+    languages = config.pretrain.languages or _samples(inputs)
+    summary = pretrain(replace(config.pretrain, output_dir=str(folder), data=data, languages=languages))
 
     say("samples: filling blanks with the trained model")
     from fat5.model import load_model
 
-    prompts = config.prompts if config.prompts is not None else PROMPTS[_language(inputs)]
+    prompts = config.prompts if config.prompts is not None else PROMPTS[(_samples(inputs) or ["fr"])[0]]
     answers = complete(
         load_model(run.model),
         load_tokenizer(run.model),
@@ -123,12 +125,6 @@ def _inputs(inputs: list[str], language: str | None) -> list[str]:
     return [f"{SAMPLE}{language}" if name.startswith(SAMPLE) else name for name in inputs or [SAMPLE]]
 
 
-def _language(inputs: list[str]) -> str:
-    """The language of the first sample among the inputs."""
-    return next((name.removeprefix(SAMPLE) for name in inputs if name.startswith(SAMPLE)), "fr")
-
-
-def _source(shards: Path) -> Any:
-    from fat5.train.config import SourceConfig
-
-    return SourceConfig(path=str(shards))
+def _samples(inputs: list[str]) -> list[str]:
+    """The languages of the samples among the inputs."""
+    return [name.removeprefix(SAMPLE) for name in inputs if name.startswith(SAMPLE)]

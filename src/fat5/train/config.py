@@ -1,12 +1,11 @@
-"""The configuration of a pretraining run: what a recipe's YAML holds, and its complete, resolved form."""
+"""What every run has, whatever its task: a folder, a length, an optimizer, and what is logged, saved and kept."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
-from fat5.data import BatchConfig, DenoiserConfig, MixtureOfDenoisers
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.train.precision import PrecisionName
@@ -14,87 +13,21 @@ from fat5.train.precision import PrecisionName
 AUTO: Any = "auto"
 LARGEST_COUNT = 1 << 40
 """Of steps and tokens: beyond any run."""
-MOST_WORKERS = 1024
 if TYPE_CHECKING:
     Size = int
-    """A number; a configuration may say auto instead, until `fat5.train.cost.sizes` has chosen."""
+    """A number; a configuration may say auto instead, until the task has chosen."""
 else:
     Size = int | Literal["auto"]
 
 
 @dataclass
-class SourceConfig:
-    """A prepared folder and its share of the training tokens."""
-
-    path: str
-    """Folder made by `fat5 prepare`"""
-    weight: float = 1.0
-    """Relative share of the tokens seen in training"""
-
-
-@dataclass
-class DataConfig:
-    """What the model reads, and in which shapes."""
-
-    sources: list[SourceConfig] = field(default_factory=list)
-    """Prepared folders; the tokenizer and the validation split are those of the first"""
-    mixture: str | list[DenoiserConfig] = "fat5"
-    """Mixture of denoisers: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}"""
-    max_tokens: Size = AUTO
-    """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated; auto is a quarter
-    of encoder_tokens, at most 1,024"""
-    encoder_tokens: Size = AUTO
-    """Encoder tokens of a pack, a multiple of 128; auto fits the corpus and the memory: 1,024 to 16,384, on a CPU to
-    2,048"""
-    decoder_tokens: Size = AUTO
-    """Decoder tokens of a pack, a multiple of 128; auto is what goes with encoder_tokens on this corpus, as
-    `fat5 audit` suggests it"""
-    packs_per_step: Size = AUTO
-    """Packs of one optimizer step: the global batch; auto fits the corpus: 1 to 8 packs of 16,384 encoder tokens"""
-    packs_per_micro_batch: int = 1
-    """Packs run at once; less memory with fewer, the same result with any"""
-    window: int = 1024
-    """Examples the packing looks ahead to"""
-    max_examples: int | None = None
-    """Most examples of a pack; a sixteenth of encoder_tokens if not given"""
-    num_workers: Size = AUTO
-    """Processes that prepare batches; 0 prepares them in the training process; auto is 2 with a GPU and 0 without"""
-
-    def batch(self) -> BatchConfig:
-        """The shapes, as the loader takes them; refuses shapes that cannot work."""
-        return BatchConfig(**{item.name: getattr(self, item.name) for item in fields(BatchConfig)})
-
-    def denoisers(self) -> MixtureOfDenoisers:
-        """The mixture; refuses denoisers that cannot work."""
-        named = isinstance(self.mixture, str)
-        return MixtureOfDenoisers.of(self.mixture if named else [asdict(row) for row in self.mixture])  # type: ignore[arg-type]
-
-
-@dataclass
-class ModelConfig:
-    """The model to train."""
-
-    preset: str = "auto"
-    """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo (25M), at a vocabulary of 32,768;
-    auto is fat5-demo on a CPU, on a GPU fat5-small, or fat5-base for a billion tokens of text and more"""
-    position_encoding: Literal["t5", "alibi", "rope", "fire", "absolute", "none"] = "t5"
-    """How the model knows positions; a t5 model is a plain T5 checkpoint"""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Any key of the model's configuration: {d_model: 256, dropout_rate: 0.1, z_loss: 1e-4}"""
-
-
-@dataclass
-class PretrainConfig:
-    """Pretrain an encoder-decoder on token shards with a mixture of denoisers."""
+class RunConfig:
+    """The keys of a run that do not depend on its task."""
 
     output_dir: str = ""
     """Folder of the run; a run that it already holds is continued"""
     seed: int = 0
     """Of initialisation, order, noise and dropout"""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The model to train"""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What it reads"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How it learns"""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -118,9 +51,6 @@ class PretrainConfig:
     eval_every: Size = AUTO
     """Steps between two evaluations; there is one before the first and one after the last step in any case; auto is a
     fifth of the run, at most 500"""
-    eval_tokens: Size = AUTO
-    """Validation text of an evaluation, in raw tokens; each denoiser is applied to it; auto goes with the length of the
-    run: 1,024 to 65,536"""
     save_every: int = 500
     """Steps between two checkpoints; there is one at the end in any case"""
     keep_last: int = 2
@@ -143,32 +73,24 @@ class PretrainConfig:
     tensorboard: bool = False
     """Write TensorBoard events to DIR/tensorboard"""
 
-    def resolved(self) -> "PretrainConfig":
-        """A copy with every default filled in, but for sizes that say auto (`fat5.train.cost.sizes`); refuses
-        what cannot work.
+    def resolved(self) -> Self:
+        """A copy with every default filled in, but for sizes that say auto; refuses what cannot work.
 
         Raises:
             ConfigurationError: a key is missing or has a value that cannot work.
         """
         if not self.output_dir:
             raise ConfigurationError("output_dir is not given", hint="Say where the run goes: --output_dir runs/NAME")
-        if not self.data.sources:
-            raise ConfigurationError(
-                "data.sources is empty", hint="Give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
-            )
-        _count(1, steps=self.steps, log_every=self.log_every, eval_every=self.eval_every, save_every=self.save_every)
-        _count(1, eval_tokens=self.eval_tokens, keep_last=self.keep_last)
-        _count(0, keep_best=self.keep_best)
-        _count(0, MOST_WORKERS, **{"data.num_workers": self.data.num_workers})
+        check_count(
+            1, **{key: getattr(self, key) for key in ("steps", "log_every", "eval_every", "save_every", "keep_last")}
+        )
+        check_count(0, keep_best=self.keep_best)
         if self.keep_every is not None:
-            _count(1, keep_every=self.keep_every)
+            check_count(1, keep_every=self.keep_every)
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigurationError(
                 f"gradient_clip is {self.gradient_clip}", hint="Give a finite norm above 0, or null"
             )
-        self.data.denoisers()
-        if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
-            self.data.batch()
         schedule = self.schedule
         if self.steps != "auto":
             schedule.validate(self.steps)
@@ -191,7 +113,8 @@ class PretrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _count(least: int, most: int = LARGEST_COUNT, /, **values: int) -> None:
+def check_count(least: int, most: int = LARGEST_COUNT, /, **values: int) -> None:
+    """Raises ConfigurationError for a value that is neither auto nor a whole number from `least` to `most`."""
     for name, value in values.items():
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
             raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Loss and token accuracy on a fixed validation stream with fixed noise, by denoiser and overall."""
+"""Loss and token accuracy on a fixed validation stream, overall and by part."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fat5.data import PackedBatch
 from fat5.train.precision import Precision
+from fat5.train.world import World
 
 
 @dataclass(frozen=True)
@@ -29,61 +30,64 @@ class Evaluation:
     """Scores of one evaluation."""
 
     overall: Score
-    by_denoiser: dict[str, Score]
+    by_part: dict[str, Score]
 
-    def row(self, step: int) -> dict[str, Any]:
-        """As a row of metrics.jsonl."""
-        by_denoiser = {name: vars(score) for name, score in self.by_denoiser.items()}
-        return {"kind": "eval", "step": step, **vars(self.overall), "by_denoiser": by_denoiser}
+    def row(self, part: str) -> dict[str, Any]:
+        """As in metrics.jsonl, the parts under `by_{part}`."""
+        return {**vars(self.overall), f"by_{part}": {name: vars(score) for name, score in self.by_part.items()}}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model as it is scored."""
+
+    model: Any
+    """Switched to evaluation meanwhile (no dropout), and back"""
+    precision: Precision
+    """Of the forward pass"""
+    world: World
+    forward: Callable[..., Any]
+    """The model, or its compiled form"""
+    before_batch: Callable[[], None] = lambda: None
+    """Called before each batch; an exception from it ends the evaluation"""
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Callable[..., Any],
-    model: nn.Module,
-    batches: Iterable[PackedBatch],
-    names: Sequence[str],
-    precision: Precision,
-    before_batch: Callable[[], None] = lambda: None,
-) -> Evaluation:
+def evaluate(scorer: Scorer, batches: Iterable[tuple[PackedBatch, Tensor]], names: Sequence[str]) -> Evaluation:
     """Scores a model on packed batches. Sums stay on the device until the end.
 
     Args:
-        forward: the model, or its compiled form.
-        model: switched to evaluation meanwhile (no dropout), and back.
-        batches: every target token counts once.
-        names: of the denoisers that `PackedBatch.denoiser` indexes.
-        precision: of the forward pass.
-        before_batch: called before each batch; an exception of it ends the evaluation.
+        batches: each with the part of every example, an index into `names`: (N,). Every target token counts once.
+        names: of the parts.
     """
-    device = precision.device
+    model, precision, device = scorer.model, scorer.precision, scorer.precision.device
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
-    denoisers = torch.arange(len(names), device=device)
+    parts = torch.arange(len(names), device=device)
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            before_batch()
-            rows = denoiser_of_tokens(batch).to(device)
+        for batch, part in batches:
+            scorer.before_batch()
+            rows = part_of_tokens(batch, part).to(device)
             inputs = batch.to(device)
             with precision.autocast():
-                output = forward(**inputs.model_inputs(), per_token=True)
+                output = scorer.forward(**inputs.model_inputs(), per_token=True)
             counted = (inputs.labels != -100).double()
             values = torch.stack([output.token_loss.double() * counted, output.token_correct * counted, counted], dim=1)
             # A product: index_add_ adds by atomics on a GPU, so the last digits would change from run to run.
-            sums += (rows == denoisers[:, None]).double() @ values
+            sums += (rows == parts[:, None]).double() @ values
     finally:
         model.train(training)
-    totals = sums.tolist()
-    by_denoiser = {name: _score(total) for name, total in zip(names, totals, strict=True) if total[2]}
-    return Evaluation(_score([sum(column) for column in zip(*totals, strict=True)]), by_denoiser)
+    totals = scorer.world.all_sum(sums).tolist()
+    by_part = {name: _score(total) for name, total in zip(names, totals, strict=True) if total[2]}
+    return Evaluation(_score([sum(column) for column in zip(*totals, strict=True)]), by_part)
 
 
-def denoiser_of_tokens(batch: PackedBatch) -> torch.Tensor:
-    """Index of the denoiser that each target token belongs to: int64 (decoder_tokens,); 0 in the empty tail."""
+def part_of_tokens(batch: PackedBatch, part: Tensor) -> Tensor:
+    """The part of each target token, from that of its example: int64 (decoder_tokens,); 0 in the empty tail."""
     lengths = batch.decoder_cu_seqlens.diff().long()
-    denoisers = torch.repeat_interleave(batch.denoiser.long().clamp_min(0), lengths)
-    return nn.functional.pad(denoisers, (0, batch.labels.numel() - denoisers.numel()))
+    of_tokens = torch.repeat_interleave(part.long().clamp_min(0), lengths)
+    return nn.functional.pad(of_tokens, (0, batch.labels.numel() - of_tokens.numel()))
 
 
 def unigram_entropy(batches: Iterable[PackedBatch]) -> float:

@@ -1,7 +1,7 @@
 """One optimizer step: accumulate the gradient of the global batch, clip it, guard it, update.
 
-The loss is the mean over all target tokens of the step, however they are divided into micro-batches (and, one day,
-ranks): they are counted first, and each micro-batch adds its sum over that count. On a GPU nothing here waits for the
+The loss is the mean over all target tokens of the step, however they are divided into micro-batches and processes: they
+are counted first, and each micro-batch adds its sum over that count. On a GPU nothing here waits for the
 device, except where an optimizer cannot skip a step by itself or where the loss is scaled.
 """
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fat5.data import PackedBatch
-from fat5.optim import skips_on_device
+from fat5.errors import ConfigurationError
+from fat5.optim import build_optimizer, skips_on_device
+from fat5.train.config import RunConfig
 from fat5.train.cuda_graph import GraphedBackward
 from fat5.train.precision import LEAST_LOSS_SCALE, Precision
+from fat5.train.world import World
 
 
 @dataclass
@@ -44,6 +47,7 @@ class StepRunner:
         forward: the model or its compiled form.
         optimizer: as `fat5.optim.build_optimizer` makes it.
         precision: of the forward pass and of the loss scale.
+        world: the processes that share the step.
         gradient_clip: largest norm of the whole gradient, or None.
         cuda_graphs: replay each micro-batch's launches from a recording; CUDA only, every batch of one shape.
     """
@@ -54,11 +58,12 @@ class StepRunner:
         forward: Callable[..., Any],
         optimizer: torch.optim.Optimizer,
         precision: Precision,
+        world: World,
         gradient_clip: float | None,
         cuda_graphs: bool = False,
     ) -> None:
         self.forward, self.optimizer, self.precision = forward, optimizer, precision
-        self.gradient_clip = gradient_clip
+        self.world, self.gradient_clip = world, gradient_clip
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = precision.device
         # The update is decided on the device where the optimizer can; the host then hears of it a step later.
@@ -74,14 +79,15 @@ class StepRunner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
-        count = torch.full((), float(target_tokens(batches)), device=self.device)
+        count = torch.full((), float(sum(batch.num_items for batch in batches)), device=self.device)
+        self.world.all_sum(count)
         losses = [self._backward(batch, count) for batch in batches]
         scaler = self.precision.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         norm = get_total_norm(gradients)
-        loss = torch.stack(losses).sum()
+        loss = self.world.all_sum(torch.stack(losses).sum())
         if self.gradient_clip is not None:
             clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
         self._update(loss, norm)
@@ -104,17 +110,17 @@ class StepRunner:
         return loss.detach()
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        broken = self.world.all_any(~(torch.isfinite(loss) & torch.isfinite(norm)))
         optimizer: Any = self.optimizer
         scaler = self.precision.scaler
         if self.deferred:
-            optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
+            optimizer.found_inf, optimizer.grad_scale = broken.float(), None
             optimizer.step()
         elif scaler is not None:
             if torch.isfinite(loss):
                 scaler.step(optimizer)
             scaler.update()
-        elif finite:
+        elif not broken:
             optimizer.step()
 
     def _result(self, numbers: Tensor) -> StepResult:
@@ -128,6 +134,31 @@ class StepRunner:
         return StepResult(host, scale, ready)
 
 
-def target_tokens(batches: Sequence[PackedBatch]) -> int:
-    """Target tokens of a step, from the host's own counts."""
-    return sum(batch.num_items for batch in batches)
+def step_runner(config: RunConfig, model: Any, world: World) -> StepRunner:
+    """The model on its device, in training mode, compiled if asked for, and its optimizer.
+
+    Args:
+        config: its precision is resolved.
+        model: moved to the world's device, its weights to the precision's dtype.
+    """
+    device = world.device
+    precision = Precision(config.precision, device)
+    model.to(device=device, dtype=precision.weight_dtype).train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+    # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run may
+    # keep another, which rounds otherwise.
+    forward = (
+        torch.compile(model, fullgraph=True, dynamic=False, options={"deterministic": True}) if compiled else model
+    )
+    possible = compiled and device.type == "cuda" and precision.scaler is None
+    graphs = possible if config.cuda_graphs == "auto" else config.cuda_graphs
+    if graphs and not possible:
+        how = "compiled" if compiled else "not compiled"
+        raise ConfigurationError(
+            f"cuda_graphs is true, the model is {how} and runs in {precision.name} on {device.type}",
+            hint="CUDA graphs need a GPU and a compiled model, and fp16's loss scale stands outside of them: say auto",
+        )
+    optimizer = build_optimizer(config.optimizer, model)
+    return StepRunner(model, forward, optimizer, precision, world, config.gradient_clip, graphs)

@@ -1,12 +1,25 @@
-"""How many processes train together. Today: one."""
+"""The processes that train together: who this one is, and what they tell each other. Alone, nothing is exchanged."""
 
 import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from fat5.errors import ConfigurationError
 
+T = TypeVar("T")
+
+
+def training_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def refuse_many_processes() -> None:
-    """Says no where a launcher (torchrun, accelerate) has started several processes for one run.
+    """Refuses a run for which a launcher (torchrun, accelerate) has started several processes.
 
     Raises:
         ConfigurationError: WORLD_SIZE is above 1.
@@ -17,3 +30,58 @@ def refuse_many_processes() -> None:
             f"WORLD_SIZE is {size}: training on many devices is not there yet",
             hint="Run it without torchrun; CUDA_VISIBLE_DEVICES=N chooses the GPU",
         )
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a run. Every operation must be called by all of them, in the same order."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> "World":
+        """The world of this process: itself.
+
+        Raises:
+            ConfigurationError: a launcher has started several processes.
+        """
+        refuse_many_processes()
+        return cls(training_device())
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_any(self, flag: Tensor) -> Tensor:
+        """True where the flag of any process is; a bool tensor, which stays on its device."""
+        return flag if self.size == 1 else self.all_sum(flag.int()) > 0
+
+    def agree(self, value: T | None) -> T | None:
+        """The value of the lowest rank that has one; None if none has. For the host's decisions."""
+        if self.size == 1:
+            return value
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((one for one in values if one is not None), None)
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, any picklable object."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Returns when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()

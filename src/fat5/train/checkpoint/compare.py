@@ -28,6 +28,7 @@ HARMLESS = (
     "resume",
     "strict",
     "tensorboard",
+    "languages",
 )
 """They change how a run is carried out. (Micro-batches change the order of a sum: equal within tolerance.)"""
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,12 @@ def write_checkpoint(
     Raises:
         OSError: the disk is full, read-only, or failing. Nothing is left behind then.
     """
-    writers: dict[str, Callable[[Path], None]] = {
-        **{name: _tensor_writer(content) for name, content in tensors.items()},
-        **{name: _text_writer(content) for name, content in documents.items()},
-    }
     with whole_folder(target) as partial:
         files = {}
-        for name, write in writers.items():
+        contents: dict[str, Mapping[str, Tensor] | str] = {**tensors, **documents}
+        for name, content in contents.items():
             reached(f"before {name}")
-            write(partial / name)
+            _write(partial / name, content)
             reached(f"before fsync of {name}")
             fsync(partial / name)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
@@ -207,21 +204,14 @@ def _self_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _tensor_writer(content: Mapping[str, Tensor]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        try:
-            save_file(dict(content), path, metadata={"format": "pt"})
-        except SafetensorError as error:  # its only fault here is the disk's
-            raise OSError(f"{path.name} cannot be written: {error}") from error
-
-    return write
-
-
-def _text_writer(content: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
+def _write(path: Path, content: Mapping[str, Tensor] | str) -> None:
+    if isinstance(content, str):
         path.write_text(content)
-
-    return write
+        return
+    try:
+        save_file(dict(content), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its only fault here is the disk's
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _remove(folder: Path) -> None:

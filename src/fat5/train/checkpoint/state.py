@@ -1,5 +1,6 @@
-"""A run's state as plain tensors and JSON, and back: progress, weights, optimizer, random generators."""
+"""A run's state as plain tensors and JSON, and back: counts, weights, optimizer, random generators."""
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -16,20 +17,21 @@ from fat5.optim import skips_on_device
 from fat5.train.checkpoint.files import read_json, read_tensors
 from fat5.train.log.metrics import is_row
 
-WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS = (
+WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS, TRAINER = (
     "model.safetensors",
     "optimizer.safetensors",
     "optimizer.json",
     "rng.safetensors",
     "rng.json",
+    "trainer.json",
 )
 
 _MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
 
 
 @dataclass
-class Progress:
-    """How far a run is; part of each checkpoint."""
+class RunState:
+    """How far a run is; part of each checkpoint, as `progress` in trainer.json."""
 
     step: int = 0
     tokens: int = 0
@@ -50,24 +52,60 @@ class Progress:
     first_evaluation: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
 
+    def restore(self, saved: Mapping[str, Any], where: Path) -> None:
+        """Takes over the numbers of a checkpoint.
 
-def restore_progress(progress: Progress, saved: Mapping[str, Any], where: Path) -> None:
-    """Takes over the numbers of a checkpoint.
+        Raises:
+            CheckpointError: one is missing, or of another type.
+        """
+        for item in fields(self):
+            value = saved.get(item.name)
+            if item.name.endswith("_evaluation"):
+                fits = value is None or is_row(value)
+            elif item.type is float:
+                fits = is_number(value)
+            else:
+                fits = is_count(value) or (value == -1 and item.name == "evaluated_at")
+            if not fits:
+                raise CheckpointError(f"progress.{item.name} is {str(value)[:60]!r}", where=where)
+            setattr(self, item.name, value)
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The state of model, optimizer and random generators: file name → tensors, and file name → text."""
+    moments, numbers = capture_optimizer(optimizer, model)
+    random_words, random_facts = capture_random_state()
+    tensors = {WEIGHTS: capture_weights(model), OPTIMIZER: moments, RNG: random_words}
+    return tensors, {OPTIMIZER_FACTS: to_text(numbers), RNG_FACTS: to_text(random_facts)}
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Puts a captured state back.
 
     Raises:
-        CheckpointError: one is missing, or of another type.
+        CheckpointError: it is of another model, or not a state at all.
     """
-    for item in fields(Progress):
-        value = saved.get(item.name)
-        if item.name.endswith("_evaluation"):
-            fits = value is None or is_row(value)
-        elif item.type is float:
-            fits = is_number(value)
-        else:
-            fits = is_count(value) or (value == -1 and item.name == "evaluated_at")
-        if not fits:
-            raise CheckpointError(f"progress.{item.name} is {str(value)[:60]!r}", where=where)
-        setattr(progress, item.name, value)
+    restore_weights(model, folder)
+    restore_optimizer(optimizer, model, folder)
+    restore_random_state(folder)
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The trainer's own part of a checkpoint: progress, data, loss_scale and configuration, each a mapping.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    content = read_json(folder / TRAINER)
+    for key in ("progress", "data", "loss_scale", "configuration"):
+        if not isinstance(content.get(key), dict):
+            raise CheckpointError(f"has no {key}", where=folder / TRAINER)
+    return content
+
+
+def to_text(content: Mapping[str, Any]) -> str:
+    """JSON for a checkpoint; keys in order, so that equal states give equal bytes."""
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def capture_weights(model: nn.Module) -> dict[str, Tensor]:

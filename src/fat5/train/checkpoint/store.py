@@ -1,23 +1,30 @@
-"""The checkpoints of a run: saved in the background, kept or pruned by rule, and chosen when the run continues."""
+"""The checkpoints of a run: chosen when the run continues, kept or pruned by rule, saved in the background."""
 
-import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fat5.errors import CheckpointError
 from fat5.model.loading import refuse_adapter
-from fat5.train.checkpoint import files as checkpoint_files
+from fat5.train.checkpoint import files
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
 
 PREFIX = "step-"
-TRAINER = "trainer.json"
+
+ATTEMPTS = 5
+"""Saves that may fail in a row before the run gives up."""
+
+RETRY_SECONDS = 60.0
+"""Pause after the first failed save, doubled after each further one."""
+
+LEAVING_SECONDS = 1.0
+"""The same for the last save of a run, which must not keep a machine waiting."""
 
 
 @dataclass
@@ -30,7 +37,7 @@ class Snapshot:
     documents: Mapping[str, str]
     """File name → text"""
     val_loss: float | None
-    """Validation loss at this very step, if it was evaluated"""
+    """What ranks the checkpoint (lower is better): the evaluation of this very step, if there was one"""
 
 
 @dataclass
@@ -55,37 +62,20 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, keep_every: int | None = None) -> None:
         self.folder = folder
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts to write a checkpoint in the background, after the one before is done.
+        """Writes a checkpoint, and removes those that no rule keeps.
 
-        The failure of a save is kept for `take_error`.
+        Raises:
+            OSError: the disk is full, read-only, or failing.
         """
-        self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="fat5-save")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Returns when no save is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    @property
-    def busy(self) -> bool:
-        """True while a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def take_error(self) -> Exception | None:
-        """What went wrong with a save since the last call, if anything."""
-        error, self._error = self._error, None
-        return error
+        facts = {"step": snapshot.step, "val_loss": snapshot.val_loss}
+        write_checkpoint(self.path(snapshot.step), snapshot.tensors, snapshot.documents, facts)
+        self._prune(snapshot.step)
 
     def sweep(self) -> list[str]:
         """Removes what an interrupted save left; returns the names."""
-        return checkpoint_files.sweep(self.folder)
+        return files.sweep(self.folder)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, oldest first, verified or not."""
@@ -134,14 +124,6 @@ class CheckpointStore:
         except CheckpointError:
             return False
 
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            facts = {"step": snapshot.step, "val_loss": snapshot.val_loss}
-            write_checkpoint(self.path(snapshot.step), snapshot.tensors, snapshot.documents, facts)
-            self._prune(snapshot.step)
-        except Exception as error:  # handed to the training thread, which decides
-            self._error = error
-
     def _prune(self, newest: int) -> None:
         """Removes what no rule keeps, among checkpoints up to `newest`; a damaged newer one does not count as kept."""
         steps = [step for step in self.steps() if step <= newest and not self._misnamed(step)]
@@ -153,6 +135,104 @@ class CheckpointStore:
         for step in steps:
             if step not in kept:
                 remove_checkpoint(self.path(step))
+
+
+class Saver:
+    """Saves snapshots in the background, and tries again when that fails.
+
+    Args:
+        store: where they go.
+        snapshot: takes one of the run as it stands.
+        warn: tells the user.
+    """
+
+    def __init__(self, store: CheckpointStore, snapshot: Callable[[], Snapshot], warn: Callable[[str], None]) -> None:
+        self.store = store
+        self._snapshot, self._warn = snapshot, warn
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failures = 0
+        self._owed = False
+        self._retry_at = 0.0
+
+    def save(self) -> None:
+        """Takes a snapshot and starts to write it, after the save before is done.
+
+        After a failure nothing is tried before its pause is over, however many saves fall due in between: the next
+        attempt saves the run as it then stands.
+
+        Raises:
+            CheckpointError: ATTEMPTS saves failed in a row.
+        """
+        self.settle()
+        if not self._owed or time.monotonic() >= self._retry_at:
+            self._start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; says nothing of a failure."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def settle(self, pause: float | None = None) -> None:
+        """Returns when no save is under way, and tells of a failure, the next attempt after `pause` seconds or more."""
+        self.wait()
+        if self._thread is not None:
+            self._thread = None
+            self._confirm(RETRY_SECONDS if pause is None else pause)
+
+    def retry_due(self) -> bool:
+        """Whether a save failed and its pause is over. Tells of a failure; never waits."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        self.settle()
+        return self._owed and time.monotonic() >= self._retry_at
+
+    def finish(self) -> None:
+        """Returns when the last save is on the disk; one that waits for its pause is tried at once.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.settle()
+        while self._owed:
+            self._start()
+            self.settle(LEAVING_SECONDS)
+            if self._owed:
+                time.sleep(max(0.0, self._retry_at - time.monotonic()))
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._write, args=(self._snapshot(),), name="fat5-save")
+        self._thread.start()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self._error = None
+        try:
+            self.store.save(snapshot)
+        except Exception as error:  # the training thread decides
+            self._error = error
+
+    def _confirm(self, pause: float) -> None:
+        """Takes note of how the last save ended; plans the next attempt if it failed."""
+        error = self._error
+        self._owed = error is not None
+        if error is None:
+            self._failures = 0
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self._failures += 1
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if self._failures >= ATTEMPTS:
+            raise CheckpointError(
+                f"{self._failures} saves in a row failed ({reason})",
+                where=self.store.folder,
+                hint="Make room or mend the folder; the same command continues from the last checkpoint",
+            ) from error
+        seconds = pause * 2 ** (self._failures - 1)
+        self._retry_at = time.monotonic() + seconds
+        self._warn(
+            f"CHECKPOINT NOT SAVED: {self.store.folder}: {reason}. Training goes on; next try in {seconds:.0f} s"
+        )
 
 
 def model_folder(folder: Path) -> Path:
@@ -175,29 +255,6 @@ def model_folder(folder: Path) -> Path:
     if choice is None:
         raise CheckpointError("holds no model and no checkpoint", where=folder, hint="Give a run or model folder")
     return choice.folder
-
-
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer's own part of a checkpoint: progress, data, loss_scale and configuration, each a mapping.
-
-    Raises:
-        CheckpointError: missing, or something else.
-    """
-    content = checkpoint_files.read_json(folder / TRAINER)
-    for key in ("progress", "data", "loss_scale", "configuration"):
-        if not isinstance(content.get(key), dict):
-            raise CheckpointError(f"has no {key}", where=folder / TRAINER)
-    return content
-
-
-def to_text(content: Mapping[str, Any]) -> str:
-    """JSON for a checkpoint; keys in order, so that equal states give equal bytes."""
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-
-def describe_os_error(error: BaseException) -> str:
-    """The reason of a failed save in a few words."""
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 def _val_loss(folder: Path) -> float | None:

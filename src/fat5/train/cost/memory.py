@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from fat5.data import BatchConfig
 from fat5.errors import ConfigurationError
 from fat5.machine import GIB, available_memory
 from fat5.ops.linear_cross_entropy import default_chunk_size
-from fat5.train.config import PretrainConfig
+from fat5.train.config import RunConfig
 
 # Bytes of optimizer state for a parameter: float32 moments, two for the Adam family, one for Muon's matrices, row and
 # column sums (next to nothing) for Adafactor.
 STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "muon": 4, "adafactor": 0}
 
-
 LIBRARIES = {"cpu": 0, "cuda": GIB // 2}
 """Compiled kernels and scratch buffers of a GPU. On a CPU the process holds them already when the plan is made."""
+
+TIGHT = 0.9
+"""Share of the free memory above which a plan is called tight."""
 
 LOWER = "Lower data.encoder_tokens and data.decoder_tokens, set gradient_checkpointing, or take a smaller model.preset"
 
@@ -76,11 +79,12 @@ def check_memory(plan: MemoryPlan, free: int | None) -> None:
         )
 
 
-def plan_memory(config: PretrainConfig, model: Any, device: torch.device) -> MemoryPlan:
+def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, device: torch.device) -> MemoryPlan:
     """The plan for a resolved configuration.
 
     Args:
-        config: every size chosen, its precision resolved.
+        config: its precision is resolved.
+        batch: shapes of the packs.
         model: a model of that configuration; it may be on the meta device.
         device: what it will train on.
     """
@@ -95,7 +99,7 @@ def plan_memory(config: PretrainConfig, model: Any, device: torch.device) -> Mem
     if pure and config.optimizer.name == "adamw_scale" and config.optimizer.kahan is not False:
         state += 2
     activation_bytes = 4 if config.precision == "fp32" else 2
-    packs = config.data.packs_per_micro_batch
+    packs = batch.packs_per_micro_batch
     # Under autocast the weights are cast once a step and the casts are kept for the backward pass.
     casts = 2 * parameters if config.precision in ("bf16", "fp16") else 0
     return MemoryPlan(
@@ -105,8 +109,8 @@ def plan_memory(config: PretrainConfig, model: Any, device: torch.device) -> Mem
         optimizer=state * parameters,
         activations=activations(
             model.config,
-            packs * config.data.encoder_tokens,
-            packs * config.data.decoder_tokens,
+            packs * batch.encoder_tokens,
+            packs * batch.decoder_tokens,
             activation_bytes,
             config.gradient_checkpointing,
         ),

@@ -3,10 +3,12 @@
 import os
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 TIMED_STEPS = 4
 """Steps that the expected time is told from, after the first, which compiles; fewer where they are slow."""
@@ -19,72 +21,44 @@ class RunDisplay:
     """Shows the steps of a run on stderr. A context manager.
 
     Args:
+        verb: the command, before the bar.
         steps: of the whole run.
-        start: the step it continues from.
         every: steps between two lines where stderr is not a terminal.
         eval_every: steps between two evaluations, whose time counts too.
+        mfu: show it; a CPU's is measured against a product of matrices, which says little.
     """
 
-    def __init__(self, steps: int, start: int, every: int, eval_every: int) -> None:
-        self.steps, self.every, self.eval_every = steps, every, eval_every
+    def __init__(self, verb: str, steps: int, every: int, eval_every: int, mfu: bool) -> None:
+        self.steps, self.every, self.eval_every, self.mfu = steps, every, eval_every, mfu
+        self._validation: float | None = None
         self._step_seconds: list[float] = []
         self._evaluation_seconds = 0.0
         self._told = False
         self._last_line = time.perf_counter()
         self._console = Console(stderr=True, highlight=False)
         self._live = os.isatty(2)
-        self._progress = Progress(
-            TextColumn("[bold]pretrain"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._live,
-            refresh_per_second=2,
-        )
-        self._task = self._progress.add_task("pretrain", total=steps, completed=start, numbers="")
+        self._bar = _Bar(self._console, live=self._live)
+        self._task = self._bar.add_task(verb, total=steps, left="")
 
     def __enter__(self) -> "RunDisplay":
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
-    def train(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl with kind train."""
-        self._step_seconds.append(row["step_tokens"] / row["tokens_per_second"])
-        left = self._left(row["step"])
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        numbers = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
-        if row.get("mfu") is not None:
-            numbers += f"  MFU {row['mfu']:.0%}"
-        if self._live:
-            self._progress.update(self._task, completed=row["step"], numbers=numbers)
-        elif (
-            row["step"] % self.every == 0
-            or row["step"] == self.steps
-            or time.perf_counter() - self._last_line > LINE_SECONDS
-        ):
-            self._line(f"step {row['step']}/{self.steps}  {numbers}  lr {row['lr']:.3g}  {_clock(left)} left")
-        timed = self._step_seconds[1:]
-        if not self._told and row["step"] < self.steps and (len(timed) == TIMED_STEPS or sum(timed) > LINE_SECONDS):
-            self._told = True
-            self._line(f"time    about {_clock(left)} for the {self.steps - row['step']:,} steps that are left")
+    def begin(self, step: int, evaluation: dict[str, Any] | None) -> None:
+        """Where the run stands: its step, and its last evaluation as a row of metrics.jsonl."""
+        self._validation = evaluation["loss"] if evaluation else None
+        self._bar.update(self._task, completed=step)
 
-    def _left(self, step: int) -> float:
-        """Seconds to the end of the run: its steps at the speed of the last ones, and its evaluations."""
-        lately = self._step_seconds[1:][-max(TIMED_STEPS, self.every) :] or self._step_seconds
-        evaluations = self.steps // self.eval_every - step // self.eval_every + (self.steps % self.eval_every > 0)
-        return (self.steps - step) * sum(lately) / len(lately) + evaluations * self._evaluation_seconds
-
-    def evaluation(self, row: dict[str, Any], seconds: float) -> None:
-        """A row of metrics.jsonl with kind eval, and how long it took."""
-        self._evaluation_seconds = seconds
-        self.say(f"step {row['step']}: validation loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}")
+    def show(self, row: dict[str, Any], seconds: float = 0.0) -> None:
+        """A row of metrics.jsonl; `seconds` is how long an evaluation took."""
+        if row["kind"] == "eval":
+            self._validation, self._evaluation_seconds = row["loss"], seconds
+            self.say(f"step {row['step']}: validation loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}")
+        else:
+            self._train(row)
 
     def say(self, line: str) -> None:
         """A line of its own."""
@@ -94,12 +68,63 @@ class RunDisplay:
         """A line that should not be missed."""
         self._line(f"warning: {line}", style="bold yellow")
 
+    def _train(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        self._step_seconds.append(row["step_tokens"] / row["tokens_per_second"])
+        left = _clock(self._left(step))
+        if self._live:
+            self._bar.numbers = self._numbers(row)
+            self._bar.update(self._task, completed=step, left=left)
+        elif step % self.every == 0 or step == self.steps or time.perf_counter() - self._last_line > LINE_SECONDS:
+            self._line(f"step {step}/{self.steps}  {self._numbers(row)}  {left} left")
+        timed = self._step_seconds[1:]
+        if not self._told and step < self.steps and (len(timed) == TIMED_STEPS or sum(timed) > LINE_SECONDS):
+            self._told = True
+            self._line(f"time    about {left} for the {self.steps - step:,} steps that are left")
+
+    def _numbers(self, row: dict[str, Any]) -> str:
+        parts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
+        if self._validation is not None:
+            parts.append(f"validation {self._validation:.4f}")
+        parts += [f"lr {row['lr']:.3g}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        if self.mfu and row.get("mfu") is not None:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        return "  ".join(parts)
+
+    def _left(self, step: int) -> float:
+        """Seconds to the end of the run: its steps at the speed of the last ones, and its evaluations."""
+        lately = self._step_seconds[1:][-max(TIMED_STEPS, self.every) :] or self._step_seconds
+        evaluations = self.steps // self.eval_every - step // self.eval_every + (self.steps % self.eval_every > 0)
+        return (self.steps - step) * sum(lately) / len(lately) + evaluations * self._evaluation_seconds
+
     def _line(self, line: str, style: str | None = None) -> None:
         self._last_line = time.perf_counter()
         if self._live:
             self._console.print(line, style=style, markup=False)
         else:
             print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
+
+
+class _Bar(Progress):
+    """A bar as wide as the terminal, and the numbers of the last step on a line below it."""
+
+    def __init__(self, console: Console, live: bool) -> None:
+        self.numbers = ""
+        super().__init__(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+            disable=not live,
+            refresh_per_second=2,
+            expand=True,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.numbers, no_wrap=True, overflow="ellipsis")
 
 
 def _clock(seconds: float) -> str:

@@ -16,12 +16,15 @@ TIMES = ("seconds", "tokens_per_second", "data_wait_fraction", "mfu")
 
 ROW_KEYS = {
     "train": ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"),
-    "eval": ("step", "loss", "accuracy", "by_denoiser"),
+    "eval": ("step", "loss", "accuracy"),
 }
 """Kind of row → keys that every such row has."""
 
 MAY_BE_NULL = ("loss", "grad_norm", "accuracy")
 """Keys of numbers that may not be finite."""
+
+PARTS = "by_"
+"""How the key of an evaluation begins under which its parts have their scores: name → loss, accuracy, tokens."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,21 +84,21 @@ class MetricsLog:
         """
         if not self.path.exists():
             return []
-        aside, bad = [], []
+        aside: list[bytes] = []
+        bad: list[int] = []
         with open(self.path, "rb") as file, whole_file(self.path) as kept:
             for number, line in enumerate(file, start=1):
-                try:
-                    keep = _parse(line)["step"] <= step
-                except ValueError:
-                    keep = False
-                    bad += [number] if line.endswith(b"\n") else []
+                row, fault = _parse(line)
+                bad += [number] if fault and line.endswith(b"\n") else []
                 whole = line.rstrip(b"\n") + b"\n"
-                if keep:
+                if row is not None and row["step"] <= step:
                     kept.write(whole)
                 else:
                     aside.append(whole)
             if aside:
-                _append(discarded, b"".join(aside))
+                with open(discarded, "ab") as lines:
+                    lines.write(b"".join(aside))
+                fsync(discarded)
         return bad
 
     def _tell(self, error: OSError) -> None:
@@ -127,10 +130,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    rows.append(_parse(line))
-                except ValueError as error:
-                    bad += [(number, str(error))] if line.endswith(b"\n") else []
+                row, fault = _parse(line)
+                if row is not None:
+                    rows.append(row)
+                elif line.endswith(b"\n"):
+                    bad.append((number, fault))
     except OSError as error:
         raise DataError(
             f"no metrics to read ({error.strerror})", where=path, hint="Give the folder of a run"
@@ -142,24 +146,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def parts(row: dict[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What the scores of an evaluation are divided by, and the score of each part: a noun, and {name: {loss, …}}."""
+    return next(((key[len(PARTS) :], scores) for key, scores in row.items() if key.startswith(PARTS)), ("part", {}))
+
+
 def name_lines(numbers: Sequence[int]) -> str:
     """Says in a few words which lines are not rows."""
     named = ", ".join(map(str, numbers[:3])) + ", …" * (len(numbers) > 3)
     return f"line {named} is not a row of a run" if len(numbers) == 1 else f"lines {named} are not rows of a run"
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """The row of a line; raises ValueError, saying why, where it is none."""
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The row of a line, or None and the reason why it has none."""
     try:
         row = parse_json(line)
-    except ValueError as error:
-        raise ValueError("not a JSON object") from error
+    except ValueError:
+        row = None
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        return None, "not a JSON object"
     fault = _fault(row)
-    if fault:
-        raise ValueError(f"not a row of a run: {fault}")
-    return row
+    return (None, f"not a row of a run: {fault}") if fault else (row, "")
 
 
 def is_row(value: object) -> bool:
@@ -168,25 +175,22 @@ def is_row(value: object) -> bool:
 
 
 def _fault(row: dict[str, Any]) -> str | None:
-    for key in ROW_KEYS.get(str(row.get("kind")), ("kind",)):
+    kind = row.get("kind")
+    if kind not in ("train", "eval"):
+        return "no kind" if kind is None else f"kind is {str(kind)[:40]!r}"
+    keys = ROW_KEYS[kind]
+    for key in (*keys, *(key for key in row if key.startswith(PARTS))):
         if key not in row:
             return f"no {key}"
-        if key != "kind" and not _fits(key, row[key]):
+        if not _fits(key, row[key]):
             return f"{key} is {str(row[key])[:40]!r}"
     return None
 
 
 def _fits(key: str, value: Any) -> bool:
-    if key == "by_denoiser":
+    if key.startswith(PARTS):
         scores = value.values() if isinstance(value, dict) else [None]
         return all(isinstance(score, dict) and _fits("loss", score.get("loss", "")) for score in scores)
     if value is None:
         return key in MAY_BE_NULL
     return is_count(value) if key == "step" else is_number(value)
-
-
-def _append(path: Path, lines: bytes) -> None:
-    """Appends whole lines, on the disk when this returns."""
-    with open(path, "ab") as file:
-        file.write(lines)
-    fsync(path)

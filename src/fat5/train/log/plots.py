@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fat5.errors import DataError, FAT5Error
 from fat5.files import whole_file
-from fat5.train.log.metrics import read_rows
+from fat5.train.log.metrics import parts, read_rows
 
 Axis = Literal["step", "tokens", "hours"]
 Rows = list[dict[str, Any]]
@@ -21,56 +21,49 @@ LEAST_SECONDS = 10.0
 
 INK, FAINT, PAPER = "#1f2933", "#d9dee4", "#ffffff"
 COLOURS = ("#1769aa", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#008b8b", "#8b5a2b", "#708090")
-AXIS_LABELS = {"step": "step", "tokens": "tokens", "hours": "hours"}
 
 
-def draw_run(metrics: Path, target: Path, title: str = "", reference: float | None = None) -> None:
-    """Draws one run: losses, validation by denoiser, learning rate and gradient norm, throughput.
+def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str, float] | None = None) -> None:
+    """Draws one run: losses, validation by part, learning rate, gradient norm, throughput.
 
     Args:
         metrics: its metrics.jsonl.
         target: the PNG, replaced at once when complete.
         title: above the drawing.
-        reference: unigram entropy of the validation targets, drawn as a line.
+        reference: label and loss of a line to compare with.
     """
-    rows = read_rows(metrics)
+    train, evals = _split(read_rows(metrics))
     figure = _figure(12.5, 7.6)
-    grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
-    loss, denoisers = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    rate, speed = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    train, evals = _split(rows)
+    grid = figure.add_gridspec(2, 6, height_ratios=(1.5, 1))
+    loss, divided = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+    rate, norm, speed = (figure.add_subplot(grid[1, 2 * column : 2 * column + 2]) for column in range(3))
     steps = [row["step"] for row in train]
-    losses = [_number(row["loss"]) for row in train]
-    loss.plot(steps, losses, color=COLOURS[0], alpha=0.25, linewidth=0.8)
-    loss.plot(steps, smooth(losses), color=COLOURS[0], linewidth=1.6, label="train")
+    span = _window(len(train))
+    _curve(loss, steps, [_number(row["loss"]) for row in train], span, COLOURS[0], "train")
     _mark(loss, [row["step"] for row in evals], [row["loss"] for row in evals], COLOURS[1], "validation")
     if reference is not None:
-        loss.axhline(reference, color=INK, linewidth=1, linestyle=":", label="unigram entropy")
-    _style(loss, "loss", "nats a token")
-    names = list(dict.fromkeys(name for row in evals for name in row["by_denoiser"]))
-    for index, name in enumerate(names):
-        held = [row for row in evals if name in row["by_denoiser"]]
-        values = [row["by_denoiser"][name]["loss"] for row in held]
-        _mark(denoisers, [row["step"] for row in held], values, COLOURS[index % len(COLOURS)], name)
-    _style(denoisers, "validation loss by denoiser", "nats a token")
-    rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6, label="learning rate")
-    _style(rate, "learning rate and gradient norm", "learning rate")
-    norm = rate.twinx()
+        loss.axhline(reference[1], color=INK, linewidth=1, linestyle=":", label=reference[0])
+    _style(loss, f"loss{_named(span)}", "nats a token")
+    part = next((parts(row)[0] for row in evals), "part")
+    for index, name in enumerate(dict.fromkeys(name for row in evals for name in parts(row)[1])):
+        held = {row["step"]: parts(row)[1][name]["loss"] for row in evals if name in parts(row)[1]}
+        _mark(divided, list(held), list(held.values()), COLOURS[index % len(COLOURS)], name)
+    _style(divided, f"validation loss by {part}", "nats a token")
+    rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6)
+    _style(rate, "learning rate", "")
     norms = [_number(row["grad_norm"]) for row in train]
-    norm.plot(steps, smooth(norms), color=COLOURS[4], linewidth=1.0, alpha=0.8, label="gradient norm")
-    _style(norm, "", "gradient norm", grid=False)
+    _curve(norm, steps, norms, span, COLOURS[4])
+    _style(norm, f"gradient norm{_named(span)}", "")
     positive = [value for value in norms if value > 0 and math.isfinite(value)]
     if positive and max(positive) > 10 * min(positive):
         norm.set_yscale("log")
     else:
         norm.set_ylim(bottom=0)
-    throughput = [row["tokens_per_second"] for row in train]
-    speed.plot(steps, throughput, color=COLOURS[2], alpha=0.25, linewidth=0.8)
-    speed.plot(steps, smooth(throughput), color=COLOURS[2], linewidth=1.6)
-    _style(speed, "throughput", "tokens a second")
+    _curve(speed, steps, [row["tokens_per_second"] for row in train], span, COLOURS[2])
+    _style(speed, f"throughput{_named(span)}", "tokens a second")
     speed.set_ylim(bottom=0)
-    for axes in (rate, speed):
-        axes.set_xlabel("step")
+    for axes in (rate, norm, speed):
+        axes.set_xlabel("step", color=INK, fontsize=9)
     _save(figure, target, title)
 
 
@@ -83,30 +76,39 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
     figure = _figure(12.5, 5.2)
     axes = figure.subplots(1, 2, sharey=True)
     names = _distinct(runs)
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        train, evals = _split(read_rows(run / "metrics.jsonl" if run.is_dir() else run))
+    logs = [_split(read_rows(run / "metrics.jsonl" if run.is_dir() else run)) for run in runs]
+    span = _window(max((len(train) for train, _ in logs), default=0))
+    for index, ((train, evals), name) in enumerate(zip(logs, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         places = {row["step"]: _place(row, x) for row in train}
-        losses = smooth([_number(row["loss"]) for row in train])
-        axes[0].plot([places[row["step"]] for row in train], losses, color=colour, linewidth=1.5, label=name)
+        _curve(axes[0], list(places.values()), [_number(row["loss"]) for row in train], span, colour, name)
         held = [row for row in evals if row["step"] in places or row["step"] == 0]
         _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
-    _style(axes[0], "training loss (smoothed)", "nats a token")
+    _style(axes[0], f"training loss{_named(span)}", "nats a token")
     _style(axes[1], "validation loss", "")
     for axis in axes:
-        axis.set_xlabel(AXIS_LABELS[x])
+        axis.set_xlabel(x, color=INK, fontsize=9)
     _save(figure, target, "")
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a fiftieth of the values, unbiased at its start; gaps where a value is not finite."""
-    decay = 1 - 1 / max(1.0, len(values) / 50)
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Exponential mean over about `window` values, unbiased at its start; values that are not finite are left out."""
+    decay = 1 - 1 / max(1, window)
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         smoothed.append(mean / weight if weight else math.nan)
     return smoothed
+
+
+def _window(steps: int) -> int:
+    """Steps that a curve of a run is smoothed over: short runs are drawn as they are."""
+    return max(1, steps // 30)
+
+
+def _named(window: int) -> str:
+    return f" (mean over {window} steps)" if window > 1 else ""
 
 
 class LivePlot:
@@ -149,18 +151,24 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _style(axes: Any, title: str, label: str, grid: bool = True) -> None:
+def _style(axes: Any, title: str, label: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.set_ylabel(label, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(side == "bottom")
         axes.spines[side].set_color(FAINT)
-    if grid:
-        axes.grid(axis="y", color=FAINT, linewidth=0.7)
-        axes.set_axisbelow(True)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _curve(axes: Any, x: Sequence[float], y: Sequence[float], window: int, colour: str, label: str = "") -> None:
+    """A smoothed line over the values themselves, which are faint."""
+    if window > 1:
+        axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(x, smooth(y, window), color=colour, linewidth=1.6, label=label or None)
 
 
 def _mark(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:

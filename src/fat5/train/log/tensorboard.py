@@ -1,8 +1,11 @@
 """TensorBoard events beside metrics.jsonl; a fault of theirs never stops a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fat5.train.log.metrics import parts
 
 TRAIN_KEYS = (
     "loss",
@@ -28,7 +31,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._writer: Any = None
-        with _Guarded(self):
+        with self._guarded():
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -39,32 +42,25 @@ class TensorBoard:
             return
         if row["kind"] == "eval":
             scalars = {"validation/loss": row["loss"], "validation/accuracy": row["accuracy"]}
-            scalars |= {f"validation by denoiser/{name}": score["loss"] for name, score in row["by_denoiser"].items()}
+            part, scores = parts(row)
+            scalars |= {f"validation by {part}/{name}": score["loss"] for name, score in scores.items()}
         else:
             scalars = {f"train/{key}": row[key] for key in TRAIN_KEYS if row.get(key) is not None}
-        with _Guarded(self):
+        with self._guarded():
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Flushes and closes the event file."""
         if self._writer is not None:
-            with _Guarded(self):
+            with self._guarded():
                 self._writer.close()
 
-
-class _Guarded:
-    """Turns an error inside into one warning, and the writer off."""
-
-    def __init__(self, owner: TensorBoard) -> None:
-        self._owner = owner
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, OSError | ImportError | ValueError):
-            return False
-        self._owner._writer = None
-        self._owner._warn(f"TensorBoard is off: {error}; training goes on")
-        return True
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turns an error inside into one warning, and the writer off."""
+        try:
+            yield
+        except (OSError, ImportError, ValueError) as error:
+            self._writer = None
+            self._warn(f"TensorBoard is off: {error}; training goes on")

@@ -1,21 +1,42 @@
 """Sizes that a configuration leaves open (`auto`): chosen once, from the corpus and the device, and kept by the run.
 
 A run writes what was chosen into its config.yaml, and the same command takes it from there when it continues.
+
+settle            the configuration of a run, from that of a recipe       choose_sizes   the sizes alone
+configure_model   the model's configuration
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
-from fat5.data import BatchConfig, PieceStream, WeightedShards, load_tokenizer, open_shards, suggest_budgets
+from fat5.data import (
+    BatchConfig,
+    PieceStream,
+    TokenizerInfo,
+    WeightedShards,
+    load_tokenizer,
+    open_shards,
+    suggest_budgets,
+)
 from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.errors import ConfigurationError
 from fat5.machine import free_memory
-from fat5.train.config import DataConfig, PretrainConfig
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.model.configuration import MODEL_KEYS
+from fat5.tasks.config import DataConfig, PretrainConfig
+from fat5.train.checkpoint.files import verify_checkpoint
+from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.cost.memory import plan_memory
+from fat5.train.precision import resolve_precision
+from fat5.train.run_directory import RunDirectory
+from fat5.yaml_text import read_yaml
 
 PASSES = 4
 """Passes over the data: to about four, text seen again is worth nearly what new text is (Muennighoff et al. 2023)."""
@@ -54,8 +75,6 @@ OPEN = (
 )
 """The keys that may say auto (the warm-up: null)."""
 
-ModelOf = Callable[[PretrainConfig], Any]
-
 
 @dataclass(frozen=True)
 class Text:
@@ -85,6 +104,24 @@ WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0)
 """Stands in where the data is not prepared yet: pages of French web text under the mixture fat5."""
 
 
+def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
+    """The configuration of a run: defaults filled in, precision resolved, sizes chosen, or taken from the run that the
+    folder holds already.
+
+    Args:
+        stand_in: for the tokenizer, where the data is not prepared yet.
+
+    Raises:
+        FAT5Error: what cannot work.
+    """
+    config = config.resolved()
+    config = replace(config, precision=resolve_precision(config.precision, device))
+    if open_keys(config):
+        config = take_over(config, _earlier(config))
+
+    return choose_sizes(config, device, stand_in).resolved()
+
+
 def open_keys(config: PretrainConfig) -> list[str]:
     """The keys of a configuration that are still to be chosen."""
     return [key for key in OPEN if _get(config, key) in ("auto", None)]
@@ -101,15 +138,12 @@ def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainCon
     return config
 
 
-def choose_sizes(
-    config: PretrainConfig, device: torch.device, model_of: ModelOf, prepared: bool = True
-) -> PretrainConfig:
+def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
     """A copy in which every size is a number.
 
     Args:
         config: its precision is resolved.
-        model_of: makes the model of a configuration on the meta device, for its memory.
-        prepared: False reckons with WEB_PAGES in place of the sources.
+        stand_in: the tokenizer where the data is not prepared yet; WEB_PAGES then stands in for the text.
 
     Raises:
         DataError, TokenizerError, ConfigurationError: from the data, or numbers that do not go together.
@@ -117,7 +151,8 @@ def choose_sizes(
     gpu = device.type == "cuda"
     if not open_keys(config):
         return config
-    tokens = _corpus_tokens(config) if prepared else WEB_PAGES.tokens
+    prepared = stand_in is None
+    tokens = sum(source.shards.num_tokens for source in _sources(config)) if prepared else WEB_PAGES.tokens
     if config.model.preset == "auto":
         config = _with(config, "model.preset", _preset(tokens, gpu))
     if config.data.num_workers == "auto":
@@ -127,8 +162,55 @@ def choose_sizes(
     text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
     config = replace(config, data=_rest(data, asked, text))
     if asked.encoder_tokens == "auto":
-        config = _fit_memory(config, asked, text, device, model_of)
+        config = _fit_memory(config, asked, text, device, stand_in or _tokenizer(config))
     return _length(config, text)
+
+
+def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
+    """The model's configuration for the tokenizer's vocabulary.
+
+    Raises:
+        ConfigurationError: an override that the model's configuration does not have.
+    """
+    ours = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "position_encoding")
+    for key in config.model.overrides:
+        if key in ours:
+            raise ConfigurationError(f"model.overrides.{key} is set by the run itself", hint="Remove it")
+        if key not in MODEL_KEYS:
+            near = get_close_matches(key, sorted(MODEL_KEYS), n=1)
+            hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
+            raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
+    try:
+        return FAT5Config.preset(
+            config.model.preset,
+            vocab_size=info.vocab_size,
+            position_encoding=config.model.position_encoding,
+            pad_token_id=info.pad_id,
+            eos_token_id=info.eos_id,
+            decoder_start_token_id=info.pad_id,
+            **config.model.overrides,
+        )
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        # transformers says on several lines which key has which type; the last of them is enough.
+        said = str(error).splitlines()[-1].strip()
+        raise ConfigurationError(said, where="model.overrides", hint="See docs/model.md for the keys") from error
+
+
+def on_meta(config: FAT5Config) -> FAT5ForConditionalGeneration:
+    """The model of a configuration, its weights without memory."""
+    with torch.device("meta"):
+        return FAT5ForConditionalGeneration(config)
+
+
+def _earlier(config: PretrainConfig) -> dict[str, Any]:
+    """The configuration of the run that is continued; empty for a new one."""
+    if config.resume not in ("auto", "never"):
+        verify_checkpoint(Path(config.resume))
+        configuration: dict[str, Any] = read_trainer_state(Path(config.resume))["configuration"]
+        return configuration
+    run = RunDirectory(config.output_dir)
+    written = config.resume == "auto" and run.holds_run and run.config.exists()
+    return read_yaml(run.config, run.config) if written else {}
 
 
 def _preset(tokens: int, gpu: bool) -> str:
@@ -166,12 +248,12 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
 
 
 def _fit_memory(
-    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, model_of: ModelOf
+    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, info: TokenizerInfo
 ) -> PretrainConfig:
     """Halves the pack until the plan fits what is free, with as many more packs a step."""
     free = free_memory(device)
-    model = model_of(config)
-    while free is not None and plan_memory(config, model, device).total > SHARE_OF_MEMORY * free:
+    model = on_meta(configure_model(config, info))
+    while free is not None and plan_memory(config, config.data.batch(), model, device).total > SHARE_OF_MEMORY * free:
         half = config.data.encoder_tokens // 2
         longest = min(1_024, half // 4) if asked.max_tokens == "auto" else asked.max_tokens
         if half < max(SMALLEST_PACK, 2 * longest) or half % BUDGET_MULTIPLE:
@@ -198,14 +280,13 @@ def _sources(config: PretrainConfig) -> list[WeightedShards]:
     return [WeightedShards(open_shards(source.path, "train"), source.weight) for source in config.data.sources]
 
 
-def _corpus_tokens(config: PretrainConfig) -> int:
-    return sum(source.shards.num_tokens for source in _sources(config))
+def _tokenizer(config: PretrainConfig) -> TokenizerInfo:
+    return load_tokenizer(Path(config.data.sources[0].path) / "tokenizer").info
 
 
 def _stream(config: PretrainConfig) -> PieceStream:
     """The run's stream, but for its seed: sizes are the same under every seed."""
-    info = load_tokenizer(Path(config.data.sources[0].path) / "tokenizer").info
-    return PieceStream(_sources(config), config.data.denoisers(), info, config.data.max_tokens, seed=0)
+    return PieceStream(_sources(config), config.data.denoisers(), _tokenizer(config), config.data.max_tokens, seed=0)
 
 
 def _get(config: PretrainConfig, key: str) -> Any:

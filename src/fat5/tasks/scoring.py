@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fat5.data import BatchConfig, MixtureOfDenoisers, WeightedShards, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
+from fat5.tasks.pretraining import score
 from fat5.train.checkpoint.store import model_folder
-from fat5.train.evaluation import evaluate, unigram_entropy
+from fat5.train.evaluation import Scorer, unigram_entropy
 from fat5.train.precision import Precision, PrecisionName, resolve_precision
+from fat5.train.world import World, training_device
 from fat5.yaml_text import read_yaml
 
 
@@ -64,7 +64,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
         raise CheckpointError("does not exist", where=folder, hint="Give the folder of a run, a model or a checkpoint")
     recipe = _recipe(folder)
     sources = _sources(config, recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     precision = Precision(resolve_precision(config.precision or recipe.get("precision", "auto"), device), device)
     info = load_tokenizer(sources[0].shards.folder / "tokenizer").info
     data = recipe.get("data", {})
@@ -83,16 +83,14 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
             where=weights,
             hint="Prepare the data with the model's tokenizer",
         )
-    scores = evaluate(model, model, batches, mixture.names(), precision)
-    row = scores.row(0)
+    row = score(Scorer(model, precision, World(device), model), batches, mixture.names())
     if not math.isfinite(row["loss"]):
         raise CheckpointError(
             f"its loss on this data is {row['loss']} in {precision.name}",
             where=weights,
             hint="Use --precision fp32; if it is no number there either, the weights are of no use",
         )
-    facts = {key: row[key] for key in ("loss", "accuracy", "tokens", "by_denoiser")}
-    return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **facts}
+    return {"model": str(weights), "unigram_entropy": unigram_entropy(batches), **row}
 
 
 def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[WeightedShards]:

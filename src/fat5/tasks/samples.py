@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fat5.data import PackedBatch, Tokenizer, unpack
-from fat5.train.precision import Precision
+from fat5.train.evaluation import Scorer
 
 LEAST_PROMPT = 16
 """Encoder tokens from which an example says something; the shortest of these is shown, since it is read by a person."""
@@ -16,16 +16,17 @@ LONGEST_ANSWER = 32
 
 @torch.no_grad()
 def validation_samples(
-    model: Any, tokenizer: Tokenizer, batches: Iterable[PackedBatch], names: Sequence[str], precision: Precision
-) -> list[dict[str, str]]:
+    scorer: Scorer, tokenizer: Tokenizer, batches: Iterable[PackedBatch], names: Sequence[str]
+) -> list[dict[str, Any]]:
     """For each denoiser: its name, prompt, completion (at most `LONGEST_ANSWER` tokens) and target, special tokens by
     name.
 
     Args:
-        model: with `generate`; switched to evaluation meanwhile (no dropout), and back.
-        tokenizer, batches, names: of the validation stream, as in `evaluate`.
-        precision: of the forward pass.
+        scorer: its model has `generate`.
+        tokenizer, batches: of the validation stream.
+        names: of the denoisers.
     """
+    model, precision = scorer.model, scorer.precision
     chosen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for batch in batches:
         for denoiser, example in zip(batch.denoiser.tolist(), unpack(batch)):

@@ -1,0 +1,105 @@
+"""The configuration of a pretraining run: what a recipe's YAML holds, and its complete, resolved form."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from fat5.data import BatchConfig, DenoiserConfig, MixtureOfDenoisers
+from fat5.errors import ConfigurationError
+from fat5.train.config import AUTO, RunConfig, Size, check_count
+
+MOST_WORKERS = 1024
+
+
+@dataclass
+class SourceConfig:
+    """A prepared folder and its share of the training tokens."""
+
+    path: str
+    """Folder made by `fat5 prepare`"""
+    weight: float = 1.0
+    """Relative share of the tokens seen in training"""
+
+
+@dataclass
+class DataConfig:
+    """What the model reads, and in which shapes."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Prepared folders; the tokenizer and the validation split are those of the first"""
+    mixture: str | list[DenoiserConfig] = "fat5"
+    """Mixture of denoisers: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}"""
+    max_tokens: Size = AUTO
+    """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated; auto is a quarter
+    of encoder_tokens, at most 1,024"""
+    encoder_tokens: Size = AUTO
+    """Encoder tokens of a pack, a multiple of 128; auto fits the corpus and the memory: 1,024 to 16,384, on a CPU to
+    2,048"""
+    decoder_tokens: Size = AUTO
+    """Decoder tokens of a pack, a multiple of 128; auto is what goes with encoder_tokens on this corpus, as
+    `fat5 audit` suggests it"""
+    packs_per_step: Size = AUTO
+    """Packs of one optimizer step: the global batch; auto fits the corpus: 1 to 8 packs of 16,384 encoder tokens"""
+    packs_per_micro_batch: int = 1
+    """Packs run at once; less memory with fewer, the same result with any"""
+    window: int = 1024
+    """Examples the packing looks ahead to"""
+    max_examples: int | None = None
+    """Most examples of a pack; a sixteenth of encoder_tokens if not given"""
+    num_workers: Size = AUTO
+    """Processes that prepare batches; 0 prepares them in the training process; auto is 2 with a GPU and 0 without"""
+
+    def batch(self) -> BatchConfig:
+        """The shapes, as the loader takes them; refuses shapes that cannot work."""
+        return BatchConfig(**{item.name: getattr(self, item.name) for item in fields(BatchConfig)})
+
+    def denoisers(self) -> MixtureOfDenoisers:
+        """The mixture; refuses denoisers that cannot work."""
+        named = isinstance(self.mixture, str)
+        return MixtureOfDenoisers.of(self.mixture if named else [asdict(row) for row in self.mixture])  # type: ignore[arg-type]
+
+
+@dataclass
+class ModelConfig:
+    """The model to train."""
+
+    preset: str = "auto"
+    """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo (25M), at a vocabulary of 32,768;
+    auto is fat5-demo on a CPU, on a GPU fat5-small, or fat5-base for a billion tokens of text and more"""
+    position_encoding: Literal["t5", "alibi", "rope", "fire", "absolute", "none"] = "t5"
+    """How the model knows positions; a t5 model is a plain T5 checkpoint"""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Any key of the model's configuration: {d_model: 256, dropout_rate: 0.1, z_loss: 1e-4}"""
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """Pretrain an encoder-decoder on token shards with a mixture of denoisers."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model to train"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it reads"""
+    languages: list[str] = field(default_factory=list)
+    """Codes of the text's languages, for the model card: [fr]"""
+    eval_tokens: Size = AUTO
+    """Validation text of an evaluation, in raw tokens; each denoiser is applied to it; auto goes with the length of the
+    run: 1,024 to 65,536"""
+
+    def resolved(self) -> "PretrainConfig":
+        """A copy with every default filled in, but for sizes that say auto (`fat5.tasks.sizes`); refuses what cannot
+        work.
+
+        Raises:
+            ConfigurationError: a key is missing or has a value that cannot work.
+        """
+        config = super().resolved()
+        if not self.data.sources:
+            raise ConfigurationError(
+                "data.sources is empty", hint="Give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
+            )
+        check_count(1, eval_tokens=self.eval_tokens)
+        check_count(0, MOST_WORKERS, **{"data.num_workers": self.data.num_workers})
+        self.data.denoisers()
+        if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
+            self.data.batch()
+        return config

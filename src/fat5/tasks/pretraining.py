@@ -1,0 +1,203 @@
+"""Pretraining: an encoder-decoder learns to restore text that a mixture of denoisers has corrupted."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fat5.data import (
+    Manifest,
+    PackedBatch,
+    PackedLoader,
+    TokenizerInfo,
+    WeightedShards,
+    load_tokenizer,
+    open_shards,
+    validation_batches,
+)
+from fat5.data.text.corpus import is_dataset
+from fat5.machine import free_memory
+from fat5.model import FAT5ForConditionalGeneration
+from fat5.model.card import CardFacts, training_section, usage_section
+from fat5.tasks.config import PretrainConfig
+from fat5.tasks.samples import validation_samples
+from fat5.tasks.sizes import Text, configure_model, on_meta, settle
+from fat5.train.checkpoint.state import RunState
+from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
+from fat5.train.evaluation import Scorer, evaluate, unigram_entropy
+from fat5.train.run import run
+from fat5.train.world import World
+
+GAPS = {
+    "fr": ("Le paquet est installé par la commande ", " dans le terminal."),
+    "en": ("The package is installed by the command ", " in the terminal."),
+    "de": ("Das Paket wird mit dem Befehl ", " im Terminal installiert."),
+}
+"""Text before and after the gap of the card's example."""
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Carries out a pretraining run, or the rest of one, in `config.output_dir`.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FAT5Error: something that the user can mend; nothing half-written is left behind.
+        RunStopped: a signal stopped the run after its state was saved.
+    """
+    world = World.here()
+    return run(Pretraining.open(settle(config, world.device), world), world)
+
+
+@dataclass
+class Pretraining:
+    """The task of `fat5 pretrain` (`fat5.train.task.Task`)."""
+
+    verb: ClassVar[str] = "pretrain"
+    part: ClassVar[str] = "denoiser"
+
+    config: PretrainConfig
+    info: TokenizerInfo
+    tokenizer: Path
+    loader: PackedLoader
+    validation: list[PackedBatch]
+    names: list[str]
+    """Of the denoisers"""
+    manifests: list[Manifest]
+    """What each source holds"""
+
+    @classmethod
+    def open(cls, config: PretrainConfig, world: World) -> "Pretraining":
+        """Opens the sources of a settled configuration; reads little, writes nothing.
+
+        Raises:
+            DataError, TokenizerError, ConfigurationError: from the data.
+        """
+        sources = [(Path(source.path), source.weight) for source in config.data.sources]
+        train, held_out = (
+            [WeightedShards(open_shards(folder, split), weight) for folder, weight in sources]
+            for split in ("train", "validation")
+        )
+        tokenizer = sources[0][0] / "tokenizer"
+        info = load_tokenizer(tokenizer).info
+        mixture, batch = config.data.denoisers(), config.data.batch()
+        rank, size, workers = world.rank, world.size, config.data.num_workers
+        loader = PackedLoader(
+            train, mixture, info, batch, seed=config.seed, rank=rank, world_size=size, num_workers=workers
+        )
+        validation = validation_batches(
+            held_out, mixture, info, batch, eval_tokens=config.eval_tokens, rank=rank, world_size=size
+        )
+        manifests = [source.shards.manifest for source in train]
+        return cls(config, info, tokenizer, loader, list(validation), mixture.names(), manifests)
+
+    def announce(self, device: torch.device) -> list[str]:
+        """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
+        config, batch = self.config, self.config.data.batch()
+        model = on_meta(configure_model(config, self.info))
+        plan, free = plan_memory(config, batch, model, device), free_memory(device)
+        check_memory(plan, free)
+        text = Text.of(self.loader.stream)
+        threads = torch.get_num_threads()
+        where = f"{threads} CPU thread{'s' * (threads > 1)}"
+        if device.type == "cuda":
+            where = torch.cuda.get_device_name(device)
+        tokens = batch.packs_per_step * (batch.encoder_tokens + batch.decoder_tokens)
+        packs = f"{batch.packs_per_step} pack{'s' * (batch.packs_per_step > 1)}"
+        lines = [
+            f"model   {config.model.preset}, {model.num_parameters():,} parameters, "
+            f"{config.model.position_encoding} positions; {config.precision} on {where}",
+            f"step    {tokens:,} tokens: {packs} of {batch.encoder_tokens:,} (encoder) + {batch.decoder_tokens:,} "
+            "(decoder)",
+            f"run     {config.steps:,} steps, {_short(tokens * config.steps)} tokens; {self._passes(text)} "
+            f"over {_short(text.tokens)} tokens of text",
+            f"memory  about {plan.describe()}" + (f" of {free / GIB:.1f} GiB free" if free is not None else ""),
+        ]
+        if free is not None and plan.total > TIGHT * free:
+            lines.append("        that is tight: with less room, lower data.encoder_tokens and data.decoder_tokens")
+        return lines
+
+    def build_model(self) -> FAT5ForConditionalGeneration:
+        """A model with random weights."""
+        return FAT5ForConditionalGeneration(configure_model(self.config, self.info))
+
+    def title(self, model: Any) -> str:
+        """Preset, size and positions."""
+        parameters = model.num_parameters()
+        size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters:,}"
+        return f"{self.config.model.preset}, {size} parameters, {self.config.model.position_encoding} positions"
+
+    @cached_property
+    def reference(self) -> tuple[str, float]:
+        """The entropy of the validation targets' own frequencies."""
+        return "unigram entropy", unigram_entropy(self.validation)
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration, with its sources named by their hashes instead of their paths, and the tokenizer."""
+        plain: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
+        folders = [Path(source.path) for source in self.config.data.sources]
+        plain["data"]["sources"] = [_sha256(folder / "manifest.json") for folder in folders]
+        weights = [source.weight for source in self.config.data.sources]
+        return plain | {"tokenizer": self.info.sha256, "vocab_size": self.info.vocab_size, "weights": weights}
+
+    def evaluate(self, scorer: Scorer) -> dict[str, Any]:
+        """Loss and accuracy, overall and by denoiser."""
+        return score(scorer, self.validation, self.names)
+
+    def rank(self, scores: dict[str, Any]) -> float:
+        """The validation loss."""
+        return float(scores["loss"])
+
+    def summary(self, state: RunState) -> dict[str, Any]:
+        """Unigram entropy of the targets, and the tokens of documents too short to corrupt (below 2 tokens)."""
+        return {"unigram_entropy": self.reference[1], "tokens_dropped": sum(self.loader.stream.short_tokens)}
+
+    def card(self, model: Any, summary: dict[str, Any], plot: bool) -> CardFacts:
+        """Architecture, use and training."""
+        tokenizer, language = load_tokenizer(self.tokenizer), (self.config.languages or ["en"])[0]
+        mode = "[R]" if "[R]" in tokenizer.own_modes else ""
+        before, after = GAPS.get(language, GAPS["en"])
+        use = usage_section(f"{mode}{before}<extra_id_0>{after}")
+        training = training_section(self.config.to_dict(), summary, self.manifests, plot)
+        return CardFacts(
+            name=Path(self.config.output_dir).absolute().name,
+            kind="ForConditionalGeneration",
+            config=model.config,
+            parameters=model.num_parameters(),
+            training=f"{use}\n\n{training}",
+            languages=self.config.languages,
+            datasets=[held.name.removeprefix("hf:") for held in self.manifests if is_dataset(held.name)],
+        )
+
+    def samples(self, scorer: Scorer) -> list[dict[str, Any]]:
+        """One validation example of each denoiser, completed greedily."""
+        return validation_samples(scorer, load_tokenizer(self.tokenizer), self.validation, self.names)
+
+    def _passes(self, text: Text) -> str:
+        taken = text.tokens_a_step(self.config.data.batch()) * self.config.steps
+        sources = self.loader.stream.sources
+        whole = sum(source.weight for source in sources)
+        passes = sorted(taken * source.weight / whole / max(source.shards.num_tokens, 1) for source in sources)
+        low, high = (f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (passes[0], passes[-1]))
+        return f"{low} passes" if low == high else f"{low} to {high} passes"
+
+
+def score(scorer: Scorer, batches: list[PackedBatch], names: list[str]) -> dict[str, Any]:
+    """The scores of a model by denoiser, as a row of metrics.jsonl has them."""
+    return evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names).row(Pretraining.part)
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:,.0f}"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

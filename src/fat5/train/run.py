@@ -1,0 +1,161 @@
+"""`run(task, world)`: carries out a task in its folder, or the rest of it, and leaves a model and a summary."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat5.errors import CheckpointError, RunDirectoryError
+from fat5.files import write_atomically
+from fat5.train.checkpoint.compare import check_changes
+from fat5.train.checkpoint.files import verify_checkpoint
+from fat5.train.checkpoint.state import read_trainer_state
+from fat5.train.checkpoint.store import Choice
+from fat5.train.export import export
+from fat5.train.log.metrics import parts
+from fat5.train.log.plots import LivePlot, draw_run
+from fat5.train.run_directory import RunDirectory
+from fat5.train.step import step_runner
+from fat5.train.task import Task
+from fat5.train.trainer import Trainer
+from fat5.train.world import World
+
+
+def run(task: Task, world: World) -> dict[str, Any]:
+    """Trains a model, or continues where the folder's run stands.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FAT5Error: something that the user can mend; nothing half-written is left behind.
+        RunStopped: a signal stopped the run after its state was saved.
+    """
+    config, device = task.config, world.device
+    lines = task.announce(device)
+    with RunDirectory(config.output_dir) as folder, _determinism(config.deterministic and device.type == "cuda"):
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        trainer = new_trainer(task, folder, world)
+        for line in lines:
+            trainer.display.say(line)
+        _continue(trainer)
+        if world.is_main:
+            write_atomically(folder.config, config.to_yaml())
+        trainer.run()
+        return _finish(trainer)
+
+
+def new_trainer(task: Task, folder: RunDirectory, world: World) -> Trainer:
+    """The trainer of a run at step 0: model, optimizer and logs."""
+    model = task.build_model()
+    runner = step_runner(task.config, model, world)
+    draw = partial(draw_run, folder.metrics, folder.plot, task.title(model), task.reference)
+    return Trainer(task, folder, model, runner, LivePlot(draw))
+
+
+def _continue(trainer: Trainer) -> None:
+    """Restores the checkpoint that `config.resume` asks for, says which and why, and cuts the log to fit."""
+    leftovers = trainer.store.sweep()
+    if leftovers:
+        trainer.events.write("swept", leftovers=leftovers)
+    choice = _choose(trainer)
+    if choice is None:
+        trainer.cut_log(-1)
+        trainer.events.write("started", pid=os.getpid())
+        return
+    before = read_trainer_state(choice.folder)["configuration"]
+    warnings = check_changes(before, trainer.identity, choice.folder)
+    trainer.restore(choice.folder)
+    trainer.cut_log(trainer.state.step)
+    for refused in choice.refused:
+        trainer.display.warn(f"checkpoint passed over: {refused}")
+    for warning in warnings:
+        trainer.display.warn(warning)
+    why = "named by resume" if trainer.config.resume != "auto" else "the newest that verifies"
+    trainer.display.say(f"continuing from {choice.folder} ({why})")
+    trainer.events.write(
+        "resumed", checkpoint=choice.folder.name, why=why, refused=choice.refused, warnings=warnings, pid=os.getpid()
+    )
+
+
+def _choose(trainer: Trainer) -> Choice | None:
+    resume, folder = trainer.config.resume, trainer.folder
+    if resume == "auto":
+        return trainer.store.choose(trainer.config.strict)
+    steps = trainer.store.steps()
+    if resume == "never":
+        if steps or folder.metrics.exists():
+            raise RunDirectoryError(
+                "holds a run, and resume is never",
+                where=folder.path,
+                hint="Choose a new output_dir, or set resume to auto",
+            )
+        return None
+    named = Path(resume)
+    step = verify_checkpoint(named)["step"]
+    if steps and steps[-1] > step:
+        raise CheckpointError(
+            f"is of step {step}, and {folder.path} has a newer checkpoint of step {steps[-1]}",
+            where=named,
+            hint="Give a new output_dir, or remove the newer checkpoints",
+        )
+    return Choice(named)
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """The last drawing, the model folder, and summary.json, which is written last."""
+    task, state, folder = trainer.task, trainer.state, trainer.folder
+    first, last = state.first_evaluation, state.last_evaluation
+    if first is None or last is None:
+        raise RuntimeError("a run ended without an evaluation")
+    summary = {
+        "parameters": trainer.model.num_parameters(),
+        "steps": state.step,
+        "seconds": state.seconds,
+        "train_tokens": state.tokens,
+        "raw_tokens": state.raw_tokens,
+        "tokens_per_second": state.tokens / state.step_seconds,
+        "val_loss_first": first["loss"],
+        "val_loss_last": last["loss"],
+        "val_accuracy_last": last["accuracy"],
+        f"val_loss_by_{task.part}": {name: score["loss"] for name, score in parts(last)[1].items()},
+        "encoder_fill": state.encoder_tokens / state.encoder_room,
+        "decoder_fill": state.decoder_tokens / state.decoder_room,
+        "precision": trainer.runner.precision.name,
+        "device": str(trainer.runner.device),
+        **task.summary(state),
+    }
+    if trainer.world.is_main:
+        trainer.plot.finish()
+        plot = folder.plot if folder.plot.is_file() else None
+        export(trainer.model, task.tokenizer, folder.model, task.card(trainer.model, summary, plot is not None), plot)
+        try:
+            summary["samples"] = task.samples(trainer.scorer())
+        except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
+            summary["samples"] = []
+            trainer.display.warn(f"no samples were written: {' '.join(str(error).split())[:200]}")
+        write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        trainer.events.write("finished", step=state.step)
+    return trainer.world.broadcast(summary)
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels while a run lasts."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
