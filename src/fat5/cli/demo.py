@@ -1,4 +1,4 @@
-"""`fat5 demo`: a recipe's whole chain on the sample corpus, and what came of it."""
+"""`fat5 demo`: runs a recipe's whole chain on the sample corpus and prints the results."""
 
 import sys
 

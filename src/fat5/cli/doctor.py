@@ -1,4 +1,4 @@
-"""`fat5 doctor`: what this machine has, and what a run of a given recipe will need of it."""
+"""`fat5 doctor`: checks this machine, and what a run of a given recipe needs."""
 
 import json
 import platform
@@ -25,9 +25,9 @@ class DoctorConfig(PretrainConfig):
     json_output: bool = False
     """Print one JSON object instead of a table"""
     vocab_size: int = 32768
-    """Vocabulary to count with where the data is not prepared yet"""
+    """Assumed vocabulary if the data is not prepared yet"""
     tokens_per_second: float | None = None
-    """Speed to reckon the duration with; `fat5 pretrain` shows the real one"""
+    """Assumed speed, to estimate the duration; `fat5 pretrain` shows the real one"""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def machine() -> list[Finding]:
-    """What this machine has."""
+    """Python, packages, GPUs, memory, disk and compiler of this machine."""
     import torch
 
     python = sys.version_info
@@ -104,7 +104,7 @@ def machine() -> list[Finding]:
 
 
 def recipe(config: DoctorConfig) -> list[Finding]:
-    """What a run of this recipe needs: each fault it would meet, its size and its memory."""
+    """Checks the data and the model of a recipe; counts its parameters, memory and arithmetic."""
     from fat5.data import TokenizerInfo
     from fat5.tasks.pretraining import Pretraining
     from fat5.tasks.sizes import configure_model, on_meta, settle

@@ -132,12 +132,18 @@ def read_card(folder: Path) -> FoundCard:
     )
 
 
-def usage_section(prompt: str) -> str:
-    """How a pretrained model is asked: `prompt` begins with a mode token and has a sentinel for each gap."""
+def usage_section(before: str, after: str, modes: bool) -> str:
+    """How a pretrained model fills the gap between two texts.
+
+    Args:
+        modes: the tokenizer has the mode tokens.
+    """
+    mode = "A mode token says which kind (`[R]` short gaps, `[X]` long or many gaps, `[S]` what follows). " * modes
+    prompt = f"{'[R]' * modes}{before}<extra_id_0>{after}"
     return (
-        "## How to ask it\n\nThe model fills gaps. A mode token says which kind (`[R]` short gaps, `[X]` long or many "
-        "gaps, `[S]` what follows), a sentinel stands for each gap, and the answer repeats each sentinel before what "
-        f"it stands for:\n\n```text\n{prompt}\n```\n\n`fat5 generate` puts both in place. Other tasks need fine-tuning."
+        f"## How to ask it\n\nThe model fills gaps. {mode}A sentinel stands for each gap, and the answer repeats each "
+        f"sentinel before what it stands for:\n\n```text\n{prompt}\n```\n\n`fat5 generate` puts these tokens in place. "
+        "Other tasks need fine-tuning."
     )
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a pretraining run: what a recipe's YAML holds, and its complete, resolved form."""
+"""The configuration of a pretraining run: the keys of a recipe, and their complete, resolved form."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal

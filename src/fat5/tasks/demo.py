@@ -65,15 +65,15 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> dict[str, Any]:
-    """Runs the chain in `output_dir` and returns its summary, which `summary.json` holds too.
+    """Runs the chain in `output_dir` and returns its summary, the content of `summary.json`.
 
     Args:
-        config: what to run; whatever it says of folders, everything goes under `output_dir`.
+        config: what to run; its folders are ignored, everything goes under `output_dir`.
         say: gets a line at each stage.
         progress: show bars.
 
     Raises:
-        FAT5Error: as the stages do; and RunDirectoryError where `output_dir` holds something else.
+        FAT5Error: from a stage; RunDirectoryError if `output_dir` contains something else.
     """
     refuse_many_processes()
     began = time.perf_counter()

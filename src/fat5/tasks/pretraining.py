@@ -69,7 +69,7 @@ class Pretraining:
     names: list[str]
     """Of the denoisers"""
     manifests: list[Manifest]
-    """What each source holds"""
+    """Of each source"""
 
     @classmethod
     def open(cls, config: PretrainConfig, world: World) -> "Pretraining":
@@ -160,9 +160,7 @@ class Pretraining:
     def card(self, model: Any, summary: dict[str, Any], plot: bool) -> CardFacts:
         """Architecture, use and training."""
         tokenizer, language = load_tokenizer(self.tokenizer), (self.config.languages or ["en"])[0]
-        mode = "[R]" if "[R]" in tokenizer.own_modes else ""
-        before, after = GAPS.get(language, GAPS["en"])
-        use = usage_section(f"{mode}{before}<extra_id_0>{after}")
+        use = usage_section(*GAPS.get(language, GAPS["en"]), "[R]" in tokenizer.own_modes)
         training = training_section(self.config.to_dict(), summary, self.manifests, plot)
         return CardFacts(
             name=Path(self.config.output_dir).absolute().name,

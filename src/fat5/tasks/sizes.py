@@ -78,12 +78,12 @@ OPEN = (
 
 @dataclass(frozen=True)
 class Text:
-    """What a run reads, as far as sizes depend on it."""
+    """The statistics of the training text that sizes depend on."""
 
     tokens: int
     """Tokens of the training split, of all sources"""
     piece: float
-    """Mean tokens of a piece; mean encoder and decoder tokens of the example made of it"""
+    """Mean tokens of a piece, and mean encoder and decoder tokens of its example"""
     encoder: float
     decoder: float
 
@@ -101,15 +101,15 @@ class Text:
 
 
 WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0)
-"""Stands in where the data is not prepared yet: pages of French web text under the mixture fat5."""
+"""Assumed if the data is not prepared yet: French web pages under the mixture fat5."""
 
 
 def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
-    """The configuration of a run: defaults filled in, precision resolved, sizes chosen, or taken from the run that the
-    folder holds already.
+    """The configuration of a run: defaults filled in, precision resolved, sizes chosen, or taken from the run that is
+    already in the folder.
 
     Args:
-        stand_in: for the tokenizer, where the data is not prepared yet.
+        stand_in: a tokenizer if the data is not prepared yet.
 
     Raises:
         FAT5Error: what cannot work.
@@ -143,7 +143,7 @@ def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: Tokeniz
 
     Args:
         config: its precision is resolved.
-        stand_in: the tokenizer where the data is not prepared yet; WEB_PAGES then stands in for the text.
+        stand_in: a tokenizer if the data is not prepared yet; the text is then taken to be WEB_PAGES.
 
     Raises:
         DataError, TokenizerError, ConfigurationError: from the data, or numbers that do not go together.

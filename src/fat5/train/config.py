@@ -25,7 +25,7 @@ class RunConfig:
     """The keys of a run that do not depend on its task."""
 
     output_dir: str = ""
-    """Folder of the run; a run that it already holds is continued"""
+    """Folder of the run; a run that is already there is continued"""
     seed: int = 0
     """Of initialisation, order, noise and dropout"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -66,7 +66,7 @@ class RunConfig:
     """On a GPU, refuse operations that PyTorch does not guarantee to repeat. A compiled run repeats bit for bit without
     it too (docs/checkpoints.md)"""
     resume: str = "auto"
-    """auto (newest checkpoint of output_dir that verifies), never (a folder that holds a run is refused), or the path
+    """auto (newest checkpoint of output_dir that verifies), never (a folder with a run is refused), or the path
     of a checkpoint"""
     strict: bool = False
     """Refuse to start when the newest checkpoint is damaged, instead of taking the one before it"""

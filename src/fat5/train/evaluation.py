@@ -42,7 +42,7 @@ class Scorer:
     """A model as it is scored."""
 
     model: Any
-    """Switched to evaluation meanwhile (no dropout), and back"""
+    """Switched to evaluation mode (no dropout), and back at the end"""
     precision: Precision
     """Of the forward pass"""
     world: World

@@ -20,7 +20,7 @@ def export(model: Any, tokenizer: Path, target: Path, facts: CardFacts, plot: Pa
         model: to save.
         tokenizer: folder whose files are copied.
         target: the folder.
-        facts: for the card; what it says of the model's format is set here.
+        facts: for the card; `target` is set here.
         plot: a picture that the card shows.
     """
     with whole_folder(target) as folder:

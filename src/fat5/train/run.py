@@ -1,4 +1,4 @@
-"""`run(task, world)`: carries out a task in its folder, or the rest of it, and leaves a model and a summary."""
+"""`run(task, world)`: the story of a run, from its first line to the model folder and summary.json."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from fat5.train.world import World
 
 
 def run(task: Task, world: World) -> dict[str, Any]:
-    """Trains a model, or continues where the folder's run stands.
+    """Trains a model in `config.output_dir`, or continues the run that is there.
 
     Returns:
         The content of summary.json.

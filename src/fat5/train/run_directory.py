@@ -1,4 +1,4 @@
-"""The folder of one run: its names, its lock, and the refusal to write into a folder that holds something else.
+"""The folder of a run: file names and lock. A folder with anything else in it is refused.
 
 DIR/run.json       marks the folder as a run of FAT5, from its first second
 DIR/run.lock       who trains here now (pid, host); a stale lock is taken over
@@ -46,7 +46,7 @@ class RunDirectory:
         path: the folder; made if absent.
 
     Raises:
-        RunDirectoryError: (on entering) the folder holds something else, cannot be written, or is in use.
+        RunDirectoryError: (on entering) the folder has other content, cannot be written, or is in use.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,7 +72,7 @@ class RunDirectory:
         """Makes the folder and marks it as a run's.
 
         Raises:
-            RunDirectoryError: it holds something that is not a run, or cannot be written.
+            RunDirectoryError: it contains something that is not a run, or cannot be written.
         """
         if self.holds_run:
             return

@@ -66,7 +66,7 @@ class StepRunner:
         self.world, self.gradient_clip = world, gradient_clip
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.device = precision.device
-        # The update is decided on the device where the optimizer can; the host then hears of it a step later.
+        # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
         self.deferred = self.device.type == "cuda" and skips_on_device(optimizer) and precision.scaler is None
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
         if cuda_graphs:
@@ -158,7 +158,7 @@ def step_runner(config: RunConfig, model: Any, world: World) -> StepRunner:
         how = "compiled" if compiled else "not compiled"
         raise ConfigurationError(
             f"cuda_graphs is true, the model is {how} and runs in {precision.name} on {device.type}",
-            hint="CUDA graphs need a GPU and a compiled model, and fp16's loss scale stands outside of them: say auto",
+            hint="CUDA graphs need a GPU and a compiled model, and do not work with fp16: say auto",
         )
     optimizer = build_optimizer(config.optimizer, model)
     return StepRunner(model, forward, optimizer, precision, world, config.gradient_clip, graphs)

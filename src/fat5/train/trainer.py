@@ -37,7 +37,7 @@ from fat5.train.task import Task
 
 @dataclass
 class Pending:
-    """A step that was started, and what is to be logged of it."""
+    """A step whose numbers are still on the device, and the rest of its row."""
 
     record: StepRecord
     result: StepResult
@@ -45,7 +45,7 @@ class Pending:
 
 
 class Trainer:
-    """Carries a run from where it stands to its last step.
+    """Trains from the current step to the last one.
 
     Args:
         task: what is trained, its configuration resolved.
@@ -111,7 +111,7 @@ class Trainer:
                     self.tensorboard.close()
 
     def restore(self, folder: Path, keep_data: bool = False) -> None:
-        """Takes over the state of a checkpoint that was verified; `keep_data` leaves the data where it stands."""
+        """Loads a verified checkpoint; `keep_data` leaves the position in the data as it is."""
         content = read_trainer_state(folder)
         restore(self.model, self.runner.optimizer, folder)
         self.runner.precision.load_state_dict(content["loss_scale"])
@@ -120,7 +120,7 @@ class Trainer:
         self.state.restore(content["progress"], folder / TRAINER)
 
     def cut_log(self, step: int) -> None:
-        """Takes the rows after `step` out of metrics.jsonl, and lines that are not rows, which the user is told of."""
+        """Moves the rows after `step` out of metrics.jsonl, and lines that are not rows, with a warning."""
         bad = self.metrics.rewind(step, self.folder.discarded) if self.world.is_main else []
         if bad:
             self._warn(f"metrics.jsonl: {name_lines(bad)}; moved to {self.folder.discarded.name}")
@@ -256,7 +256,7 @@ class Trainer:
         return True
 
     def scorer(self) -> Scorer:
-        """The model as it stands, for an evaluation that a signal may end between two batches."""
+        """The model for an evaluation; a stop signal ends the evaluation between two batches."""
         return Scorer(self.model, self.runner.precision, self.world, self.runner.forward, self._leave_if_asked)
 
     def _record(self, row: dict[str, Any], seconds: float = 0.0) -> None:

@@ -1,8 +1,8 @@
 """What may change when a run is continued: harmless keys, keys that are warned about, and keys that are refused.
 
-A checkpoint carries the configuration it was made with, and the identity of its data. Whatever would make the
-continued run something other than the run it was (its data, its order, its model, the meaning of its optimizer state)
-is refused; what people change on purpose in the middle of a run is warned about; the rest is nobody's business.
+A checkpoint contains the configuration of its run and the hashes of its data. A change that would make it another run
+(other data, order or model, another meaning of the optimizer state) is refused. A change that people make on purpose
+in the middle of a run gets a warning. Keys that do not affect the result may change freely.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ HARMLESS = (
     "tensorboard",
     "languages",
 )
-"""They change how a run is carried out. (Micro-batches change the order of a sum: equal within tolerance.)"""
+"""They do not affect the result. (Micro-batches change the order of a sum: equal within tolerance.)"""
 
 WARNED = (
     "optimizer.lr",

@@ -1,4 +1,4 @@
-"""How a folder becomes a checkpoint, whole or not at all, and how one is judged before a byte of it is used.
+"""Writes a checkpoint folder, complete or not at all, and verifies one before it is used.
 
 A checkpoint is written to a hidden sibling; each file is flushed to the disk; the manifest, with the size and SHA-256
 of every file, is written last; then the folder is renamed and its parent flushed. A crash at any point leaves either a
@@ -53,7 +53,7 @@ def write_checkpoint(
         target: `…/step-N`.
         tensors: file name → tensors on the host.
         documents: file name → text.
-        facts: what else the manifest says (step, validation loss).
+        facts: further entries of the manifest (step, validation loss).
 
     Raises:
         OSError: the disk is full, read-only, or failing. Nothing is left behind then.
@@ -77,7 +77,7 @@ def write_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; whatever happens meanwhile, a part of it is never taken for the whole."""
+    """Removes a checkpoint; after a crash in the middle, the rest is not taken for a checkpoint."""
     reached("before removing")
     hidden = folder.with_name(f"{REMOVING}{folder.name}")
     _remove(hidden)
@@ -125,7 +125,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, without a look at the files.
+    """The manifest of a checkpoint; its files are not read.
 
     Raises:
         CheckpointError: missing, damaged, or of another format version.
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_types(manifest: Mapping[str, Any], path: Path) -> None:
-    """Whoever can write the manifest can write its hash too: what is used of it must be of its type."""
+    """An attacker can forge the hash of a manifest too, so each value that is used must have its type."""
     files, step, loss = manifest.get("files"), manifest.get("step"), manifest.get("val_loss")
     if not is_count(step):
         raise CheckpointError(f"has no step (step is {_shown(step)})", where=path)

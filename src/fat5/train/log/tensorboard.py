@@ -1,4 +1,4 @@
-"""TensorBoard events beside metrics.jsonl; a fault of theirs never stops a run."""
+"""TensorBoard events beside metrics.jsonl; an error in them never stops a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +24,8 @@ class TensorBoard:
 
     Args:
         folder: of the event files.
-        step: where the run continues; events after it, of a part that was lost, are hidden.
-        warn: told once what went wrong; nothing is written after that.
+        step: where the run continues; TensorBoard hides later events of an interrupted part.
+        warn: called at the first error; nothing is written after that.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
