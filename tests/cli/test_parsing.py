@@ -119,7 +119,7 @@ def test_an_unknown_flag_suggests_the_near_one(flag: str, meant: str) -> None:
     [
         ("--seed x", "seed: expected a whole number, got 'x'"),
         ("--compile=maybe", "compile: expected true or false or auto, got 'maybe'"),
-        ("--sizes 1 x", "sizes: expected a list, each item a whole number or null"),
+        ("--sizes 1 x", "sizes: expected a list of whole numbers or null"),
         ("--seed", "seed: expected a value, got none"),
         ("--compile=aut", "Did you mean auto?"),
     ],

@@ -3,12 +3,13 @@
 import inspect
 import json
 import re
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from fat5.cli.main import VERBS
 from fat5.cli.recipes import find_recipe, recipe_names
@@ -81,6 +82,7 @@ def parse(
         usage=f"fat5 {verb} [--config RECIPE] [--key value …]"
         + f" [{' '.join(positional) or words} …]" * bool(positional or words),
         description=f"{description} Words without a flag are its {words}." if words else description,
+        formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -150,9 +152,29 @@ def _parameter_help(signature: Callable[..., Any], name: str) -> str:
     return " ".join(found.group(1).split()) if found else name
 
 
+class _Help(DefaultHelpFormatter):
+    """Types in words, and only defaults that say something."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        kind = getattr(action, "_typehint", None)
+        if kind is None or kind is bool or get_origin(kind) is Literal:  # the choices stand beside the flag
+            return None
+        words = _in_words(kind)
+        return words.removesuffix(" or null") if action.default is None else words
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action).replace("(type: ", "(")
+        if action.default in ("", None, []):
+            text = text.replace(" (default: %(default)s)", "").replace(", default: %(default)s)", ")")
+        return text
+
+
 def _put_first(parser: ArgumentParser, first: Sequence[str], description: str) -> None:
     """Shows `--config` and these keys in a group of their own, above all others."""
     names = ["config", *first]
+    for action in parser._actions:
+        if action.help == "Path to a configuration file.":  # of a section alone, which --config does as well
+            action.help = SUPPRESS
     chosen = sorted((one for one in parser._actions if one.dest in names), key=lambda one: names.index(one.dest))
     start: Any = parser.add_argument_group("start with these")
     groups: list[Any] = [group for group in parser._action_groups if group is not start]
@@ -228,7 +250,8 @@ def _in_words(kind: Any) -> str:
     elif get_origin(kind) in (Union, UnionType):
         words = [_in_words(part) for part in parts]
     elif get_origin(kind) is list:
-        return f"a list, each item {_in_words(parts[0])}"
+        several = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"a list of {several.get(parts[0], 'keys with values')}"
     else:
         return "keys with values"
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
