@@ -168,27 +168,21 @@ class FAT5Config(T5Config):
         return cls.from_dict(_as_fat5(config.to_dict(), type(config).__name__))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes config.json; where a stock class computes the same, it is that class's configuration."""
+        """Writes config.json: that of the stock class of this family if it computes the same, else a FAT5 one."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         path = Path(save_directory) / "config.json"
         written = json.loads(path.read_text())
         classes = written.get("architectures") or []
-        if not self._is_stock(classes[0] if classes else ""):
-            # Stock T5Config drops tie_word_embeddings and reads scale_decoder_outputs, so both are written.
-            written["scale_decoder_outputs"] = self.scale_decoder_outputs
-            path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-            return
-        default = FAT5Config()
-        for key in _ADDED_KEYS:
-            if key in written and written[key] == getattr(default, key):
-                del written[key]
-        # Families have different defaults, so every key that a stock class reads is written.
-        for key in _STOCK_KEYS:
-            written.setdefault(key, getattr(self, key))
-        written.pop("family", None)
-        written["model_type"] = self.family
-        written["architectures"] = [name.replace("FAT5", _CLASS_PREFIX[self.family], 1) for name in classes] or None
-        written["tie_word_embeddings"] = self.tie_word_embeddings
+        if self._is_stock(classes[0] if classes else ""):
+            default = FAT5Config()
+            added = {key for key in _ADDED_KEYS if key in written and written[key] == getattr(default, key)}
+            # Families have different defaults, so every key that a stock class reads is written.
+            written = {key: getattr(self, key) for key in _STOCK_KEYS} | written
+            written = {key: value for key, value in written.items() if key not in added | {"family"}}
+            written["model_type"] = self.family
+            written["architectures"] = [name.replace("FAT5", _CLASS_PREFIX[self.family], 1) for name in classes] or None
+            written["tie_word_embeddings"] = self.tie_word_embeddings
+        # Stock T5Config drops tie_word_embeddings and reads this instead.
         written["scale_decoder_outputs"] = self.scale_decoder_outputs
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
