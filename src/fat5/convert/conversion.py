@@ -24,7 +24,7 @@ from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.convert.source import (
     STOCK_PREFIX,
     TOKENIZER_FILES,
-    Source,
+    SourceModel,
     first_sentinel,
     is_named_unigram,
     load_stock,
@@ -164,7 +164,7 @@ def _check(config: ConvertConfig) -> None:
             raise ConfigurationError(what, where=where, hint=hint)
 
 
-def _check_expressible(source: Source, to: str) -> None:
+def _check_expressible(source: SourceModel, to: str) -> None:
     """Raises ConfigurationError if the format cannot express the model."""
     positions, to_ctranslate2 = source.config.position_encoding, to == "ctranslate2"
     for is_wrong, what, use in (
@@ -189,7 +189,7 @@ def _check_expressible(source: Source, to: str) -> None:
         )
 
 
-def _stored_dtype(source: Source, config: ConvertConfig) -> torch.dtype:
+def _stored_dtype(source: SourceModel, config: ConvertConfig) -> torch.dtype:
     if config.to == "onnx":
         return torch.float32
     if config.dtype != "auto":
@@ -231,7 +231,7 @@ def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
             parameter.data = parameter.data.float()
 
 
-def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
+def _verify_source(source: SourceModel, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
     """Compares the source read by FAT5 with the source read by code that shares no translation with FAT5."""
     tolerance = TOLERANCE
     if source.model_type == "flash_t5":
@@ -245,7 +245,7 @@ def _verify_source(source: Source, model: Any, kind: str, examples: dict[str, An
     return [compare(got, want, f"{_what(examples)} ({name} and FAT5 on the source)", tolerance)]
 
 
-def _verify_folder(folder: Path, source: Source, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
+def _verify_folder(folder: Path, source: SourceModel, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
     """Compares the copy with the source; stock transformers reads a copy made for it."""
     if to == "hf" and not _stock_reads(folder):
         raise ConfigurationError(
@@ -253,7 +253,7 @@ def _verify_folder(folder: Path, source: Source, model: Any, to: str, examples: 
             where=source.folder,
             hint="Use --to fat5",
         )
-    copy = Source(folder, "fat5", source.kind, source.config, None)
+    copy = SourceModel(folder, "fat5", source.kind, source.config, None)
     read = load_stock(folder, source.kind) if to == "hf" else copy.load()
     got, want = outputs(read, source.kind, examples), outputs(model, source.kind, examples)
     reader = "stock transformers" if to == "hf" else "FAT5"
@@ -269,7 +269,7 @@ def _stock_reads(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type", "t5") in STOCK_PREFIX
 
 
-def _copy_tokenizer(source: Source, folder: Path) -> None:
+def _copy_tokenizer(source: SourceModel, folder: Path) -> None:
     if source.tokenizer is None:
         return
     for name in {*TOKENIZER_FILES, *load_stock_tokenizer(source.tokenizer).vocab_files_names.values()}:
@@ -281,7 +281,7 @@ def _copy_tokenizer(source: Source, folder: Path) -> None:
         path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
-def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
+def _verify_tokenizer(source: SourceModel, folder: Path, report: Conversion) -> None:
     """Checks that stock transformers encodes some texts alike with both tokenizers, and notes it."""
     if source.tokenizer is None:
         return
@@ -295,7 +295,7 @@ def _verify_tokenizer(source: Source, folder: Path, report: Conversion) -> None:
         report.notes.append(f"the first FAT5 counted sentinels down from the highest id: the first blank is {first}")
 
 
-def _write_card(folder: Path, source: Source, config: ConvertConfig, report: Conversion) -> None:
+def _write_card(folder: Path, source: SourceModel, config: ConvertConfig, report: Conversion) -> None:
     found = read_card(source.folder)
     if found.plot is not None:
         shutil.copyfile(found.plot, folder / PLOT)

@@ -30,7 +30,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab
 
 
 @dataclass
-class Source:
+class SourceModel:
     """A folder with a model.
 
     Args:
@@ -54,7 +54,7 @@ class Source:
             return cls.from_pretrained(self.folder, dtype=torch.float32).eval()
 
 
-def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
+def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
     """Describes a folder without reading its weights.
 
     Args:
@@ -95,7 +95,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> Source:
     holds_one = any((where / name).is_file() for name in _TOKENIZERS)
     if tokenizer and not holds_one:
         raise TokenizerError("holds no tokenizer", where=tokenizer, hint="Give the folder that holds tokenizer.json")
-    source = Source(folder, str(found.get("model_type", "t5")), kind, config, where if holds_one else None)
+    source = SourceModel(folder, str(found.get("model_type", "t5")), kind, config, where if holds_one else None)
     if source.tokenizer is not None:
         _check_size(source.tokenizer, config.vocab_size)
     return source
