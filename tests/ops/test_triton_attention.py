@@ -96,7 +96,6 @@ def _small_tiles() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=SLOW_WHEN_INTERPRETED) for case in MORE_CASES)], ids=str
 )
@@ -105,7 +104,6 @@ def test_close_to_float64(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", SLOW_CASES, ids=str)
 def test_close_to_float64_at_length(case: Case, device: torch.device) -> None:
     with (
@@ -198,7 +196,6 @@ def test_table_gradient_through_the_vector(device: torch.device) -> None:
     assert error(table_gradient(by_triton, SINGLE), table_gradient(exact, torch.float64)) < 5e-6
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 def test_padded_keys_may_hold_nan(device: torch.device) -> None:
     inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None].expand_as(inputs.k)
@@ -208,7 +205,6 @@ def test_padded_keys_may_hold_nan(device: torch.device) -> None:
         assert torch.equal(value, clean[name]), name
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 def test_rows_of_no_document_are_zero(device: torch.device) -> None:
     inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", tail=40), device)
     for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out):

@@ -63,7 +63,6 @@ def draw(*shape: int, dtype: torch.dtype = SINGLE, scale: float = 1.0) -> Tensor
 SHAPES = [(1, 1), (5, 33), (3, 4, 64), (17, 128), (2, 300), (0, 16), (2, 0, 8)]
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape, dtype):
@@ -84,14 +83,12 @@ def plainly(norm: Callable, x: Tensor) -> Tensor:
     return norm(x, torch.ones_like(x[0]))
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1030)])
 def test_geglu(shape, dtype):
     assert_as_good(geglu, geglu_reference, [draw(*shape, dtype=dtype, scale=4.0), draw(*shape, dtype=dtype)])
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 66), (3, 4, 128), (2, 0, 8)])
 def test_geglu_joined(shape, dtype):
@@ -108,7 +105,6 @@ def test_geglu_far_out():
     assert grad_gate.isfinite().all()
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("operation", ["rms_norm", "geglu", "geglu_joined"])
 @pytest.mark.parametrize("layout", ["every other column", "columns first", "part of a row", "expanded"])
 def test_strided_inputs(operation, layout):
@@ -167,7 +163,6 @@ ROTATIONS = [
 ]
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("leading", "heads", "width", "half"), ROTATIONS)
 def test_rotary(leading, heads, width, half, dtype):
@@ -176,7 +171,6 @@ def test_rotary(leading, heads, width, half, dtype):
     assert_as_good(lambda x: rotary(x, cos, sin), lambda x: rotary_reference(x, cos, sin), [x])
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 def test_rotary_of_a_view_and_of_shared_angles():
     cos, sin = angles(6, 4)
     both = draw(2, 6, 24)
@@ -211,7 +205,6 @@ def loss_problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
     return [draw(rows, width, dtype=dtype), weight], labels.to(HERE)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("z_loss", "label_smoothing"), LOSSES)
