@@ -1,4 +1,4 @@
-"""Seconds that the GPU spends in a call, whatever its launches cost the host."""
+"""Seconds that the GPU spends in a call, without the host's time for its launches."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-# Above the clock of any GPU, so that a pause of so many cycles is at least as long as meant.
+# Above the clock of any GPU, so that a pause counted in cycles is never too short.
 CYCLES_A_SECOND = 2.2e9
 LONGEST_PAUSE = 0.02
 # Larger than any L2 cache: written before each round, so that every round starts with cold inputs.

@@ -1,10 +1,10 @@
 """One switch for the fused operations: plain PyTorch (which torch.compile fuses) or our Triton kernels.
 
-    FAT5_KERNELS=auto                      on CUDA Triton, but what torch.compile fuses as well; plain PyTorch elsewhere
-    FAT5_KERNELS=triton | plain            all operations so
-    FAT5_KERNELS=geglu=triton,rms_norm=plain   some; the rest as under auto
+    FAT5_KERNELS=auto                      Triton on CUDA, unless torch.compile does as well; plain PyTorch elsewhere
+    FAT5_KERNELS=triton | plain            for all operations
+    FAT5_KERNELS=geglu=triton,rms_norm=plain   for these; the others follow auto
 
-`use_kernels` takes the same words from Python. Attention has a `backend` argument of its own.
+`use_kernels` does the same from Python. Attention has a `backend` argument instead.
 """
 
 import os
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fat5.errors import ConfigurationError
 
-# What "auto" means on a CUDA device inside torch.compile, where Inductor fuses the plain forms: a kernel stands here
-# only where it wins a measurement (benchmarks/gpu_fused.py), or memory. Outside, nothing fuses them, and all kernels
-# win: docs/decisions/0060-one-switch-for-fused-kernels.md.
+# What "auto" means on a CUDA device inside torch.compile, where Inductor fuses the plain forms: "triton" only where the
+# kernel is faster (benchmarks/gpu_fused.py) or saves memory. Outside torch.compile nothing fuses the plain forms, and
+# every kernel is faster: docs/decisions/0060-one-switch-for-fused-kernels.md.
 COMPILED_ON_CUDA = {
     "rms_norm": "plain",
     "geglu": "plain",
@@ -35,7 +35,7 @@ _setting = "auto"
 
 
 def use_kernels(setting: str) -> str:
-    """Says which implementation the fused operations run with, from here on; returns the setting before.
+    """Chooses the implementation of the fused operations from now on; returns the previous setting.
 
     Args:
         setting: "auto", "plain" or "triton", or a list such as "geglu=triton,rms_norm=plain" (module docstring).

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fat5.ops.choice import is_recorded
 
-# Below so many rows oneDNN's start costs what its speed saves.
+# With fewer rows, starting oneDNN costs more than its speed saves.
 FEWEST_ROWS = 64
 # Asked once: torch.compile cannot trace the question.
 ONEDNN = torch.backends.mkldnn.is_available()

@@ -2,7 +2,7 @@
 
 The gradient is computed in the forward pass, while a chunk's probabilities are at hand, so that each chunk is projected
 once. Only reduction="none" projects again in backward, since each row then has its own upstream gradient. The matrix
-products are the library's; what stands between them is plain PyTorch, or one Triton kernel that turns a chunk of logits
+products are the library's; the code between them is plain PyTorch, or one Triton kernel that turns a chunk of logits
 into its gradient in place (choice.py).
 """
 
@@ -236,7 +236,7 @@ def _summed(
 
 
 def _kept_dtype(weight: Tensor) -> torch.dtype:
-    """Of the gradient until it is scaled: a sum over many tokens leaves float16, their mean does not."""
+    """The dtype of the gradient until it is scaled: a sum over many tokens overflows float16, their mean does not."""
     return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 

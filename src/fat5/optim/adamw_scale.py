@@ -156,7 +156,7 @@ class AdamWScale(torch.optim.Optimizer):
         return self._moment_dtype(weight) != torch.float64 and uses_triton("adamw_scale", weight)
 
     def _counts_on_device(self, weight: Tensor) -> bool:
-        """These kernels need the count beside the weight; elsewhere a host count spares a synchronisation."""
+        """Fused and Triton kernels need the step count on the weight's device; the plain form reads it on the host."""
         return self._uses_fused(weight) or self._uses_triton(weight)
 
     def _prepare(self, weight: Tensor) -> None:

@@ -45,7 +45,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 class _JoinedState:
-    """Parameter → state, wherever it lives; a parameter not stepped yet gets its state from its own optimizer."""
+    """Parameter → state, looked up in the optimizer that owns the parameter."""
 
     def __init__(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         self._owner = {

@@ -16,7 +16,7 @@ OptimizerName = Literal["adamw_scale", "adamw", "adafactor", "muon", "lamb"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LARGEST_SETTING = 1000
-"""Of a learning rate, weight decay or eps: beyond any that trains."""
+"""The largest learning rate, weight decay or eps that is accepted; none above it trains."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw_scale": {

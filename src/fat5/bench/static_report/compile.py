@@ -15,7 +15,7 @@ from fat5.ops.triton.launch import Recorded
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel asks of a multiprocessor."""
+    """What one compiled kernel needs of a multiprocessor."""
 
     registers: int
     """A thread."""
@@ -34,8 +34,7 @@ class Resources(NamedTuple):
 
 
 class _AheadOfTime:
-    """Stands in for Triton's driver: it knows an architecture and has no device, which is all that compiling asks
-    for."""
+    """Replaces Triton's driver: compiling needs an architecture and no device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -57,7 +56,7 @@ class _AheadOfTime:
 
 
 def compile_for(arch: int, recorded: Recorded) -> Any:
-    """Triton's compiled kernel for `arch` (10 * major + minor), the very one that the launch would use there.
+    """Triton's compiled kernel for `arch` (10 * major + minor), the one that the launch would use there.
 
     Raises:
         triton.compiler.errors.CompilationError, triton.runtime.errors.PTXASError: it does not compile.

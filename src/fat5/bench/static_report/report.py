@@ -1,4 +1,4 @@
-"""Holds what the compiler made of each shipped configuration against the architecture: the table, and what is wrong."""
+"""Compiles every shipped configuration and compares its resources with the architecture's limits."""
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ TOKENS, LENGTH, WIDTH, REACH, WEIGHTS = 16384, 1024, 2048, 91, 305_184_000
 # Matrix products of 2 * M * N * D, and tensors of tokens * width read or written once.
 PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradient": 4, "band": 2, "dense_gradient": 2}
 TENSORS = {"forward": 4, "query_gradient": 6, "key_gradient": 6, "band": 4, "dense_gradient": 4}
-# Of a fused kernel, an element: operations, and numbers of the problem's dtype read or written, each tensor once.
+# A fused kernel's operations an element, and the numbers of the problem's dtype that it reads or writes an element.
 ELEMENTWISE = {
     ("rms_norm", "rms_norm_forward"): (4, 2),
     ("rms_norm", "rms_norm_backward"): (9, 3),
@@ -75,12 +75,12 @@ class Row(NamedTuple):
     kernel: str
     problem: Problem | FusedProblem
     launch: Launch | None
-    """None of kernels of one size, beside the large ones."""
+    """None for the small kernels, which have one size."""
     found: Resources | None
     fault: str
     """Empty, or what is wrong."""
     flags: str = ""
-    """Of a fused kernel: what is compiled in."""
+    """The options compiled into a fused kernel."""
 
     def label(self) -> str:
         return " ".join(word for word in (self.problem.label(), self.flags) if word)
@@ -99,7 +99,7 @@ class Row(NamedTuple):
         return blocks * self.found.threads / limits.threads
 
     def flops(self) -> float:
-        """Of the benchmark's call. The band counts the distances that can be near one of its dQ tile's sides of 64."""
+        """Operations of the benchmark's call. The band counts the distances near a dQ tile with sides of 64."""
         if isinstance(self.problem, FusedProblem):
             return ELEMENTWISE.get((self.problem.operation, self.kernel), (0, 0))[0] * self.elements()
         seen = LENGTH / 2 if self.problem.causal else LENGTH
@@ -120,7 +120,7 @@ class Row(NamedTuple):
         return TENSORS.get(self.kernel, 0) * TOKENS * WIDTH * size
 
     def elements(self) -> float:
-        """Of the benchmark's call of a fused operation."""
+        """Elements of the benchmark's call of a fused operation."""
         assert isinstance(self.problem, FusedProblem)
         wide = {"rotary": WIDTH, "adamw_scale": WEIGHTS / TOKENS}
         return TOKENS * wide.get(self.problem.operation, self.problem.width)

@@ -113,8 +113,8 @@ def bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> l
 
 @lru_cache(maxsize=32)
 def _bucket_lookup(num_buckets: int, bidirectional: bool, max_distance: int) -> list[int]:
-    # On the CPU and in float32 whatever the device of the model: a logarithm that rounds otherwise moves a bucket's
-    # edge. Numbers, too, where torch.export records what is done.
+    # Always on the CPU and in float32: a logarithm that rounds differently moves the edge of a bucket. The modes are
+    # disabled so that torch.export records the numbers and not how they were made.
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         distance = torch.arange(-max_distance - 1, max_distance + 2)
         side_buckets = num_buckets // 2 if bidirectional else num_buckets

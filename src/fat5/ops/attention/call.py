@@ -79,12 +79,11 @@ class AttentionCall(NamedTuple):
 
     def empty_like(self, x: Tensor) -> Tensor:
         """Of x's shape and dtype, tokens before heads in memory: the layout of outputs and gradients."""
-        if self.packed:
-            return x.new_empty(x.shape)
-        batch, heads, length, width = x.shape
-        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+        if self.cu_seqlens_q is not None:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
     def empty_lse(self) -> Tensor:
         """The log-sum-exp of every query's scores: float32, natural logarithm; (H, Tq) packed, (B, H, Lq) padded."""
-        shape = (self.heads, self.q.shape[0]) if self.packed else self.q.shape[:3]
+        shape = self.q.shape[:3] if self.cu_seqlens_q is None else (self.q.shape[1], self.q.shape[0])
         return self.q.new_empty(shape, dtype=torch.float32)

@@ -37,7 +37,7 @@ def attend(call: AttentionCall, backend: str) -> Tensor:
         # Kernels look for the largest score of a row before they scale.
         q, scale = (call.q * 0.0, 1.0) if call.scale == 0.0 else (-call.q, -call.scale)
         call = call._replace(q=q, scale=scale)
-    if call.vector is not None:
+    if call.vector is not None and call.vector.dtype != torch.float32:
         call = call._replace(vector=call.vector.float())
     return attention_forward(backend, *call, *planned(call, backend))[0]
 

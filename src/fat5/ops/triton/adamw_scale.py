@@ -174,21 +174,24 @@ def adamw_scale_(
     run(
         rate_kernel,
         len(weights),
-        {"Partial": partial, "Firsts": firsts, "Sizes": sizes, "Factors": factors, "Rates": rates}
-        | {"min_scale": min_scale},
+        {
+            "Partial": partial, "Firsts": firsts, "Sizes": sizes, "Factors": factors, "Rates": rates,
+            "min_scale": min_scale,
+        },
         {"SUMS": SUMS},
         Launch(1, SUMS, 4, 1),
-    )
+    )  # fmt: skip
     run(
         adamw_scale_kernel,
         chunks,
-        table
-        | {"Rates": rates, "Roots": roots, "FoundInf": rates if found_inf is None else found_inf}
-        | {"tensors": len(weights), "eps": eps, "decay": lr * weight_decay}
-        | {"beta1_rest": 1 - beta1, "beta2": beta2, "beta2_rest": 1 - beta2},
-        dict(zip("WGM", types)) | {"KAHAN": bool(compensations), "SKIPS": found_inf is not None} | common,
+        {
+            **table, "Rates": rates, "Roots": roots, "FoundInf": rates if found_inf is None else found_inf,
+            "tensors": len(weights), "eps": eps, "decay": lr * weight_decay,
+            "beta1_rest": 1 - beta1, "beta2": beta2, "beta2_rest": 1 - beta2,
+        },
+        {**dict(zip("WGM", types)), "KAHAN": bool(compensations), "SKIPS": found_inf is not None, **common},
         LAUNCH,
-    )
+    )  # fmt: skip
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

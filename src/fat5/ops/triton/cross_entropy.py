@@ -98,9 +98,11 @@ def cross_entropy_(
     run(
         cross_entropy_kernel,
         logits.shape[0],
-        {"Logits": logits, "Labels": labels, "Loss": loss, "RowScale": scale, "row_stride": logits.stride(0)}
-        | {"vocabulary": logits.shape[1], "ignore_index": ignore_index, "z_loss": z_loss}
-        | {"smoothing": label_smoothing},
+        {
+            "Logits": logits, "Labels": labels, "Loss": loss, "RowScale": scale, "row_stride": logits.stride(0),
+            "vocabulary": logits.shape[1], "ignore_index": ignore_index, "z_loss": z_loss,
+            "smoothing": label_smoothing,
+        },
         {"BLOCK": block, "GRADIENT": gradient, "SCALED": row_scale is not None, "SMOOTH": label_smoothing > 0.0},
         Launch(1, block, WARPS, 1),
-    )
+    )  # fmt: skip

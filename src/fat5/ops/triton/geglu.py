@@ -133,10 +133,12 @@ def _backward_rows(grads: Tensor, gates: Tensor, ups: Tensor, grad_gate: Tensor,
     _run(
         geglu_backward_kernel,
         gates,
-        {"GradOut": grads, "Gate": gates, "Up": ups, "GradGate": grad_gate, "GradUp": grad_up}
-        | {"grad_stride": grads.stride(0), "gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
-        | {"grad_gate_stride": grad_gate_stride, "grad_up_stride": grad_up_stride},
-    )
+        {
+            "GradOut": grads, "Gate": gates, "Up": ups, "GradGate": grad_gate, "GradUp": grad_up,
+            "grad_stride": grads.stride(0), "gate_stride": gates.stride(0), "up_stride": ups.stride(0),
+            "grad_gate_stride": grad_gate_stride, "grad_up_stride": grad_up_stride,
+        },
+    )  # fmt: skip
 
 
 def _run(kernel: Any, rows: Tensor, arguments: dict[str, Any]) -> None:

@@ -79,11 +79,13 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     run(
         rms_norm_forward_kernel,
         triton.cdiv(rows.shape[0], launch.block_m),
-        {"X": rows, "Weight": weight.contiguous(), "Out": out, "Inverse": inverse}
-        | {"x_stride": rows.stride(0), "rows": rows.shape[0], "eps": eps},
+        {
+            "X": rows, "Weight": weight.contiguous(), "Out": out, "Inverse": inverse,
+            "x_stride": rows.stride(0), "rows": rows.shape[0], "eps": eps,
+        },
         _constants(x, launch),
         launch,
-    )
+    )  # fmt: skip
     return out, inverse
 
 
@@ -103,11 +105,13 @@ def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tens
     run(
         rms_norm_backward_kernel,
         programs,
-        {"GradOut": grad, "X": rows, "Weight": weight.contiguous(), "Inverse": inverse, "GradX": grad_x}
-        | {"Partial": partial, "grad_stride": grad.stride(0), "x_stride": rows.stride(0), "rows": rows.shape[0]},
+        {
+            "GradOut": grad, "X": rows, "Weight": weight.contiguous(), "Inverse": inverse, "GradX": grad_x,
+            "Partial": partial, "grad_stride": grad.stride(0), "x_stride": rows.stride(0), "rows": rows.shape[0],
+        },
         _constants(x, launch),
         launch,
-    )
+    )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
 

@@ -55,11 +55,14 @@ def rotary_forward(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor
     run(
         rotary_kernel,
         triton.cdiv(rows.shape[0] * heads, launch.block_m),
-        {"X": rows, "Cos": cos, "Sin": sin, "Out": out, "token_stride": rows.stride(0), "head_stride": rows.stride(1)}
-        | {"rows": rows.shape[0] * heads, "heads": heads, "sign": -1.0 if inverse else 1.0},
+        {
+            "X": rows, "Cos": cos, "Sin": sin, "Out": out, "token_stride": rows.stride(0),
+            "head_stride": rows.stride(1), "rows": rows.shape[0] * heads, "heads": heads,
+            "sign": -1.0 if inverse else 1.0,
+        },
         constants | {"BLOCK_M": launch.block_m},
         launch,
-    )
+    )  # fmt: skip
     return out
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fat5.ops.attention.call import AttentionCall
 
-# A ticket holds so many scores or more, a few microseconds of work, and there are at most so many tickets a thread.
+# The least number of scores in a ticket (a few microseconds of work), and the most tickets a thread.
 SMALLEST_TICKET, TICKETS_A_THREAD = 20_000, 16
-# What a row or a key costs beside the scores, in scores: it is packed and written.
+# The cost of packing and writing a row or a key, in scores.
 ROW_COST = 40
 
 
 def unsupported(call: AttentionCall) -> str | None:
-    """Why this path cannot serve a call, or None. Of meta tensors it tells the shapes."""
+    """Why this path cannot serve a call, or None. For meta tensors it gives the shapes."""
     if call.q.device.type not in ("cpu", "meta"):
         return f"it serves tensors on the CPU, q is on {call.q.device}"
     if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -178,7 +178,7 @@ class _Tasks:
         if self.visible is not None:
             grid["visible"] = (self.batch * self.visible.shape[1] + self.start_k)[documents]
         if self.vector is not None and len(items):
-            # A distance d of head h stands at [h, d + longest - 1].
+            # The bias of head h at distance d is at [h, d + longest - 1].
             longest, farthest = int(items["length_q"].max()), int((items["key_start"] + items["length_k"]).max())
             reach = self.vector.shape[1] // 2
             distance = torch.arange(1 - longest, farthest).clamp(-reach, reach) + reach

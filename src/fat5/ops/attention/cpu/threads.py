@@ -1,4 +1,4 @@
-"""Runs the compiled worker of cpu_kernels.py on several threads: PyTorch's own OpenMP team where it can be reached.
+"""Runs the compiled worker of kernels.py on several threads: PyTorch's own OpenMP team where it can be reached.
 
 A second team would contend with PyTorch's for the cores: idle threads of OpenMP spin for a while.
 """

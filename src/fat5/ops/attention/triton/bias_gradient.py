@@ -32,7 +32,7 @@ def _score_gradient(
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) fp32: dS of one tile, unrounded; 0 wherever there is no query, no key, or no right to look.
+    """(M, N) fp32: dS of one tile, unrounded; 0 where there is no query, no key, or the query does not see the key.
 
     Each operand is used once, so the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for
     TF32) need not be held whole.
@@ -89,7 +89,7 @@ def _difference(
         grad_weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), grad_weights * keep_scale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
     if HAS_KEY_MASK:
-        # What stands in a padded key or value may be NaN.
+        # A padded key or value may be NaN.
         grad_scores = tl.where(visible, grad_scores, 0.0)
     return grad_scores
 
@@ -109,7 +109,7 @@ def band_kernel(
     BLOCK_N.
 
     A program serves GROUP offsets (three at most), so that one load of the queries is used as often, and takes every
-    `splits`-th slot of the work list. What lies in a (FAR_M, FAR_N) tile that the dQ pass called far is its business.
+    `splits`-th slot of the work list. It leaves out what the dQ pass summed: the (FAR_M, FAR_N) tiles that are far.
     `lowest` is the offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
@@ -117,7 +117,7 @@ def band_kernel(
     split = program % splits
     head = program // splits % heads
     index = program // splits // heads * GROUP
-    # Of each offset: what it is times BLOCK_N, and its sum. Those beyond the last never meet a key.
+    # The sum of each offset. Offsets beyond the last never meet a key.
     total0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -209,7 +209,7 @@ def _add_near(
                 HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
         if BLOCK_N > FAR_N:
-            # Where the near columns begin and end is told by scalars. Triton's division rounds to zero.
+            # Two scalars say where the near columns begin and end. Triton's division rounds to zero.
             columns = n0 + tl.arange(0, BLOCK_N)
             before = far_m - R - FAR_N + 1
             begins = tl.where(before < 0, 0, before // FAR_N * FAR_N + FAR_N)
@@ -259,7 +259,7 @@ def diagonal_kernel(
 def bins_kernel(
     Diagonals, FarSums, GradVector, width, lowest_distance, far_rows, far_tiles, heads, R, CHUNK: tl.constexpr
 ):
-    """GradVector (heads, 2R+1) fp32: the diagonals as bins; the two end bins also take what lies beyond, and the far
+    """GradVector (heads, 2R+1) fp32: the diagonals as bins; the two end bins also take larger distances and the far
     tiles.
 
     FarSums (far_rows, heads, far_tiles, 2) comes from the dQ pass.

@@ -88,7 +88,7 @@ def _is_row(row: Any) -> bool:
 def band_configuration(
     device: torch.device, head_dim: int, dtype: torch.dtype, rows: Launch, masked: bool = False
 ) -> Launch:
-    """The band kernel's row, its queries cut to lie evenly in a tile of the dQ pass (`rows`), its keys in its queries.
+    """The band kernel's row, cut so that its queries divide a tile of the dQ pass (`rows`), and its keys its queries.
 
     Sides are powers of two, so the smaller divides the larger. `masked`: with dropout or a key mask.
     """
@@ -111,7 +111,7 @@ def overridden(**launches: Launch) -> Iterator[None]:
 
 @contextmanager
 def assumed_architecture(arch: int) -> Iterator[None]:
-    """Inside, the table's rows for `arch` are taken whatever the device: for compiling ahead of time."""
+    """Inside, the table's rows for `arch` are used on any device: for compiling ahead of time."""
     global _assumed_architecture
     before, _assumed_architecture = _assumed_architecture, arch
     try:

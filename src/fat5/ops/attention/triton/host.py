@@ -19,12 +19,12 @@ from fat5.ops.attention.triton.tiles import DENSE, NO_BIAS, RELATIVE, work_list_
 from fat5.ops.triton.launch import Launch, run
 
 WORK_LIST_CHUNK, LOG2E = 256, 1.4426950408889634
-# Of the head dimension, in the bias gradients: larger ones spill.
+# The largest part of the head dimension that a bias gradient takes at a time; a larger one spills.
 FLOAT32_CHUNK, DENSE_CHUNK = 32, 64
-# Most block offsets that a program of the band kernel serves with one load of its queries, as many tiles in registers,
-# by head dimension; float32, which takes its queries in chunks, has one.
+# The most block offsets that a program of the band kernel serves with one load of its queries, by head dimension: it
+# keeps a tile of each in registers. float32 takes its queries in chunks and has one.
 BAND_GROUP = {64: 3, 128: 1}
-# The programs it then needs to fill the largest GPUs: two a processor, twice as many of the small ones.
+# The programs it needs to fill the largest GPUs: two a multiprocessor, or four small ones.
 BAND_PROGRAMS, SMALL_BAND_PROGRAMS = 264, 528
 # End values of a relative bias repeated on either side of its vector: no less than block_m + block_n of any launch.
 BIAS_PADDING = 256
@@ -162,21 +162,23 @@ def backward(
         rows,
         tiles,
         programs,
-        upstream
-        | {"Out": out, "Lse": lse, "GradQ": grad_q, "FarSums": far_sums, "raw_scale": call.scale}
-        | {"out_strides": kernels.strides(out), "grad_q_strides": kernels.strides(grad_q)},
+        {
+            **upstream, "Out": out, "Lse": lse, "GradQ": grad_q, "FarSums": far_sums, "raw_scale": call.scale,
+            "out_strides": kernels.strides(out), "grad_q_strides": kernels.strides(grad_q),
+        },
         {"BIAS": kernels.bias_kind, "FAR_SUMS": far_sums is not None},
-    )
+    )  # fmt: skip
     columns = kernels.configuration("key_gradient")
     kernels.run(
         key_gradient_kernel,
         columns,
         *kernels.tiles(columns_list, kernels.key_rows, columns.block_n),
-        upstream
-        | {"GradK": grad_k, "GradV": grad_v, "raw_scale": call.scale}
-        | {"grad_k_strides": kernels.strides(grad_k), "grad_v_strides": kernels.strides(grad_v)},
+        {
+            **upstream, "GradK": grad_k, "GradV": grad_v, "raw_scale": call.scale,
+            "grad_k_strides": kernels.strides(grad_k), "grad_v_strides": kernels.strides(grad_v),
+        },
         {"BIAS": kernels.bias_kind},
-    )
+    )  # fmt: skip
     grad_bias = None
     if far_sums is not None:
         grad_bias = _vector_gradient(kernels, upstream, far_sums, rows, band_list)
@@ -220,7 +222,7 @@ def _vector_gradient(
         band,
         tiles,
         heads * groups * splits,
-        upstream | {"Partial": partial, "slots": slots, "splits": splits, "offsets": offsets, "lowest": lowest},
+        {**upstream, "Partial": partial, "slots": slots, "splits": splits, "offsets": offsets, "lowest": lowest},
         kernels.chunk() | {"FAR_M": rows.block_m, "FAR_N": rows.block_n, "GROUP": group},
     )
     overlap = band.block_m // band.block_n + 1
@@ -237,11 +239,13 @@ def _vector_gradient(
     run(
         bins_kernel,
         heads,
-        {"Diagonals": diagonals, "FarSums": far_sums, "GradVector": grad_vector, "width": width}
-        | {"lowest_distance": (lowest - overlap + 1) * band.block_n, "heads": heads, "R": R}
-        | {"far_rows": far_rows, "far_tiles": far_sums.shape[0] // (far_rows * heads)},
+        {
+            "Diagonals": diagonals, "FarSums": far_sums, "GradVector": grad_vector, "width": width,
+            "lowest_distance": (lowest - overlap + 1) * band.block_n, "heads": heads, "R": R,
+            "far_rows": far_rows, "far_tiles": far_sums.shape[0] // (far_rows * heads),
+        },
         {"CHUNK": 256},
-    )
+    )  # fmt: skip
     return grad_vector
 
 
@@ -256,10 +260,12 @@ def _dense_gradient(kernels: "_Kernels", upstream: dict[str, Any]) -> Tensor:
         launch,
         {"starts": (None, call.cu_seqlens_q, call.cu_seqlens_k), "tiles": 0},
         bias_documents * bias_heads * triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),
-        upstream
-        | {"GradDense": grad_dense, "grad_dense_strides": grad_dense.stride(), "sizes": (call.documents, *dense.shape)},
+        {
+            **upstream, "GradDense": grad_dense, "grad_dense_strides": grad_dense.stride(),
+            "sizes": (call.documents, *dense.shape),
+        },
         kernels.chunk(DENSE_CHUNK) | {"ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1},
-    )
+    )  # fmt: skip
     return grad_dense
 
 
@@ -269,35 +275,37 @@ class _Kernels:
     def __init__(self, call: AttentionCall, padded: Tensor | None) -> None:
         self.call = call
         q, k, packed = call.q, call.k, call.packed
-        self.query_rows, self.key_rows = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
+        self.query_rows, self.key_rows = (len(q), len(k)) if packed else (q.shape[2], k.shape[2])
+        heads, head_dim, documents = q.shape[1], q.shape[-1], call.documents
         # What a call lacks must still be some pointer: Triton 3.6 returns no None from a device function.
         bias, self.bias_kind, reach = q, NO_BIAS.value, 0
         bias_strides: tuple[int, ...] = (0, 0, 0, 0)
         if call.vector is not None:
             assert padded is not None
             # From distance 0 on.
-            bias, bias_strides = padded[:, padded.shape[1] // 2 :], (0, padded.shape[1], 0, 0)
-            self.bias_kind, reach = RELATIVE.value, call.vector.shape[1] // 2
+            width, reach = padded.shape[1], call.vector.shape[1] // 2
+            bias, bias_strides, self.bias_kind = padded[:, width // 2 :], (0, width, 0, 0), RELATIVE.value
         elif call.dense is not None:
             # A broadcast dimension is read again and again at stride 0.
             strides = [0 if size == 1 else stride for size, stride in zip(call.dense.shape, call.dense.stride())]
             bias, bias_strides, self.bias_kind = call.dense, tuple(strides), DENSE.value
         mask = None if call.key_padding_mask is None else call.key_padding_mask.view(torch.uint8)
+        rows = self.query_rows
         self.arguments: dict[str, Any] = {
             "Q": q, "K": k, "V": call.v, "Bias": bias,
             "KeyMask": q if mask is None else mask, "Seed": q if call.seed is None else call.seed,
             "q_strides": self.strides(q), "k_strides": self.strides(k), "v_strides": self.strides(call.v),
-            "lse_strides": (0, q.shape[0], 1) if packed else (q.shape[1] * q.shape[2], q.shape[2], 1),
+            "lse_strides": (0, rows, 1) if packed else (heads * rows, rows, 1),
             "bias_strides": bias_strides, "mask_strides": (0, 0) if mask is None else mask.stride(),
-            "heads": call.heads, "query_rows": self.query_rows, "key_rows": self.key_rows,
-            "num_documents": call.documents if packed else 0, "reach": reach,
+            "heads": heads, "query_rows": rows, "key_rows": self.key_rows,
+            "num_documents": documents if packed else 0, "reach": reach,
             "scale": call.scale * LOG2E, "threshold": int(call.dropout_p * 2**32),
             "keep_scale": 1.0 / (1.0 - call.dropout_p),
         }  # fmt: skip
         exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        self.block_d = max(16, triton.next_power_of_2(call.head_dim))
+        self.block_d = max(16, 1 << (head_dim - 1).bit_length())
         self.constants = {
-            "HEAD_DIM": call.head_dim, "BLOCK_D": self.block_d, "CAUSAL": call.causal, "PACKED": packed,
+            "HEAD_DIM": head_dim, "BLOCK_D": self.block_d, "CAUSAL": call.causal, "PACKED": packed,
             "HAS_KEY_MASK": mask is not None, "DROPOUT": call.dropout, "PRECISION": "tf32x3" if exact else "tf32",
         }  # fmt: skip
 
@@ -312,8 +320,8 @@ class _Kernels:
     ) -> None:
         """Launches `kernel` with the operands of the call, and with `arguments` and `constants` of its own."""
         assert launch.block_m + launch.block_n <= BIAS_PADDING
-        blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
-        run(kernel, programs, self.arguments | tiles | arguments, self.constants | blocks | constants, launch)
+        own = {**self.constants, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, **constants}
+        run(kernel, programs, {**self.arguments, **tiles, **arguments}, own, launch)
 
     def configuration(self, kernel: str) -> Launch:
         q = self.call.q

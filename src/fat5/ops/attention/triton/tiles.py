@@ -24,8 +24,8 @@ from fat5.ops.triton.numerics import INTERPRETED, LOG2E, dot, round_to
 NO_BIAS: tl.constexpr = tl.constexpr(0)  # nothing, or the one number of a far stretch of a relative bias
 RELATIVE: tl.constexpr = tl.constexpr(1)
 DENSE: tl.constexpr = tl.constexpr(2)
-# The numbers of `shape`, which kernels take one by one: Triton specialises the elements of a tuple whatever it is told,
-# and would compile again for each length that is, or is not, a multiple of 16.
+# The numbers of `shape`, which kernels take one by one: Triton specialises the elements of a tuple even when told not
+# to, and would compile again for each length that is, or is not, a multiple of 16.
 SHAPE = ("heads", "query_rows", "key_rows", "num_documents", "tiles", "reach")
 
 
@@ -81,8 +81,8 @@ def head_and_slot(program, shape, PACKED: tl.constexpr):
 
 @triton.jit
 def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr, BY_KEYS: tl.constexpr = False):
-    """Of a work slot: document (-1: nothing to do), block, batch row, then start and length of its queries and its
-    keys.
+    """The document of a work slot (-1: nothing to do), its block and batch row, then start and length of its queries
+    and its keys.
 
     In the padded layout slots count the tiles of a batch row, then the batch rows. BY_KEYS says that the slots are
     tiles of keys: the rows after the last document are then listed as keys without queries, otherwise as queries
