@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         texts,
         mode=config.mode,
         mode_token=config.mode_token,
-        decoding=Decoding(**{key.name: getattr(config, key.name) for key in fields(Decoding)}),
+        decoding=config,
     )
     lines = [
         json.dumps(answer.as_dict(), ensure_ascii=False) if config.json_lines else answer.text.replace("\n", "\\n")

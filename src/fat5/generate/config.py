@@ -52,14 +52,10 @@ class Decoding:
         """The fields of `GenerationConfig` to ask for: the keys given here, and those that every answer needs."""
         own = model.generation_config
         length = self.max_new_tokens or own.max_new_tokens or (own.max_length or 1 + DEFAULT_LENGTH) - 1
-        asked = {
+        same = ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty")
+        asked = {name: getattr(self, name) for name in same} | {
             "max_new_tokens": max(length, 1),
-            "num_beams": self.num_beams,
             "do_sample": self.sample,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
             # One answer a prompt, as a tensor.
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
