@@ -187,7 +187,7 @@ def _put_first(parser: ArgumentParser, first: Sequence[str], description: str) -
 
 
 def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> ConfigurationError:
-    """A message of jsonargparse, said by key, with what was expected, what was given, and the nearest name."""
+    """An error of jsonargparse in our words: the key, the expected and the given value, and the nearest name."""
     hint = f"`fat5 {verb} --help` lists the keys"
     keys = {action.dest: action for action in parser._actions}
     unknown = re.search(

@@ -1,4 +1,4 @@
-"""Reading a model's weights: `load_model`, which files are read, and what is said when they cannot be."""
+"""Reads a model's weights: `load_model`, the choice of files, and one clear error for a damaged or unsafe one."""
 
 import json
 import pickle
@@ -31,8 +31,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "auto", dtype: 
 
     Args:
         path: a folder with config.json and *.safetensors, of type fat5 or t5.
-        device: "auto" is CUDA where there is one.
-        dtype: of the weights; "auto" is the one they were saved in.
+        device: "auto" is CUDA if available, else the CPU.
+        dtype: dtype of the weights; "auto" is that of the files.
 
     Raises:
         ConfigurationError: the device, or the library that quantised the weights, does not exist here.
@@ -59,11 +59,11 @@ def load_model(path: str | Path, *, device: str | torch.device = "auto", dtype: 
 
 
 def check_finite(model: Any, where: object) -> None:
-    """Raises CheckpointError with the name of a weight that holds NaN or infinity; quantised ones are not looked at."""
+    """Raises CheckpointError with the name of a weight that holds NaN or infinity; skips quantised weights."""
     for name, weight in model.named_parameters():
         if type(weight) is not torch.nn.Parameter or weight.is_meta or weight.dtype not in _WIDE:
             continue
-        # One pass and no mask: NaN comes out as both of the extremes.
+        # One pass without a mask: both extremes are NaN if any value is.
         least, largest = weight.detach().aminmax()
         if not bool(least.isfinite() & largest.isfinite()):
             wider = ", or load it in a wider dtype" if weight.dtype == torch.float16 else ""

@@ -3,8 +3,8 @@
     packed    (T, d), the segments (documents) end to end, with cu_seqlens
     padded    (B, L, d), a row a text, with a mask
 
-Training and encoding run packed, so padding costs nothing where nobody reads it; padded inputs are packed on entry and
-padded again on exit. Decoding with a cache runs on rows.
+Training and encoding run packed, so that unread padding costs nothing: padded inputs are packed on entry and padded
+again on exit. Decoding with a cache runs on rows.
 """
 
 from collections.abc import Callable
