@@ -1,4 +1,4 @@
-"""The errors a user can mend, and the one check that every output gets before the work.
+"""The errors that a user can correct, and checks that come before the work.
 
 The command line prints each error as one line and exits with code 2.
 """
@@ -8,34 +8,34 @@ from pathlib import Path
 
 
 class FAT5Error(Exception):
-    """Something the user can mend, said in one line: what, where, what to do.
+    """Something that the user can correct, said in one line: what, where, what to do.
 
     Args:
         what: the fault, without a final full stop.
         where: the file, key or position it was found at.
-        hint: the next step that mends it.
+        hint: what to do about it.
     """
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         line = f"{where}: {what}" if where is not None else what
-        # A path may hold a line break; the message stays one line all the same.
+        # A path may contain a line break, and the message must not.
         super().__init__(" ".join((f"{line}. {hint}" if hint else line).splitlines()))
 
 
 class ConfigurationError(FAT5Error, ValueError):
-    """A configuration key has a value that cannot work."""
+    """A configuration key has an impossible value."""
 
 
 class DataError(FAT5Error, ValueError):
-    """A corpus, shard or manifest cannot be read as what it should be."""
+    """A corpus, shard or manifest cannot be read, or is damaged."""
 
 
 class TokenizerError(FAT5Error, ValueError):
-    """A tokenizer lacks what is needed, or does not belong to this data."""
+    """A tokenizer lacks special tokens, or does not belong to this data."""
 
 
 class CheckpointError(FAT5Error, ValueError):
-    """A checkpoint is damaged, unsafe, or of another configuration."""
+    """A checkpoint is damaged, unsafe, or belongs to another configuration."""
 
 
 class CheckpointFileError(CheckpointError, OSError):
@@ -43,15 +43,15 @@ class CheckpointFileError(CheckpointError, OSError):
 
 
 class CheckpointShapeError(CheckpointError, RuntimeError):
-    """A tensor has another shape than the configuration wants, for which stock transformers raises RuntimeError."""
+    """A tensor has the wrong shape for the configuration, for which stock transformers raises RuntimeError."""
 
 
 class RunDirectoryError(FAT5Error):
-    """A run directory is in use, or holds something else."""
+    """A run directory is in use, or is none."""
 
 
 class UnsupportedModelError(FAT5Error, TypeError):
-    """A model is of a kind that cannot be served."""
+    """A model is of an unsupported kind."""
 
 
 LARGEST_SIZE = 1 << 24
@@ -65,10 +65,10 @@ def check_whole(value: object, key: str, least: int = 1, most: int = LARGEST_SIZ
 
 
 def check_writable(path: str | Path, *, folder: bool = False, key: str = "output") -> Path:
-    """`path`, after making sure, before any work, that the file (or folder) can be written; makes nothing.
+    """Returns `path` if a file (or folder) can be written there; creates nothing.
 
     Raises:
-        ConfigurationError: there is no such parent, it is of the other kind, or writing is not permitted.
+        ConfigurationError: no such parent, a file in place of a folder or the reverse, or no permission.
     """
     path = Path(path)
     above = path.absolute() if folder else path.absolute().parent

@@ -160,6 +160,23 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
     return content
 
 
+def read_object(path: Path, fault: type[FAT5Error], hint: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        fault: the file cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise fault(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
+    except ValueError as error:
+        raise fault("is not JSON", where=path, hint=hint) from error
+    if not isinstance(content, dict):
+        raise fault("is not a JSON object", where=path, hint=hint)
+    return content
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

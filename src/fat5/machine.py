@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processor cores and bytes of memory."""
+"""The processor cores and the memory that this process may use."""
 
 import os
 import resource
@@ -19,16 +19,16 @@ def available_cores() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take: the least of what the machine, its control groups and `ulimit -v` leave.
+    """Bytes that this process can still allocate: the least that the machine, its control groups and `ulimit -v` allow.
 
-    None where the system does not say. Outside Linux it is the memory of the whole machine.
+    None if the system does not say. Outside Linux, the memory of the whole machine.
     """
     free = [left for left in (_machine(), *_control_groups(), _address_space()) if left is not None]
     return max(0, min(free)) if free else None
 
 
 def free_memory(device: Any) -> int | None:
-    """Bytes that this process can still take on a torch device; None where the system does not say."""
+    """Bytes that this process can still allocate on a torch device; None if the system does not say."""
     if device.type != "cuda":
         return available_memory()
     from torch.cuda import mem_get_info
@@ -47,9 +47,9 @@ def _machine() -> int | None:
 
 
 def _control_groups() -> Iterator[int]:
-    """What each memory limit above this process leaves (container, Slurm, systemd), by either of its interfaces.
+    """Bytes left under each memory limit of this process (container, Slurm, systemd), for cgroups v1 and v2.
 
-    Pages of files count as used, and those that nobody has touched for long are given back before anything fails.
+    Inactive file pages count as free: the kernel reclaims them before an allocation fails.
     """
     for line in _lines(PROC / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -81,12 +81,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number a file holds; None where there is no such file, or no limit ("max")."""
+    """The number in a file; None without such a file, or for "max"."""
     text = "".join(_lines(path))
     return int(text) if text.isdecimal() else None
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """The lines of a file that are a name and a number."""
     words = [line.split() for line in _lines(path)]
     return {word[0]: int(word[1]) for word in words if len(word) >= 2 and word[1].isdecimal()}

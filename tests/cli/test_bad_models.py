@@ -173,14 +173,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "JSON",
     ),
     "an index nested too deeply": (
-        shards(lambda at: (at / "model.safetensors.index.json").write_text("[" * 100_000)), "damaged",
+        shards(lambda at: (at / "model.safetensors.index.json").write_text("[" * 100_000)), "is not JSON",
     ),
     "a configuration that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "JSON object"),
     "settings of generation that are a list": (
-        lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json: damaged: not a",
+        lambda folder: (folder / "generation_config.json").write_text("[]"), "config.json: is not a JSON object",
     ),
     "settings of generation nested too deeply": (
-        lambda folder: (folder / "generation_config.json").write_text("[" * 100_000), "damaged: not JSON (nested too",
+        lambda folder: (folder / "generation_config.json").write_text("[" * 100_000), "is not JSON",
     ),
     "a length that is a word": (generation(max_new_tokens="x"), "generation_config.json: cannot be used: '<=' not"),
     "half a configuration": (lambda folder: (folder / "config.json").write_text('{"d_model": 1'), "config"),

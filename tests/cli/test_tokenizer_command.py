@@ -24,7 +24,7 @@ def test_skipped_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     (tmp_path / "a.jsonl").write_text('{"text": "un"}\n{"text": \n{"text": "deux"}\n')
     words = ["tokenizer", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "t"), "--vocab_size", "640"]
     assert main([*words, "--corpus.on_bad_row", "skip"]) == 0
-    assert "rows that cannot be read and were skipped: 1" in capsys.readouterr().out
+    assert "rows that could not be read and were skipped: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])

@@ -6,7 +6,7 @@ from fat5.cli.parsing import parse
 
 
 def main(argv: list[str]) -> int:
-    """Prepares a corpus and prints what the folder holds."""
+    """Prepares a corpus, and prints the sizes of both splits."""
     from fat5.data import load_tokenizer
     from fat5.data.shards.prepare import PrepareConfig, prepare
 
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
         print("<unk> stands for text that the tokenizer has no token for; a model cannot learn it")
     if manifest.bad_rows:
         first = f"{config.output_dir}/logs/bad_rows names the first of each task"
-        print(f"rows that cannot be read and were skipped: {manifest.bad_rows:,} ({first})")
+        print(f"rows that could not be read and were skipped: {manifest.bad_rows:,} ({first})")
     if not manifest.documents("validation"):
-        print("the validation split is empty: a higher --validation_fraction fills it")
+        print("the validation split is empty; raise --validation_fraction")
     if config.verify:
         print("every shard agrees with its SHA-256")
         return 0

@@ -6,13 +6,13 @@ from fat5.cli.parsing import parse
 
 
 def main(argv: list[str]) -> int:
-    """Trains a tokenizer and prints what encoding costs."""
+    """Trains a tokenizer, and prints tokens per word and per byte."""
     from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 
     config = TokenizerTraining(**parse(TokenizerTraining, argv, "tokenizer", words="inputs"))
     report = train_tokenizer(config, progress=sys.stderr.isatty())
     if report["bad_rows"]:
-        print(f"rows that cannot be read and were skipped: {report['bad_rows']:,}")
+        print(f"rows that could not be read and were skipped: {report['bad_rows']:,}")
     asked = config.vocab_size
     if report["vocab_size"] < asked:
         print(f"this corpus gives {report['vocab_size']:,} tokens, fewer than the {asked:,} asked for")

@@ -11,9 +11,9 @@ import transformers
 from fat5 import model as fat5_model
 from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, FAT5Error, TokenizerError
-from fat5.files import refuse_pickle
+from fat5.files import read_object, refuse_pickle
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
-from fat5.model.loading import read_object, readable, refuse_adapter
+from fat5.model.loading import readable, refuse_adapter
 from fat5.train.checkpoint.store import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -177,4 +177,4 @@ def _check_size(folder: Path, vocab_size: int) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     if path.is_file():
         refuse_pickle(path, CheckpointError)
-    return read_object(path)
+    return read_object(path, CheckpointError, "Restore it, or save it again")

@@ -1,4 +1,4 @@
-"""What a worker process owes the process that started it: it ends with it, and leaves the stop signals to it."""
+"""A worker process ends with its parent, and leaves the stop signals to it."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ WATCH_SECONDS = 1.0
 
 
 def end_with_parent() -> None:
-    """Ends this process soon after the one that started it ended, however that happened.
+    """Ends this process soon after its parent has ended.
 
-    A thread watches: the kernel's own way (PR_SET_PDEATHSIG) follows the thread that forked, which may end earlier.
+    A thread watches the parent. The kernel's PR_SET_PDEATHSIG follows the thread that forked, which may end earlier.
     """
     parent = parent_process()
     if parent is not None:
@@ -20,14 +20,14 @@ def end_with_parent() -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignores the signals that stop a run. A terminal, Slurm, systemd and `timeout` send them to every process of a
-    group, and the parent needs its workers until it has saved."""
+    """Ignores the signals that stop a run. Terminals, Slurm, systemd and `timeout` send them to a whole group, but the
+    parent needs its workers until it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(sentinel: int, starter: int) -> None:
-    # A worker that was forked later holds the sentinel open as well, so the parent's number is looked at too.
+    # A worker forked later also holds the sentinel open, so the parent's pid is checked too.
     while not connection.wait([sentinel], WATCH_SECONDS) and os.getppid() == starter:
         pass
     os._exit(1)

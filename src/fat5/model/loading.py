@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
-from fat5.files import PICKLE_SUFFIXES, parse_json
+from fat5.files import PICKLE_SUFFIXES, read_object
 from fat5.model.flash_t5 import attention_scale, translate_tensors
 
 # Keyword arguments of from_pretrained that say where a file is.
@@ -215,28 +215,11 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     return []
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that must hold an object.
-
-    Raises:
-        CheckpointFileError: missing, or something else.
-    """
-    try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointFileError(f"cannot be read ({error.strerror})", where=path, hint=_AGAIN) from error
-    except ValueError as error:
-        raise CheckpointFileError(f"damaged: not JSON ({_first_line(error)})", where=path, hint=_AGAIN) from error
-    if not isinstance(content, dict):
-        raise CheckpointFileError("damaged: not a JSON object", where=path, hint=_AGAIN)
-    return content
-
-
 def _check_settings(folder: Path) -> None:
     """Raises CheckpointError where transformers would raise errors of many kinds for a folder's settings."""
     for path in (folder / "config.json", folder / "generation_config.json"):
         if path.is_file():
-            read_object(path)
+            read_object(path, CheckpointFileError, _AGAIN)
     if path.is_file():
         try:
             GenerationConfig.from_pretrained(folder)
@@ -246,7 +229,7 @@ def _check_settings(folder: Path) -> None:
 
 def _index(path: Path) -> dict[str, str]:
     """Tensor → file, from the index of a checkpoint in shards."""
-    named = read_object(path).get("weight_map")
+    named = read_object(path, CheckpointFileError, _AGAIN).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise CheckpointFileError("damaged: names no file for each tensor", where=path, hint=_AGAIN)
     outside = sorted(file for file in set(named.values()) if Path(file).name != file)

@@ -23,7 +23,7 @@ FEISTEL_ROUNDS = 6
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`numba.njit` with the on-disk cache where a cache folder can be written, without it where none can."""
+    """`numba.njit`, with its cache on disk if a cache folder can be written."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # "no locator available": read-only installation and home
@@ -182,7 +182,7 @@ def _pointer(_context, address):  # type: ignore[no-untyped-def]
 
 
 class StreamTables(NamedTuple):
-    """Where every piece of every source lies, and the tables of the mixture. Arrays, for the kernels."""
+    """Arrays for the kernels: where every piece of every source lies, and the tables of the mixture."""
 
     # sources (S,)
     pieces: np.ndarray  # int64: pieces of a source
@@ -213,7 +213,7 @@ class StreamTables(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What a run of stream positions resolves to; arrays of one length."""
+    """The examples at some stream positions: arrays of one length."""
 
     piece: np.ndarray  # int64: global piece id
     epoch: np.ndarray  # int64: the pass over its source
@@ -227,7 +227,7 @@ class Examples(NamedTuple):
 
 @jit
 def pieces_of(length, max_tokens):  # type: ignore[no-untyped-def]
-    """How many pieces a document is cut into; none where it is too short to corrupt."""
+    """Number of pieces of a document; 0 if it is too short to corrupt."""
     return 0 if length < 2 else (length + max_tokens - 1) // max_tokens
 
 
@@ -235,8 +235,8 @@ def pieces_of(length, max_tokens):  # type: ignore[no-untyped-def]
 def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore[no-untyped-def]
     """Walks a shard's documents, continuing the block index.
 
-    Returns (pieces, place in block, entries, short documents, their tokens, cut documents), or pieces -1 where an end
-    goes backwards.
+    Returns (pieces, place in block, entries, short documents, their tokens, cut documents); pieces are -1 if an end is
+    before the previous one.
     """
     previous = np.int64(0)
     short = 0
@@ -306,7 +306,7 @@ def _locate(tables, source, piece):  # type: ignore[no-untyped-def]
             count = pieces_of(length, tables.max_tokens)
     begin = part * tables.max_tokens
     end = min(begin + tables.max_tokens, length)
-    # A last piece of one token could not be corrupted: the piece before it lends it one.
+    # A last piece of one token could not be corrupted, so it takes one from the piece before it.
     if length - end == 1:
         end -= 1
     if length - begin == 1 and begin > 0:
@@ -316,7 +316,7 @@ def _locate(tables, source, piece):  # type: ignore[no-untyped-def]
 
 @jit
 def resolve(tables, positions, out):  # type: ignore[no-untyped-def]
-    """Fills `out` for the given positions of the endless stream of pieces: order, denoiser, lengths, address."""
+    """Fills `out` for positions of the endless stream of pieces."""
     k0, k1 = tables.seed_low, tables.seed_high
     sources = tables.pieces.size
     period = tables.blend_source.size

@@ -1,8 +1,8 @@
 """Running the stages of a plan with datatrove's executors: local processes, Slurm job arrays, Ray.
 
-Every task is made from the folder's plan by the process that runs it: nothing is pickled to disk. datatrove marks
-finished tasks in `logs/STAGE/completions/`, so whatever was interrupted goes on with the tasks that are left.
-Logs go to `logs/STAGE/logs/`, never to the terminal.
+The process that runs a task makes it from the folder's plan, so nothing is pickled to disk. datatrove marks finished
+tasks in `logs/STAGE/completions/`, so an interrupted run continues with the others. Logs go to `logs/STAGE/logs/`,
+never to the terminal.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from fat5.errors import ConfigurationError, DataError
 
 
 def run_local(folder: str, workers: int) -> None:
-    """Runs all stages in processes of this machine, `workers` at once.
+    """Runs all stages on this machine, in up to `workers` processes.
 
     Raises:
         DataError: the corpus cannot be read, or a process died.
@@ -55,18 +55,18 @@ def run_local(folder: str, workers: int) -> None:
 
 
 def run_task(folder: str, stage_name: str, rank: int) -> None:
-    """Runs one task of one stage in this process, and marks it as completed."""
+    """Runs one task in this process, and marks it as completed."""
     stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
     with quiet():
         _executor(folder, stage, build(folder, stage_name))._run_for_rank(rank, local_rank=1)
 
 
 def run_ray(folder: str, workers: int) -> None:
-    """Runs all stages on the Ray cluster of `RAY_ADDRESS`, or one started on this machine.
+    """Runs all stages on the Ray cluster at `RAY_ADDRESS`, or on one started here.
 
     Raises:
         ConfigurationError: Ray is not installed.
-        DataError: a task failed; its log is named.
+        DataError: a task failed; names its log.
     """
     try:
         import ray
@@ -99,7 +99,7 @@ def run_ray(folder: str, workers: int) -> None:
 
 
 class SlurmStage(SlurmPipelineExecutor):
-    """datatrove's Slurm executor, whose jobs make their task from the plan instead of loading a pickle."""
+    """datatrove's Slurm executor; its jobs make their task from the plan instead of loading a pickle."""
 
     def __init__(self, folder: str, stage: Stage, options: SlurmOptions, workers: int, pipeline: list[Any]) -> None:
         super().__init__(
@@ -118,12 +118,12 @@ class SlurmStage(SlurmPipelineExecutor):
         self.folder, self.stage = folder, stage
 
     def script(self, ranks: int) -> str:
-        """The sbatch script of this stage for so many tasks."""
+        """The sbatch script of this stage for a number of tasks."""
         command = f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {self.folder} {self.stage.name}"
         return str(self.get_launch_file_contents(self.get_sbatch_args(min(ranks, self.max_array_size)), command))
 
     def submit(self, after: str | None) -> str | None:
-        """Submits the tasks that are left, after job `after`; returns the last job's id (`after` if none is left)."""
+        """Submits the unfinished tasks after job `after`; returns the last job's id (`after` if all are finished)."""
         ranks = self.get_incomplete_ranks()
         if not ranks:
             return after
@@ -141,7 +141,7 @@ class SlurmStage(SlurmPipelineExecutor):
 
 
 def submit_slurm(folder: str, workers: int, options: SlurmOptions) -> str:
-    """Submits a job array a stage, each after the one before, and a last job that writes the manifest; returns its id.
+    """Submits a job array per stage, in order, and a last job that writes the manifest; returns the last job's id.
 
     Raises:
         ConfigurationError: no partition, or no Slurm here.
@@ -167,7 +167,7 @@ def submit_slurm(folder: str, workers: int, options: SlurmOptions) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps datatrove's log off the terminal: it adds its sinks to whatever `sys.stderr` is at that moment."""
+    """Keeps datatrove's log off the terminal; datatrove logs to the `sys.stderr` of the moment."""
     logger.remove()
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         try:
@@ -177,7 +177,7 @@ def quiet() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    """What a Slurm job runs: `python -m fat5.data.shards.executors FOLDER STAGE`."""
+    """The command of a Slurm job: `python -m fat5.data.shards.executors FOLDER STAGE`."""
     folder, stage_name = argv
     if stage_name == "finish":
         finish(Path(folder))
@@ -204,14 +204,14 @@ def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[in
         raise
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process died, perhaps for want of memory",
+            "a worker process died; memory may have run out",
             where=_logs(folder, stage),
-            hint="Run the same command again to go on; fewer --workers need less memory",
+            hint="Run the same command again to continue; fewer --workers need less memory",
         ) from error
 
 
 def _start_worker(threads: int) -> None:
-    """Each process tokenizes on its own cores, ends on Ctrl-C, and does not outlive the one that started it."""
+    """A worker tokenizes on its own cores, ends on Ctrl-C, and does not outlive its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,19 +1,20 @@
 """The datatrove pipeline behind `fat5 prepare`: read → clean → (drop near-duplicates) → tokenize and write shards.
 
-`stages(plan)` lists the stages in order; each is a number of independent tasks that datatrove's executors run and
-mark as completed. A task is made from the folder's plan alone.
+`stages(plan)` lists the stages in order. Each is a number of independent tasks, which datatrove's executors run and
+mark as completed. A task depends on the folder's plan alone.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-# loguru would write the values of variables, whole documents, into its tracebacks.
+# loguru would write the values of variables (whole documents) into tracebacks.
 os.environ.setdefault("LOGURU_DIAGNOSE", "NO")
 
 import numpy as np
@@ -28,7 +29,7 @@ from fat5.data.text.corpus import Corpus
 from fat5.data.text.rows import BadRows
 from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
 from fat5.errors import DataError
-from fat5.files import naming, write_atomically
+from fat5.files import whole_file, write_atomically
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 8192
@@ -38,14 +39,14 @@ _HASH_RANGE = 1 << 64
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its name (also its folder under `logs/`) and how many tasks it has."""
+    """One stage: its name (also its folder in `logs/`), and its number of tasks."""
 
     name: str
     tasks: int
 
 
 def stages(plan: PreparePlan) -> list[Stage]:
-    """The stages of a plan, in order; each needs all tasks of the one before."""
+    """The stages of a plan in order; each needs all tasks of the previous one."""
     before = []
     if plan.deduplicated:
         before = [
@@ -57,7 +58,7 @@ def stages(plan: PreparePlan) -> list[Stage]:
 
 
 def build(folder: str, stage: str) -> list[Any]:
-    """The datatrove pipeline of one stage. Made anew for each task: some steps count as they go."""
+    """The datatrove pipeline of one stage, for one task: some steps count as they run."""
     plan = read_plan(folder)
     read: list[Any] = [_reader(plan, folder)]
     if plan.steps:
@@ -83,7 +84,7 @@ def build(folder: str, stage: str) -> list[Any]:
 
 
 class CorpusReader(PipelineStep):
-    """Reads the chunks of one task, strictly, and says now and then how far it is (`logs/progress/RANK.json`)."""
+    """Reads the chunks of one task, and writes its progress to `logs/progress/RANK.json`."""
 
     name = "Corpus"
     type = "📖 - READER"
@@ -94,7 +95,7 @@ class CorpusReader(PipelineStep):
         self.columns = columns
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yields the documents of task `rank`; those without text are counted and left out."""
+        """Yields the documents of task `rank`; counts those without text, and leaves them out."""
         plan = read_plan(self.folder)
         corpus = Corpus(plan.options)
         progress = TaskProgress(self.folder, rank)
@@ -116,7 +117,7 @@ class CorpusReader(PipelineStep):
 
 
 class DatasetReader(HuggingFaceDatasetReader):
-    """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`; it tells its documents."""
+    """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`."""
 
     def __init__(self, folder: str, plan: PreparePlan, columns: tuple[str, ...] = ()) -> None:
         options = plan.options
@@ -127,7 +128,7 @@ class DatasetReader(HuggingFaceDatasetReader):
         self.corpus = Corpus(options, dataset=plan.dataset)
 
     def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int | str) -> Document | None:
-        """The document of one row, None where it is empty or skipped."""
+        """The document of one row; None if it is empty or skipped."""
         row = self.corpus.streamed_row(data, f"{source_file}, row {id_in_file}", self.columns)
         if row is None or not row.text:
             return None
@@ -146,9 +147,9 @@ class DatasetReader(HuggingFaceDatasetReader):
 
 
 class ShardWriter(PipelineStep):
-    """Tokenizes documents in batches and writes one shard a split, atomically, with its entry of the manifest.
+    """Tokenizes documents in batches, and writes one shard per split with its entry of the manifest.
 
-    A document goes to validation by a hash of its text, so more data never moves a document to the other split.
+    A hash of the text chooses the split, so more data never moves a document to the other one.
     """
 
     name = "Shards"
@@ -164,9 +165,9 @@ class ShardWriter(PipelineStep):
         tokenizer = _tokenizer(self.folder, plan.tokenizer_sha256)
         folder = Path(self.folder)
         unk = tokenizer.info.unk_id
-        parts = {split: _ShardFile(folder, split, rank, plan.token_bytes, unk) for split in SPLITS}
         limit = int(plan.validation_fraction * _HASH_RANGE)
-        try:
+        with ExitStack() as files:
+            parts = {split: _ShardFile(folder, split, rank, plan.token_bytes, unk, files) for split in SPLITS}
             for texts in _batches(data):
                 tokens, lengths = tokenizer.encode_documents(texts)
                 held_out = np.fromiter((_hash(text) < limit for text in texts), bool, len(texts))
@@ -176,10 +177,6 @@ class ShardWriter(PipelineStep):
                     tokens, lengths = tokens[~chosen], lengths[~held_out]
                 parts["train"].write(tokens, lengths)
             entries = {split: part.finish() for split, part in parts.items()}
-        except BaseException:
-            for part in parts.values():
-                part.discard()
-            raise
         (folder / LOGS / "shards").mkdir(exist_ok=True)
         write_atomically(folder / LOGS / "shards" / f"{rank:05d}.json", json.dumps(entries).encode())
         for split, entry in entries.items():
@@ -189,43 +186,37 @@ class ShardWriter(PipelineStep):
 
 
 class _ShardFile:
-    """One `.ds` file being written under a temporary name, hashed as it goes."""
+    """A `.ds` file, hashed while it is written. It takes its name when `files` closes."""
 
-    def __init__(self, folder: Path, split: str, rank: int, token_bytes: int, unk_id: int) -> None:
+    def __init__(self, folder: Path, split: str, rank: int, token_bytes: int, unk_id: int, files: ExitStack) -> None:
         self.name = f"{split}/{rank:05d}.ds"
         self.path = folder / self.name
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self.token_bytes, self.unk_id = token_bytes, unk_id
         self.tokens = self.unknown = 0
         self._ends: list[np.ndarray] = []
         self._digest = hashlib.sha256()
-        self._file: Any = None
+        self._files = files
+        self._file: BinaryIO | None = None
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         if not len(lengths):
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("wb")
+            self._file = self._files.enter_context(whole_file(self.path))
         content = np.ascontiguousarray(tokens).data
-        with naming(self.path):
-            self._file.write(content)
+        self._file.write(content)
         self._digest.update(content)
         self._ends.append((np.cumsum(lengths) + self.tokens).astype("<u8"))
         self.tokens += int(lengths.sum())
         self.unknown += int((tokens == self.unk_id).sum())
 
     def finish(self) -> dict[str, Any] | None:
-        """Puts the shard in place; returns its manifest entry, None where nothing was written."""
+        """Writes the index; returns the manifest entry, or None if nothing was written."""
         if self._file is None:
             return None
-        with naming(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
         ends = np.concatenate(self._ends)
         write_atomically(self.path.with_name(f"{self.path.name}.index"), ends.tobytes())
-        self.partial.replace(self.path)
         return {
             "file": self.name,
             "documents": len(ends),
@@ -236,11 +227,6 @@ class _ShardFile:
             "unknown": self.unknown,
         }
 
-    def discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self.partial.unlink(missing_ok=True)
-
 
 def _reader(plan: PreparePlan, folder: str) -> Any:
     columns = ("url",) if "urls" in plan.steps else ()
@@ -248,7 +234,7 @@ def _reader(plan: PreparePlan, folder: str) -> Any:
 
 
 def _write_bad_rows(folder: str, rank: int, bad_rows: BadRows) -> None:
-    """Leaves what a task skipped for the manifest; the shards of a task are there only if this is."""
+    """Writes the rows that a task skipped, for the manifest; comes before the shards' own record."""
     path = Path(folder) / LOGS / "bad_rows"
     path.mkdir(exist_ok=True)
     write_atomically(path / f"{rank:05d}.json", json.dumps(asdict(bad_rows), ensure_ascii=False).encode())

@@ -1,4 +1,4 @@
-"""How far a preparation is, from the small files its tasks write: a bar on a terminal, a line a minute elsewhere."""
+"""The progress of a preparation, from small files that its tasks write: a bar on a terminal, else a line per minute."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ class TaskProgress:
 
 @contextmanager
 def watch(folder: Path, total: int, bar: bool) -> Iterator[None]:
-    """Shows progress, rate and time left while the body runs; `total` is in bytes, 0 where it is not known."""
+    """Shows progress, rate and time left while the body runs; `total` is in bytes, 0 if unknown."""
     stop = threading.Event()
     show = _bar if bar else _lines
     thread = threading.Thread(target=show, args=(Watched(folder), total, stop), daemon=True)
@@ -47,7 +47,7 @@ def watch(folder: Path, total: int, bar: bool) -> Iterator[None]:
 
 
 class Watched:
-    """Sums the progress files of a folder; those of finished tasks are read once."""
+    """Sums up the progress files of a folder; reads those of finished tasks only once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / LOGS / "progress"

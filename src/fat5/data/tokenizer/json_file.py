@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import TokenizerError
-from fat5.files import is_count, parse_json, refuse_pickle
+from fat5.files import is_count, read_object, refuse_pickle
 
 MULTIPLE = 128
 MODES = ("[R]", "[S]", "[X]")
@@ -20,14 +20,9 @@ LARGEST_SIZE = 1 << 24  # ids of a tokenizer; the largest in use have 2^18
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer's JSON file; raises TokenizerError if it is damaged, or a pickle."""
     refuse_pickle(path, TokenizerError)
-    try:
-        content = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise TokenizerError("damaged: not JSON", where=path, hint="Restore it, or train it again") from error
-    if not isinstance(content, dict):
-        raise TokenizerError("damaged: not a JSON object", where=path, hint="Restore it, or train it again")
-    return content
+    return read_object(path, TokenizerError, "Restore it, or train it again")
 
 
 def ids_of(content: dict[str, Any], source: object) -> dict[str, int]:
@@ -49,14 +44,14 @@ def ids_of(content: dict[str, Any], source: object) -> dict[str, int]:
 
 
 def check_ids(ids: Mapping[str, Any], source: object) -> None:
-    """Raises TokenizerError, naming the token, where an id is no id."""
+    """Raises TokenizerError, naming the token, unless every id is a whole number in range."""
     odd = next((token for token, index in ids.items() if not is_count(index) or index >= LARGEST_SIZE), None)
     if odd is not None:
         raise TokenizerError(f"the id of {odd[:40]!r} is {str(ids[odd])[:40]}", where=source, hint="Restore the file")
 
 
 def role_names(roles: Mapping[str, Any]) -> dict[str, str]:
-    """`pad`, `eos` and `unk` from `pad_token`, …; BERT-like tokenizers end a text with `sep_token`."""
+    """`pad`, `eos` and `unk` from `pad_token`, …; in BERT-like tokenizers, `sep_token` ends a text."""
     names: dict[str, str] = {}
     for role, keys in {"pad": ["pad_token"], "eos": ["eos_token", "sep_token"], "unk": ["unk_token"]}.items():
         for key in keys:
@@ -68,9 +63,9 @@ def role_names(roles: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sentinel_names(ids: dict[str, int]) -> list[str]:
-    """Names of `<extra_id_0>`, `<extra_id_1>`, … while they are there.
+    """Names of `<extra_id_0>`, `<extra_id_1>`, … up to the first that is missing.
 
-    mT5 writes them with a leading ▁, Chinese T5s with a BERT vocabulary as `extra0`.
+    mT5 writes them with a leading ▁; Chinese T5s with a BERT vocabulary write `extra0`.
     """
     found: list[str] = []
     while True:
@@ -161,7 +156,7 @@ def byte_tokenizer(added: Mapping[int, Any] | None = None) -> dict[str, Any]:
 
 
 def added_token(index: int, token: str) -> dict[str, Any]:
-    """An entry of `added_tokens`: special, matched as it is written.
+    """An entry of `added_tokens`: special, and not normalized.
 
     A sentinel takes the white space to its left, and a mode token that to its right, so that a prompt written with
     spaces (`[R] Le <extra_id_0> dort`) gives the tokens of training, where a span holds the space before it.
@@ -183,4 +178,5 @@ def append_eos(eos_id: int, eos: str = EOS) -> dict[str, Any]:
 
 
 def dump(content: dict[str, Any]) -> bytes:
+    """The bytes of `tokenizer.json`."""
     return json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8") + b"\n"

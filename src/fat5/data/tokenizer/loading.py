@@ -1,8 +1,8 @@
-"""The tokenizer as FAT5 needs it: special ids found by name, and documents encoded so that no text becomes a special.
+"""The tokenizer of FAT5: special ids are found by name, and no text of a document becomes a special token.
 
 `load_tokenizer` reads what `fat5 tokenizer` writes, and every tokenizer with sentinels that `AutoTokenizer` reads: T5,
 FLAN-T5, mT5, umT5, ByT5, and T5s with a byte-level BPE (CodeT5) or WordPiece vocabulary. Missing mode tokens are added;
-a tokenizer without sentinels is refused. A pickle is refused by name, and code that comes with a tokenizer never runs.
+a tokenizer without sentinels is refused. Pickles are refused, and code that comes with a tokenizer never runs.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ from fat5.files import naming, refuse_pickle
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The ids a data pipeline needs, as plain integers.
+    """The ids that a data pipeline needs.
 
-    `vocab_size` is the size of the embedding: the ids rounded up to a multiple of 128. `sentinel_ids[i]` is the id of
-    `<extra_id_i>`. `sha256` is that of `tokenizer.json` as FAT5 saves it.
+    `vocab_size` is the size of the embedding: the number of ids, rounded up to a multiple of 128. `sentinel_ids[i]` is
+    the id of `<extra_id_i>`. `sha256` is the hash of `tokenizer.json` as FAT5 saves it.
     """
 
     vocab_size: int
@@ -68,18 +68,18 @@ class TokenizerInfo:
 class Tokenizer:
     """A tokenizer and its special ids. Encoding treats text as text: `</s>` in a document is four characters.
 
-    Tokens that a user added and did not call special are text, and are found in documents.
+    Tokens that a user added as not special are text, and are found in documents.
 
     Args:
         content: the content of `tokenizer.json`.
-        text: its bytes on disk, where it needs no change to be used; they are kept as they are.
-        names: `pad`, `eos` and `unk` → token, where they differ from `<pad>`, `</s>`, `<unk>`.
-        source: what to call it in an error.
+        text: its bytes on disk, which are kept if the content needs no change.
+        names: `pad`, `eos` and `unk` → token, if they differ from `<pad>`, `</s>`, `<unk>`.
+        source: its name in errors.
 
     Attributes:
-        own_size: ids in the file. own_modes: the mode tokens among them; those it lacks are added behind them.
-        own_opening: ids that the file's post-processor puts before a text, such as the `<s>` of CodeT5. Training shows
-            none, so the tokenizer that is saved has none.
+        own_size: number of ids in the file. own_modes: its mode tokens; missing ones are added behind the other ids.
+        own_opening: ids that the file's post-processor puts before a text, such as the `<s>` of CodeT5. They are not
+            used in training, and the tokenizer that is saved has none.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Tokenizer:
                 raise TokenizerError(
                     f"no {role} token {token!r}", where=source, hint="T5-family tokenizers have <pad>, </s> and <unk>"
                 )
-        # What the file itself holds; a T5 of others has no mode tokens, and its model has never seen those added here.
+        # A T5 of others has no mode tokens, and its model has never seen those added here.
         self.own_size = max(ids.values()) + 1
         self.own_modes = tuple(mode for mode in MODES if mode in ids)
         self.own_opening = opening_ids(content.get("post_processor"), source)
@@ -129,14 +129,14 @@ class Tokenizer:
 
     @cached_property
     def _documents(self) -> Any:
-        """The same model without special tokens: none can come out of a document."""
+        """The same model without special tokens, so that no document yields one."""
         content = json.loads(json.dumps(self.content))
         content |= {"post_processor": None, "truncation": None, "padding": None}
         reserved = {self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()}
         vocabulary = content["model"]["vocab"]
         learned = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
         added = content["added_tokens"]
-        # `tokenizers` numbers added tokens by their order, so a special token keeps its place under another name.
+        # `tokenizers` numbers added tokens in order, so a special token keeps its place under another name.
         for entry in added:
             if entry["special"] and entry["content"] not in learned:
                 entry["content"] = self._unreachable(entry["id"])
@@ -155,7 +155,7 @@ class Tokenizer:
 
     @cached_property
     def _reserved(self) -> np.ndarray:
-        """bool (size,): ids that no document may hold."""
+        """bool (vocab_size,): ids that no document may have."""
         table = np.zeros(self.info.vocab_size, bool)
         table[[self.info.pad_id, self.info.eos_id, *self.info.sentinel_ids, *self.info.mode_ids.values()]] = True
         return table
@@ -164,10 +164,10 @@ class Tokenizer:
         return f"\x00reserved {index} {self.info.sha256}\x00"
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes documents, without special tokens, whatever their text says.
+        """Encodes documents as plain text, without special tokens.
 
         Returns:
-            Token ids of all texts one after another (total,), uint16 or uint32, and the tokens of each: int64 (len,).
+            Token ids of all texts one after another, uint16 or uint32, and the number of each, int64 (len(texts),).
         """
         ids = _ids(self._documents, texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -181,10 +181,12 @@ class Tokenizer:
         return tokens, lengths
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
-        """Ids of one text, without EOS; with `special`, the names of special tokens in it stand for their ids.
+        """Ids of one text, without EOS.
 
-        With `after`, the ids of `text` as they stand behind that text, where a token ends between the two. Alone, the
-        comma of ", un" gets a space to its left from SentencePiece.
+        Args:
+            special: names of special tokens in the text become their ids.
+            after: the text before it, if a token ends between the two: alone, SentencePiece would put a space before
+                the comma of ", un".
         """
         if special:
             return _ids(self.backend, [text])[0]
@@ -195,10 +197,11 @@ class Tokenizer:
         return whole[len(before) :] if whole[: len(before)] == before else alone
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:
-        """Text of some ids; special tokens show by name unless skipped. Ids above the vocabulary show nothing.
+        """Text of some ids; special tokens appear by name unless skipped, and ids above the vocabulary do not appear.
 
-        With `after`, the text that `ids` adds when they follow those ids. SentencePiece and WordPiece write no space
-        before the first word of a text, so a span decoded alone lacks the space to its left.
+        Args:
+            after: the ids before them. SentencePiece and WordPiece write no space before the first word of a text, so
+                a span decoded alone lacks the space to its left.
         """
         before = [int(index) for index in after if int(index) < self.size]
         kept = [*before, *(int(index) for index in ids if int(index) < self.size)]
@@ -235,7 +238,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from a folder, a `tokenizer.json`, or a name on the Hugging Face hub.
 
     Raises:
-        TokenizerError: not there, damaged, a pickle, or without what T5-family models need.
+        TokenizerError: missing, damaged, a pickle, or without the special tokens of T5.
     """
     folder = Path(path)
     if folder.is_file():
@@ -286,10 +289,10 @@ def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_stock(name: str | Path, cls: Any = None) -> Any:
-    """What `AutoTokenizer` (or `cls`) makes of a folder or a name on the hub; code that comes with it never runs.
+    """A tokenizer of transformers, from a folder or a name on the hub, by `AutoTokenizer` or `cls`; runs no code of it.
 
     Raises:
-        TokenizerError: it cannot be read, or its class reads none of the folder's files.
+        TokenizerError: it cannot be read, or its class needs files that the folder does not have.
     """
     from transformers import AutoTokenizer
 

@@ -28,7 +28,7 @@ from fat5.files import (
     fsync,
     is_count,
     is_number,
-    parse_json,
+    read_object,
     whole_folder,
 )
 
@@ -173,15 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, or not a JSON object.
     """
-    try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from error
-    except ValueError as error:
-        raise CheckpointError("is not JSON", where=path) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("does not hold a JSON object", where=path)
-    return content
+    return read_object(path, CheckpointError)
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
