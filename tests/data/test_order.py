@@ -82,15 +82,13 @@ def test_denoisers_are_drawn_in_proportion(tmp_path):
 def test_a_draw_is_what_the_public_denoiser_makes(tmp_path):
     stream = PieceStream([write_corpus(tmp_path, made_documents([90] * 60))], FAT5, INFO, 128, seed=9)
     examples = stream.resolve(np.arange(120))
-    inputs, targets = np.empty(int(examples.encoder.sum()), np.int64), np.empty(int(examples.decoder.sum()), np.int64)
-    cu = np.empty((2, 121), np.int32)
-    stream.write(examples, kernels.TRAINING, inputs, targets, *cu)
+    inputs, targets, *cu = stream.write(examples)
     for n in range(120):
         denoiser = FAT5.denoisers[examples.denoiser[n]]
         tokens = stream.tokens(int(examples.piece[n]))
         wanted = denoiser(tokens, INFO, seed=9, epoch=int(examples.epoch[n]), piece=int(examples.piece[n]))
-        assert np.array_equal(inputs[cu[0, n] : cu[0, n + 1]], wanted[0])
-        assert np.array_equal(targets[cu[1, n] : cu[1, n + 1]], wanted[1])
+        assert np.array_equal(inputs[cu[0][n] : cu[0][n + 1]], wanted[0])
+        assert np.array_equal(targets[cu[1][n] : cu[1][n + 1]], wanted[1])
 
 
 def test_sources_are_blended_by_tokens_and_each_keeps_its_own_passes(tmp_path):
@@ -128,14 +126,9 @@ def test_wide_token_files_are_read_like_narrow_ones(tmp_path):
     narrow = PieceStream([write_corpus(tmp_path / "2", documents)], FAT5, INFO, 64, seed=1)
     wide = PieceStream([write_corpus(tmp_path / "4", documents, info=wide_info)], FAT5, wide_info, 64, seed=1)
     assert wide.tables.token_bytes.tolist() == [4]
-    examples, flat = narrow.resolve(np.arange(30)), []
+    flat = []
     for stream in (narrow, wide):
-        inputs, targets = (
-            np.empty(int(examples.encoder.sum()), np.int64),
-            np.empty(int(examples.decoder.sum()), np.int64),
-        )
-        stream.write(stream.resolve(np.arange(30)), kernels.TRAINING, inputs, targets, *np.empty((2, 31), np.int32))
-        flat.append(np.concatenate([inputs, targets]))
+        flat.append(np.concatenate(stream.write(stream.resolve(np.arange(30)))))
     assert np.array_equal(*flat)
 
 

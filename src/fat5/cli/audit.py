@@ -10,7 +10,7 @@ VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
 
 
 def main(argv: list[str]) -> int:
-    """Audits prepared folders, prints the report, and returns 1 where the data break the specification."""
+    """Audits prepared folders, prints the report, and returns 1 if the data break the specification."""
     from fat5.cli.terminal import Console
     from fat5.data.audit import AuditConfig, audit
 

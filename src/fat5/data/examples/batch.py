@@ -181,11 +181,9 @@ class BatchWriter:
     def write(self, examples: kernels.Examples, domain: int = kernels.TRAINING) -> PackedBatch:
         """One batch of these examples, which must fit."""
         count = examples.piece.size
-        inputs, targets = np.empty(self.encoder_tokens, np.int64), np.empty(self.decoder_tokens, np.int64)
-        cu_inputs, cu_targets = np.empty((2, self.max_examples + 1), np.int32)
-        i, t = self.stream.write(examples, domain, inputs, targets, cu_inputs, cu_targets)
-        inputs[i:] = self.stream.info.pad_id
-        targets[t:] = -100
+        inputs, targets, cu_inputs, cu_targets = self.stream.write(
+            examples, domain, (self.encoder_tokens, self.decoder_tokens, self.max_examples)
+        )
         denoiser, piece = np.full(self.max_examples, -1, np.int8), np.full(self.max_examples, -1, np.int64)
         denoiser[:count], piece[:count] = examples.denoiser, examples.piece
         return PackedBatch(

@@ -274,7 +274,7 @@ def reconstruct(
         here = np.flatnonzero(body[at:] == sentinels[span])
         following = np.flatnonzero(targets[target_at:] == (sentinels[span + 1] if span + 1 < spans else info.eos_id))
         if not here.size or not following.size or targets[target_at] != sentinels[span]:
-            raise DataError(f"sentinel {span} is not where inputs and targets agree")
+            raise DataError(f"inputs and targets disagree about sentinel {span}")
         end = target_at + int(following[0] if span + 1 < spans else following[-1])
         pieces += [body[at : at + here[0]], targets[target_at + 1 : end]]
         at, target_at = at + int(here[0]) + 1, end

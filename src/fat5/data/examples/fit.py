@@ -82,10 +82,10 @@ def _finish(encoder, decoder, taken, count, room, weight, near, pairs, best):  #
 
 @jit
 def _finish_kinds(encoder, decoder, taken, room, weight, kinds, best):  # type: ignore[no-untyped-def]
-    """As `_finish`, for a window where few pairs of lengths repeat (long documents cut at one length): the best six.
+    """As `_finish`, for a window of few pairs of lengths (long documents cut at one length): the best six.
 
-    There, four of a handful of kinds make too few sums to choose from. Searches multisets of up to three kinds, twice.
-    Returns infinity, and leaves `best` alone, where the oldest REPEATS waiting are not mostly of such kinds.
+    Four of a handful of kinds make too few sums to choose from, so this searches two multisets of up to three kinds.
+    Returns infinity, and leaves `best` alone, if less than half of the oldest REPEATS waiting are of such kinds.
     """
     distinct = 0
     seen = 0

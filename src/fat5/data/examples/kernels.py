@@ -3,7 +3,7 @@
 Everything jitted lives in this one file, because numba's cache watches only the file a function is written in: a kernel
 that inlined another file's function would be served stale after that file changed.
 
-Integers are int64 throughout and masked to 32 bits where the algorithm says so (numba turns uint64 + int64 into float).
+Integers are int64 throughout, masked to 32 bits as the algorithms require (numba turns uint64 + int64 into float).
 """
 
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def compose(total, parts, out, marks, block, noise_key):  # type: ignore[no-unty
     """Writes a uniform random composition of `total` into `parts` positive lengths; returns the next counter block.
 
     It is a uniform choice of parts-1 cuts among total-1 places: by Floyd's algorithm (one word a cut; Bentley and
-    Floyd, CACM 1987) where cuts are few, else by selection sampling (one word a place; Knuth 3.4.2 S). `marks` is
+    Floyd, CACM 1987) if cuts are few, else by selection sampling (one word a place; Knuth 3.4.2 S). `marks` is
     uint8 scratch for `total` places, zero before and after; `noise_key` is as in `corrupt`.
     """
     c1, c2, c3, k0, k1 = noise_key

@@ -184,17 +184,26 @@ class PieceStream:
         return examples
 
     def write(
-        self,
-        examples: kernels.Examples,
-        domain: int,
-        inputs: np.ndarray,
-        targets: np.ndarray,
-        cu_inputs: np.ndarray,
-        cu_targets: np.ndarray,
-    ) -> tuple[int, int]:
-        """Corrupts examples into flat int64 buffers and fills both cu_seqlens; returns the tokens written."""
+        self, examples: kernels.Examples, domain: int = kernels.TRAINING, sizes: tuple[int, int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Corrupts examples, one after another.
+
+        Args:
+            sizes: T encoder tokens, U decoder tokens and N examples to pad to; None for no padding.
+
+        Returns:
+            inputs, padded with the pad id: int64 (T,).
+            targets, padded with -100: int64 (U,).
+            cu_seqlens of both, padded with the end: int32 (N+1,).
+        """
         self._map(examples.shard)
-        return kernels.write_examples(self.tables, examples, domain, inputs, targets, cu_inputs, cu_targets)
+        lengths, target_lengths, most = sizes or (examples.encoder.sum(), examples.decoder.sum(), examples.piece.size)
+        inputs, targets = np.empty(lengths, np.int64), np.empty(target_lengths, np.int64)
+        cu_inputs, cu_targets = np.empty((2, most + 1), np.int32)
+        i, t = kernels.write_examples(self.tables, examples, domain, inputs, targets, cu_inputs, cu_targets)
+        inputs[i:] = self.info.pad_id
+        targets[t:] = -100
+        return inputs, targets, cu_inputs, cu_targets
 
     def tokens(self, piece: int) -> np.ndarray:
         """Raw tokens of a global piece id: a view into its shard."""

@@ -141,11 +141,7 @@ class LengthGroups(StepPlan):
 
     def write(self, examples: kernels.Examples) -> PaddedBatch:
         """The padded batch with these examples."""
-        count = examples.piece.size
-        inputs = np.empty(int(examples.encoder.sum()), np.int64)
-        targets = np.empty(int(examples.decoder.sum()), np.int64)
-        cu_inputs, cu_targets = np.empty((2, count + 1), np.int32)
-        self.stream.write(examples, kernels.TRAINING, inputs, targets, cu_inputs, cu_targets)
+        inputs, targets, cu_inputs, cu_targets = self.stream.write(examples)
         batch = pad(np.split(inputs, cu_inputs[1:-1]), np.split(targets, cu_targets[1:-1]), self.stream.info.pad_id)
         batch.tokens = int(examples.length.sum())
         return batch

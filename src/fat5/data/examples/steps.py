@@ -1,8 +1,8 @@
-"""What each step of training reads: packs divided among ranks and micro-batches, and the state between steps.
+"""The division of the stream into steps, ranks and micro-batches, and the state between steps.
 
-The unit of order is the pack. Step s uses packs [s·P, (s+1)·P), P = packs_per_step, whatever the world size, the worker
-count or the micro-batch: rank r of W takes the r-th run of P/W of them, a micro-batch is `packs_per_micro_batch` in
-succession. The plan needs lengths alone, so every worker makes all of it and reads the tokens of its own packs only.
+The unit of order is the pack. Step s uses packs [s·P, (s+1)·P), P = packs_per_step, for any world size, worker count
+and micro-batch: rank r of W takes the r-th run of P/W packs, and a micro-batch `packs_per_micro_batch` in succession.
+The plan needs lengths alone, so every worker makes the whole plan, and reads the tokens of its own packs only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class StepPlan(ABC):
 
     @abstractmethod
     def batches_from(self, state: State, first: int) -> Iterator[tuple[State | None, Examples]]:
-        """From batch `first` of the step of `state` on: (the state after the step, with its last batch; examples)."""
+        """Yields (state, examples) from batch `first` of the step of `state` on.
+
+        `state` is that after the step for its last batch, and None for the others.
+        """
 
     @abstractmethod
     def write(self, examples: Examples) -> Any:

@@ -56,7 +56,7 @@ def run_local(folder: str, workers: int) -> None:
 
 def run_task(folder: str, stage_name: str, rank: int) -> None:
     """Runs one task in this process, and marks it as completed."""
-    stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
+    stage = _stage(folder, stage_name)
     with quiet():
         _executor(folder, stage, build(folder, stage_name))._run_for_rank(rank, local_rank=1)
 
@@ -182,10 +182,14 @@ def main(argv: list[str]) -> int:
     if stage_name == "finish":
         finish(Path(folder))
         return 0
-    stage = next(stage for stage in stages(read_plan(folder)) if stage.name == stage_name)
+    stage = _stage(folder, stage_name)
     options = SlurmOptions(max_array_size=int(os.environ["SLURM_ARRAY_TASK_MAX"]) + 1)
     SlurmStage(folder, stage, options, -1, build(folder, stage_name)).run()
     return 0
+
+
+def _stage(folder: str, name: str) -> Stage:
+    return next(stage for stage in stages(read_plan(folder)) if stage.name == name)
 
 
 def _pool(processes: int, threads: int) -> ProcessPoolExecutor:

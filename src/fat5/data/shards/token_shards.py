@@ -2,7 +2,7 @@
 
 A prepared folder holds `manifest.json`, one folder a split (`train/`, `validation/`) and `tokenizer/`. A shard is
 datatrove's token file: `NAME.ds` with the token ids of its documents one after another (little-endian uint16, or uint32
-for vocabularies above 65,536), and `NAME.ds.index` with where each document ends (uint64, in tokens). No special
+for vocabularies above 65,536), and `NAME.ds.index` with the end of each document (uint64, in tokens). No special
 tokens are stored. Sizes are checked when a folder is opened, and each shard's SHA-256 when it is first read (`verify`
 checks all at once). `.verified/` remembers the shards that passed, by size and modification time.
 """

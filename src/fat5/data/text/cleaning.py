@@ -15,6 +15,7 @@ step but `language` needs anything beyond the installation.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -85,18 +86,15 @@ class UrlBlocklists(URLFilter):
 def build_step(spec: str) -> Any:
     """The datatrove step of a name in `--steps`, except `minhash`, which is several stages."""
     name, _, argument = spec.partition("=")
-    words = UnicodeWords()
-    if name == "language":
-        return _language_filter(argument)
-    if name == "c4":
-        return C4QualityFilter(language=words)
-    if name == "gopher_quality":
-        return GopherQualityFilter(language=words, min_stop_words=None)
-    if name == "gopher_repetition":
-        return GopherRepetitionFilter(language=words)
-    if name == "urls":
-        return _url_blocklists()
-    return PIIFormatter()
+    steps: dict[str, Callable[[], Any]] = {
+        "language": lambda: _language_filter(argument),
+        "c4": lambda: C4QualityFilter(language=UnicodeWords()),
+        "gopher_quality": lambda: GopherQualityFilter(language=UnicodeWords(), min_stop_words=None),
+        "gopher_repetition": lambda: GopherRepetitionFilter(language=UnicodeWords()),
+        "urls": _url_blocklists,
+        "pii": PIIFormatter,
+    }
+    return steps[name]()
 
 
 @lru_cache(maxsize=4)
@@ -134,5 +132,5 @@ def check_models(steps: list[str]) -> None:
                 raise DataError(
                     f"the language identification model cannot be fetched ({reason})",
                     where=f"step {spec}",
-                    hint="Run once where there is a network, or leave this step out",
+                    hint="Run once with a network, or leave this step out",
                 ) from error

@@ -101,7 +101,7 @@ class Corpus:
         return groups
 
     def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[CorpusRow]:
-        """Rows of one chunk, with the named further columns where they exist.
+        """Rows of one chunk, with the other named columns that exist.
 
         Raises:
             DataError: a row that cannot be read (with file and line), unless such rows are skipped.

@@ -289,7 +289,7 @@ def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_stock(name: str | Path, cls: Any = None) -> Any:
-    """A tokenizer of transformers, from a folder or a name on the hub, by `AutoTokenizer` or `cls`; runs no code of it.
+    """Loads a tokenizer from a folder or the hub with `AutoTokenizer` or `cls`; code that comes with it never runs.
 
     Raises:
         TokenizerError: it cannot be read, or its class needs files that the folder does not have.

@@ -39,7 +39,7 @@ PATTERN = (
 ALPHABET_COVERAGE = 0.9999
 ALPHABET_CHARACTERS = 200_000_000
 REPORT_ROWS = 5_000
-# Longest learned token, in characters: no token for a whole sentence where a script has no spaces.
+# Longest learned token, in characters, so that a script without spaces gets no tokens for whole sentences.
 LONGEST_PIECE = 24
 # Unigram takes about 90 s of one core for each million characters of different words: 15 minutes at most.
 # A language without spaces reaches the bound after about as much text, others after gigabytes.
