@@ -42,7 +42,7 @@ def test_bad_configurations(folder: Any, tmp_path: Path) -> None:
         (source / "config.json").write_text(json.dumps(content))
         refused(source, FAT5Error, match)
     (source / "config.json").write_text("{")
-    refused(source, CheckpointError, "damaged: not JSON")
+    refused(source, CheckpointError, "is not JSON")
     (source / "config.json").unlink()
     refused(source, CheckpointError, r"no config\.json")
     refused(tmp_path / "nowhere", CheckpointError, "does not exist")
