@@ -49,6 +49,14 @@ def config(**keys: Any) -> Callable[[Path], None]:
     return damage
 
 
+def in_turn(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
 def generation(**keys: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "generation_config.json"
@@ -146,6 +154,13 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index without a map": (shards(no_map), "names no file for each tensor"),
     "another type of model": (config(model_type="bert"), "'bert'"),
     "another width": (config(d_model=24), "shape"),
+    "another width, and the table twice": (
+        in_turn(
+            tensors(lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"].clone()})),
+            config(d_model=24),
+        ),
+        "of another shape than the configuration wants",
+    ),
     "a width that no memory holds": (config(d_model=1 << 24, d_ff=1 << 24), "more memory than there is"),
     "padding outside the vocabulary": (config(pad_token_id=10**6), "pad_token_id: expected a token of the 384"),
     "weights quantised by a library that is not here": (

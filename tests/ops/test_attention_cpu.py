@@ -86,11 +86,20 @@ for head_dim in (8, 64, 80):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("features", "width"), [({"avx2": True}, 8), ({}, 4)], ids=["avx2", "arm"])
-def test_other_processors_blocks(features, width, tmp_path):
-    """The block shapes of narrower processors, run on this one."""
+PLAIN_PROCESSOR = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+
+
+@pytest.mark.parametrize(
+    ("features", "width", "target"),
+    [
+        pytest.param({"avx2": True}, 8, {}, id="avx2", marks=pytest.mark.slow),
+        pytest.param({}, 4, {}, id="arm", marks=pytest.mark.slow),
+        pytest.param({}, 4, PLAIN_PROCESSOR, id="no fused multiply-add"),
+    ],
+)
+def test_other_processors(features, width, target, tmp_path):
+    """The block shapes and instructions of other processors, run on this one."""
     code = WIDTHS.replace("{FEATURES}", repr(features)).replace("{WIDTH}", str(width))
     here = str(Path(__file__).parent)
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **target}
     subprocess.run([sys.executable, "-c", code, here], check=True, env=environment, timeout=300)

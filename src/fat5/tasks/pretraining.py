@@ -1,6 +1,5 @@
 """Pretraining: an encoder-decoder learns to restore text that a mixture of denoisers has corrupted."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from fat5.data import (
     validation_batches,
 )
 from fat5.data.text.corpus import is_dataset
+from fat5.files import file_sha256
 from fat5.machine import free_memory
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.model.card import CardFacts, training_section, usage_section
@@ -141,7 +141,7 @@ class Pretraining:
         """The configuration, with its sources named by their hashes instead of their paths, and the tokenizer."""
         plain: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
         folders = [Path(source.path) for source in self.config.data.sources]
-        plain["data"]["sources"] = [_sha256(folder / "manifest.json") for folder in folders]
+        plain["data"]["sources"] = [file_sha256(folder / "manifest.json") for folder in folders]
         weights = [source.weight for source in self.config.data.sources]
         return plain | {"tokenizer": self.info.sha256, "vocab_size": self.info.vocab_size, "weights": weights}
 
@@ -195,7 +195,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:,.0f}"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

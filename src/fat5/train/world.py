@@ -80,8 +80,3 @@ class World:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
-
-    def barrier(self) -> None:
-        """Returns when all processes have come here."""
-        if self.size > 1:
-            dist.barrier()

@@ -35,6 +35,7 @@ BLOCK_KEYS = 512  # keys at a time in backward: with 48 rows and 64 dimensions, 
 BLOCK_SCORES = 1 << 17  # scores at a time in forward, which wants whole rows: 512 kB
 CHUNK_ROWS = 512  # rows of one forward task
 PAD = 16  # keeps rows of scores from falling into one cache set
+ROUNDS = 1.5 * 2**23
 SEEN_NOTHING = np.float32(-1e30)  # what a score becomes where the key is hidden
 
 CALL = np.dtype(
@@ -156,16 +157,18 @@ def _exp(_context, x):  # type: ignore[no-untyped-def]
 
         small = builder.fcmp_ordered("<", arguments[0], constant(-87.0))
         x = builder.select(small, constant(-87.0), arguments[0])
-        # Added to 1.5 * 2^23, a number is rounded to an integer, which stands in the lowest bits.
-        shifted = builder.call(fma, [x, constant(1.4426950408889634), constant(12582912.0)])
-        power = builder.fsub(shifted, constant(12582912.0))
+        # Added to 1.5 * 2^23, a number is rounded to an integer, in the lowest bits. It is taken from there, because
+        # numba's fastmath would cancel a subtraction of 1.5 * 2^23 on a processor without fused multiply-add.
+        shifted = builder.call(fma, [x, constant(1.4426950408889634), constant(ROUNDS)])
+        bits = builder.bitcast(shifted, integer)
+        power = builder.sitofp(builder.sub(bits, ir.Constant(integer, int(np.float32(ROUNDS).view(np.int32)))), number)
         r = builder.call(fma, [power, constant(-0.693359375), x])
         r = builder.call(fma, [power, constant(2.12194440e-4), r])
         value = constant(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
             value = builder.call(fma, [value, r, constant(coefficient)])
-        bits = builder.shl(builder.bitcast(shifted, integer), ir.Constant(integer, 23))
-        value = builder.bitcast(builder.add(builder.bitcast(value, integer), bits), number)
+        exponent = builder.shl(bits, ir.Constant(integer, 23))
+        value = builder.bitcast(builder.add(builder.bitcast(value, integer), exponent), number)
         return builder.select(small, constant(0.0), value)
 
     return types.float32(types.float32), generate
