@@ -20,7 +20,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import measure
 from fat5.data import MixtureOfDenoisers, PackedBatch, PackedLoader, load_tokenizer, open_shards, sample_path
-from fat5.data.examples.batch import BatchConfig
+from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.padded import pad, unpack
 from fat5.data.shards.prepare import PrepareConfig, prepare
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer

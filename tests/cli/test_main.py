@@ -45,7 +45,7 @@ def test_help_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("verb", ["tokenizer", "prepare", "generate", "convert", "plot", "bench"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_imports_no_torch_and_begins_with_its_first_keys(verb: str) -> None:
     code = (
         f"import sys\nfrom fat5.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass\n"

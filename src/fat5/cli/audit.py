@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from fat5.cli.parsing import parse
+from fat5.data.audit_config import AuditConfig
 
 SPECIALS = re.compile(r"(<extra_id_\d+>)|(\[[RSX]\])|(</s>)")
 VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
@@ -11,10 +12,10 @@ VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}
 
 def main(argv: list[str]) -> int:
     """Audits prepared folders, prints the report, and returns 1 if the data break the specification."""
-    from fat5.cli.terminal import Console
-    from fat5.data.audit import AuditConfig, audit
-
     config = AuditConfig(**parse(AuditConfig, argv, "audit", words="inputs"))
+    from fat5.cli.terminal import Console
+    from fat5.data.audit import audit
+
     report = audit(config)
     console = Console(highlight=False, soft_wrap=True)
     _examples(console, report)

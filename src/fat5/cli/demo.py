@@ -3,12 +3,13 @@
 import sys
 
 from fat5.cli.parsing import parse
+from fat5.tasks.demo_config import DemoConfig
 
 
 def main(argv: list[str]) -> int:
-    from fat5.tasks.demo import DemoConfig, demo
-
     config = DemoConfig(**parse(DemoConfig, argv, "demo", recipe="demo"))
+    from fat5.tasks.demo import demo
+
     summary = demo(config, say=lambda line: print(line, flush=True), progress=sys.stderr.isatty())
     show(summary, config.output_dir)
     return 0

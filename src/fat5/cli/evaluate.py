@@ -2,17 +2,19 @@
 
 import json
 
+from fat5.cli.parsing import parse
+from fat5.errors import check_writable
+from fat5.files import write_output
+from fat5.tasks.config import EvaluateConfig
+
 
 def main(argv: list[str]) -> int:
     """Prints a table; with `--output FILE` writes the same as JSON."""
-    from fat5.cli.parsing import parse
-    from fat5.errors import check_writable
-    from fat5.files import write_output
-    from fat5.tasks import EvaluateConfig, evaluate_model
-
     config = EvaluateConfig(**parse(EvaluateConfig, argv, "evaluate"))
     if config.output:
         check_writable(config.output)
+    from fat5.tasks import evaluate_model
+
     scores = evaluate_model(config)
     rows = [*scores["by_denoiser"].items(), ("all", scores)]
     width = max(len(name) for name, _ in rows)

@@ -3,14 +3,16 @@
 import json
 import sys
 
+from fat5.cli.parsing import parse
+from fat5.tasks.config import PretrainConfig
+
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
-    from fat5.cli.parsing import parse
-    from fat5.tasks import PretrainConfig, pretrain
+    config = PretrainConfig(**parse(PretrainConfig, argv, "pretrain"))
+    from fat5.tasks import pretrain
     from fat5.train import RunStopped
 
-    config = PretrainConfig(**parse(PretrainConfig, argv, "pretrain"))
     try:
         summary = pretrain(config)
     except RunStopped as stopped:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from fat5.lazy import lazy
 
 if TYPE_CHECKING:
-    from fat5.data.examples.batch import BatchConfig as BatchConfig
     from fat5.data.examples.batch import PackedBatch as PackedBatch
+    from fat5.data.examples.config import BatchConfig as BatchConfig
+    from fat5.data.examples.config import DenoiserConfig as DenoiserConfig
     from fat5.data.examples.denoisers import Denoiser as Denoiser
-    from fat5.data.examples.denoisers import DenoiserConfig as DenoiserConfig
     from fat5.data.examples.denoisers import MixtureOfDenoisers as MixtureOfDenoisers
     from fat5.data.examples.denoisers import reconstruct as reconstruct
     from fat5.data.examples.loader import PackedLoader as PackedLoader
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "BatchConfig": "examples.batch",
+        "BatchConfig": "examples.config",
         "PackedBatch": "examples.batch",
         "Denoiser": "examples.denoisers",
-        "DenoiserConfig": "examples.denoisers",
+        "DenoiserConfig": "examples.config",
         "MixtureOfDenoisers": "examples.denoisers",
         "reconstruct": "examples.denoisers",
         "PackedLoader": "examples.loader",

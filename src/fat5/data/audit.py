@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fat5.data.audit_config import AuditConfig
 from fat5.data.examples import kernels
-from fat5.data.examples.batch import BatchConfig, PackedBatch
-from fat5.data.examples.denoisers import DenoiserConfig, MixtureOfDenoisers, reconstruct
+from fat5.data.examples.batch import PackedBatch
+from fat5.data.examples.config import BatchConfig
+from fat5.data.examples.denoisers import MixtureOfDenoisers, reconstruct
 from fat5.data.examples.loader import Loader
 from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import fill, pack, suggest_budgets
@@ -29,39 +30,6 @@ FERTILITY_TOKENS = 300_000  # raw tokens decoded to count words and bytes
 BLOCK = 1024  # positions of the stream resolved at a time
 MOST_TOKENS = 1 << 40  # to measure, beyond any corpus
 SHOWN_TOKENS = 120  # of each side of an example
-
-
-@dataclass
-class AuditConfig:
-    """Shows what the model sees: examples, rates against the specification, lengths, fill, budgets, fertility.
-
-    Args:
-        inputs: prepared folders.
-        output_dir: folder for audit.json and audit.png.
-        weights: relative share of the tokens of each folder; all equal if empty.
-        split: train or validation.
-        mixture: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}.
-        max_tokens: raw tokens of one example.
-        encoder_tokens: encoder tokens of a pack.
-        decoder_tokens: decoder tokens of a pack; 0 takes what goes with encoder_tokens.
-        window: examples the packing looks ahead to.
-        tokens: raw tokens to measure.
-        examples: examples shown of each denoiser.
-        seed: of order and noise.
-    """
-
-    inputs: list[str] = field(default_factory=list)
-    output_dir: str = "audit"
-    weights: list[float] = field(default_factory=list)
-    split: str = "train"
-    mixture: str | list[DenoiserConfig] = "fat5"
-    max_tokens: int = 1024
-    encoder_tokens: int = 16384
-    decoder_tokens: int = 0
-    window: int = 1024
-    tokens: int = 1_000_000
-    examples: int = 1
-    seed: int = 0
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:

@@ -1,15 +1,27 @@
 """Optimizers and schedules: AdamWScale, a registry of well-kept others, and learning rates as functions of the step."""
 
-from fat5.optim.adamw_scale import AdamWScale
-from fat5.optim.registry import OptimizerConfig, build_optimizer, parameter_groups, skips_on_device
-from fat5.optim.schedules import ScheduleConfig, learning_rate
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AdamWScale",
-    "OptimizerConfig",
-    "ScheduleConfig",
-    "build_optimizer",
-    "learning_rate",
-    "parameter_groups",
-    "skips_on_device",
-]
+from fat5.lazy import lazy
+
+if TYPE_CHECKING:
+    from fat5.optim.adamw_scale import AdamWScale as AdamWScale
+    from fat5.optim.config import OptimizerConfig as OptimizerConfig
+    from fat5.optim.registry import build_optimizer as build_optimizer
+    from fat5.optim.registry import parameter_groups as parameter_groups
+    from fat5.optim.registry import skips_on_device as skips_on_device
+    from fat5.optim.schedules import ScheduleConfig as ScheduleConfig
+    from fat5.optim.schedules import learning_rate as learning_rate
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "AdamWScale": "adamw_scale",
+        "OptimizerConfig": "config",
+        "build_optimizer": "registry",
+        "parameter_groups": "registry",
+        "skips_on_device": "registry",
+        "ScheduleConfig": "schedules",
+        "learning_rate": "schedules",
+    },
+)

@@ -6,12 +6,12 @@ from fat5.lazy import lazy
 
 if TYPE_CHECKING:
     from fat5.tasks.config import DataConfig as DataConfig
+    from fat5.tasks.config import EvaluateConfig as EvaluateConfig
     from fat5.tasks.config import ModelConfig as ModelConfig
     from fat5.tasks.config import PretrainConfig as PretrainConfig
     from fat5.tasks.config import SourceConfig as SourceConfig
     from fat5.tasks.pretraining import Pretraining as Pretraining
     from fat5.tasks.pretraining import pretrain as pretrain
-    from fat5.tasks.scoring import EvaluateConfig as EvaluateConfig
     from fat5.tasks.scoring import evaluate_model as evaluate_model
 
 __getattr__, __dir__ = lazy(
@@ -23,7 +23,7 @@ __getattr__, __dir__ = lazy(
         "SourceConfig": "config",
         "Pretraining": "pretraining",
         "pretrain": "pretraining",
-        "EvaluateConfig": "scoring",
+        "EvaluateConfig": "config",
         "evaluate_model": "scoring",
     },
 )

@@ -1,11 +1,14 @@
-"""The configuration of a pretraining run: the keys of a recipe, and their complete, resolved form."""
+"""The keys of `fat5 pretrain` and `fat5 evaluate`; imports no torch, so that their --help answers at once."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fat5.data import BatchConfig, DenoiserConfig, MixtureOfDenoisers
+from fat5.data.examples.config import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
-from fat5.train.config import AUTO, RunConfig, Size, check_count
+from fat5.train.config import AUTO, PrecisionName, RunConfig, Size, check_count
+
+if TYPE_CHECKING:
+    from fat5.data import MixtureOfDenoisers
 
 MOST_WORKERS = 1024
 
@@ -52,8 +55,10 @@ class DataConfig:
         """The shapes, as the loader takes them; refuses shapes that cannot work."""
         return BatchConfig(**{item.name: getattr(self, item.name) for item in fields(BatchConfig)})
 
-    def denoisers(self) -> MixtureOfDenoisers:
+    def denoisers(self) -> "MixtureOfDenoisers":
         """The mixture; refuses denoisers that cannot work."""
+        from fat5.data import MixtureOfDenoisers
+
         named = isinstance(self.mixture, str)
         return MixtureOfDenoisers.of(self.mixture if named else [asdict(row) for row in self.mixture])  # type: ignore[arg-type]
 
@@ -103,3 +108,31 @@ class PretrainConfig(RunConfig):
         if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
             self.data.batch()
         return config
+
+
+@dataclass
+class EvaluateConfig:
+    """Loss and token accuracy of a model, by denoiser, on a validation split with fixed noise."""
+
+    model: str = ""
+    """Folder of a run, of a model (config.json and model.safetensors), or of a checkpoint. A run, its model/ and its
+    checkpoints are scored as the run was, unless a key below says otherwise"""
+    data: list[str] = field(default_factory=list)
+    """Folders made by `fat5 prepare`; for a run those it was trained on, with their weights"""
+    weights: list[float] = field(default_factory=list)
+    """Relative share of the tokens of each folder in data; all equal if empty"""
+    mixture: str | None = None
+    """fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
+    eval_tokens: int | None = None
+    """Validation text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
+    max_tokens: int | None = None
+    """Raw tokens of one example; for a run its own, else 1024"""
+    encoder_tokens: int | None = None
+    """Encoder tokens of a batch; for a run its own, else 16384"""
+    decoder_tokens: int | None = None
+    """Decoder tokens of a batch; for a run its own, else 8192"""
+    precision: PrecisionName | None = None
+    """fp32, bf16 or fp16 (autocast), bf16-pure, or auto: bf16 on a GPU that has it, fp32 on a CPU; for a run its own,
+    else auto"""
+    output: str | None = None
+    """Write the scores to this JSON file as well"""

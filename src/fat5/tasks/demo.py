@@ -3,17 +3,18 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fat5.data import load_tokenizer
-from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data.shards.prepare import prepare
 from fat5.data.text.corpus import SAMPLE
-from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
+from fat5.data.tokenizer.training import train_tokenizer
 from fat5.files import write_atomically
 from fat5.generate import Decoding, complete
-from fat5.tasks.config import PretrainConfig, SourceConfig
+from fat5.tasks.config import SourceConfig
+from fat5.tasks.demo_config import DemoConfig
 from fat5.tasks.pretraining import pretrain
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import refuse_many_processes
@@ -41,27 +42,6 @@ PROMPTS = {
         "Um Software zu installieren, muss man",
     ],
 }
-
-
-@dataclass
-class DemoConfig:
-    """Run the whole chain on the sample corpus: tokenizer, shards, pretraining, plot, samples.
-
-    Args:
-        output_dir: folder for everything the demo makes; run again, it goes on where it stopped.
-        language: takes the sample corpus in this language in place of the recipe's; fr where neither names one.
-        tokenizer: the tokenizer's keys, as for `fat5 tokenizer`.
-        prepare: the shards' keys, as for `fat5 prepare`.
-        pretrain: the training's keys, as for `fat5 pretrain`.
-        prompts: texts to complete at the end; by default five of the language.
-    """
-
-    output_dir: str = "demo"
-    language: Literal["fr", "en", "de"] | None = None
-    tokenizer: TokenizerTraining = field(default_factory=lambda: TokenizerTraining(inputs=[], output_dir=""))
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    prompts: list[str] | None = None
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> dict[str, Any]:

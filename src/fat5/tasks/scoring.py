@@ -1,47 +1,20 @@
 """`evaluate_model(config)`: loss and accuracy of a finished model, by denoiser, on prepared data."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fat5.data import BatchConfig, MixtureOfDenoisers, WeightedShards, load_tokenizer, open_shards, validation_batches
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
+from fat5.tasks.config import EvaluateConfig
 from fat5.tasks.pretraining import score
 from fat5.train.checkpoint.store import model_folder
 from fat5.train.evaluation import Scorer, unigram_entropy
-from fat5.train.precision import Precision, PrecisionName, resolve_precision
+from fat5.train.precision import Precision, resolve_precision
 from fat5.train.world import World, training_device
 from fat5.yaml_text import read_yaml
-
-
-@dataclass
-class EvaluateConfig:
-    """Loss and token accuracy of a model, by denoiser, on a validation split with fixed noise."""
-
-    model: str = ""
-    """Folder of a run, of a model (config.json and model.safetensors), or of a checkpoint. A run, its model/ and its
-    checkpoints are scored as the run was, unless a key below says otherwise"""
-    data: list[str] = field(default_factory=list)
-    """Folders made by `fat5 prepare`; for a run those it was trained on, with their weights"""
-    weights: list[float] = field(default_factory=list)
-    """Relative share of the tokens of each folder in data; all equal if empty"""
-    mixture: str | None = None
-    """fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
-    eval_tokens: int | None = None
-    """Validation text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
-    max_tokens: int | None = None
-    """Raw tokens of one example; for a run its own, else 1024"""
-    encoder_tokens: int | None = None
-    """Encoder tokens of a batch; for a run its own, else 16384"""
-    decoder_tokens: int | None = None
-    """Decoder tokens of a batch; for a run its own, else 8192"""
-    precision: PrecisionName | None = None
-    """fp32, bf16 or fp16 (autocast), bf16-pure, or auto: bf16 on a GPU that has it, fp32 on a CPU; for a run its own,
-    else auto"""
-    output: str | None = None
-    """Write the scores to this JSON file as well"""
 
 
 def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:

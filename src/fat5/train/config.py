@@ -8,8 +8,8 @@ import yaml
 
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
-from fat5.train.precision import PrecisionName
 
+PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
 AUTO: Any = "auto"
 LARGEST_COUNT = 1 << 40
 """Of steps and tokens: beyond any run."""

@@ -1,14 +1,12 @@
 """Precision of a run: where the weights live, what the arithmetic uses, and the loss scale of fp16."""
 
 import contextlib
-from typing import Literal
 
 import torch
 
 from fat5.errors import CheckpointError, ConfigurationError
 from fat5.files import is_number
-
-PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
+from fat5.train.config import PrecisionName
 
 LEAST_LOSS_SCALE = 1.0
 """fp16: below this the gradients themselves are at fault, not their scale."""

@@ -1,4 +1,4 @@
-"""Batches of packed documents, and the configuration that fixes their shapes."""
+"""Batches of packed documents."""
 
 from __future__ import annotations
 
@@ -9,74 +9,8 @@ import numpy as np
 import torch
 
 from fat5.data.examples import kernels
+from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.order import PieceStream
-from fat5.data.examples.packing import BUDGET_MULTIPLE, Budget
-from fat5.errors import ConfigurationError, check_whole
-
-EXAMPLE_TOKENS = 16  # encoder tokens of a pack per example it may hold
-
-
-@dataclass(frozen=True)
-class BatchConfig:
-    """The shapes of training.
-
-    Attributes:
-        max_tokens: raw tokens of one example; longer documents are cut into consecutive pieces.
-        encoder_tokens: encoder tokens of a pack, a multiple of 128.
-        decoder_tokens: decoder tokens of a pack, a multiple of 128; `fat5 audit` suggests it.
-        packs_per_step: packs of one optimizer step, in all processes and micro-batches.
-        packs_per_micro_batch: packs of one forward pass of a process.
-        window: waiting examples that the packing chooses from.
-        max_examples: most examples of a pack; null for encoder_tokens / 16.
-    """
-
-    max_tokens: int = 1024
-    encoder_tokens: int = 16384
-    decoder_tokens: int = 8192
-    packs_per_step: int = 8
-    packs_per_micro_batch: int = 1
-    window: int = 1024
-    max_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name != "max_examples" or value is not None:
-                check_whole(value, f"data.{item.name}")
-        for name in ("encoder_tokens", "decoder_tokens"):
-            value = getattr(self, name)
-            if value % BUDGET_MULTIPLE:
-                nearest = -(-value // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-                raise ConfigurationError(
-                    f"must be a multiple of {BUDGET_MULTIPLE}, not {value}", where=f"data.{name}", hint=f"Try {nearest}"
-                )
-        if self.packs_per_step % self.packs_per_micro_batch:
-            raise ConfigurationError(
-                f"{self.packs_per_step} is not a multiple of packs_per_micro_batch ({self.packs_per_micro_batch})",
-                where="data.packs_per_step",
-            )
-
-    @property
-    def examples_per_pack(self) -> int:
-        """Most examples of a pack."""
-        return self.max_examples if self.max_examples is not None else max(8, self.encoder_tokens // EXAMPLE_TOKENS)
-
-    def budget(self) -> Budget:
-        """The limits of the packing."""
-        return Budget(self.encoder_tokens, self.decoder_tokens, self.examples_per_pack, self.window)
-
-    def check_longest(self, encoder: int, decoder: int) -> None:
-        """Raises ConfigurationError if the longest example does not fit into a pack."""
-        sides = (("encoder", encoder, self.encoder_tokens), ("decoder", decoder, self.decoder_tokens))
-        for side, longest, room in sides:
-            if longest > room:
-                enough = -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-                raise ConfigurationError(
-                    f"{room:,} is smaller than one example: a piece of max_tokens {self.max_tokens:,} can have "
-                    f"{longest:,} {side} tokens",
-                    where=f"data.{side}_tokens",
-                    hint=f"Raise {side}_tokens to at least {enough}, or lower max_tokens",
-                )
 
 
 @dataclass

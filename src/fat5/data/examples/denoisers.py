@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fat5.data.examples import kernels
+from fat5.data.examples.config import DenoiserConfig
 from fat5.errors import LARGEST_SIZE, ConfigurationError, DataError, TokenizerError
 
 if TYPE_CHECKING:
@@ -135,22 +136,6 @@ class Denoiser:
         mode, eos = self.mode_id(info), info.eos_id
         kernels.corrupt(document, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, 0, targets, 0)
         return inputs, targets
-
-
-@dataclass
-class DenoiserConfig:
-    """One row of a mixture written out in YAML."""
-
-    mu: float
-    """Mean span length; if r is 0, the prefix kept is a mu-th of the text"""
-    r: float
-    """Corruption rate; 0 is the sequential denoiser, which needs max_spans 1"""
-    max_spans: int | str | None = None
-    """Most spans of a text: a number, or max_token_length for no limit"""
-    prefix: str | None = None
-    """Mode token before the inputs ([R], [S], [X]), or null"""
-    proportion: float = 1.0
-    """Relative share of the examples"""
 
 
 @dataclass(frozen=True)

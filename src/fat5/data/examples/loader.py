@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from fat5.data.examples.batch import BatchConfig, PackedBatch
+from fat5.data.examples.batch import PackedBatch
+from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers
 from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.steps import PackPlan, State, StepPlan

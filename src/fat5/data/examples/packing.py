@@ -5,35 +5,17 @@ older ones that keep both sides even, and ends with the few that fill it best (`
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fat5.data.examples import fit
+from fat5.data.examples.config import BUDGET_MULTIPLE, Budget
 from fat5.errors import ConfigurationError, DataError
 
-BUDGET_MULTIPLE = 128
 DEFAULT_WINDOW = 1024
 SLACK = 0.005
 TINY = 1e-9  # stands for the mean of a side that is always empty
 MEAN_SAMPLE = 4096  # examples whose mean lengths stand for the stream's
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The limits of one pack, and how far the planner looks ahead.
-
-    Attributes:
-        encoder_tokens: encoder tokens of a pack.
-        decoder_tokens: decoder tokens of a pack.
-        max_examples: most examples of a pack, which closes a pack of tiny documents.
-        window: examples to choose from.
-    """
-
-    encoder_tokens: int
-    decoder_tokens: int
-    max_examples: int
-    window: int
 
 
 class Window:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fat5.data.examples.batch import BatchConfig, BatchWriter, PackedBatch
+from fat5.data.examples.batch import BatchWriter, PackedBatch
+from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.kernels import Examples
 from fat5.data.examples.order import PieceStream
 from fat5.data.examples.packing import Window

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fat5.data.examples import kernels
-from fat5.data.examples.batch import BatchConfig, BatchWriter, PackedBatch
+from fat5.data.examples.batch import BatchWriter, PackedBatch
+from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers
 from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import pack
