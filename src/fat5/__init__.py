@@ -22,23 +22,5 @@ if TYPE_CHECKING:
     from fat5.stock import accelerate as accelerate
 
 __version__ = "0.1.0"
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "FAT5Config": "model",
-        "FAT5EncoderModel": "model",
-        "FAT5ForConditionalGeneration": "model",
-        "FAT5ForQuestionAnswering": "model",
-        "FAT5ForSequenceClassification": "model",
-        "FAT5ForTokenClassification": "model",
-        "accelerate": "stock",
-        "data": "",
-        "errors": "",
-        "generate": "",
-        "model": "",
-        "ops": "",
-        "optim": "",
-        "train": "",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)
 register_with_transformers()

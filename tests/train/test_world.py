@@ -30,7 +30,10 @@ def of_two(rank: int, meeting: str) -> None:
     assert world.all_any(torch.tensor([False, rank == 1])).tolist() == [False, True]
     assert world.agree(None) is None
     assert world.agree(15 if rank == 1 else None) == 15
-    assert world.broadcast({"rank": rank}) == {"rank": 0}
+    assert world.agree("é" * (1 + 5 * rank)) == "é"
+    assert world.broadcast({"rank": rank, "loss": [1.5] * (1 + rank)}) == {"rank": 0, "loss": [1.5]}
+    with pytest.raises(TypeError, match="not JSON serializable"):  # only a pickle could carry it
+        world.broadcast({1, 2})
     dist.destroy_process_group()
 
 

@@ -9,11 +9,4 @@ if TYPE_CHECKING:
     from fat5.convert.conversion import Conversion as Conversion
     from fat5.convert.conversion import convert as convert
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "Conversion": "conversion",
-        "ConvertConfig": "config",
-        "convert": "conversion",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

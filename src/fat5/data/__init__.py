@@ -31,33 +31,4 @@ if TYPE_CHECKING:
     from fat5.data.tokenizer.loading import TokenizerInfo as TokenizerInfo
     from fat5.data.tokenizer.loading import load_tokenizer as load_tokenizer
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "BatchConfig": "examples.config",
-        "PackedBatch": "examples.batch",
-        "Denoiser": "examples.denoisers",
-        "DenoiserConfig": "examples.config",
-        "MixtureOfDenoisers": "examples.denoisers",
-        "reconstruct": "examples.denoisers",
-        "PackedLoader": "examples.loader",
-        "PieceStream": "examples.order",
-        "WeightedShards": "examples.order",
-        "pack": "examples.packing",
-        "suggest_budgets": "examples.packing",
-        "PaddedBatch": "examples.padded",
-        "PaddedLoader": "examples.padded",
-        "unpack": "examples.padded",
-        "validation_batches": "examples.validation",
-        "Manifest": "shards.token_shards",
-        "ShardEntry": "shards.token_shards",
-        "TokenShards": "shards.token_shards",
-        "open_shards": "shards.token_shards",
-        "read_manifest": "shards.token_shards",
-        "verify": "shards.token_shards",
-        "sample_path": "text.corpus",
-        "Tokenizer": "tokenizer.loading",
-        "TokenizerInfo": "tokenizer.loading",
-        "load_tokenizer": "tokenizer.loading",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

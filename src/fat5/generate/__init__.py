@@ -11,13 +11,4 @@ if TYPE_CHECKING:
     from fat5.generate.decoding import Decoder as Decoder
     from fat5.generate.decoding import generate as generate
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "Completion": "completion",
-        "Decoding": "config",
-        "complete": "completion",
-        "Decoder": "decoding",
-        "generate": "decoding",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

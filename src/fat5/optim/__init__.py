@@ -13,15 +13,4 @@ if TYPE_CHECKING:
     from fat5.optim.schedules import ScheduleConfig as ScheduleConfig
     from fat5.optim.schedules import learning_rate as learning_rate
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "AdamWScale": "adamw_scale",
-        "OptimizerConfig": "config",
-        "build_optimizer": "registry",
-        "parameter_groups": "registry",
-        "skips_on_device": "registry",
-        "ScheduleConfig": "schedules",
-        "learning_rate": "schedules",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from fat5.tasks.pretraining import pretrain as pretrain
     from fat5.tasks.scoring import evaluate_model as evaluate_model
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "DataConfig": "config",
-        "ModelConfig": "config",
-        "PretrainConfig": "config",
-        "SourceConfig": "config",
-        "Pretraining": "pretraining",
-        "pretrain": "pretraining",
-        "EvaluateConfig": "config",
-        "evaluate_model": "scoring",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

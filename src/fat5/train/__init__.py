@@ -21,23 +21,4 @@ if TYPE_CHECKING:
     from fat5.train.task import Task as Task
     from fat5.train.world import World as World
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "verify_checkpoint": "checkpoint.files",
-        "CheckpointStore": "checkpoint.store",
-        "RunConfig": "config",
-        "Evaluation": "evaluation",
-        "Scorer": "evaluation",
-        "evaluate": "evaluation",
-        "unigram_entropy": "evaluation",
-        "NonFiniteError": "guards",
-        "read_rows": "log.metrics",
-        "draw_comparison": "log.plots",
-        "draw_run": "log.plots",
-        "RunDirectory": "run_directory",
-        "RunStopped": "signals",
-        "Task": "task",
-        "World": "world",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, __file__)

@@ -1,14 +1,16 @@
 """The processes that train together: who this one is, and what they tell each other. Alone, nothing is exchanged."""
 
+import json
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fat5.errors import ConfigurationError
+from fat5.files import parse_json
 
 T = TypeVar("T")
 
@@ -69,14 +71,18 @@ class World:
         """The value of the lowest rank that has one; None if none has. For the host's decisions."""
         if self.size == 1:
             return value
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return next((one for one in values if one is not None), None)
+        return next((one for one in self._exchange(value) if one is not None), None)
 
     def broadcast(self, value: T) -> T:
-        """The main process's value, any picklable object."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
+        """The main process's value."""
+        return value if self.size == 1 else self._exchange(value)[0]
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """The value of every process, by rank. It travels as JSON: nothing that arrives is unpickled."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([text.numel()], device=self.device))
+        longest = int(max(lengths))
+        texts = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(texts, nn.functional.pad(text, (0, longest - text.numel())))
+        return [parse_json(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
