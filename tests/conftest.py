@@ -11,6 +11,7 @@ os.environ["FAT5_CACHE"] = "/no/such/folder"  # so that the shipped launch table
 
 import pytest
 import torch
+import torch.utils._device  # not loaded by torch itself
 from hypothesis import settings
 from torch import Tensor
 
