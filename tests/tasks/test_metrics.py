@@ -65,6 +65,22 @@ def text_metric(name):
     return importlib.import_module("fat5.tasks.metrics.text").text_metrics(SAID, RIGHT, [name])[name]
 
 
+def test_several_references():
+    said, right = ["the cat sat down", "a b c d e"], [["a cat sat", "the cat sat down"], ["a b c d x"]]
+    streams = [["a cat sat", "a b c d x"], ["the cat sat down", None]]
+    assert measure("text", said, right) == pytest.approx(
+        {
+            "bleu": sacrebleu.corpus_bleu(said, streams).score,
+            "chrf": sacrebleu.corpus_chrf(said, streams).score,
+            "rouge1": (100 + 80) / 2,
+            "rouge2": (100 + 75) / 2,
+            "rougeL": (100 + 80) / 2,
+            "exact_match": 0.5,
+        }
+    )
+    assert measure("text", ["", "x"], [[], []], ["bleu", "exact_match"]) == {"bleu": 0, "exact_match": 0.5}
+
+
 def test_rouge_is_rouge_scores_on_english():
     said, right = (
         ["The cat's 2 hats, a_b.", "police killed the gunman"],

@@ -44,7 +44,8 @@ def measure(
         kind: text, classification, regression, entities or answers.
         predictions: one an example: a string (text, classification, answers), a number (regression), or a list of tags,
             BIO or plain (entities).
-        targets: likewise; for answers a list of acceptable strings, empty where there is no answer.
+        targets: likewise; for text a string, or a list of references; for answers a list of acceptable strings, empty
+            where there is no answer.
         names: the metrics wanted; all of the kind if not given.
         articles: language of the articles that answers are compared without: en (SQuAD's own), fr, or None to keep all.
 
