@@ -88,6 +88,14 @@ def regression_metrics(
     return {name: metrics[name] for name in names}
 
 
+def confusion(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
+    """How often each class (row) was predicted as each other (column), int64 (classes, classes), in the order given."""
+    place = {label: index for index, label in enumerate(labels)}
+    matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    np.add.at(matrix, ([place[label] for label in targets], [place[label] for label in predictions]), 1)
+    return matrix
+
+
 def _matthews(learn: Any, right: list[str], said: list[str]) -> float:
     # scikit-learn warns of a single label, which is no fault of the user.
     return learn.matthews_corrcoef(right, said) if len({*right, *said}) > 1 else 0.0

@@ -33,7 +33,7 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str,
         reference: label and loss of a line to compare with.
     """
     train, evals = _split(read_rows(metrics))
-    figure = _figure(12.5, 7.6)
+    figure = new_figure(12.5, 7.6)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.5, 1))
     loss, divided = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     rate, norm, speed = (figure.add_subplot(grid[1, 2 * column : 2 * column + 2]) for column in range(3))
@@ -43,28 +43,28 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str,
     _mark(loss, [row["step"] for row in evals], [row["loss"] for row in evals], COLOURS[1], "validation")
     if reference is not None:
         loss.axhline(reference[1], color=INK, linewidth=1, linestyle=":", label=reference[0])
-    _style(loss, f"loss{_named(span)}", "nats a token")
+    style_axes(loss, f"loss{_named(span)}", "nats a token")
     part = next((parts(row)[0] for row in evals), "part")
     for index, name in enumerate(dict.fromkeys(name for row in evals for name in parts(row)[1])):
         held = {row["step"]: parts(row)[1][name]["loss"] for row in evals if name in parts(row)[1]}
         _mark(divided, list(held), list(held.values()), COLOURS[index % len(COLOURS)], name)
-    _style(divided, f"validation loss by {part}", "nats a token")
+    style_axes(divided, f"validation loss by {part}", "nats a token")
     rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6)
-    _style(rate, "learning rate", "")
+    style_axes(rate, "learning rate", "")
     norms = [_number(row["grad_norm"]) for row in train]
     _curve(norm, steps, norms, span, COLOURS[4])
-    _style(norm, f"gradient norm{_named(span)}", "")
+    style_axes(norm, f"gradient norm{_named(span)}", "")
     positive = [value for value in norms if value > 0 and math.isfinite(value)]
     if positive and max(positive) > 10 * min(positive):
         norm.set_yscale("log")
     else:
         norm.set_ylim(bottom=0)
     _curve(speed, steps, [row["tokens_per_second"] for row in train], span, COLOURS[2])
-    _style(speed, f"throughput{_named(span)}", "tokens a second")
+    style_axes(speed, f"throughput{_named(span)}", "tokens a second")
     speed.set_ylim(bottom=0)
     for axes in (rate, norm, speed):
         axes.set_xlabel("step", color=INK, fontsize=9)
-    _save(figure, target, title)
+    save_figure(figure, target, title)
 
 
 def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> None:
@@ -73,7 +73,7 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
     Raises:
         DataError: a folder without metrics, or two folders of one name.
     """
-    figure = _figure(12.5, 5.2)
+    figure = new_figure(12.5, 5.2)
     axes = figure.subplots(1, 2, sharey=True)
     names = _distinct(runs)
     logs = [_split(read_rows(run / "metrics.jsonl" if run.is_dir() else run)) for run in runs]
@@ -84,11 +84,11 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
         _curve(axes[0], list(places.values()), [_number(row["loss"]) for row in train], span, colour, name)
         held = [row for row in evals if row["step"] in places or row["step"] == 0]
         _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
-    _style(axes[0], f"training loss{_named(span)}", "nats a token")
-    _style(axes[1], "validation loss", "")
+    style_axes(axes[0], f"training loss{_named(span)}", "nats a token")
+    style_axes(axes[1], "validation loss", "")
     for axis in axes:
         axis.set_xlabel(x, color=INK, fontsize=9)
-    _save(figure, target, "")
+    save_figure(figure, target, "")
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -141,7 +141,8 @@ class LivePlot:
         self._next = time.perf_counter() + max(LEAST_SECONDS, COST * took)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure in the house style; width and height in inches."""
     # Without pyplot: no global state, no display, safe in a thread.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -151,7 +152,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _style(axes: Any, title: str, label: str) -> None:
+def style_axes(axes: Any, title: str, label: str) -> None:
+    """The house style of one panel: its title, the label of y, few lines, a legend where there are several curves."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.set_ylabel(label, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
@@ -175,7 +177,8 @@ def _mark(axes: Any, x: Sequence[float], y: Sequence[float], colour: str, label:
     axes.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
 
 
-def _save(figure: Any, target: Path, title: str) -> None:
+def save_figure(figure: Any, target: Path, title: str) -> None:
+    """Writes a PNG, which replaces `target` at once when complete."""
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     with whole_file(target) as file:
