@@ -1,6 +1,7 @@
 """Pretraining: an encoder-decoder learns to restore text that a mixture of denoisers has corrupted."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,9 @@ from fat5.tasks.sizes import Text, configure_model, on_meta, settle
 from fat5.train.checkpoint.state import RunState
 from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate, unigram_entropy
+from fat5.train.export import export
 from fat5.train.run import run
+from fat5.train.run_directory import RunDirectory
 from fat5.train.world import World
 
 GAPS = {
@@ -64,6 +67,7 @@ class Pretraining:
     config: PretrainConfig
     info: TokenizerInfo
     tokenizer: Path
+    """Folder whose files go into the model's"""
     loader: PackedLoader
     validation: list[PackedBatch]
     names: list[str]
@@ -126,6 +130,10 @@ class Pretraining:
         """A model with random weights."""
         return FAT5ForConditionalGeneration(configure_model(self.config, self.info))
 
+    def objective(self, model: Any) -> Any:
+        """The model itself."""
+        return model
+
     def title(self, model: Any) -> str:
         """Preset, size and positions."""
         parameters = model.num_parameters()
@@ -157,12 +165,22 @@ class Pretraining:
         """Unigram entropy of the targets, and the tokens of documents too short to corrupt (below 2 tokens)."""
         return {"unigram_entropy": self.reference[1], "tokens_dropped": sum(self.loader.stream.short_tokens)}
 
-    def card(self, model: Any, summary: dict[str, Any], plot: bool) -> CardFacts:
-        """Architecture, use and training."""
+    def finish(self, scorer: Scorer, run: RunDirectory, warn: Callable[[str], None]) -> dict[str, Any]:
+        """`samples`: one validation example of each denoiser, completed greedily."""
+        try:
+            samples = validation_samples(scorer, load_tokenizer(self.tokenizer), self.validation, self.names)
+        except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
+            warn(f"no samples were written: {' '.join(str(error).split())[:200]}")
+            samples = []
+        return {"samples": samples}
+
+    def export(self, model: Any, run: RunDirectory, summary: dict[str, Any]) -> None:
+        """Writes model/, its card on architecture, use and training."""
         tokenizer, language = load_tokenizer(self.tokenizer), (self.config.languages or ["en"])[0]
+        plot = run.plot if run.plot.is_file() else None
         use = usage_section(*GAPS.get(language, GAPS["en"]), "[R]" in tokenizer.own_modes)
-        training = training_section(self.config.to_dict(), summary, self.manifests, plot)
-        return CardFacts(
+        training = training_section(self.config.to_dict(), summary, self.manifests, plot is not None)
+        facts = CardFacts(
             name=Path(self.config.output_dir).absolute().name,
             kind="ForConditionalGeneration",
             config=model.config,
@@ -171,10 +189,7 @@ class Pretraining:
             languages=self.config.languages,
             datasets=[held.name.removeprefix("hf:") for held in self.manifests if is_dataset(held.name)],
         )
-
-    def samples(self, scorer: Scorer) -> list[dict[str, Any]]:
-        """One validation example of each denoiser, completed greedily."""
-        return validation_samples(scorer, load_tokenizer(self.tokenizer), self.validation, self.names)
+        export(model, self.tokenizer, run.model, facts, plot)
 
     def _passes(self, text: Text) -> str:
         taken = text.tokens_a_step(self.config.data.batch()) * self.config.steps

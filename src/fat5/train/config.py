@@ -59,6 +59,10 @@ class RunConfig:
     """Checkpoints with the lowest validation loss to keep, among those saved right after an evaluation"""
     keep_every: int | None = None
     """Keep every checkpoint whose step is a multiple of this"""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better one; null trains to the last step"""
+    use_best: bool = False
+    """Export the weights of the best evaluation that was saved, in place of the last ones"""
     on_nan: Literal["abort", "skip", "rewind"] = "abort"
     """When loss or gradient is not finite: abort, skip the step, or rewind (take the last checkpoint, and go on with
     the data that follows)"""
@@ -85,8 +89,11 @@ class RunConfig:
             1, **{key: getattr(self, key) for key in ("steps", "log_every", "eval_every", "save_every", "keep_last")}
         )
         check_count(0, keep_best=self.keep_best)
-        if self.keep_every is not None:
-            check_count(1, keep_every=self.keep_every)
+        for key in ("keep_every", "patience"):
+            if getattr(self, key) is not None:
+                check_count(1, **{key: getattr(self, key)})
+        if self.use_best and not self.keep_best:
+            raise ConfigurationError("use_best is true, and keep_best is 0", hint="Keep at least one: keep_best 1")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigurationError(
                 f"gradient_clip is {self.gradient_clip}", hint="Give a finite norm above 0, or null"

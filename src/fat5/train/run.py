@@ -18,7 +18,6 @@ from fat5.train.checkpoint.compare import check_changes
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.checkpoint.store import Choice
-from fat5.train.export import export
 from fat5.train.log.metrics import parts
 from fat5.train.log.plots import LivePlot, draw_run
 from fat5.train.run_directory import RunDirectory
@@ -57,7 +56,7 @@ def run(task: Task, world: World) -> dict[str, Any]:
 def new_trainer(task: Task, folder: RunDirectory, world: World) -> Trainer:
     """The trainer of a run at step 0: model, optimizer and logs."""
     model = task.build_model()
-    runner = step_runner(task.config, model, world)
+    runner = step_runner(task.config, model, world, task.objective)
     draw = partial(draw_run, folder.metrics, folder.plot, task.title(model), task.reference)
     return Trainer(task, folder, model, runner, LivePlot(draw))
 
@@ -134,15 +133,12 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "device": str(trainer.runner.device),
         **task.summary(state),
     }
+    if trainer.config.use_best:
+        trainer.take_best()
     if trainer.world.is_main:
         trainer.plot.finish()
-        plot = folder.plot if folder.plot.is_file() else None
-        export(trainer.model, task.tokenizer, folder.model, task.card(trainer.model, summary, plot is not None), plot)
-        try:
-            summary["samples"] = task.samples(trainer.scorer())
-        except RuntimeError as error:  # memory, above all: a whole run is not lost for its samples
-            summary["samples"] = []
-            trainer.display.warn(f"no samples were written: {' '.join(str(error).split())[:200]}")
+        summary |= task.finish(trainer.scorer(), folder, trainer.display.warn)
+        task.export(trainer.model, folder, summary)
         write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         trainer.events.write("finished", step=state.step)
     return trainer.world.broadcast(summary)

@@ -134,12 +134,15 @@ class StepRunner:
         return StepResult(host, scale, ready)
 
 
-def step_runner(config: RunConfig, model: Any, world: World) -> StepRunner:
+def step_runner(
+    config: RunConfig, model: Any, world: World, objective: Callable[[Any], Any] = lambda model: model
+) -> StepRunner:
     """The model on its device, in training mode, compiled if asked for, and its optimizer.
 
     Args:
         config: its precision is resolved.
         model: moved to the world's device, its weights to the precision's dtype.
+        objective: the module that a step runs, from the model.
     """
     device = world.device
     precision = Precision(config.precision, device)
@@ -149,9 +152,9 @@ def step_runner(config: RunConfig, model: Any, world: World) -> StepRunner:
     compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
     # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run may
     # keep another, which rounds otherwise.
-    forward = (
-        torch.compile(model, fullgraph=True, dynamic=False, options={"deterministic": True}) if compiled else model
-    )
+    forward = objective(model)
+    if compiled:
+        forward = torch.compile(forward, fullgraph=True, dynamic=False, options={"deterministic": True})
     possible = compiled and device.type == "cuda" and precision.scaler is None
     graphs = possible if config.cuda_graphs == "auto" else config.cuda_graphs
     if graphs and not possible:

@@ -1,16 +1,15 @@
 """What a run trains on. The trainer knows a `Task` and nothing else about pretraining, fine-tuning or any other one."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 
 from fat5.data import PackedBatch
-from fat5.model.card import CardFacts
 from fat5.train.checkpoint.state import RunState
 from fat5.train.config import RunConfig
 from fat5.train.evaluation import Scorer
+from fat5.train.run_directory import RunDirectory
 
 
 class Loader(Protocol):
@@ -46,10 +45,6 @@ class Task(Protocol):
         """The training batches."""
 
     @property
-    def tokenizer(self) -> Path:
-        """The folder whose files go into the model's."""
-
-    @property
     def part(self) -> str:
         """What a score is divided by, a noun: a row of metrics.jsonl has the parts under `by_{part}`."""
 
@@ -67,6 +62,9 @@ class Task(Protocol):
     def build_model(self) -> Any:
         """A model on the CPU, its weights drawn from torch's generator or read from a folder."""
 
+    def objective(self, model: Any) -> Any:
+        """What a step runs: a module that gives packed batches a loss; the model itself if it does."""
+
     def title(self, model: Any) -> str:
         """A line above the plot."""
 
@@ -82,8 +80,8 @@ class Task(Protocol):
     def summary(self, state: RunState) -> dict[str, Any]:
         """What summary.json says besides what the trainer knows."""
 
-    def card(self, model: Any, summary: dict[str, Any], plot: bool) -> CardFacts:
-        """What the model card says; `plot` is True if loss.png lies beside it."""
+    def finish(self, scorer: Scorer, run: RunDirectory, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Looks at the trained model once more and writes files of its own; the result goes into summary.json."""
 
-    def samples(self, scorer: Scorer) -> list[dict[str, Any]]:
-        """What the model writes for a few validation examples."""
+    def export(self, model: Any, run: RunDirectory, summary: dict[str, Any]) -> None:
+        """Writes the model's folder, with its tokenizer and card."""

@@ -20,7 +20,15 @@ import torch
 from fat5.data import PackedBatch
 from fat5.errors import FAT5Error
 from fat5.optim import learning_rate
-from fat5.train.checkpoint.state import TRAINER, RunState, capture, read_trainer_state, restore, to_text
+from fat5.train.checkpoint.state import (
+    TRAINER,
+    RunState,
+    capture,
+    read_trainer_state,
+    restore,
+    restore_weights,
+    to_text,
+)
 from fat5.train.checkpoint.store import CheckpointStore, Saver, Snapshot
 from fat5.train.cost.flops import ModelShape, peak_flops
 from fat5.train.evaluation import Scorer
@@ -95,7 +103,7 @@ class Trainer:
             try:
                 if self._evaluate_if_due() and state.step:
                     self._save_if_due()  # a signal stopped the run between the step and its evaluation
-                while state.step < config.steps:
+                while not self.is_over:
                     self._step()
                     self._leave_if_asked()
                     self._evaluate_if_due()
@@ -118,6 +126,19 @@ class Trainer:
         if not keep_data:
             self.loader.load_state_dict(content["data"])
         self.state.restore(content["progress"], folder / TRAINER)
+
+    @property
+    def is_over(self) -> bool:
+        """True after the last step, or where the run stopped early."""
+        return self.state.step >= self.config.steps or self.state.stopped_early
+
+    def take_best(self) -> None:
+        """Gives the model the weights of the best checkpoint that is kept; of the last step if none has a rank."""
+        self.saver.settle()
+        step = self.store.best()
+        if step is not None and step != self.state.step:
+            restore_weights(self.model, self.store.path(step))
+            self.display.say(f"the model takes the weights of step {step}, the best evaluation")
 
     def cut_log(self, step: int) -> None:
         """Moves the rows after `step` out of metrics.jsonl, and lines that are not rows, with a warning."""
@@ -252,6 +273,7 @@ class Trainer:
         self.state.evaluated_at = before
         self.state.first_evaluation = self.state.first_evaluation or row
         self.state.last_evaluation = row
+        self.state.note_rank(self.task.rank(row), self.config.patience)
         self._record(row, time.perf_counter() - began)
         return True
 
@@ -270,7 +292,7 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         step = self.state.step
-        scheduled = step % self.config.save_every == 0 or step == self.config.steps
+        scheduled = step % self.config.save_every == 0 or self.is_over
         if not scheduled and not self.saver.retry_due():
             return
         self._settle_all()

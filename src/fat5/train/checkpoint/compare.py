@@ -28,6 +28,13 @@ HARMLESS = (
     "resume",
     "strict",
     "tensorboard",
+    "use_best",
+    "metric",
+    "predict_batch",
+    "num_beams",
+    "max_new_tokens",
+    "eval_examples",
+    "seeds",
     "languages",
 )
 """They do not affect the result. (Micro-batches change the order of a sum: equal within tolerance.)"""
@@ -43,6 +50,8 @@ WARNED = (
     "steps",
     "gradient_clip",
     "eval_tokens",
+    "epochs",
+    "patience",
     "precision",
     "model.overrides.dropout_rate",
     "model.overrides.attention_dropout_rate",

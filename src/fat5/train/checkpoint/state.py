@@ -29,6 +29,10 @@ WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS, TRAINER = (
 _MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
 
 
+LATER = ("best_rank", "best_step", "worse_in_a_row", "stopped_early")
+"""Of the progress; checkpoints of earlier versions lack them."""
+
+
 @dataclass
 class RunState:
     """How far a run is; part of each checkpoint, as `progress` in trainer.json."""
@@ -51,6 +55,20 @@ class RunState:
     """Step of the last evaluation"""
     first_evaluation: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
+    best_rank: float | None = None
+    """The best evaluation's number (lower is better), and its step"""
+    best_step: int = -1
+    worse_in_a_row: int = 0
+    """Evaluations since the best"""
+    stopped_early: bool = False
+
+    def note_rank(self, rank: float, patience: int | None) -> None:
+        """Takes in an evaluation's number, and decides whether the run ends."""
+        if rank == rank and (self.best_rank is None or rank < self.best_rank):
+            self.best_rank, self.best_step, self.worse_in_a_row = rank, self.step, 0
+        else:
+            self.worse_in_a_row += 1
+        self.stopped_early = patience is not None and self.worse_in_a_row >= patience
 
     def restore(self, saved: Mapping[str, Any], where: Path) -> None:
         """Takes over the numbers of a checkpoint.
@@ -59,13 +77,17 @@ class RunState:
             CheckpointError: one is missing, or of another type.
         """
         for item in fields(self):
-            value = saved.get(item.name)
+            value = saved.get(item.name, item.default if item.name in LATER else None)
             if item.name.endswith("_evaluation"):
                 fits = value is None or is_row(value)
+            elif item.name == "best_rank":
+                fits = value is None or is_number(value)
+            elif item.type is bool:
+                fits = isinstance(value, bool)
             elif item.type is float:
                 fits = is_number(value)
             else:
-                fits = is_count(value) or (value == -1 and item.name == "evaluated_at")
+                fits = is_count(value) or (value == -1 and item.name in ("evaluated_at", "best_step"))
             if not fits:
                 raise CheckpointError(f"progress.{item.name} is {str(value)[:60]!r}", where=where)
             setattr(self, item.name, value)

@@ -117,6 +117,16 @@ class CheckpointStore:
             )
         return None
 
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest rank; None if none has one."""
+        ranked = self._by_rank([step for step in self.steps() if not self._misnamed(step)])
+        return ranked[0] if ranked else None
+
+    def _by_rank(self, steps: list[int]) -> list[int]:
+        """Those of the steps whose checkpoints have a rank, the best first."""
+        losses = {step: loss for step in steps if (loss := _val_loss(self.path(step))) is not None}
+        return sorted(losses, key=lambda step: (losses[step], step))
+
     def _misnamed(self, step: int) -> bool:
         """True for a folder that was renamed or copied; no rule counts it, and it is never removed."""
         try:
@@ -130,8 +140,7 @@ class CheckpointStore:
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        losses = {step: loss for step in steps if (loss := _val_loss(self.path(step))) is not None}
-        kept |= set(sorted(losses, key=lambda step: (losses[step], step))[: self.keep_best])
+        kept |= set(self._by_rank(steps)[: self.keep_best])
         for step in steps:
             if step not in kept:
                 remove_checkpoint(self.path(step))
