@@ -19,7 +19,15 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import measure
-from fat5.data import MixtureOfDenoisers, PackedBatch, PackedLoader, load_tokenizer, open_shards, sample_path
+from fat5.data import (
+    MixtureOfDenoisers,
+    PackedBatch,
+    PackedLoader,
+    PieceStream,
+    load_tokenizer,
+    open_shards,
+    sample_path,
+)
 from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.padded import pad, unpack
 from fat5.data.shards.prepare import PrepareConfig, prepare
@@ -41,11 +49,9 @@ def batches(packs: int, vocab_size: int, encoder_tokens: int, decoder_tokens: in
         config = BatchConfig(
             encoder_tokens=encoder_tokens, decoder_tokens=decoder_tokens, packs_per_step=1, max_tokens=512
         )
-        loader = PackedLoader(
-            [open_shards(folder / "shards", "train")], MixtureOfDenoisers.named("fat5"), info, config, seed=0
-        )
-        stream = iter(loader)
-        return [next(stream) for _ in range(packs)], info.vocab_size
+        shards, mixture = open_shards(folder / "shards", "train"), MixtureOfDenoisers.named("fat5")
+        batches = iter(PackedLoader(PieceStream([shards], mixture, info, config.max_tokens, seed=0), config))
+        return [next(batches) for _ in range(packs)], info.vocab_size
 
 
 def useful(batch: PackedBatch) -> int:

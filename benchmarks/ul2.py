@@ -24,6 +24,7 @@ from fat5.data import (
     BatchConfig,
     MixtureOfDenoisers,
     PackedLoader,
+    PieceStream,
     TokenizerInfo,
     TokenShards,
     open_shards,
@@ -137,7 +138,7 @@ def measure(name: str, lengths: np.ndarray, tokens_a_round: int, repeats: int) -
         config = BatchConfig(
             max_tokens=1024, encoder_tokens=encoder_tokens, decoder_tokens=decoder_tokens, packs_per_step=1
         )
-        loader = PackedLoader([shards], mixture, INFO, config, seed=0)
+        loader = PackedLoader(PieceStream([shards], mixture, INFO, config.max_tokens, seed=0), config)
         batches = iter(loader)
         fills: list[tuple[float, float]] = []
         counts: dict[str, list[int]] = {"fat5": [], "numpy": []}

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fat5.data.text import formats, rows
-from fat5.data.text.corpus import Corpus, CorpusOptions, is_dataset, open_corpus
+from fat5.data.text.corpus import Corpus, is_dataset, open_corpus
+from fat5.data.text.rows import CorpusOptions
 from fat5.errors import DataError
 
 TEXTS = ["Le chat dort.", "Deux\nlignes, « é ».", "日本", 'des "guillemets", et une virgule', "fin"]
@@ -86,15 +87,16 @@ def test_cut_anywhere_the_texts_are_the_same(
     documents=st.sampled_from(["paragraph", "line"]),
 )
 def test_txt_cut_anywhere_is_txt_read_whole(
-    tmp_path_factory: pytest.TempPathFactory, content: list[str], parts: int, documents: formats.TxtDocuments
+    tmp_path_factory: pytest.TempPathFactory, content: list[str], parts: int, documents: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.txt"
     path.write_bytes("".join(content).encode())
     size = path.stat().st_size
+    options = CorpusOptions(txt_documents=documents)
 
     def texts(points: list[int]) -> list[str]:
-        pairs = pairwise(points)
-        return [r.text for start, stop in pairs for r in formats.read_rows(str(path), start, stop, "text", documents)]
+        chunks = [rows.Chunk(str(path), start, stop, stop - start) for start, stop in pairwise(points)]
+        return [row.text for chunk in chunks for row in formats.read_rows(chunk, options)]
 
     whole = texts([0, size])
     assert texts([size * part // parts for part in range(parts + 1)]) == whole
@@ -110,7 +112,7 @@ def test_txt_cut_anywhere_is_txt_read_whole(
         ("file", ["\ufeffa\n  b\n\n\nc\n".removeprefix("\ufeff")]),
     ],
 )
-def test_what_a_document_is_in_txt(tmp_path: Path, documents: formats.TxtDocuments, expected: list[str]) -> None:
+def test_what_a_document_is_in_txt(tmp_path: Path, documents: str, expected: list[str]) -> None:
     (tmp_path / "a.txt").write_text("\ufeffa\n  b\n\n\nc\n", encoding="utf-8")
     assert read_all(open_corpus([str(tmp_path)], CorpusOptions(txt_documents=documents))) == expected
 

@@ -60,7 +60,7 @@ def test_manifest(folder, tmp_path):
     def use():
         for split in ("train", "validation"):
             shards = open_shards(tmp_path / "data", split)
-            shards.lengths(), shards.manifest.to_json()
+            list(shards), shards.manifest.to_json()
         verify(tmp_path / "data")
 
     file = tmp_path / "data" / "manifest.json"

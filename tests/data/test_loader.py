@@ -13,13 +13,14 @@ from fat5.data import (
     MixtureOfDenoisers,
     PackedBatch,
     PackedLoader,
+    PieceStream,
     WeightedShards,
     open_shards,
     reconstruct,
     unpack,
     validation_batches,
 )
-from fat5.data.examples.loader import PREFETCH
+from fat5.data.examples.workers import PREFETCH
 from fat5.errors import ConfigurationError, DataError
 
 INFO = made_info()
@@ -38,7 +39,11 @@ def loader(
 ) -> PackedLoader:
     config = BatchConfig(**(CONFIG | changes))
     options = {"rank": rank, "world_size": world_size, "num_workers": num_workers, "timeout": timeout}
-    return PackedLoader([shards], FAT5, INFO, config, seed=seed, multiprocessing_context=context, **options)
+    return PackedLoader(stream_of(shards, config, seed), config, multiprocessing_context=context, **options)
+
+
+def stream_of(shards, config, seed=1) -> PieceStream:
+    return PieceStream([shards], FAT5, INFO, config.max_tokens, seed)
 
 
 def take(iterable, count: int) -> list[PackedBatch]:
@@ -170,7 +175,8 @@ def test_state_is_small_and_restoring_reads_no_tokens(shards):
     stream = loader(shards)
     take(stream, 40)
     assert len(json.dumps(stream.state_dict())) < 2000
-    fresh = PackedLoader([open_shards(shards.folder)], FAT5, INFO, BatchConfig(**CONFIG), seed=1)
+    config = BatchConfig(**CONFIG)
+    fresh = PackedLoader(stream_of(open_shards(shards.folder), config), config)
     fresh.load_state_dict(stream.state_dict())
     assert fresh.stream.tables.tokens_address.tolist() == [0, 0, 0]
 
@@ -212,12 +218,12 @@ def test_a_pack_of_tiny_documents_closes_at_the_static_bound(tmp_path):
 def test_sources_blend_in_the_loader(tmp_path, shards):
     other = write_corpus(tmp_path, made_documents([60] * 40))
     sources = [WeightedShards(shards, 2.0), WeightedShards(other, 1.0)]
-    both = PackedLoader(sources, FAT5, INFO, BatchConfig(**CONFIG), seed=4)
-    batches = take(both, 200)
+    both = PieceStream(sources, FAT5, INFO, CONFIG["max_tokens"], seed=4)
+    batches = take(PackedLoader(both, BatchConfig(**CONFIG)), 200)
     pieces = torch.cat([batch.piece[: batch.num_examples] for batch in batches])
     lengths = {0: 0, 1: 0}
     for piece in pieces.tolist():
-        lengths[piece >> 40] += len(both.stream.tokens(piece))
+        lengths[piece >> 40] += len(both.tokens(piece))
     assert lengths[1] / sum(lengths.values()) == pytest.approx(1 / 3, abs=0.02)
 
 
@@ -301,10 +307,9 @@ def test_validation_applies_every_denoiser_to_the_same_pieces_always(shards):
     seen = examples(whole)
     by_denoiser = [sorted(piece for piece, denoiser, *_ in seen if denoiser == index) for index in range(7)]
     assert all(pieces == by_denoiser[0] for pieces in by_denoiser)
-    assert len(by_denoiser[0]) == whole.num_pieces == len(set(by_denoiser[0]))
-    assert 4000 <= whole.num_tokens < 4000 + 128
-    assert len(seen) == 7 * whole.num_pieces  # the last, partial pack included
-    assert examples(whole) == seen
+    assert len(by_denoiser[0]) == len(set(by_denoiser[0]))
+    assert 7 * 4000 <= sum(batch.tokens for batch in whole) < 7 * (4000 + 128)  # the last, partial pack included
+    assert examples(stream()) == seen
     for world_size, config in ((1, {"packs_per_micro_batch": 2}), (2, {}), (3, {})):
         ranks = [stream(rank=rank, world_size=world_size, config=config) for rank in range(world_size)]
         assert len({len(rank) for rank in ranks}) == 1
@@ -313,6 +318,6 @@ def test_validation_applies_every_denoiser_to_the_same_pieces_always(shards):
 
 def test_validation_of_a_small_split_takes_it_whole(shards):
     whole = validation_batches([shards], FAT5, INFO, BatchConfig(**CONFIG), eval_tokens=10**9)
-    assert whole.num_tokens == sum(length for length in LENGTHS if length >= 2)
+    assert sum(batch.tokens for batch in whole) == 7 * sum(length for length in LENGTHS if length >= 2)
     with pytest.raises(ConfigurationError, match="eval_tokens"):
         validation_batches([shards], FAT5, INFO, BatchConfig(**CONFIG), eval_tokens=0)

@@ -151,13 +151,6 @@ def test_what_cannot_be_streamed_is_named(tmp_path):
             )
 
 
-def test_an_index_that_runs_backwards_is_refused(tmp_path):
-    shards = write_corpus(tmp_path, made_documents([9, 9, 9]))
-    shards._ends[0] = np.array([9, 5, 27], np.uint64)
-    with pytest.raises(DataError, match=r"index of documents is damaged.*Prepare"):
-        PieceStream([shards], FAT5, INFO, 64, seed=1)
-
-
 def test_short_documents_and_too_few_sentinels_are_reported(tmp_path):
     few = made_info(sentinels=20)
     shards = write_corpus(tmp_path, made_documents([1, 50, 0, 60]))

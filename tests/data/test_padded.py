@@ -3,7 +3,7 @@ import pytest
 import torch
 from made_corpus import made_documents, made_info, write_corpus
 
-from fat5.data import MixtureOfDenoisers, PaddedLoader, reconstruct
+from fat5.data import MixtureOfDenoisers, PaddedLoader, PieceStream, reconstruct
 from fat5.data.examples.padded import GROUP_BATCHES
 from fat5.errors import ConfigurationError
 
@@ -18,7 +18,7 @@ def shards(tmp_path_factory):
 
 
 def loader(shards, **options) -> PaddedLoader:
-    return PaddedLoader([shards], FAT5, INFO, **({"batch_size": 4, "max_tokens": 128, "seed": 1} | options))
+    return PaddedLoader(PieceStream([shards], FAT5, INFO, max_tokens=128, seed=1), **({"batch_size": 4} | options))
 
 
 def take(iterable, count):

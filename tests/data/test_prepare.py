@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, verify
 from fat5.data.shards.plan import read_plan
 from fat5.data.shards.prepare import prepare
-from fat5.data.text.corpus import CorpusOptions
+from fat5.data.text.rows import CorpusOptions
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
 from made_tokenizers import KINDS, sentencepiece

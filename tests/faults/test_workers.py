@@ -21,12 +21,12 @@ ENDLESS = {"steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
 ITERATING = """
 import os, sys, time
 from pathlib import Path
-from fat5.data import BatchConfig, MixtureOfDenoisers, PackedLoader, load_tokenizer, open_shards
+from fat5.data import BatchConfig, MixtureOfDenoisers, PackedLoader, PieceStream, load_tokenizer, open_shards
 folder, context = sys.argv[1:]
 info = load_tokenizer(f"{folder}/tokenizer").info
 batch = BatchConfig(max_tokens=64, encoder_tokens=256, decoder_tokens=128, packs_per_step=1, window=8192)
-loader = PackedLoader([open_shards(folder)], MixtureOfDenoisers.of("fat5"), info, batch, seed=0, num_workers=2,
-                      multiprocessing_context=context)
+stream = PieceStream([open_shards(folder)], MixtureOfDenoisers.of("fat5"), info, batch.max_tokens, seed=0)
+loader = PackedLoader(stream, batch, num_workers=2, multiprocessing_context=context)
 batches = iter(loader)
 next(batches)
 time.sleep(1)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fat5.data.examples.padded import unpack as unpack
     from fat5.data.examples.validation import validation_batches as validation_batches
     from fat5.data.shards.token_shards import Manifest as Manifest
-    from fat5.data.shards.token_shards import ShardEntry as ShardEntry
     from fat5.data.shards.token_shards import TokenShards as TokenShards
     from fat5.data.shards.token_shards import open_shards as open_shards
     from fat5.data.shards.token_shards import read_manifest as read_manifest

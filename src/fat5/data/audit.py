@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,12 @@ from fat5.data.examples import kernels
 from fat5.data.examples.batch import PackedBatch
 from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers, reconstruct
-from fat5.data.examples.loader import Loader
+from fat5.data.examples.loader import PackedLoader
 from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import fill, pack, suggest_budgets
 from fat5.data.examples.padded import unpack
-from fat5.data.examples.steps import PackPlan
 from fat5.data.shards.token_shards import open_shards
-from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
+from fat5.data.tokenizer.loading import Tokenizer, TokenizerInfo, load_tokenizer
 from fat5.errors import ConfigurationError, TokenizerError, check_whole, check_writable
 from fat5.files import naming, write_atomically
 
@@ -51,31 +50,37 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         packs_per_step=1,
         window=config.window,
     )
-    seen = _Examples(stream, tokenizer, config.examples)
-    for batch in Loader[PackedBatch](PackPlan(stream, shapes, 0, 1)):
-        seen.add(batch)
-        if seen.tokens >= config.tokens:
+    info = tokenizer.info
+    parts: list[_Columns] = []
+    shown: list[dict[str, Any]] = []
+    tokens = 0
+    for batch in PackedLoader(stream, shapes):
+        parts.append(_take_apart(batch, stream, info))
+        _show(batch, stream, tokenizer, config.examples, shown)
+        tokens += batch.tokens
+        if tokens >= config.tokens:
             break
-    columns = seen.columns()
+    columns = _Columns(*map(np.concatenate, zip(*parts)))
+    count = int(columns.piece.size)
     report = {
         "corpora": _corpora(stream, columns),
         "mixture": _mixture(stream, columns, config.window),
-        "examples": int(columns.piece.size),
-        "tokens": seen.tokens,
+        "examples": count,
+        "tokens": tokens,
         "tokens_dropped": sum(stream.short_tokens),
         "reconstructed": int(columns.whole.sum()),
         "budgets": {
             "encoder_tokens": shapes.encoder_tokens,
             "decoder_tokens": shapes.decoder_tokens,
-            "encoder_fill": float(np.mean(seen.encoder_fill)),
-            "decoder_fill": float(np.mean(seen.decoder_fill)),
-            "examples_per_pack": float(np.mean(seen.counts)),
+            "encoder_fill": float(columns.encoder.sum() / (len(parts) * shapes.encoder_tokens)),
+            "decoder_fill": float(columns.decoder.sum() / (len(parts) * shapes.decoder_tokens)),
+            "examples_per_pack": count / len(parts),
         },
         "suggested": _suggest(measured, suggested, config.window),
-        "sentinels": {"available": len(tokenizer.info.sentinel_ids), "used": int(columns.spans.max(initial=0))},
+        "sentinels": {"available": len(info.sentinel_ids), "used": int(columns.spans.max(initial=0))},
         "tokenizer": _fertility(stream, tokenizer),
         "notes": stream.notes(),
-        "shown": seen.shown,
+        "shown": shown,
     }
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,57 +109,38 @@ class _Columns(NamedTuple):
         return self.noise + self.kept
 
 
-class _Examples:
-    """Takes the examples of packed batches apart, and measures them."""
+def _take_apart(batch: PackedBatch, stream: PieceStream, info: TokenizerInfo) -> _Columns:
+    """The examples of a batch, each compared with its document and with what its denoiser asks for."""
+    count = batch.num_examples
+    denoiser, piece = batch.denoiser[:count].numpy().astype(np.int64), batch.piece[:count].numpy()
+    starts = batch.decoder_cu_seqlens[:count].numpy().astype(np.int64)
+    is_sentinel = np.isin(batch.labels[: batch.num_items].numpy(), info.sentinel_ids)
+    spans = np.add.reduceat(is_sentinel.astype(np.int64), starts)
+    encoder = batch.cu_seqlens.diff()[:count].numpy().astype(np.int64)
+    decoder = batch.decoder_cu_seqlens.diff()[:count].numpy().astype(np.int64)
+    noise = decoder - spans - 1
+    kept = encoder - spans - 1 - (stream.tables.mode[denoiser] >= 0)
+    whole, lawful = np.zeros((2, count), np.int64)
+    for n, (inputs, targets) in enumerate(unpack(batch)):
+        tokens = stream.tokens(int(piece[n]))
+        whole[n] = np.array_equal(reconstruct(inputs, targets, info), tokens)
+        asked = stream.mixture.denoisers[denoiser[n]].spans(len(tokens), len(info.sentinel_ids))
+        lawful[n] = whole[n] and asked == (noise[n], spans[n])
+    return _Columns(denoiser, piece, encoder, decoder, noise, kept, spans, whole, lawful)
 
-    def __init__(self, stream: PieceStream, tokenizer: Tokenizer, examples: int) -> None:
-        self.stream, self.tokenizer, self.examples = stream, tokenizer, examples
-        self._is_sentinel = np.zeros(tokenizer.info.vocab_size, np.int64)
-        self._is_sentinel[list(tokenizer.info.sentinel_ids)] = 1
-        self._parts: list[_Columns] = []
-        self.encoder_fill: list[float] = []
-        self.decoder_fill: list[float] = []
-        self.counts: list[int] = []
-        self.tokens = 0
-        self.shown: list[dict[str, Any]] = []
 
-    def add(self, batch: PackedBatch) -> None:
-        """Measures one batch."""
-        count = batch.num_examples
-        self.encoder_fill.append(batch.encoder_fill)
-        self.decoder_fill.append(batch.decoder_fill)
-        self.counts.append(count)
-        self.tokens += batch.tokens
-        denoiser, piece = batch.denoiser[:count].numpy().astype(np.int64), batch.piece[:count].numpy()
-        starts = batch.decoder_cu_seqlens[:count].numpy().astype(np.int64)
-        spans = np.add.reduceat(self._is_sentinel[batch.labels[: batch.num_items].numpy()], starts)
-        encoder = batch.cu_seqlens.diff()[:count].numpy().astype(np.int64)
-        decoder = batch.decoder_cu_seqlens.diff()[:count].numpy().astype(np.int64)
-        noise = decoder - spans - 1
-        kept = encoder - spans - 1 - (self.stream.tables.mode[denoiser] >= 0)
-        whole, lawful = np.zeros((2, count), np.int64)
-        for n, (inputs, targets) in enumerate(unpack(batch)):
-            tokens = self.stream.tokens(int(piece[n]))
-            rule = self.stream.mixture.denoisers[denoiser[n]]
-            whole[n] = np.array_equal(reconstruct(inputs, targets, self.tokenizer.info), tokens)
-            asked = rule.spans(len(tokens), len(self.tokenizer.info.sentinel_ids))
-            lawful[n] = whole[n] and asked == (noise[n], spans[n])
-            self._show(int(denoiser[n]), int(piece[n]), inputs, targets)
-        self._parts.append(_Columns(denoiser, piece, encoder, decoder, noise, kept, spans, whole, lawful))
-
-    def columns(self) -> _Columns:
-        """All examples so far."""
-        return _Columns(*map(np.concatenate, zip(*self._parts)))
-
-    def _show(self, denoiser: int, piece: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        if sum(row["denoiser"] == denoiser for row in self.shown) < self.examples:
-            name = self.stream.mixture.names()[denoiser]
-            texts = {"inputs": self._text(inputs), "targets": self._text(targets)}
-            self.shown.append({"denoiser": denoiser, "name": name, "piece": piece} | texts)
-
-    def _text(self, ids: np.ndarray) -> str:
-        cut = ids[:SHOWN_TOKENS]
-        return self.tokenizer.decode(cut.tolist()) + (" …" if len(ids) > SHOWN_TOKENS else "")
+def _show(
+    batch: PackedBatch, stream: PieceStream, tokenizer: Tokenizer, most: int, shown: list[dict[str, Any]]
+) -> None:
+    """Adds examples of a batch as text, until `most` of each denoiser are shown."""
+    for denoiser, piece, sides in zip(batch.denoiser.tolist(), batch.piece.tolist(), unpack(batch)):
+        if sum(row["denoiser"] == denoiser for row in shown) < most:
+            inputs, targets = (
+                tokenizer.decode(ids[:SHOWN_TOKENS].tolist()) + (" …" if len(ids) > SHOWN_TOKENS else "")
+                for ids in sides
+            )
+            name = stream.mixture.names()[denoiser]
+            shown.append({"denoiser": denoiser, "name": name, "piece": piece, "inputs": inputs, "targets": targets})
 
 
 def _mixture(stream: PieceStream, columns: _Columns, window: int) -> list[dict[str, Any]]:
@@ -270,8 +256,8 @@ def _corpora(stream: PieceStream, columns: _Columns) -> list[dict[str, Any]]:
 def _fertility(stream: PieceStream, tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokens per word (white space between words) and per byte, and the share of unknown tokens, on decoded pieces."""
     tokens = words = size = unknown = 0
-    for piece in _pieces(stream):
-        ids = stream.tokens(piece)
+    for position in range(sum(stream.num_pieces)):
+        ids = stream.tokens(int(stream.resolve(np.array([position])).piece[0]))
         text = tokenizer.decode(ids.tolist())
         tokens += len(ids)
         words += len(text.split())
@@ -286,13 +272,6 @@ def _fertility(stream: PieceStream, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens_per_byte": tokens / max(size, 1),
         "unknown_rate": unknown / max(tokens, 1),
     }
-
-
-def _pieces(stream: PieceStream) -> Iterator[int]:
-    """The pieces of the stream in order, as many as the sources have; resolved a block at a time."""
-    total = sum(stream.num_pieces)
-    for start in range(0, total, BLOCK):
-        yield from stream.resolve(np.arange(start, min(start + BLOCK, total))).piece.tolist()
 
 
 def _draw(names: Sequence[str], columns: _Columns, path: Path) -> None:

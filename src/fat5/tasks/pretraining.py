@@ -1,6 +1,7 @@
 """Pretraining: an encoder-decoder learns to restore text that a mixture of denoisers has corrupted."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from fat5.data import (
     Manifest,
     PackedBatch,
     PackedLoader,
+    PieceStream,
     TokenizerInfo,
     WeightedShards,
     load_tokenizer,
@@ -34,6 +36,8 @@ from fat5.train.export import export
 from fat5.train.run import run
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import World
+
+logger = logging.getLogger(__name__)
 
 GAPS = {
     "fr": ("Le paquet est installé par la commande ", " dans le terminal."),
@@ -91,14 +95,15 @@ class Pretraining:
         info = load_tokenizer(tokenizer).info
         mixture, batch = config.data.denoisers(), config.data.batch()
         rank, size, workers = world.rank, world.size, config.data.num_workers
-        loader = PackedLoader(
-            train, mixture, info, batch, seed=config.seed, rank=rank, world_size=size, num_workers=workers
-        )
+        stream = PieceStream(train, mixture, info, batch.max_tokens, config.seed)
+        for note in stream.notes() if rank == 0 else []:
+            logger.warning(note)
+        loader = PackedLoader(stream, batch, rank=rank, world_size=size, num_workers=workers)
         validation = validation_batches(
             held_out, mixture, info, batch, eval_tokens=config.eval_tokens, rank=rank, world_size=size
         )
         manifests = [source.shards.manifest for source in train]
-        return cls(config, info, tokenizer, loader, list(validation), mixture.names(), manifests)
+        return cls(config, info, tokenizer, loader, validation, mixture.names(), manifests)
 
     def announce(self, device: torch.device) -> list[str]:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""

@@ -46,7 +46,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     shapes = {key: data.get(key) if value is None else value for key, value in given.items()}
     batch = BatchConfig(**{key: value for key, value in shapes.items() if value is not None})
     eval_tokens = config.eval_tokens if config.eval_tokens is not None else recipe.get("eval_tokens", 65536)
-    batches = list(validation_batches(sources, mixture, info, batch, eval_tokens=eval_tokens))
+    batches = validation_batches(sources, mixture, info, batch, eval_tokens=eval_tokens)
     weights = model_folder(folder)
     _check_tokenizer(weights, info)
     model = load_model(weights, device=device, dtype=precision.weight_dtype)

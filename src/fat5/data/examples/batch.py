@@ -95,40 +95,25 @@ class PackedBatch:
         return [(name, value) for name, value in values if isinstance(value, torch.Tensor)]
 
 
-class BatchWriter:
-    """Turns resolved examples into PackedBatch objects of one shape."""
-
-    def __init__(self, stream: PieceStream, config: BatchConfig) -> None:
-        """
-        Raises:
-            ConfigurationError: a budget smaller than one example.
-        """
-        self.stream = stream
-        self.max_seqlen, self.decoder_max_seqlen = stream.mixture.max_lengths(
-            config.max_tokens, len(stream.info.sentinel_ids)
-        )
-        config.check_longest(self.max_seqlen, self.decoder_max_seqlen)
-        packs = config.packs_per_micro_batch
-        self.encoder_tokens, self.decoder_tokens = packs * config.encoder_tokens, packs * config.decoder_tokens
-        self.max_examples = packs * config.examples_per_pack
-
-    def write(self, examples: kernels.Examples, domain: int = kernels.TRAINING) -> PackedBatch:
-        """One batch of these examples, which must fit."""
-        count = examples.piece.size
-        inputs, targets, cu_inputs, cu_targets = self.stream.write(
-            examples, domain, (self.encoder_tokens, self.decoder_tokens, self.max_examples)
-        )
-        denoiser, piece = np.full(self.max_examples, -1, np.int8), np.full(self.max_examples, -1, np.int64)
-        denoiser[:count], piece[:count] = examples.denoiser, examples.piece
-        return PackedBatch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(cu_inputs),
-            self.max_seqlen,
-            torch.from_numpy(targets),
-            torch.from_numpy(cu_targets),
-            self.decoder_max_seqlen,
-            torch.from_numpy(denoiser),
-            torch.from_numpy(piece),
-            count,
-            int(examples.length.sum()),
-        )
+def write_packed(
+    stream: PieceStream, config: BatchConfig, examples: kernels.Examples, domain: int = kernels.TRAINING
+) -> PackedBatch:
+    """One micro-batch of these examples, which must fit."""
+    count, packs = examples.piece.size, config.packs_per_micro_batch
+    most = packs * config.examples_per_pack
+    sizes = packs * config.encoder_tokens, packs * config.decoder_tokens, most
+    inputs, targets, cu_inputs, cu_targets = stream.write(examples, domain, sizes)
+    denoiser, piece = np.full(most, -1, np.int8), np.full(most, -1, np.int64)
+    denoiser[:count], piece[:count] = examples.denoiser, examples.piece
+    return PackedBatch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(cu_inputs),
+        stream.max_lengths[0],
+        torch.from_numpy(targets),
+        torch.from_numpy(cu_targets),
+        stream.max_lengths[1],
+        torch.from_numpy(denoiser),
+        torch.from_numpy(piece),
+        count,
+        int(examples.length.sum()),
+    )

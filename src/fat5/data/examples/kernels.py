@@ -224,40 +224,15 @@ class Examples(NamedTuple):
     shard: np.ndarray  # int64: in the tables's shard arrays
     start: np.ndarray  # int64: first raw token in the shard
 
+    def take(self, chosen: np.ndarray) -> "Examples":
+        """Those at some indices."""
+        return Examples(*(column[chosen] for column in self))
+
 
 @jit
 def pieces_of(length, max_tokens):  # type: ignore[no-untyped-def]
     """Number of pieces of a document; 0 if it is too short to corrupt."""
     return 0 if length < 2 else (length + max_tokens - 1) // max_tokens
-
-
-@jit
-def index_shard(ends, max_tokens, running, in_block, index, at):  # type: ignore[no-untyped-def]
-    """Walks a shard's documents, continuing the block index.
-
-    Returns (pieces, place in block, entries, short documents, their tokens, cut documents); pieces are -1 if an end is
-    before the previous one.
-    """
-    previous = np.int64(0)
-    short = 0
-    short_tokens = np.int64(0)
-    multiple = 0
-    for document in range(ends.size):
-        if in_block == 0:
-            index[at] = running
-            at += 1
-        length = np.int64(ends[document]) - previous
-        if length < 0:
-            return -1, 0, 0, 0, 0, 0
-        previous = np.int64(ends[document])
-        count = pieces_of(length, max_tokens)
-        if count == 0:
-            short += 1
-            short_tokens += length
-        multiple += count > 1
-        running += count
-        in_block = (in_block + 1) % BLOCK_DOCUMENTS
-    return running, in_block, at, short, short_tokens, multiple
 
 
 @jit

@@ -1,49 +1,48 @@
 """The training stream as batches, made by worker processes, with an exact position.
 
-A loader follows a plan (`steps`). Its state counts the batches handed out, not those that workers have prepared ahead:
-the last batch of each step comes with the state after it.
+The unit of order is the pack. Step s uses packs [s·P, (s+1)·P), P = packs_per_step, for any world size, worker count
+and micro-batch: rank r of W takes the r-th run of P/W packs, and a micro-batch `packs_per_micro_batch` in succession.
+The division needs lengths alone, so every worker makes all of it, and reads the tokens of its own packs only.
+
+A loader's state counts the batches handed out, not those that workers have prepared ahead: the last batch of each step
+comes with the state after it.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from multiprocessing import connection
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import astuple
+from typing import Any, Generic, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import signal_handling
+import numpy as np
 
-from fat5.data.examples.batch import PackedBatch
+from fat5.data.examples.batch import PackedBatch, write_packed
 from fat5.data.examples.config import BatchConfig
-from fat5.data.examples.denoisers import MixtureOfDenoisers
-from fat5.data.examples.order import PieceStream, WeightedShards
-from fat5.data.examples.steps import PackPlan, State, StepPlan
-from fat5.data.worker_process import end_with_parent, leave_signals_to_parent
-from fat5.errors import DataError, FAT5Error, check_whole
+from fat5.data.examples.kernels import Examples
+from fat5.data.examples.order import PieceStream
+from fat5.data.examples.packing import Window
+from fat5.data.examples.workers import WorkerOptions, batches_from_workers, batches_here
+from fat5.errors import ConfigurationError, check_whole
+from fat5.files import is_count
 
-if TYPE_CHECKING:
-    from fat5.data.shards.token_shards import TokenShards
-    from fat5.data.tokenizer.loading import TokenizerInfo
-
-PREFETCH = 4  # batches each worker prepares ahead
-POLL_SECONDS = 1.0  # between two looks at whether the workers live
+STATE_VERSION = 1
+FURTHEST = 1 << 62  # stream positions are int64, and a window is drawn beyond the cursor
+State = dict[str, Any]
 Batch = TypeVar("Batch")
-logger = logging.getLogger(__name__)
 
 
-class Loader(Generic[Batch]):
-    """Endless iterable of this rank's batches of a plan, in order.
+class Loader(ABC, Generic[Batch]):
+    """Endless iterable of this rank's batches, in order. A subclass divides the stream into steps and batches.
 
     Args:
-        plan: the examples of each step.
+        stream: the examples in order.
+        size: packs of a step, or examples of a batch.
+        micro_batches_per_step: batches of this rank that make one step.
+        packing: what else the order depends on.
+        rank, world_size: this process among those that train together.
         num_workers: worker processes; 0 makes batches in this process.
         timeout: seconds to wait for a worker before giving up.
         multiprocessing_context: how workers start ("fork", "spawn", "forkserver"); None for Python's default.
@@ -51,24 +50,37 @@ class Loader(Generic[Batch]):
 
     def __init__(
         self,
-        plan: StepPlan,
+        stream: PieceStream,
+        size: int,
+        micro_batches_per_step: int,
+        packing: list[int],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
         num_workers: int = 0,
         timeout: float = 300.0,
         multiprocessing_context: str | None = None,
     ) -> None:
         check_whole(num_workers, "data.num_workers", least=0)
-        self.plan = plan
-        self.stream = plan.stream
-        self._num_workers = num_workers
-        self._timeout = timeout
-        self._context = multiprocessing_context
-        self._state = plan.start()
+        check_rank(rank, world_size)
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+        self.micro_batches_per_step = micro_batches_per_step
+        self._workers = WorkerOptions(num_workers, timeout, multiprocessing_context)
+        self._division = [size, world_size, micro_batches_per_step]
+        self._fingerprint = fingerprint(stream, packing)
+        self._state = self._state_at(0, 0, [])
         self._consumed = 0
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Batches of this rank that make one step."""
-        return self.plan.micro_batches
+    @abstractmethod
+    def examples(self) -> Iterator[tuple[Examples, State | None]]:
+        """Yields the examples of each batch from the loader's state on.
+
+        With the last batch of a step comes the state after it, with the others None.
+        """
+
+    @abstractmethod
+    def write(self, examples: Examples) -> Batch:
+        """The batch with these examples."""
 
     @property
     def step(self) -> int:
@@ -80,9 +92,23 @@ class Loader(Generic[Batch]):
         """Passes over each source, up to the start of this step."""
         return self.stream.passes(int(self._state["cursor"]))
 
+    def __iter__(self) -> Iterator[Batch]:
+        batches = batches_from_workers(self, self._workers) if self._workers.number else batches_here(self)
+        for batch, after in batches:
+            self._consumed += 1
+            if after is not None:
+                self._state, self._consumed = after, 0
+            yield batch
+
+    def awaited(self) -> str:
+        """The next batch, in words for an error."""
+        examples, _ = next(self.examples())
+        where = f"micro-batch {self._consumed} of step {self.step}"
+        return f"{where}, which starts with piece {int(examples.piece[0])}"
+
     def state_dict(self) -> State:
         """The position after the batches handed out: small, JSON, and at the end of a step equal on every rank."""
-        return dict(self._state) | {"micro_batch": self._consumed}
+        return self._state | {"micro_batch": self._consumed}
 
     def load_state_dict(self, state: State) -> None:
         """Continues from `state_dict()`, at the next `iter()`; at a step's end also under another world size,
@@ -92,182 +118,116 @@ class Loader(Generic[Batch]):
             ConfigurationError: the state belongs to other data, another seed, mixture or packing, or was saved in the
                 middle of a step that was divided otherwise.
         """
-        self.plan.check(state)
+        self._check(state)
         self._consumed = int(state["micro_batch"])
         self._state = {key: value for key, value in state.items() if key != "micro_batch"}
 
-    def __iter__(self) -> Iterator[Batch]:
-        batches = _Batches(self.plan, self._state, self._consumed)
-        for batch, after in iter(batches) if self._num_workers == 0 else self._from_workers(batches):
-            self._consumed += 1
-            if after is not None:
-                self._state, self._consumed = after, 0
-            yield batch
+    def _state_at(self, step: int, cursor: int, window: list[int]) -> State:
+        """The complete state at the start of a step."""
+        return {
+            "version": STATE_VERSION,
+            "step": step,
+            "epoch": int(min(self.stream.passes(cursor))),
+            "cursor": cursor,
+            "window": window,
+            "division": self._division,
+            "fingerprint": self._fingerprint,
+        }
 
-    def _from_workers(self, batches: _Batches) -> Iterator[tuple[Batch, State | None]]:
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self._num_workers,
-            timeout=min(POLL_SECONDS, self._timeout),
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=PREFETCH,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # the default would draw from the generator of dropout
-            multiprocessing_context=self._context,
-        )
-        iterator: Any = iter(loader)
-        signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-        kill = partial(_kill, iterator._workers)
-        atexit.register(kill)  # at exit, multiprocessing would send SIGTERM and wait
+    def _check(self, state: State) -> None:
         try:
-            while True:
-                item = self._next(iterator)
-                if isinstance(item, str):
-                    raise DataError(item)
-                yield item
-        finally:
-            iterator._shutdown_workers()
-            kill()
-            atexit.unregister(kill)
-
-    def _next(self, iterator: Any) -> Any:
-        """The next item of the workers.
-
-        Raises:
-            DataError: a worker died, or none answered in time.
-        """
-        deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                with _raising_for_dead(iterator):
-                    return next(iterator)
-            except (RuntimeError, OSError, EOFError) as error:  # a dead worker raises any of them
-                silent = str(error).startswith("DataLoader timed out")
-                dead = _dead(iterator._workers, wait=not silent)
-                if dead:
-                    raise self._lost(*dead) from error
-                if not silent:
-                    raise
-                if time.monotonic() >= deadline:
-                    hint = "See whether the disk answers; data.num_workers 0 loads in the main process"
-                    raise self._lost(f"no worker answered for {self._timeout:g} s", hint) from error
-
-    def _lost(self, who: str, hint: str) -> DataError:
-        """The error for workers that died or do not answer; names the batch that was awaited."""
-        _, examples = next(self.plan.batches_from(self._state, self._consumed))
-        return DataError(
-            f"data loading stopped: {who}; awaited was micro-batch {self._consumed} of step {self.step}, "
-            f"which starts with piece {int(examples.piece[0])}",
-            hint=hint,
+            integers = [state[key] for key in ("version", "step", "cursor", "micro_batch")] + list(state["window"])
+            division, saved = state["division"], state["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError("not the state of a data loader", where="data state") from error
+        fits = all(map(is_count, integers)) and all(
+            position < state["cursor"] < FURTHEST for position in state["window"]
         )
+        if not fits or state["version"] != STATE_VERSION:
+            raise ConfigurationError("not the state of a data loader of this version", where="data state")
+        if saved != self._fingerprint:
+            saved = saved if isinstance(saved, dict) else {}
+            differs = [key for key, value in self._fingerprint.items() if saved.get(key) != value]
+            raise ConfigurationError(
+                f"the run was started with another {', '.join(differs)}",
+                where="data state",
+                hint="Restore it, or start a new run",
+            )
+        consumed = state["micro_batch"]
+        if consumed and (division != self._division or consumed >= self.micro_batches_per_step):
+            raise ConfigurationError(
+                "saved in the middle of a step, which was divided otherwise among processes and micro-batches",
+                where="data state",
+                hint="Continue with the world size, packs_per_step and packs_per_micro_batch it was saved with",
+            )
 
 
 class PackedLoader(Loader[PackedBatch]):
     """Endless iterable of `PackedBatch`: this rank's micro-batches in order.
 
-    Args:
-        sources: token shards, each with a weight (`WeightedShards`) or alone.
-        mixture: denoisers and proportions.
-        tokenizer_info: special ids; its hash must be that of the shards.
-        batch_config: shapes.
-        seed: of order and noise.
-        rank, world_size: this process among those that train together.
-        num_workers, timeout, multiprocessing_context: as `Loader`.
+    `workers` are num_workers, timeout and multiprocessing_context of `Loader`.
 
     Raises:
-        ConfigurationError: shapes that do not fit each other or the mixture.
-        DataError, TokenizerError: from the sources.
+        ConfigurationError: shapes that do not fit each other or the stream.
     """
 
     def __init__(
-        self,
-        sources: Sequence[WeightedShards | TokenShards],
-        mixture: MixtureOfDenoisers,
-        tokenizer_info: TokenizerInfo,
-        batch_config: BatchConfig,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        timeout: float = 300.0,
-        multiprocessing_context: str | None = None,
+        self, stream: PieceStream, config: BatchConfig, *, rank: int = 0, world_size: int = 1, **workers: Any
     ) -> None:
-        stream = PieceStream(sources, mixture, tokenizer_info, batch_config.max_tokens, seed)
-        plan = PackPlan(stream, batch_config, rank, world_size)
-        for note in stream.notes() if rank == 0 else []:
-            logger.warning(note)
-        super().__init__(plan, num_workers, timeout, multiprocessing_context)
+        share = world_size * config.packs_per_micro_batch
+        packing = list(astuple(config.budget()))
+        micro_batches = config.packs_per_step // share
+        super().__init__(
+            stream, config.packs_per_step, micro_batches, packing, rank=rank, world_size=world_size, **workers
+        )
+        if config.packs_per_step % share:
+            raise ConfigurationError(
+                f"packs_per_step ({config.packs_per_step}) is not a multiple of {world_size} processes × "
+                f"{config.packs_per_micro_batch} packs_per_micro_batch",
+                where="data.packs_per_step",
+                hint=f"Try {-(-config.packs_per_step // share) * share}",
+            )
+        config.check_longest(*stream.max_lengths)
+        self.config = config
+
+    def examples(self) -> Iterator[tuple[Examples, State | None]]:
+        """As `Loader.examples`."""
+        window = Window(self.config.budget(), self.stream.lengths)
+        window.restore(self._state["cursor"], self._state["window"])
+        step, first, width = self.step, self._consumed, self.config.packs_per_micro_batch
+        per_rank = self.micro_batches_per_step * width
+        while True:
+            packs = [window.next_pack() for _ in range(self.config.packs_per_step)]
+            mine = packs[self.rank * per_rank : (self.rank + 1) * per_rank]
+            step += 1
+            after = self._state_at(step, window.cursor, window.positions.tolist())
+            for turn in range(first, self.micro_batches_per_step):
+                positions = np.concatenate([p for p in mine[turn * width : (turn + 1) * width] if p is not None])
+                last = turn == self.micro_batches_per_step - 1
+                yield self.stream.resolve(positions), after if last else None
+            first = 0
+
+    def write(self, examples: Examples) -> PackedBatch:
+        """As `Loader.write`."""
+        return write_packed(self.stream, self.config, examples)
 
 
-class _Batches(IterableDataset):  # type: ignore[misc]
-    """The batches of one rank; each worker makes every n-th."""
-
-    def __init__(self, plan: StepPlan, state: State, first: int) -> None:
-        self.plan, self.state, self.first = plan, state, first
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        count, index = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        try:
-            for turn, (after, examples) in enumerate(self.plan.batches_from(self.state, self.first)):
-                if turn % count == index:
-                    yield self._write(examples, pin=worker is None), after
-        except (FAT5Error, OSError, MemoryError) as error:
-            if worker is None:
-                raise
-            # A worker's exception would reach the user as a traceback in a traceback; one line is enough.
-            yield f"worker {index} (pid {os.getpid()}): {error or 'out of memory'}"
-
-    def _write(self, examples: Any, pin: bool) -> Any:
-        try:
-            batch = self.plan.write(examples)
-        except DataError as error:
-            raise DataError(
-                f"{error} It was needed for the batch that starts with piece {int(examples.piece[0])}"
-            ) from error
-        return batch.pin_memory() if pin and torch.cuda.is_available() else batch
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises ConfigurationError unless 0 <= rank < world_size."""
+    if not 0 <= rank < world_size:
+        raise ConfigurationError(f"rank {rank} is not among {world_size} processes", where="rank")
 
 
-def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    leave_signals_to_parent()
-    end_with_parent()
-
-
-@contextmanager
-def _raising_for_dead(iterator: Any) -> Iterator[None]:
-    """Inside, torch's SIGCHLD handler raises RuntimeError when a worker dies, and at once if one is dead.
-
-    Outside it must not: the error would interrupt a step or a save.
-    """
-    signal_handling._set_worker_pids(id(iterator), tuple(worker.pid for worker in iterator._workers))
-    try:
-        signal_handling._error_if_any_worker_fails()
-        yield
-    finally:
-        signal_handling._remove_worker_pids(id(iterator))
-
-
-def _dead(workers: Sequence[Any], wait: bool) -> tuple[str, str] | None:
-    """Which workers died, and a hint. With `wait`, one that is about to die is awaited."""
-    if wait:
-        connection.wait([worker.sentinel for worker in workers], timeout=1.0)
-    found = {index: worker for index, worker in enumerate(workers) if worker.exitcode is not None}
-    if not found:
-        return None
-    told = [
-        f"worker {index} (pid {worker.pid}) died with exit code {worker.exitcode}" for index, worker in found.items()
+def fingerprint(stream: PieceStream, packing: list[int]) -> dict[str, str]:
+    """Hashes of what the order depends on, part by part: a state of another order is refused by the part's name."""
+    data = [
+        [s.shards.manifest.tokenizer_sha256, [e.sha256 for e in s.shards.entries], s.weight] for s in stream.sources
     ]
-    why = "Lower data.num_workers if memory ran out; 0 loads in the main process"
-    if any(worker.exitcode == -signal.SIGBUS for worker in found.values()):
-        why = "Shared memory (/dev/shm) is full: enlarge it (docker run --shm-size), or set data.num_workers to 0"
-    return ", ".join(told), f"{why}. The same command continues a run from its last checkpoint"
-
-
-def _kill(workers: Sequence[Any]) -> None:
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
+    parts = {
+        "data": data,
+        "seed": stream.seed,
+        "mixture": stream.mixture.rows(),
+        "max_tokens": stream.max_tokens,
+        "packing": packing,
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}

@@ -27,12 +27,7 @@ MIN_MAX_TOKENS = 8
 
 @dataclass(frozen=True)
 class WeightedShards:
-    """One corpus of a blend.
-
-    Attributes:
-        shards: the token shards of one split.
-        weight: relative share of the *tokens* in training.
-    """
+    """The token shards of one split, and the relative share of the *tokens* that they get in training."""
 
     shards: TokenShards
     weight: float = 1.0
@@ -46,6 +41,7 @@ class PieceStream:
         short_documents: documents below 2 tokens of each source; they cannot be corrupted, and are left out.
         short_tokens: tokens in them, at most one each.
         cut_documents: documents longer than `max_tokens` of each source.
+        max_lengths: the longest encoder and decoder side that an example can have.
     """
 
     def __init__(
@@ -67,50 +63,48 @@ class PieceStream:
         check_whole(max_tokens, "max_tokens", least=MIN_MAX_TOKENS)
         self.sources = [source if isinstance(source, WeightedShards) else WeightedShards(source) for source in sources]
         self.mixture, self.info, self.max_tokens, self.seed = mixture, info, max_tokens, seed
-        self._check()
-        self._build()
-
-    def _check(self) -> None:
         for index, source in enumerate(self.sources):
             check_share(source.weight, f"data.sources[{index}].weight")
-            if source.shards.manifest.tokenizer_sha256 != self.info.sha256:
+            if source.shards.manifest.tokenizer_sha256 != info.sha256:
                 raise TokenizerError(
                     "the shards were made with another tokenizer",
                     where=source.shards.folder,
                     hint="Use the tokenizer/ folder beside them, or prepare the corpus again with yours",
                 )
+        self._build()
 
     def _build(self) -> None:
-        maps = [
-            [source.shards.shard_ends(shard) for shard in range(source.shards.num_shards)] for source in self.sources
-        ]
-        self._maps: list[np.ndarray] = [ends for shards in maps for ends in shards]
-        self._owners = [(s, shard) for s, shards in enumerate(maps) for shard in range(len(shards))]
-        index: list[np.ndarray] = []
-        totals: list[tuple[int, int, int, int]] = []
-        for source, shards in zip(self.sources, maps):
-            entries, counted = self._index(source, shards)
-            index.append(entries)
-            totals.append(counted)
-            if not counted[0]:
+        self.num_pieces: list[int] = []
+        self.short_documents: list[int] = []
+        self.short_tokens: list[int] = []
+        self.cut_documents: list[int] = []
+        self._maps: list[np.ndarray] = []  # keeps the addresses alive
+        self._owners: list[tuple[int, int]] = []
+        blocks = []
+        first_document: list[int] = []
+        for number, source in enumerate(self.sources):
+            shards = [source.shards.shard_ends(shard) for shard in range(source.shards.num_shards)]
+            blocks.append(self._count_pieces(shards))
+            if not self.num_pieces[-1]:
                 raise DataError(
                     "no document of at least 2 tokens", where=f"{source.shards.folder} ({source.shards.split})"
                 )
-        columns = [list(column) for column in zip(*totals)]
-        self.num_pieces, self.short_documents, self.short_tokens, self.cut_documents = columns
-        documents = [[ends.size for ends in shards] for shards in maps]
+            first_document += [0, *np.cumsum([ends.size for ends in shards])[:-1].tolist()]
+            self._owners += [(number, shard) for shard in range(len(shards))]
+            self._maps += shards
         blend_source, blend_rank, blend_count = blend(self._draws())
         sentinels = sentinel_array(self.info)
         noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
+        self.max_lengths = self.mixture.max_lengths(self.max_tokens, sentinels.size)
         low, high = split_seed(self.seed)
         self.tables = kernels.StreamTables(
             pieces=np.array(self.num_pieces, np.int64),
-            simple=np.array([s == 0 and m == 0 for s, m in zip(self.short_documents, self.cut_documents)]),
-            index_first=np.cumsum([0] + [entries.size for entries in index]),
-            blocks=np.concatenate(index),
-            shard_first=np.cumsum([0] + [len(shards) for shards in maps]),
-            first_document=np.array([sum(counts[:k]) for counts in documents for k in range(len(counts))], np.int64),
-            documents=np.array([count for counts in documents for count in counts], np.int64),
+            simple=np.array([short == 0 and cut == 0 for short, cut in zip(self.short_documents, self.cut_documents)]),
+            index_first=np.cumsum([0, *map(len, blocks)]),
+            blocks=np.concatenate(blocks),
+            shard_first=np.cumsum([0, *(source.shards.num_shards for source in self.sources)]),
+            first_document=np.array(first_document, np.int64),
+            documents=np.array([ends.size for ends in self._maps], np.int64),
             ends_address=np.array([ends.ctypes.data for ends in self._maps], np.int64),
             tokens_address=np.zeros(len(self._maps), np.int64),
             token_bytes=np.array([self.sources[s].shards.dtype.itemsize for s, _ in self._owners], np.int64),
@@ -128,19 +122,24 @@ class PieceStream:
             seed_high=high,
         )
 
-    def _index(self, source: WeightedShards, shards: list[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-        """The block index of one source, and its (pieces, short documents, their tokens, cut documents)."""
-        index = np.empty(sum(ends.size for ends in shards) // kernels.BLOCK_DOCUMENTS + 1, np.int64)
-        pieces = in_block = at = short = short_tokens = cut = 0
-        for shard, ends in enumerate(shards):
-            entry = source.shards.entries[shard]
-            result = kernels.index_shard(np.asarray(ends), self.max_tokens, pieces, in_block, index, at)
-            pieces, in_block, at = result[:3]
-            if pieces < 0 or (ends.size and int(ends[-1]) != entry.tokens):
-                where = source.shards.folder / entry.file
-                raise DataError("the index of documents is damaged", where=where, hint="Prepare the corpus again")
-            short, short_tokens, cut = short + result[3], short_tokens + result[4], cut + result[5]
-        return index[:at].copy(), (pieces, short, short_tokens, cut)
+    def _count_pieces(self, shards: list[np.ndarray]) -> np.ndarray:
+        """Counts the pieces of a source; returns how many are before each block of documents: int64."""
+        blocks = []
+        pieces = documents = short = short_tokens = cut = 0
+        for ends in shards:
+            lengths = np.diff(ends.astype(np.int64), prepend=0)
+            counts = np.where(lengths < 2, 0, -(-lengths // self.max_tokens))
+            before = pieces + np.cumsum(counts) - counts
+            blocks.append(before[-documents % kernels.BLOCK_DOCUMENTS :: kernels.BLOCK_DOCUMENTS])
+            pieces, documents = pieces + int(counts.sum()), documents + counts.size
+            short += int((counts == 0).sum())
+            short_tokens += int(lengths[counts == 0].sum())
+            cut += int((counts > 1).sum())
+        self.num_pieces.append(pieces)
+        self.short_documents.append(short)
+        self.short_tokens.append(short_tokens)
+        self.cut_documents.append(cut)
+        return np.concatenate([np.zeros(0, np.int64), *blocks])
 
     def notes(self) -> list[str]:
         """Warnings for the user: documents too short to corrupt, and spans limited by the sentinels."""
@@ -186,15 +185,11 @@ class PieceStream:
     def write(
         self, examples: kernels.Examples, domain: int = kernels.TRAINING, sizes: tuple[int, int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Corrupts examples, one after another.
-
-        Args:
-            sizes: T encoder tokens, U decoder tokens and N examples to pad to; None for no padding.
+        """Corrupts examples, one after another; `sizes` are T encoder tokens, U decoder tokens, N examples to pad to.
 
         Returns:
-            inputs, padded with the pad id: int64 (T,).
-            targets, padded with -100: int64 (U,).
-            cu_seqlens of both, padded with the end: int32 (N+1,).
+            inputs (T,) and targets (U,), int64, padded with the pad id and -100.
+            cu_seqlens (N+1,) of both, int32, padded with the end.
         """
         self._map(examples.shard)
         lengths, target_lengths, most = sizes or (examples.encoder.sum(), examples.decoder.sum(), examples.piece.size)
@@ -224,7 +219,7 @@ class PieceStream:
         for shard in np.unique(shards[self.tables.tokens_address[shards] == 0]):
             source, local = self._owners[shard]
             tokens = self.sources[source].shards.shard_tokens(local)
-            self._maps.append(tokens)  # keeps the address alive
+            self._maps.append(tokens)
             self.tables.tokens_address[shard] = tokens.ctypes.data
 
     def __getstate__(self) -> dict[str, object]:

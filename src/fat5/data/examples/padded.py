@@ -7,22 +7,16 @@ shuffled. So the examples of a batch have similar lengths, and little is padded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fat5.data.examples import kernels
 from fat5.data.examples.batch import PackedBatch
-from fat5.data.examples.denoisers import MixtureOfDenoisers
-from fat5.data.examples.loader import Loader
-from fat5.data.examples.order import PieceStream, WeightedShards
-from fat5.data.examples.steps import State, StepPlan
+from fat5.data.examples.loader import Loader, State
+from fat5.data.examples.order import PieceStream
 from fat5.errors import check_whole
-
-if TYPE_CHECKING:
-    from fat5.data.shards.token_shards import TokenShards
-    from fat5.data.tokenizer.loading import TokenizerInfo
 
 PAD_MULTIPLE = 8
 GROUP_BATCHES = 64  # batches of one process in a group
@@ -36,22 +30,15 @@ class PaddedBatch(dict[str, torch.Tensor]):
 
     tokens: int = 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PaddedBatch:
-        """The batch with its tensors on a device."""
-        return self._of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()})
-
     def pin_memory(self) -> PaddedBatch:
         """The batch in page-locked memory."""
-        return self._of({name: tensor.pin_memory() for name, tensor in self.items()})
+        batch = PaddedBatch({name: tensor.pin_memory() for name, tensor in self.items()})
+        batch.tokens = self.tokens
+        return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Batches travel from workers as arrays: a tensor's memory must be fetched from a worker that still lives."""
         return _from_arrays, ({name: tensor.numpy() for name, tensor in self.items()}, self.tokens)
-
-    def _of(self, tensors: dict[str, torch.Tensor]) -> PaddedBatch:
-        batch = PaddedBatch(tensors)
-        batch.tokens = self.tokens
-        return batch
 
 
 def pad(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], pad_id: int) -> PaddedBatch:
@@ -80,67 +67,38 @@ def unpack(batch: PackedBatch) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class PaddedLoader(Loader[PaddedBatch]):
-    """Endless iterable of padded batches for stock models.
+    """Endless iterable of padded batches for stock models, of `batch_size` examples a process.
 
-    Args:
-        sources, mixture, tokenizer_info, seed, rank, world_size: as `PackedLoader`.
-        batch_size: examples of one process's batch.
-        max_tokens: raw tokens of one example.
-        num_workers, timeout, multiprocessing_context: as `Loader`.
-
-    Raises:
-        ConfigurationError, DataError, TokenizerError: as `PackedLoader`.
+    A step of it is one group of batches of similar lengths. `workers` are as in `PackedLoader`.
     """
 
     def __init__(
-        self,
-        sources: Sequence[WeightedShards | TokenShards],
-        mixture: MixtureOfDenoisers,
-        tokenizer_info: TokenizerInfo,
-        *,
-        batch_size: int,
-        max_tokens: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        timeout: float = 300.0,
-        multiprocessing_context: str | None = None,
+        self, stream: PieceStream, batch_size: int, *, rank: int = 0, world_size: int = 1, **workers: Any
     ) -> None:
         check_whole(batch_size, "batch_size")
-        stream = PieceStream(sources, mixture, tokenizer_info, max_tokens, seed)
-        plan = LengthGroups(stream, batch_size, rank, world_size)
-        super().__init__(plan, num_workers, timeout, multiprocessing_context)
-
-
-class LengthGroups(StepPlan):
-    """Divides the stream into groups of batches of similar lengths. A step of this plan is one group."""
-
-    def __init__(self, stream: PieceStream, batch_size: int, rank: int, world_size: int) -> None:
-        super().__init__(stream, rank, world_size, batch_size, GROUP_BATCHES, [])
+        super().__init__(stream, batch_size, GROUP_BATCHES, [], rank=rank, world_size=world_size, **workers)
         self.batch_size = batch_size
 
-    def batches_from(self, state: State, first: int) -> Iterator[tuple[State | None, kernels.Examples]]:
-        """As `StepPlan.batches_from`."""
+    def examples(self) -> Iterator[tuple[kernels.Examples, State | None]]:
+        """As `Loader.examples`."""
         batches = GROUP_BATCHES * self.world_size
-        step, cursor = int(state["step"]), int(state["cursor"])
+        step, cursor, first = self.step, int(self._state["cursor"]), self._consumed
         while True:
             positions = np.arange(cursor, cursor + batches * self.batch_size)
             group = self.stream.resolve(positions)
             cursor, step = cursor + positions.size, step + 1
-            after = self.state(step, cursor, [])
+            after = self._state_at(step, cursor, [])
             members = _alike(group.encoder, group.decoder, batches)
             words = kernels.philox(
                 step, cursor & kernels.MASK32, cursor >> 32, kernels.GROUPS << kernels.DOMAIN_SHIFT, 0, 0
             )
             for turn in range(first, GROUP_BATCHES):
                 chosen = members[kernels.permute(turn * self.world_size + self.rank, batches, *words)]
-                examples = kernels.Examples(*(np.ascontiguousarray(column[chosen]) for column in group))
-                yield (after if turn == GROUP_BATCHES - 1 else None), examples
+                yield group.take(chosen), after if turn == GROUP_BATCHES - 1 else None
             first = 0
 
     def write(self, examples: kernels.Examples) -> PaddedBatch:
-        """The padded batch with these examples."""
+        """As `Loader.write`."""
         inputs, targets, cu_inputs, cu_targets = self.stream.write(examples)
         batch = pad(np.split(inputs, cu_inputs[1:-1]), np.split(targets, cu_targets[1:-1]), self.stream.info.pad_id)
         batch.tokens = int(examples.length.sum())

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,27 +32,16 @@ from fat5.errors import ConfigurationError, DataError
 
 
 def run_local(folder: str, workers: int) -> None:
-    """Runs all stages on this machine, in up to `workers` processes.
-
-    Raises:
-        DataError: the corpus cannot be read, or a process died.
-    """
-    pool: ProcessPoolExecutor | None = None
-    try:
-        for stage in stages(read_plan(folder)):
-            ranks = _executor(folder, stage).get_incomplete_ranks()
-            _sweep_progress(folder)
-            processes = min(workers, len(ranks))
-            if processes > 1:
-                pool = pool or _pool(processes, threads=max(1, workers // processes))
-                _run_in(pool, folder, stage, ranks)
-            else:
-                # One task at a time: the tokenizer's own threads use the other cores.
-                for rank in ranks:
-                    run_task(folder, stage.name, rank)
-    finally:
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+    """Runs all stages here, in up to `workers` processes; DataError if the corpus cannot be read, or a process died."""
+    for stage in stages(read_plan(folder)):
+        ranks = _executor(folder, stage).get_incomplete_ranks()
+        shutil.rmtree(Path(folder, LOGS, "progress"), ignore_errors=True)
+        if min(workers, len(ranks)) > 1:
+            _run_in_pool(folder, stage, ranks, workers)
+        else:
+            # One task at a time: the tokenizer's own threads use the other cores.
+            for rank in ranks:
+                run_task(folder, stage.name, rank)
 
 
 def run_task(folder: str, stage_name: str, rank: int) -> None:
@@ -62,12 +52,7 @@ def run_task(folder: str, stage_name: str, rank: int) -> None:
 
 
 def run_ray(folder: str, workers: int) -> None:
-    """Runs all stages on the Ray cluster at `RAY_ADDRESS`, or on one started here.
-
-    Raises:
-        ConfigurationError: Ray is not installed.
-        DataError: a task failed; names its log.
-    """
+    """Runs all stages on the Ray cluster at `RAY_ADDRESS`, or one started here; DataError names the log of a fault."""
     try:
         import ray
     except ImportError as error:
@@ -79,7 +64,7 @@ def run_ray(folder: str, workers: int) -> None:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
     try:
         for stage in stages(read_plan(folder)):
-            _sweep_progress(folder)
+            shutil.rmtree(Path(folder, LOGS, "progress"), ignore_errors=True)
             with quiet():
                 executor = RayPipelineExecutor(
                     pipeline=build(folder, stage.name),
@@ -141,11 +126,7 @@ class SlurmStage(SlurmPipelineExecutor):
 
 
 def submit_slurm(folder: str, workers: int, options: SlurmOptions) -> str:
-    """Submits a job array per stage, in order, and a last job that writes the manifest; returns the last job's id.
-
-    Raises:
-        ConfigurationError: no partition, or no Slurm here.
-    """
+    """Submits a job array per stage, in order, and a last job that writes the manifest; returns the last job's id."""
     if not options.partition:
         raise ConfigurationError("no Slurm partition", hint="Name one with --slurm.partition")
     after: str | None = None
@@ -192,11 +173,10 @@ def _stage(folder: str, name: str) -> Stage:
     return next(stage for stage in stages(read_plan(folder)) if stage.name == name)
 
 
-def _pool(processes: int, threads: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_start_worker, initargs=(threads,))
-
-
-def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[int]) -> None:
+def _run_in_pool(folder: str, stage: Stage, ranks: list[int], workers: int) -> None:
+    processes = min(workers, len(ranks))
+    threads = max(1, workers // processes)
+    pool = ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_start_worker, initargs=(threads,))
     try:
         futures = [pool.submit(run_task, folder, stage.name, rank) for rank in ranks]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -212,6 +192,8 @@ def _run_in(pool: ProcessPoolExecutor, folder: str, stage: Stage, ranks: list[in
             where=_logs(folder, stage),
             hint="Run the same command again to continue; fewer --workers need less memory",
         ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(threads: int) -> None:
@@ -230,11 +212,6 @@ def _executor(folder: str, stage: Stage, pipeline: list[Any] | None = None) -> L
 
 def _logs(folder: str, stage: Stage) -> str:
     return f"{folder}/{LOGS}/{stage.name}"
-
-
-def _sweep_progress(folder: str) -> None:
-    for path in Path(folder, LOGS, "progress").glob("*.json"):
-        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fat5.data.text.corpus import Chunk, Corpus, CorpusOptions, load_streamed
+from fat5.data.text.corpus import Corpus, load_streamed
+from fat5.data.text.rows import Chunk, CorpusOptions
 from fat5.data.tokenizer.loading import TokenizerInfo
 from fat5.errors import RunDirectoryError
 from fat5.files import is_count, parse_json, write_atomically
@@ -84,11 +85,7 @@ def write_plan(plan: PreparePlan, folder: Path) -> None:
 
 
 def read_plan(folder: str | Path) -> PreparePlan:
-    """The plan of a folder that `fat5 prepare` began.
-
-    Raises:
-        RunDirectoryError: no plan, or one of another version.
-    """
+    """The plan of a folder that `fat5 prepare` began; RunDirectoryError if there is none of this version."""
     path = Path(folder) / PLAN
     try:
         return _read_plan(str(path), path.stat().st_mtime_ns)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fat5.data.shards.plan import LOGS, PLAN, STEPS, PreparePlan, difference, make_plan, read_plan, write_plan
+from fat5.data.shards.plan import LOGS, PLAN, STEPS, difference, make_plan, read_plan, write_plan
 from fat5.data.shards.progress import watch
 from fat5.data.shards.token_shards import (
     MANIFEST,
@@ -23,8 +23,8 @@ from fat5.data.shards.token_shards import (
     read_manifest,
     verify,
 )
-from fat5.data.text.corpus import CorpusOptions, load_streamed, open_corpus
-from fat5.data.text.rows import BadRows, row_text
+from fat5.data.text.corpus import load_streamed, open_corpus
+from fat5.data.text.rows import BadRows, CorpusOptions, row_text
 from fat5.data.tokenizer.loading import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
 from fat5.files import locked, parse_json, write_atomically
@@ -111,9 +111,11 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
     plan = make_plan(corpus, config.name, config.steps, config.validation_fraction, tokenizer.info)
     fresh = not folder.exists()
     with _lock(folder):
-        begun = (folder / PLAN).exists()
-        if begun:
-            _check_plan(folder, plan)
+        if (folder / PLAN).exists():
+            found = difference(read_plan(folder.absolute()), plan)
+            if found:
+                hint = "Remove it to start anew, or choose a new --output_dir"
+                raise RunDirectoryError(f"was begun with {found}", where=folder, hint=hint)
             if (folder / MANIFEST).exists():
                 manifest = read_manifest(folder)
                 check_sizes(folder, manifest)
@@ -123,21 +125,20 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
             write_plan(plan, folder)
         try:
             with watch(folder, plan.bytes, progress):
-                handed_over = _run(folder, config)
-            return None if handed_over else finish(folder)
+                _run(str(folder.absolute()), config)
+            return None if config.executor == "slurm" else finish(folder)
         except FAT5Error:
             if not any((folder / LOGS / "shards").glob("*.json")):
-                _remove(folder, fresh)
+                for name in (LOGS, "tokenizer", *SPLITS):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                if fresh:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def finish(folder: Path) -> Manifest:
-    """Writes the manifest after the last task.
-
-    Raises:
-        DataError: tasks are missing, or no document had any text.
-    """
-    plan = read_plan(str(folder.absolute()))
+    """Writes the manifest after the last task; DataError if tasks are missing, or no document had any text."""
+    plan = read_plan(folder.absolute())
     shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for rank in range(len(plan.tasks)):
         path = folder / LOGS / "shards" / f"{rank:05d}.json"
@@ -183,11 +184,7 @@ def finish(folder: Path) -> Manifest:
 
 @contextmanager
 def _record(path: Path) -> Iterator[dict[str, Any]]:
-    """What a task wrote at its end.
-
-    Raises:
-        DataError: the file is damaged, or the body found a value of the wrong type in it.
-    """
+    """What a task wrote at its end; DataError if it, or a value that the body finds in it, is damaged."""
     try:
         content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
@@ -197,20 +194,15 @@ def _record(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError("damaged", where=path, hint="Remove the whole folder, and run fat5 prepare again") from error
 
 
-def _run(folder: Path, config: PrepareConfig) -> bool:
-    """Runs or submits the tasks; returns True if Slurm writes the manifest."""
+def _run(folder: str, config: PrepareConfig) -> None:
     from fat5.data.shards import executors
 
-    where = str(folder.absolute())
-    workers = config.workers or available_cores()
     if config.executor == "slurm":
-        executors.submit_slurm(where, config.workers or -1, config.slurm)
-        return True
-    if config.executor == "ray":
-        executors.run_ray(where, workers)
+        executors.submit_slurm(folder, config.workers or -1, config.slurm)
+    elif config.executor == "ray":
+        executors.run_ray(folder, config.workers or available_cores())
     else:
-        executors.run_local(where, workers)
-    return False
+        executors.run_local(folder, config.workers or available_cores())
 
 
 def _check(config: PrepareConfig) -> None:
@@ -244,14 +236,6 @@ def _check_folder(folder: Path) -> None:
             raise RunDirectoryError("holds something else", where=folder, hint="Choose a new or empty --output_dir")
 
 
-def _check_plan(folder: Path, plan: PreparePlan) -> None:
-    found = difference(read_plan(str(folder.absolute())), plan)
-    if found:
-        raise RunDirectoryError(
-            f"was begun with {found}", where=folder, hint="Remove it to start anew, or choose a new --output_dir"
-        )
-
-
 def _check_dataset(name: str, options: CorpusOptions) -> None:
     """Streams one row, so that a wrong column is found before any task starts."""
     row = next(iter(load_streamed(name, options)), None)
@@ -259,14 +243,6 @@ def _check_dataset(name: str, options: CorpusOptions) -> None:
         raise DataError("this dataset is empty", where=name)
     if options.on_bad_row == "refuse":
         row_text(row, options.text_column, name)
-
-
-def _remove(folder: Path, fresh: bool) -> None:
-    """Removes what a failed start wrote, and the folder itself if it is `fresh`."""
-    for name in (LOGS, "tokenizer", *SPLITS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

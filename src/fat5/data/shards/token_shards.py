@@ -57,7 +57,7 @@ class Manifest:
     @property
     def dtype(self) -> np.dtype:
         """Type of the token ids in a shard."""
-        return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
+        return np.dtype(f"<u{self.token_bytes}")
 
     def documents(self, split: str) -> int:
         """Documents in one split."""
@@ -76,11 +76,7 @@ class Manifest:
         """The text of `manifest.json`; equal manifests give equal texts."""
         content = {"format": FORMAT, "version": VERSION} | asdict(self)
         content["splits"] = {
-            split: {
-                "documents": self.documents(split),
-                "tokens": self.tokens(split),
-                "unknown": self.unknown(split),
-            }
+            split: {count: getattr(self, count)(split) for count in ("documents", "tokens", "unknown")}
             for split in self.shards
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -100,8 +96,7 @@ class TokenShards:
         self.entries = manifest.shards[split]
         self.dtype = manifest.dtype
         self._first = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries], dtype=np.int64)])
-        self._tokens: list[np.ndarray | None] = [None] * len(self.entries)
-        self._ends: list[np.ndarray | None] = [None] * len(self.entries)
+        self._maps: dict[Path, np.ndarray] = {}
         check_sizes(folder, manifest, split)
 
     @property
@@ -119,12 +114,6 @@ class TokenShards:
         """Tokens in this split."""
         return self.manifest.tokens(self.split)
 
-    def __len__(self) -> int:
-        return self.num_documents
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.document(index)
-
     def __iter__(self) -> Iterator[np.ndarray]:
         for shard in range(self.num_shards):
             tokens, ends = self.shard_tokens(shard), self.shard_ends(shard)
@@ -135,15 +124,10 @@ class TokenShards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers reopen the maps instead of copying them."""
-        return self.__dict__ | {"_tokens": [None] * self.num_shards, "_ends": [None] * self.num_shards}
+        return self.__dict__ | {"_maps": {}}
 
     def document(self, index: int) -> np.ndarray:
-        """Token ids of one document: a read-only view (length,) into the shard.
-
-        Raises:
-            IndexError: no such document.
-            DataError: the shard is damaged.
-        """
+        """Token ids of one document: a read-only view (length,) into the shard; IndexError if there is none."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -152,42 +136,27 @@ class TokenShards:
         start = int(ends[local - 1]) if local else 0
         return self.shard_tokens(shard)[start : int(ends[local])]
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of every document: int64 (num_documents,). Reads the index files only."""
-        parts = [np.diff(self.shard_ends(shard).astype(np.int64), prepend=0) for shard in range(self.num_shards)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
     def shard_tokens(self, shard: int) -> np.ndarray:
-        """All tokens of one shard, memory-mapped read-only; its hash is checked the first time.
-
-        Raises:
-            DataError: the shard is damaged.
-        """
-        tokens = self._tokens[shard]
-        if tokens is None:
-            entry = self.entries[shard]
-            path = self.folder / entry.file
+        """All tokens of one shard, memory-mapped read-only; DataError if its hash, checked the first time, is wrong."""
+        entry = self.entries[shard]
+        path = self.folder / entry.file
+        if path not in self._maps:
             check_hash(path, entry.sha256, self.folder, self.manifest)
-            tokens = self._tokens[shard] = _map(path, self.dtype)
-        return tokens
+            self._maps[path] = _map(path, self.dtype)
+        return self._maps[path]
 
     def shard_ends(self, shard: int) -> np.ndarray:
-        """Document ends of one shard, memory-mapped read-only uint64; its hash is checked the first time.
-
-        Raises:
-            DataError: the index is damaged.
-        """
-        ends = self._ends[shard]
-        if ends is None:
-            entry = self.entries[shard]
-            path = self.folder / f"{entry.file}.index"
+        """Document ends of one shard, memory-mapped read-only uint64; DataError as `shard_tokens`."""
+        entry = self.entries[shard]
+        path = self.folder / f"{entry.file}.index"
+        if path not in self._maps:
             check_hash(path, entry.index_sha256, self.folder)
             ends = _map(path, np.dtype("<u8"))
             last = int(ends[-1]) if ends.size else 0
             if last != entry.tokens or (ends[1:] < ends[:-1]).any():
                 raise DataError("does not divide its shard into documents", where=path, hint="Prepare it again")
-            self._ends[shard] = ends
-        return ends
+            self._maps[path] = ends
+        return self._maps[path]
 
 
 def open_shards(folder: str | Path, split: str = "train") -> TokenShards:
@@ -204,11 +173,7 @@ def open_shards(folder: str | Path, split: str = "train") -> TokenShards:
 
 
 def verify(folder: str | Path) -> Manifest:
-    """Checks every shard of every split against its SHA-256, even those that passed before.
-
-    Raises:
-        DataError: the first damaged file, named.
-    """
+    """Checks every shard of every split, even those that passed before; DataError names the first damaged file."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
@@ -227,11 +192,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
-        hint = (
-            "Run `fat5 prepare` again to finish it"
-            if (path.parent / "logs").exists()
-            else "Make it with `fat5 prepare`"
-        )
+        begun = (path.parent / "logs").exists()
+        hint = "Run `fat5 prepare` again to finish it" if begun else "Make it with `fat5 prepare`"
         raise DataError("no manifest.json: not a (complete) folder of token shards", where=folder, hint=hint)
     try:
         content = parse_json(path.read_bytes(), strict=True)
@@ -274,11 +236,7 @@ def read_entry(content: Any) -> ShardEntry:
 
 
 def check_sizes(folder: Path, manifest: Manifest, split: str | None = None) -> None:
-    """Raises DataError, naming the file, if a shard or its index is missing or has the wrong size.
-
-    Args:
-        split: checks this split only.
-    """
+    """Raises DataError, naming the file, if a shard or index (of one split) is missing or has the wrong size."""
     for entry in [entry for name in manifest.shards if split in (None, name) for entry in manifest.shards[name]]:
         if entry.bytes != entry.tokens * manifest.token_bytes:
             raise DataError(f"manifest contradicts itself about {entry.file}", where=folder, hint="Prepare it again")
@@ -293,13 +251,10 @@ def check_sizes(folder: Path, manifest: Manifest, split: str | None = None) -> N
 
 
 def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | None = None, again: bool = False) -> None:
-    """Raises DataError, naming the file, if its SHA-256 is not `expected`, or a token id is beyond the vocabulary.
+    """Raises DataError, naming the file, if its SHA-256 is not `expected`, or a token beyond the manifest's vocabulary.
 
-    A file that passed is remembered by size and modification time, so that a terabyte is not read at each start.
-
-    Args:
-        manifest: given for a file of tokens.
-        again: check even a file that passed before.
+    A file that passed is remembered by size and modification time, so that a terabyte is not read at each start;
+    `again` checks it even so.
     """
     stamp = folder / ".verified" / path.relative_to(folder).as_posix().replace("/", "--")
     status = path.stat()

@@ -73,11 +73,7 @@ class UrlBlocklists(URLFilter):
         self.tldextractor = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
     def filter(self, document: Any) -> Any:
-        """Keeps a document unless a blocklist has its URL.
-
-        Raises:
-            DataError: the document has no `url`.
-        """
+        """Keeps a document unless a blocklist has its URL; DataError if it has no `url`."""
         if not document.metadata.get("url"):
             raise DataError("no column 'url', which the step `urls` reads", where=document.id)
         return super().filter(document)
@@ -110,11 +106,7 @@ def _url_blocklists() -> UrlBlocklists:
 
 
 def check_models(steps: list[str]) -> None:
-    """Loads the packages and models of the steps, so that a missing one is found before the corpus is read.
-
-    Raises:
-        DataError: a package is missing, or a model cannot be fetched.
-    """
+    """Loads what the steps need before the corpus is read; DataError if a package or model is missing."""
     for spec in steps:
         if spec == "minhash":
             continue

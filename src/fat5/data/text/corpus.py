@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fat5.data.text.formats import CODECS, READ, TxtDocuments, extension_of, read_rows, sniff, split_points
-from fat5.data.text.rows import BadRows, CorpusRow, missing_column, row_text
+from fat5.data.text.formats import CODECS, READ, extension_of, read_rows, sniff, split
+from fat5.data.text.rows import BadRows, Chunk, CorpusOptions, CorpusRow, missing_column, row_text
 from fat5.errors import DataError
 
 SAMPLE = "sample:"
@@ -24,35 +24,6 @@ CHUNKS = 256
 NO_DATA = ("dataset_info.json", "dataset_infos.json")
 # Files that likely hold text, and are refused; others in a folder (README.md, pictures) are ignored.
 UNREAD = (*CODECS, ".lz4", ".br", ".lzma", ".tsv", ".ndjson", ".arrow")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of one file: bytes [start, stop) of a text file, row groups of Parquet, or all of a compressed file."""
-
-    path: str
-    start: int
-    stop: int
-    bytes: int
-
-
-@dataclass
-class CorpusOptions:
-    """How to read a corpus.
-
-    Args:
-        text_column: column (or JSON key) of the text; `translation.fr` is the key `fr` in `translation`.
-        on_bad_row: `refuse` stops at a row that cannot be read; `skip` counts it and continues.
-        txt_documents: a document in a .txt file is a `paragraph` (between blank lines), a `line`, or the whole `file`.
-        subset: configuration of a Hugging Face dataset, such as a language.
-        split: split of a Hugging Face dataset.
-    """
-
-    text_column: str = "text"
-    on_bad_row: Literal["refuse", "skip"] = "refuse"
-    txt_documents: TxtDocuments = "paragraph"
-    subset: str | None = None
-    split: str = "train"
 
 
 @dataclass
@@ -82,11 +53,7 @@ class Corpus:
 
     def chunks(self) -> list[Chunk]:
         """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB)."""
-        return [
-            Chunk(path, start, stop, size)
-            for path in self.files
-            for start, stop, size in split_points(path, self._chunk_bytes(), self.options.txt_documents)
-        ]
+        return [chunk for path in self.files for chunk in split(path, self._chunk_bytes(), self.options)]
 
     def tasks(self) -> list[list[Chunk]]:
         """Chunks in groups, so that a thousand tiny files do not make a thousand tasks."""
@@ -101,24 +68,15 @@ class Corpus:
         return groups
 
     def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[CorpusRow]:
-        """Rows of one chunk, with the other named columns that exist.
-
-        Raises:
-            DataError: a row that cannot be read (with file and line), unless such rows are skipped.
-        """
-        column, documents = self.options.text_column, self.options.txt_documents
-        for row in read_rows(chunk.path, chunk.start, chunk.stop, column, documents, columns):
+        """Rows of one chunk, with the other named columns that exist; DataError as `on_bad_row` says."""
+        for row in read_rows(chunk, self.options, columns):
             if isinstance(row, CorpusRow):
                 yield row
             else:
                 self._refuse_or_count(row)
 
     def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> CorpusRow | None:
-        """One row that `load_streamed` gave; None if it is skipped.
-
-        Raises:
-            DataError: no text in the text column.
-        """
+        """One row that `load_streamed` gave; if it has no text column it is refused, or skipped as None."""
         try:
             text = row_text(row, self.options.text_column, where)
         except DataError as error:
@@ -179,12 +137,9 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
 
 
 def sample_path(language: str = "fr") -> Path:
-    """The sample corpus that ships with FAT5, in one language: gzipped JSON lines of `id`, `chapter`, `text`.
+    """The sample corpus that ships with FAT5, in fr, en or de: gzipped JSON lines of `id`, `chapter`, `text`.
 
     It holds paragraphs of the Debian Administrator's Handbook; those of one `id` are translations of each other.
-
-    Raises:
-        DataError: no sample in that language.
     """
     if language not in SAMPLE_LANGUAGES:
         raise DataError(f"no sample corpus in {language!r}", hint=f"Choose from {', '.join(SAMPLE_LANGUAGES)}")
@@ -206,11 +161,7 @@ def is_dataset(name: str) -> bool:
 
 
 def load_streamed(name: str, options: CorpusOptions) -> Any:
-    """A Hugging Face dataset as a stream; code that comes with a dataset is never run.
-
-    Raises:
-        DataError: it cannot be opened, or lacks the text column.
-    """
+    """A Hugging Face dataset as a stream, checked for the text column; code that comes with a dataset is never run."""
     import datasets
 
     try:

@@ -10,13 +10,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fat5.data.text.rows import LARGEST_DOCUMENT, CorpusRow, Lines, missing_column, row_text
+from fat5.data.text.rows import LARGEST_DOCUMENT, Chunk, CorpusOptions, CorpusRow, Lines, missing_column, row_text
 from fat5.errors import DataError
 from fat5.files import PICKLE_HEADS, parse_json
 
-TxtDocuments = Literal["paragraph", "line", "file"]
 CODECS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00"}
 TEXT_FORMS = (".txt", ".jsonl", ".json", ".csv")
 EXTENSIONS = (*(form + codec for form in TEXT_FORMS for codec in ("", *CODECS)), ".parquet")
@@ -44,11 +43,7 @@ def extension_of(name: str) -> str | None:
 
 
 def sniff(path: str) -> None:
-    """Checks the first bytes of a file against its extension.
-
-    Raises:
-        DataError: unknown extension, empty, binary, or another format than the extension says.
-    """
+    """Raises DataError if a file is empty or binary, or its first bytes belie its extension."""
     extension = extension_of(path)
     if extension is None:
         raise DataError("unknown extension", where=path, hint=READ)
@@ -71,32 +66,21 @@ def sniff(path: str) -> None:
         )
 
 
-def split_points(path: str, target: int, txt_documents: TxtDocuments) -> Iterator[tuple[int, int, int]]:
-    """Parts of a file that can be read independently: (start, stop, bytes), of about `target` bytes each.
-
-    Starts and stops are bytes for .txt, .jsonl and .json, and row groups for .parquet; (0, -1) is a file read whole.
-    """
+def split(path: str, target: int, options: CorpusOptions) -> Iterator[Chunk]:
+    """Parts of a file that can be read independently, of about `target` bytes each; (0, -1) is a file read whole."""
     extension, size = extension_of(path), os.path.getsize(path)
     if extension == ".parquet":
         yield from _row_groups(path, target)
-    elif extension in (".jsonl", ".json") or (extension == ".txt" and txt_documents != "file"):
+    elif extension in (".jsonl", ".json") or (extension == ".txt" and options.txt_documents != "file"):
         parts = max(1, round(size / target))
-        points = [size * part // parts for part in range(parts + 1)]
-        for start, stop in pairwise(points):
-            yield start, stop, stop - start
+        for start, stop in pairwise(size * part // parts for part in range(parts + 1)):
+            yield Chunk(path, start, stop, stop - start)
     else:
-        yield 0, -1, size
+        yield Chunk(path, 0, -1, size)
 
 
-def read_rows(
-    path: str,
-    start: int,
-    stop: int,
-    text_column: str = "text",
-    txt_documents: TxtDocuments = "paragraph",
-    columns: Sequence[str] = (),
-) -> Iterator[CorpusRow | DataError]:
-    """Rows of one part of a file, from `split_points`. A row without text has the text "".
+def read_rows(chunk: Chunk, options: CorpusOptions, columns: Sequence[str] = ()) -> Iterator[CorpusRow | DataError]:
+    """Rows of one part of a file. A row without text has the text "".
 
     For a row that cannot be read, its error is yielded, with file and line; the rows after it follow.
 
@@ -105,21 +89,26 @@ def read_rows(
     """
     import zstandard
 
+    path = chunk.path
     extension = extension_of(path) or ""
-    if start == stop:
+    if chunk.start == chunk.stop:
         return
     try:
         if extension == ".parquet":
-            yield from _parquet(path, start, stop, text_column, columns)
+            yield from _parquet(chunk, options.text_column, columns)
         elif extension.startswith(".csv"):
-            yield from _csv(path, text_column, columns)
-        elif extension.startswith(".txt"):
-            yield from _txt(path, start, stop, txt_documents)
+            yield from _csv(path, options.text_column, columns)
+        elif not extension.startswith(".txt"):
+            yield from _jsonl(chunk, options.text_column, columns)
+        elif options.txt_documents == "paragraph":
+            yield from _paragraphs(chunk)
+        elif options.txt_documents == "line":
+            yield from _text_lines(chunk)
         else:
-            yield from _jsonl(path, start, stop, text_column, columns)
+            yield _whole_file(path)
+    except gzip.BadGzipFile as error:
+        raise DataError("gzip data is damaged", where=path, hint="Fetch it again") from error
     except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise DataError("gzip data is damaged", where=path, hint="Fetch it again") from error
         raise DataError(f"cannot be read ({error.strerror or error})", where=path) from error
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(
@@ -127,12 +116,10 @@ def read_rows(
         ) from error
 
 
-def _jsonl(
-    path: str, start: int, stop: int, text_column: str, columns: Sequence[str]
-) -> Iterator[CorpusRow | DataError]:
+def _jsonl(chunk: Chunk, text_column: str, columns: Sequence[str]) -> Iterator[CorpusRow | DataError]:
     import orjson
 
-    lines = Lines(path, start, stop)
+    lines = Lines(chunk.path, chunk.start, chunk.stop)
     # If the column's name stands before a colon twice, an object may have the key twice.
     names = [json.dumps(name, ensure_ascii=False).encode() for name in {text_column, *text_column.split(".")}]
     keys = [(name, re.compile(re.escape(name) + rb"\s*:")) for name in names]
@@ -168,29 +155,24 @@ def _careful_json(line: str, lines: Lines) -> Any:
         raise DataError(f"not JSON ({error})", where=lines.where(), hint=_HOW_LINES_LOOK) from error
 
 
-def _txt(path: str, start: int, stop: int, documents: TxtDocuments) -> Iterator[CorpusRow | DataError]:
-    if documents == "file":
-        yield _whole_file(path)
-    elif documents == "line":
-        lines = Lines(path, start, stop)
-        for line in lines:
-            try:
-                found: CorpusRow | DataError = CorpusRow(lines.text(line).rstrip("\r\n"), lines.position, {})
-            except DataError as error:
-                found = error
-            yield found
-    else:
-        yield from _paragraphs(path, start, stop)
+def _text_lines(chunk: Chunk) -> Iterator[CorpusRow | DataError]:
+    lines = Lines(chunk.path, chunk.start, chunk.stop)
+    for line in lines:
+        try:
+            found: CorpusRow | DataError = CorpusRow(lines.text(line).rstrip("\r\n"), lines.position, {})
+        except DataError as error:
+            found = error
+        yield found
 
 
-def _paragraphs(path: str, start: int, stop: int) -> Iterator[CorpusRow | DataError]:
-    # A paragraph belongs to the part with the blank line before it; reading goes past `stop` to finish it.
-    lines = Lines(path, start, -1)
-    ours = start == 0
+def _paragraphs(chunk: Chunk) -> Iterator[CorpusRow | DataError]:
+    # A paragraph belongs to the part with the blank line before it; reading goes past the part to finish it.
+    lines = Lines(chunk.path, chunk.start)
+    ours = chunk.start == 0
     kept: list[str] = []
     size = 0
     for line in lines:
-        past = 0 <= stop <= lines.begin
+        past = 0 <= chunk.stop <= lines.begin
         if line.isspace():
             if kept:
                 yield CorpusRow("".join(kept).rstrip("\r\n"), lines.position, {})
@@ -282,29 +264,28 @@ class _CsvLines(Lines):
             return line.decode("utf-8", "replace")
 
 
-def _row_groups(path: str, target: int) -> Iterator[tuple[int, int, int]]:
-    """(first, past the last, bytes) of runs of row groups with about `target` bytes each."""
+def _row_groups(path: str, target: int) -> Iterator[Chunk]:
+    """Runs of row groups with about `target` bytes each."""
     metadata = _open_parquet(path).metadata
     first, filled = 0, 0
     for group in range(metadata.num_row_groups):
         filled += metadata.row_group(group).total_byte_size
         if filled >= target or group + 1 == metadata.num_row_groups:
-            yield first, group + 1, filled
+            yield Chunk(path, first, group + 1, filled)
             first, filled = group + 1, 0
 
 
-def _parquet(
-    path: str, start: int, stop: int, text_column: str, columns: Sequence[str]
-) -> Iterator[CorpusRow | DataError]:
+def _parquet(chunk: Chunk, text_column: str, columns: Sequence[str]) -> Iterator[CorpusRow | DataError]:
     import pyarrow
 
+    path = chunk.path
     file = _open_parquet(path)
     _check_parquet(file.schema_arrow, text_column, path)
     names = file.schema_arrow.names
     wanted = [text_column, *(name for name in columns if name in names and name != text_column)]
     position = 0
     try:
-        for group in range(start, stop):
+        for group in range(chunk.start, chunk.stop):
             metadata = file.metadata.row_group(group)
             size, count = metadata.total_byte_size, max(1, metadata.num_rows)
             done = 0

@@ -6,7 +6,7 @@ import io
 import lzma
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from fat5.errors import DataError
 
@@ -14,6 +14,35 @@ from fat5.errors import DataError
 LARGEST_DOCUMENT = 32 << 20
 # 4 bytes of Zstandard can hold 128 KiB, so this much compressed data makes 16 MiB at most.
 ZSTANDARD_INPUT = 512
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of one file: bytes [start, stop) of a text file, row groups of Parquet, or all of a compressed file."""
+
+    path: str
+    start: int
+    stop: int
+    bytes: int
+
+
+@dataclass
+class CorpusOptions:
+    """How to read a corpus.
+
+    Args:
+        text_column: column (or JSON key) of the text; `translation.fr` is the key `fr` in `translation`.
+        on_bad_row: `refuse` stops at a row that cannot be read; `skip` counts it and continues.
+        txt_documents: a document in a .txt file is a `paragraph` (between blank lines), a `line`, or the whole `file`.
+        subset: configuration of a Hugging Face dataset, such as a language.
+        split: split of a Hugging Face dataset.
+    """
+
+    text_column: str = "text"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
+    subset: str | None = None
+    split: str = "train"
 
 
 @dataclass(slots=True)
@@ -39,10 +68,9 @@ class BadRows:
 
 
 def row_text(row: Mapping[str, Any], column: str, where: object) -> str:
-    """The text of one row, or "" if it is null. The column `translation.fr` is the key `fr` in `translation`.
+    """The text of one row, or "" if it is null; DataError if there is no such column, or no string in it.
 
-    Raises:
-        DataError: no such column, or no string in it.
+    The column `translation.fr` is the key `fr` in `translation`.
     """
     text: Any = row
     for name in [column] if column in row or "." not in column else column.split("."):
@@ -117,11 +145,7 @@ class Lines:
             raise DataError(f"a line longer than {LARGEST_DOCUMENT >> 20} MiB", where=self.where(), hint="Break it up")
 
     def text(self, line: bytes) -> str:
-        """The last line as text, without a byte order mark.
-
-        Raises:
-            DataError: too long, or not UTF-8.
-        """
+        """The last line as text, without a byte order mark; DataError if it is too long, or not UTF-8."""
         self.check(line)
         try:
             text = line.decode("utf-8")

@@ -42,8 +42,8 @@ from fat5.files import naming, refuse_pickle
 class TokenizerInfo:
     """The ids that a data pipeline needs.
 
-    `vocab_size` is the size of the embedding: the number of ids, rounded up to a multiple of 128. `sentinel_ids[i]` is
-    the id of `<extra_id_i>`. `sha256` is the hash of `tokenizer.json` as FAT5 saves it.
+    `vocab_size` is that of the embedding: the number of ids, rounded up to a multiple of 128. `sentinel_ids[i]` is the
+    id of `<extra_id_i>`. `sha256` is the hash of `tokenizer.json` as FAT5 saves it.
     """
 
     vocab_size: int
@@ -62,7 +62,7 @@ class TokenizerInfo:
     @property
     def dtype(self) -> np.dtype:
         """Little-endian unsigned integers of `token_bytes`."""
-        return np.dtype("<u2" if self.token_bytes == 2 else "<u4")
+        return np.dtype(f"<u{self.token_bytes}")
 
 
 class Tokenizer:
@@ -166,8 +166,7 @@ class Tokenizer:
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes documents as plain text, without special tokens.
 
-        Returns:
-            Token ids of all texts one after another, uint16 or uint32, and the number of each, int64 (len(texts),).
+        Returns their token ids one after another, uint16 or uint32, and the number of each, int64 (len(texts),).
         """
         ids = _ids(self._documents, texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))

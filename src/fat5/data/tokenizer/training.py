@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fat5.data.text.corpus import Corpus, CorpusOptions, open_corpus
+from fat5.data.text.corpus import Corpus, open_corpus
+from fat5.data.text.rows import CorpusOptions
 from fat5.data.tokenizer.json_file import EOS, MODES, MULTIPLE, PAD, UNK, added_token, append_eos
 from fat5.data.tokenizer.loading import Tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
