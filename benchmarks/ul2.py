@@ -148,7 +148,7 @@ def measure(name: str, lengths: np.ndarray, tokens_a_round: int, repeats: int) -
             while tokens < tokens_a_round:
                 batch = next(batches)
                 tokens += batch.tokens
-                fills.append((batch.encoder_fill, batch.decoder_fill))
+                fills.append((int(batch.cu_seqlens[-1]) / encoder_tokens, batch.num_items / decoder_tokens))
             counts["fat5"].append(tokens)
 
         documents = _endless(shards)

@@ -42,16 +42,6 @@ class PackedBatch:
     tokens: int
 
     @property
-    def encoder_fill(self) -> float:
-        """Share of the encoder budget in use."""
-        return int(self.cu_seqlens[-1]) / self.input_ids.numel()
-
-    @property
-    def decoder_fill(self) -> float:
-        """Share of the decoder budget in use."""
-        return int(self.decoder_cu_seqlens[-1]) / self.labels.numel()
-
-    @property
     def num_items(self) -> int:
         """Target tokens, by which a loss summed over the batch is divided."""
         return int(self.decoder_cu_seqlens[-1])

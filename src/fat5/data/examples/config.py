@@ -1,6 +1,7 @@
 """The keys of batches and of mixtures; imports no torch and no numba, so that a verb's --help answers at once."""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from fat5.errors import ConfigurationError, check_whole
 
@@ -8,16 +9,8 @@ BUDGET_MULTIPLE = 128
 EXAMPLE_TOKENS = 16  # encoder tokens of a pack per example it may hold
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The limits of one pack, and how far the planner looks ahead.
-
-    Attributes:
-        encoder_tokens: encoder tokens of a pack.
-        decoder_tokens: decoder tokens of a pack.
-        max_examples: most examples of a pack, which closes a pack of tiny documents.
-        window: examples to choose from.
-    """
+class Budget(NamedTuple):
+    """The limits of one pack; a pack of tiny documents closes at `max_examples`. The planner chooses among `window`."""
 
     encoder_tokens: int
     decoder_tokens: int

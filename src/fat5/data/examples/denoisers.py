@@ -66,19 +66,12 @@ class Denoiser:
         return self.r == 0
 
     def spans(self, length: int, num_sentinels: int = DEFAULT_SENTINELS) -> tuple[int, int]:
-        """(noise tokens, spans) for a document of `length` >= 2 tokens.
-
-        Rounding is half to even on float64 products, as NumPy's and TensorFlow's `round`.
-        """
+        """(noise tokens, spans) for a document of `length` >= 2 tokens, rounded half to even on float64 products."""
         noise, spans = self.span_tables(np.array([length]), num_sentinels)
         return int(noise[0]), int(spans[0])
 
     def lengths(self, length: int, num_sentinels: int = DEFAULT_SENTINELS) -> tuple[int, int]:
-        """(encoder tokens, decoder tokens) of an example made of `length` >= 2 tokens, specials included.
-
-        Raises:
-            DataError: fewer than 2 tokens.
-        """
+        """(encoder tokens, decoder tokens) of an example of `length` tokens, specials included; DataError below 2."""
         if length < 2:
             raise DataError(f"a document of {length} tokens is too short to corrupt", hint="Give at least 2 tokens")
         noise, spans = self.spans(length, num_sentinels)
@@ -98,11 +91,7 @@ class Denoiser:
         return noise.astype(np.int32), spans.astype(np.int32)
 
     def mode_id(self, info: TokenizerInfo) -> int:
-        """Id of the mode token, or -1 for none.
-
-        Raises:
-            TokenizerError: the tokenizer has no such mode token.
-        """
+        """Id of the mode token, or -1 for none; TokenizerError if the tokenizer lacks it."""
         if self.prefix is None:
             return -1
         if self.prefix not in info.mode_ids:
@@ -116,11 +105,7 @@ class Denoiser:
     def __call__(
         self, tokens: Sequence[int] | np.ndarray, info: TokenizerInfo, *, seed: int = 0, epoch: int = 0, piece: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Corrupts one document; the same (seed, epoch, piece) always gives the same spans.
-
-        Args:
-            tokens: (L,) ids of a document, L >= 2, without EOS.
-            info: the tokenizer's sentinels, mode tokens and EOS.
+        """Corrupts one document of L >= 2 ids without EOS; the same (seed, epoch, piece) always gives the same spans.
 
         Returns:
             inputs, targets: int64 arrays of `lengths(L)` tokens.
@@ -242,8 +227,7 @@ def reconstruct(
 ) -> np.ndarray:
     """The document behind an example: the inputs, with each sentinel replaced by its span of the targets.
 
-    Raises:
-        DataError: inputs and targets do not belong together.
+    DataError if inputs and targets do not belong together.
     """
     inputs, targets = np.asarray(inputs, np.int64), np.asarray(targets, np.int64)
     sentinels = sentinel_array(info)
@@ -267,11 +251,7 @@ def reconstruct(
 
 
 def sentinel_array(info: TokenizerInfo) -> np.ndarray:
-    """The sentinel ids in order, int64.
-
-    Raises:
-        TokenizerError: the tokenizer has none.
-    """
+    """The sentinel ids in order, int64; TokenizerError if there are none."""
     if not info.sentinel_ids:
         raise TokenizerError(
             "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, …",
@@ -281,11 +261,7 @@ def sentinel_array(info: TokenizerInfo) -> np.ndarray:
 
 
 def split_seed(seed: int) -> tuple[int, int]:
-    """A seed as the two 32-bit words of a Philox key.
-
-    Raises:
-        ConfigurationError: not a whole number in [0, 2^63).
-    """
+    """A seed in [0, 2^63) as the two 32-bit words of a Philox key; ConfigurationError for any other."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise ConfigurationError(f"seed must be a whole number in [0, 2^63), not {seed!r}", where="seed")
     return int(seed) & kernels.MASK32, int(seed) >> 32

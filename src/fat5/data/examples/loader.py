@@ -14,7 +14,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import astuple
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -73,10 +72,7 @@ class Loader(ABC, Generic[Batch]):
 
     @abstractmethod
     def examples(self) -> Iterator[tuple[Examples, State | None]]:
-        """Yields the examples of each batch from the loader's state on.
-
-        With the last batch of a step comes the state after it, with the others None.
-        """
+        """Yields the examples of each batch from the state on; with a step's last batch the state after it."""
 
     @abstractmethod
     def write(self, examples: Examples) -> Batch:
@@ -86,11 +82,6 @@ class Loader(ABC, Generic[Batch]):
     def step(self) -> int:
         """The step the next batch belongs to."""
         return int(self._state["step"])
-
-    @property
-    def passes(self) -> list[float]:
-        """Passes over each source, up to the start of this step."""
-        return self.stream.passes(int(self._state["cursor"]))
 
     def __iter__(self) -> Iterator[Batch]:
         batches = batches_from_workers(self, self._workers) if self._workers.number else batches_here(self)
@@ -111,12 +102,10 @@ class Loader(ABC, Generic[Batch]):
         return self._state | {"micro_batch": self._consumed}
 
     def load_state_dict(self, state: State) -> None:
-        """Continues from `state_dict()`, at the next `iter()`; at a step's end also under another world size,
-        worker count, packs_per_step or packs_per_micro_batch.
+        """Continues from `state_dict()`, at the next `iter()`; at a step's end also under another division.
 
         Raises:
-            ConfigurationError: the state belongs to other data, another seed, mixture or packing, or was saved in the
-                middle of a step that was divided otherwise.
+            ConfigurationError: the state is of another order, or from the middle of a step that was divided otherwise.
         """
         self._check(state)
         self._consumed = int(state["micro_batch"])
@@ -175,7 +164,7 @@ class PackedLoader(Loader[PackedBatch]):
         self, stream: PieceStream, config: BatchConfig, *, rank: int = 0, world_size: int = 1, **workers: Any
     ) -> None:
         share = world_size * config.packs_per_micro_batch
-        packing = list(astuple(config.budget()))
+        packing = list(config.budget())
         micro_batches = config.packs_per_step // share
         super().__init__(
             stream, config.packs_per_step, micro_batches, packing, rank=rank, world_size=world_size, **workers

@@ -235,8 +235,7 @@ class PieceStream:
 def blend(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One period of the interleaving: (source, earlier draws of that source in the period), and draws of each a period.
 
-    Each source's draws are spread evenly (the k-th of c at (k + 1/2) / c of the period). A source always has at least
-    one draw a period, so shares are exact to 1 in 16,384.
+    Each source's draws, at least one a period, are spread evenly: the k-th of c at (k + 1/2) / c.
     """
     if shares.size == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)

@@ -24,12 +24,7 @@ class Window:
     def __init__(
         self, budget: Budget, source: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], end: int | None = None
     ) -> None:
-        """
-        Args:
-            budget: of each pack.
-            source: stream positions (int64) → encoder and decoder lengths (int64).
-            end: number of stream positions; None for an endless stream.
-        """
+        """`source` maps stream positions to encoder and decoder lengths; `end` is None for an endless stream."""
         self.budget = budget
         self._source = source
         self._end = end
@@ -109,7 +104,7 @@ def pack(
     encoder, decoder = np.asarray(encoder_lengths, np.int64), np.asarray(decoder_lengths, np.int64)
     most = max(encoder.size, 1) if max_examples is None else max_examples
     budget = Budget(encoder_tokens, decoder_tokens, most, window)
-    for name, value in vars(budget).items():
+    for name, value in budget._asdict().items():
         if value < 1:
             raise ConfigurationError(f"must be above 0, not {value}", where=name)
     if encoder.ndim != 1 or encoder.shape != decoder.shape:
@@ -138,8 +133,7 @@ def fill(packs: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> fl
 def suggest_budgets(mean_encoder: float, mean_decoder: float, encoder_tokens: int) -> tuple[int, int]:
     """Budgets in the ratio of the mean lengths, rounded up to multiples of 128.
 
-    The decoder gets half a percent more, so that the encoder is the tighter side: of two sides equally tight, chance
-    would leave both unfilled.
+    The decoder gets half a percent more: of two sides equally tight, chance would leave both unfilled.
     """
     encoder = -(-encoder_tokens // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
     decoder = encoder * mean_decoder / mean_encoder * (1 + SLACK)

@@ -60,22 +60,29 @@ def stages(plan: PreparePlan) -> list[Stage]:
 def build(folder: str, stage: str) -> list[Any]:
     """The datatrove pipeline of one stage, for one task: some steps count as they run."""
     plan = read_plan(folder)
-    read: list[Any] = [_reader(plan, folder)]
+    columns = ("url",) if "urls" in plan.steps else ()
+    reader = CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
+    read: list[Any] = [reader]
     if plan.steps:
         from fat5.data.text.cleaning import build_step
 
         read += [build_step(spec) for spec in plan.steps if spec != "minhash"]
     if not plan.deduplicated:
         return [*read, ShardWriter(folder)]
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
     from datatrove.pipeline.dedup.minhash import MinhashConfig
 
-    from fat5.data.text.cleaning import Signatures
+    from fat5.data.text.cleaning import UnicodeWords
 
     config = MinhashConfig(num_buckets=MINHASH_BUCKETS)
     work = f"{folder}/{LOGS}/minhash"
     if stage == "signatures":
-        return [*read, Signatures(f"{work}/signatures", config)]
+        return [*read, MinhashDedupSignature(f"{work}/signatures", config, language=UnicodeWords())]
     if stage == "buckets":
         return [MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets", config=config)]
     if stage == "clusters":
@@ -226,11 +233,6 @@ class _ShardFile:
             "index_sha256": hashlib.sha256(ends.tobytes()).hexdigest(),
             "unknown": self.unknown,
         }
-
-
-def _reader(plan: PreparePlan, folder: str) -> Any:
-    columns = ("url",) if "urls" in plan.steps else ()
-    return CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
 
 
 def _write_bad_rows(folder: str, rank: int, bad_rows: BadRows) -> None:

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from datatrove.pipeline.dedup import MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.filters import (
     C4QualityFilter,
     GopherQualityFilter,
@@ -54,13 +52,6 @@ class UnicodeWords(WordTokenizer):
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of each sentence."""
         return [match.span() for match in _SENTENCE.finditer(text) if match.group().strip()]
-
-
-class Signatures(MinhashDedupSignature):
-    """MinHash signatures over words found by Unicode rules."""
-
-    def __init__(self, output_folder: str, config: MinhashConfig) -> None:
-        super().__init__(output_folder, config, language=UnicodeWords())
 
 
 class UrlBlocklists(URLFilter):

@@ -108,10 +108,7 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
     """Opens files, folders (searched recursively), or one Hugging Face dataset.
 
     `owner/name` is a dataset of the hub if there is no such path; `hf:NAME` always is. `sample:fr` (en, de) is the
-    sample corpus that ships with FAT5.
-
-    Raises:
-        DataError: no such file, an unknown extension, an empty file or folder, or content that belies the extension.
+    sample corpus that ships with FAT5. DataError if an input is missing or empty, or its content belies its extension.
     """
     options = options or CorpusOptions()
     if not inputs:

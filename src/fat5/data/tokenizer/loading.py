@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,22 +171,16 @@ class Tokenizer:
         """
         ids = _ids(self._documents, texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        tokens = np.empty(int(lengths.sum()), self.info.dtype)
-        start = 0
-        for one in ids:
-            tokens[start : start + len(one)] = one
-            start += len(one)
+        tokens = np.fromiter(chain.from_iterable(ids), self.info.dtype, int(lengths.sum()))
         if self._reserved[tokens].any():
             raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
         return tokens, lengths
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
-        """Ids of one text, without EOS.
+        """Ids of one text, without EOS. With `special`, names of special tokens in it become their ids.
 
-        Args:
-            special: names of special tokens in the text become their ids.
-            after: the text before it, if a token ends between the two: alone, SentencePiece would put a space before
-                the comma of ", un".
+        `after` is the text before it, if a token ends between the two: alone, SentencePiece would put a space before
+        the comma of ", un".
         """
         if special:
             return _ids(self.backend, [text])[0]
@@ -198,9 +193,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:
         """Text of some ids; special tokens appear by name unless skipped, and ids above the vocabulary do not appear.
 
-        Args:
-            after: the ids before them. SentencePiece and WordPiece write no space before the first word of a text, so
-                a span decoded alone lacks the space to its left.
+        `after` are the ids before them: SentencePiece and WordPiece write no space before the first word of a text.
         """
         before = [int(index) for index in after if int(index) < self.size]
         kept = [*before, *(int(index) for index in ids if int(index) < self.size)]
@@ -288,11 +281,7 @@ def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_stock(name: str | Path, cls: Any = None) -> Any:
-    """Loads a tokenizer from a folder or the hub with `AutoTokenizer` or `cls`; code that comes with it never runs.
-
-    Raises:
-        TokenizerError: it cannot be read, or its class needs files that the folder does not have.
-    """
+    """Loads a tokenizer from a folder or the hub with `AutoTokenizer` or `cls`; code that comes with it never runs."""
     from transformers import AutoTokenizer
 
     try:
