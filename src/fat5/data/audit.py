@@ -20,7 +20,7 @@ from fat5.data.examples.packing import fill, pack, suggest_budgets
 from fat5.data.examples.padded import unpack
 from fat5.data.shards.token_shards import open_shards
 from fat5.data.tokenizer.loading import Tokenizer, TokenizerInfo, load_tokenizer
-from fat5.errors import ConfigurationError, TokenizerError, check_whole, check_writable
+from fat5.errors import ConfigurationError, check_whole, check_writable
 from fat5.files import naming, write_atomically
 
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
@@ -196,13 +196,8 @@ def _open(config: AuditConfig) -> tuple[list[WeightedShards], Tokenizer]:
     check_whole(config.encoder_tokens, "encoder_tokens")
     check_writable(config.output_dir, folder=True, key="output_dir")
     shards = [open_shards(folder, config.split) for folder in config.inputs]
-    tokenizers = [load_tokenizer(Path(folder) / "tokenizer") for folder in config.inputs]
-    for folder, tokenizer in zip(config.inputs, tokenizers):
-        if tokenizer.info.sha256 != tokenizers[0].info.sha256:
-            raise TokenizerError(
-                f"prepared with another tokenizer than {config.inputs[0]}", where=folder, hint="Prepare both with one"
-            )
-    return [WeightedShards(*pair) for pair in zip(shards, weights)], tokenizers[0]
+    tokenizer = load_tokenizer(Path(config.inputs[0]) / "tokenizer")
+    return [WeightedShards(*pair) for pair in zip(shards, weights)], tokenizer
 
 
 def _measure(config: AuditConfig, stream: PieceStream) -> dict[str, np.ndarray]:

@@ -158,14 +158,8 @@ class MixtureOfDenoisers:
         return cls.of(MIXTURES[name])
 
     @classmethod
-    def of(
-        cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]] | MixtureOfDenoisers | Denoiser
-    ) -> MixtureOfDenoisers:
+    def of(cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]]) -> MixtureOfDenoisers:
         """A mixture from its form in YAML: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
-        if isinstance(mixture, MixtureOfDenoisers):
-            return mixture
-        if isinstance(mixture, Denoiser):
-            return cls([mixture], [1.0])
         if isinstance(mixture, str):
             return cls.named(mixture)
         if not isinstance(mixture, Sequence):

@@ -210,10 +210,7 @@ def fill_pack(encoder, decoder, taken, limits, used, mean, overall, chosen):  # 
                     best_tail[:] = tail
             if best_free < good:
                 break
-        if held == 0:
-            pick = 0
-        else:
-            pick = _steer(encoder, decoder, taken, count, room, used, target)
+        pick = _steer(encoder, decoder, taken, count, room, used, target) if held else 0
         if pick < 0:
             break
         taken[pick] = True

@@ -22,13 +22,12 @@ from fat5.data.examples.batch import PackedBatch, write_packed
 from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.kernels import Examples
 from fat5.data.examples.order import PieceStream
-from fat5.data.examples.packing import Window
+from fat5.data.examples.packing import ENDLESS, Window
 from fat5.data.examples.workers import WorkerOptions, batches_from_workers, batches_here
 from fat5.errors import ConfigurationError, check_whole
 from fat5.files import is_count
 
 STATE_VERSION = 1
-FURTHEST = 1 << 62  # stream positions are int64, and a window is drawn beyond the cursor
 State = dict[str, Any]
 Batch = TypeVar("Batch")
 
@@ -130,7 +129,7 @@ class Loader(ABC, Generic[Batch]):
         except (KeyError, TypeError) as error:
             raise ConfigurationError("not the state of a data loader", where="data state") from error
         fits = all(map(is_count, integers)) and all(
-            position < state["cursor"] < FURTHEST for position in state["window"]
+            position < state["cursor"] < ENDLESS for position in state["window"]
         )
         if not fits or state["version"] != STATE_VERSION:
             raise ConfigurationError("not the state of a data loader of this version", where="data state")
@@ -191,7 +190,7 @@ class PackedLoader(Loader[PackedBatch]):
             step += 1
             after = self._state_at(step, window.cursor, window.positions.tolist())
             for turn in range(first, self.micro_batches_per_step):
-                positions = np.concatenate([p for p in mine[turn * width : (turn + 1) * width] if p is not None])
+                positions = np.concatenate(mine[turn * width : (turn + 1) * width])
                 last = turn == self.micro_batches_per_step - 1
                 yield self.stream.resolve(positions), after if last else None
             first = 0

@@ -15,6 +15,7 @@ from fat5.errors import ConfigurationError, DataError
 DEFAULT_WINDOW = 1024
 SLACK = 0.005
 TINY = 1e-9  # stands for the mean of a side that is always empty
+ENDLESS = 1 << 62  # stream positions are int64, and a window is drawn beyond the cursor
 MEAN_SAMPLE = 4096  # examples whose mean lengths stand for the stream's
 
 
@@ -22,13 +23,13 @@ class Window:
     """Waiting examples, oldest first, by stream position and lengths."""
 
     def __init__(
-        self, budget: Budget, source: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], end: int | None = None
+        self, budget: Budget, source: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], end: int = ENDLESS
     ) -> None:
-        """`source` maps stream positions to encoder and decoder lengths; `end` is None for an endless stream."""
+        """`source` maps stream positions to encoder and decoder lengths; `end` is their number."""
         self.budget = budget
         self._source = source
         self._end = end
-        sample = source(np.arange(MEAN_SAMPLE if end is None else min(end, MEAN_SAMPLE), dtype=np.int64))
+        sample = source(np.arange(min(end, MEAN_SAMPLE), dtype=np.int64))
         self._overall = np.array([max(float(lengths.mean()), TINY) if lengths.size else 1.0 for lengths in sample])
         self._chosen = np.empty(budget.max_examples, np.int64)
         self.restore(0, np.empty(0, np.int64))
@@ -39,18 +40,18 @@ class Window:
         self.positions = np.array(waiting, dtype=np.int64)
         self.encoder, self.decoder = self._source(self.positions)
 
-    def next_pack(self) -> np.ndarray | None:
-        """Stream positions of the next pack, in the order it holds them (oldest first), or None when all are packed."""
+    def next_pack(self) -> np.ndarray:
+        """Stream positions of the next pack, oldest first; none when all are packed."""
         self._refill()
         if not self.positions.size:
-            return None
+            return self.positions
         budget = self.budget
         used = np.zeros(2, np.int64)
         mean = np.maximum([self.encoder.mean(), self.decoder.mean()], TINY)
         held = 0
         packed: list[np.ndarray] = []
         while True:
-            low = budget.window // 2 if self._end is None or self.cursor < self._end else -1
+            low = budget.window // 2 if self.cursor < self._end else -1
             limits = np.array([budget.encoder_tokens, budget.decoder_tokens, budget.max_examples, low, held])
             taken = np.zeros(self.positions.size, np.bool_)
             result = fit.fill_pack(self.encoder, self.decoder, taken, limits, used, mean, self._overall, self._chosen)
@@ -65,9 +66,7 @@ class Window:
 
     def _refill(self) -> None:
         """Draws until the window is full or the stream ends."""
-        wanted = self.budget.window - self.positions.size
-        if self._end is not None:
-            wanted = min(wanted, self._end - self.cursor)
+        wanted = min(self.budget.window - self.positions.size, self._end - self.cursor)
         if wanted <= 0:
             return
         fresh = np.arange(self.cursor, self.cursor + wanted, dtype=np.int64)
@@ -120,7 +119,7 @@ def pack(
             )
     waiting = Window(budget, lambda positions: (encoder[positions], decoder[positions]), end=encoder.size)
     packs = []
-    while (positions := waiting.next_pack()) is not None:
+    while (positions := waiting.next_pack()).size:
         packs.append(positions.tolist())
     return packs
 

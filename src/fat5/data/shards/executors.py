@@ -102,11 +102,6 @@ class SlurmStage(SlurmPipelineExecutor):
         )
         self.folder, self.stage = folder, stage
 
-    def script(self, ranks: int) -> str:
-        """The sbatch script of this stage for a number of tasks."""
-        command = f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {self.folder} {self.stage.name}"
-        return str(self.get_launch_file_contents(self.get_sbatch_args(min(ranks, self.max_array_size)), command))
-
     def submit(self, after: str | None) -> str | None:
         """Submits the unfinished tasks after job `after`; returns the last job's id (`after` if all are finished)."""
         ranks = self.get_incomplete_ranks()
@@ -114,14 +109,14 @@ class SlurmStage(SlurmPipelineExecutor):
             return after
         with self.logging_dir.open("ranks_to_run.json", "w") as file:
             json.dump(ranks, file)
-        text = self.script(len(ranks))
+        command = f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {self.folder} {self.stage.name}"
+        arguments = self.get_sbatch_args(min(len(ranks), self.max_array_size))
+        text = self.get_launch_file_contents(arguments, command)
         with self.logging_dir.open("launch_script.slurm", "w") as file:
             file.write(text)
         for offset in range(-(-len(ranks) // self.max_array_size)):
-            arguments = [f"--export=ALL,RUN_OFFSET={offset}"]
-            if after:
-                arguments.append(f"--dependency=afterok:{after}")
-            after = launch_slurm_job(text, self.job_id_retriever, *arguments)
+            dependency = [f"--dependency=afterok:{after}"] if after else []
+            after = launch_slurm_job(text, self.job_id_retriever, f"--export=ALL,RUN_OFFSET={offset}", *dependency)
         return after
 
 

@@ -20,13 +20,12 @@ os.environ.setdefault("LOGURU_DIAGNOSE", "NO")
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import HuggingFaceDatasetReader
 
 from fat5.data.shards.plan import LOGS, PreparePlan, read_plan
 from fat5.data.shards.progress import TaskProgress
 from fat5.data.shards.token_shards import SPLITS
 from fat5.data.text.corpus import Corpus
-from fat5.data.text.rows import BadRows
+from fat5.data.text.rows import BadRows, Chunk
 from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
 from fat5.errors import DataError
 from fat5.files import whole_file, write_atomically
@@ -61,8 +60,7 @@ def build(folder: str, stage: str) -> list[Any]:
     """The datatrove pipeline of one stage, for one task: some steps count as they run."""
     plan = read_plan(folder)
     columns = ("url",) if "urls" in plan.steps else ()
-    reader = CorpusReader(folder, columns) if plan.dataset is None else DatasetReader(folder, plan, columns)
-    read: list[Any] = [reader]
+    read: list[Any] = [CorpusReader(folder, columns)]
     if plan.steps:
         from fat5.data.text.cleaning import build_step
 
@@ -104,53 +102,23 @@ class CorpusReader(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the documents of task `rank`; counts those without text, and leaves them out."""
         plan = read_plan(self.folder)
-        corpus = Corpus(plan.options)
+        corpus = Corpus(plan.options, dataset=plan.dataset)
         progress = TaskProgress(self.folder, rank)
         empty = done = 0
-        for chunk in plan.tasks[rank]:
+        for chunk in [Chunk(plan.dataset, rank, len(plan.tasks), 0)] if plan.dataset else plan.tasks[rank]:
             for row in corpus.read(chunk, self.columns):
                 if not row.text:
                     empty += 1
                     continue
                 progress.documents += 1
                 if not progress.documents & 255:
-                    progress.tell(done + min(row.position - max(chunk.start, 0), chunk.bytes))
+                    progress.tell(done + min(max(row.position - chunk.start, 0), chunk.bytes))
                 yield Document(text=row.text, id=f"{chunk.path}@{row.position}", metadata=row.columns)
             done += chunk.bytes
         progress.tell(done, final=True)
         _write_bad_rows(self.folder, rank, corpus.bad_rows)
         self.stat_update("documents", value=progress.documents)
         self.stat_update("empty_documents", value=empty)
-
-
-class DatasetReader(HuggingFaceDatasetReader):
-    """datatrove's reader of a streamed Hugging Face dataset, as strict as `CorpusReader`."""
-
-    def __init__(self, folder: str, plan: PreparePlan, columns: tuple[str, ...] = ()) -> None:
-        options = plan.options
-        super().__init__(
-            str(plan.dataset), dataset_options={"name": options.subset, "split": options.split}, streaming=True
-        )
-        self.folder, self.columns = folder, columns
-        self.corpus = Corpus(options, dataset=plan.dataset)
-
-    def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int | str) -> Document | None:
-        """The document of one row; None if it is empty or skipped."""
-        row = self.corpus.streamed_row(data, f"{source_file}, row {id_in_file}", self.columns)
-        if row is None or not row.text:
-            return None
-        return Document(text=row.text, id=f"{source_file}/{id_in_file}", metadata=row.columns)
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yields the documents of one part of the dataset."""
-        progress = TaskProgress(self.folder, rank)
-        for document in super().run(data, rank, world_size):
-            progress.documents += 1
-            if not progress.documents & 255:
-                progress.tell(0)
-            yield document
-        progress.tell(0, final=True)
-        _write_bad_rows(self.folder, rank, self.corpus.bad_rows)
 
 
 class ShardWriter(PipelineStep):

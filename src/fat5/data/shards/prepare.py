@@ -23,8 +23,8 @@ from fat5.data.shards.token_shards import (
     read_manifest,
     verify,
 )
-from fat5.data.text.corpus import load_streamed, open_corpus
-from fat5.data.text.rows import BadRows, CorpusOptions, row_text
+from fat5.data.text.corpus import open_corpus
+from fat5.data.text.rows import BadRows, CorpusOptions
 from fat5.data.tokenizer.loading import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
 from fat5.files import locked, parse_json, write_atomically
@@ -102,8 +102,8 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:
     _check_folder(folder)
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = open_corpus(config.inputs, config.corpus)
-    if corpus.dataset is not None:
-        _check_dataset(corpus.dataset, config.corpus)
+    if corpus.dataset is not None and config.corpus.on_bad_row == "refuse":
+        next(corpus.rows(1), None)  # so that a wrong column is found before any task starts
     if config.steps:
         from fat5.data.text.cleaning import check_models
 
@@ -234,15 +234,6 @@ def _check_folder(folder: Path) -> None:
         others = [path.name for path in folder.iterdir() if path.name not in (LOGS, "tokenizer")]
         if others or ((folder / "tokenizer").exists() and not (folder / LOGS).exists()):
             raise RunDirectoryError("holds something else", where=folder, hint="Choose a new or empty --output_dir")
-
-
-def _check_dataset(name: str, options: CorpusOptions) -> None:
-    """Streams one row, so that a wrong column is found before any task starts."""
-    row = next(iter(load_streamed(name, options)), None)
-    if row is None:
-        raise DataError("this dataset is empty", where=name)
-    if options.on_bad_row == "refuse":
-        row_text(row, options.text_column, name)
 
 
 @contextmanager

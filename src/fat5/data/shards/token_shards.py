@@ -85,8 +85,7 @@ class Manifest:
 class TokenShards:
     """The documents of one split, memory-mapped. Opening reads file sizes only, however large the corpus is.
 
-    Documents are numbered over all shards in manifest order. `document(i)` is a read-only NumPy view of dtype uint16
-    or uint32, without special tokens.
+    Documents are numbered over all shards in manifest order, and have no special tokens.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:

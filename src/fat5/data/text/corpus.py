@@ -5,7 +5,7 @@ skip`, rows that cannot be read are counted instead. Files are streamed, and a l
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ SAMPLE_LANGUAGES = ("fr", "en", "de")
 SMALLEST_CHUNK = 2 << 20
 LARGEST_CHUNK = 256 << 20
 CHUNKS = 256
+STREAMED_ROWS = 1000  # of a dataset, decoded at a time
 # Files that the datasets library writes beside its data.
 NO_DATA = ("dataset_info.json", "dataset_infos.json")
 # Files that likely hold text, and are refused; others in a folder (README.md, pictures) are ignored.
@@ -52,7 +53,9 @@ class Corpus:
         return sum(os.path.getsize(path) for path in self.files)
 
     def chunks(self) -> list[Chunk]:
-        """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB)."""
+        """The whole corpus in order, in parts of about a 256th (2 MiB to 256 MiB); a dataset in one."""
+        if self.dataset is not None:
+            return [Chunk(self.dataset, 0, 1, 0)]
         return [chunk for path in self.files for chunk in split(path, self._chunk_bytes(), self.options)]
 
     def tasks(self) -> list[list[Chunk]]:
@@ -69,39 +72,22 @@ class Corpus:
 
     def read(self, chunk: Chunk, columns: tuple[str, ...] = ()) -> Iterator[CorpusRow]:
         """Rows of one chunk, with the other named columns that exist; DataError as `on_bad_row` says."""
-        for row in read_rows(chunk, self.options, columns):
+        read = read_rows if self.dataset is None else _read_streamed
+        for row in read(chunk, self.options, columns):
             if isinstance(row, CorpusRow):
                 yield row
+            elif self.options.on_bad_row == "refuse":
+                raise row
             else:
-                self._refuse_or_count(row)
-
-    def streamed_row(self, row: Mapping[str, Any], where: str, columns: tuple[str, ...] = ()) -> CorpusRow | None:
-        """One row that `load_streamed` gave; if it has no text column it is refused, or skipped as None."""
-        try:
-            text = row_text(row, self.options.text_column, where)
-        except DataError as error:
-            self._refuse_or_count(error)
-            return None
-        return CorpusRow(text, 0, {name: row[name] for name in columns if name in row})
+                self.bad_rows.add(row)
 
     def rows(self, limit: int | None = None) -> Iterator[str]:
         """Texts of the corpus in order, at most `limit`, without empty ones."""
         self.bad_rows = BadRows()
-        rows: Iterator[CorpusRow | None]
-        if self.dataset is not None:
-            streamed = enumerate(load_streamed(self.dataset, self.options), 1)
-            rows = (self.streamed_row(row, f"{self.dataset}, row {number}") for number, row in streamed)
-        else:
-            rows = (row for chunk in self.chunks() for row in self.read(chunk))
-        yield from islice((row.text for row in rows if row is not None and row.text), limit)
+        yield from islice((row.text for chunk in self.chunks() for row in self.read(chunk) if row.text), limit)
 
     def _chunk_bytes(self) -> int:
         return min(max(self.bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
-
-    def _refuse_or_count(self, error: DataError) -> None:
-        if self.options.on_bad_row == "refuse":
-            raise error
-        self.bad_rows.add(error)
 
 
 def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corpus:
@@ -174,6 +160,22 @@ def load_streamed(name: str, options: CorpusOptions) -> Any:
     if columns is not None and not {options.text_column, options.text_column.split(".")[0]} & set(columns):
         raise missing_column(options.text_column, columns, name)
     return stream
+
+
+def _read_streamed(part: Chunk, options: CorpusOptions, columns: Sequence[str] = ()) -> Iterator[CorpusRow | DataError]:
+    """As `read_rows`, of every `stop`-th shard of the dataset `path` from the one numbered `start` on."""
+    stream = load_streamed(part.path, options).shard(num_shards=part.stop, index=part.start, contiguous=False)
+    number = 0
+    for batch in stream.iter(STREAMED_ROWS):
+        for values in zip(*batch.values()):
+            row, number = dict(zip(batch, values)), number + 1
+            found: CorpusRow | DataError
+            try:
+                text = row_text(row, options.text_column, f"{part.path}, part {part.start}, row {number}")
+                found = CorpusRow(text, number, {name: row[name] for name in columns if name in row})
+            except DataError as error:
+                found = error
+            yield found
 
 
 def _files_in(folder: Path) -> list[str]:

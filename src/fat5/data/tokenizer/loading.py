@@ -229,8 +229,7 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from a folder, a `tokenizer.json`, or a name on the Hugging Face hub.
 
-    Raises:
-        TokenizerError: missing, damaged, a pickle, or without the special tokens of T5.
+    TokenizerError if it is missing, damaged, a pickle, or without the special tokens of T5.
     """
     folder = Path(path)
     if folder.is_file():

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -170,30 +171,18 @@ def alphabet(texts: Iterable[str], most: int, compose: bool = False) -> list[str
 
     They are counted in the first 200 million characters; ties are broken by code point.
     """
-    counts = np.zeros(sys.maxunicode + 1, np.int64)
-    pending: list[str] = []
-    size = total = 0
-
-    def count() -> None:
-        text = "".join(pending)
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        counts[:] += np.bincount(points, minlength=len(counts))
-
+    counts: Counter[str] = Counter()
+    size = 0
     for text in texts:
-        pending.append(unicodedata.normalize("NFC", text) if compose else text)
-        size += len(pending[-1])
-        total += len(pending[-1])
-        if size > 1 << 22:
-            count()
-            pending, size = [], 0
-        if total > ALPHABET_CHARACTERS:
+        counts.update(unicodedata.normalize("NFC", text) if compose else text)
+        size += len(text)
+        if size > ALPHABET_CHARACTERS:
             break
-    count()
-    order = np.lexsort((np.arange(len(counts)), -counts))[: int((counts > 0).sum())]
-    covered = np.cumsum(counts[order]) / max(1, counts.sum())
-    frequent = order[: int(np.searchsorted(covered, ALPHABET_COVERAGE)) + 1]
+    ordered = sorted(counts, key=lambda letter: (-counts[letter], letter))
+    covered = np.cumsum([counts[letter] for letter in ordered]) / max(1, counts.total())
+    frequent = ordered[: int(np.searchsorted(covered, ALPHABET_COVERAGE)) + 1]
     always = [*map(chr, range(32, 127)), "\n", "\t"]
-    return list(dict.fromkeys([*always, *map(chr, frequent.tolist())]))[: max(most, len(always))]
+    return list(dict.fromkeys([*always, *frequent]))[: max(most, len(always))]
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
