@@ -16,9 +16,9 @@ from fat5.data import PackedBatch
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.optim import OptimizerConfig
 from fat5.tasks import PretrainConfig
-from fat5.train.cost.flops import ModelShape, peak_flops
+from fat5.train.cost.flops import peak_flops, training_flops
 from fat5.train.precision import resolve_precision
-from fat5.train.step import StepResult, StepRunner, step_runner
+from fat5.train.step import StepResult, StepRunner
 from fat5.train.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,7 +120,7 @@ class Case:
             torch.cuda.reset_peak_memory_stats()
         with torch.device(DEVICE):
             model = FAT5ForConditionalGeneration(FAT5Config.preset(preset, vocab_size=vocabulary))
-        runner = step_runner(config, model, World(DEVICE))
+        runner = StepRunner(config, model, World(DEVICE))
         return cls(config, model, runner)
 
     def step(self, number: int, packed: PackedBatch) -> StepResult:
@@ -128,8 +128,7 @@ class Case:
 
     def flops(self, packed: PackedBatch) -> float:
         """Useful operations of a step."""
-        shape = ModelShape.of(self.model.config)
-        return shape.training_flops(packed.cu_seqlens.diff(), packed.decoder_cu_seqlens.diff())
+        return training_flops(self.model.config, packed.cu_seqlens.diff(), packed.decoder_cu_seqlens.diff())
 
     def peak(self) -> float:
         """Operations a second at best; a GPU that the table does not know counts as an H200."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError
@@ -38,7 +39,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert values == {"output_dir": "a", "optimizer": Optimizer(lr=0.5), "steps": 4}
 
 
-def test_a_function_with_positional_words() -> None:
+def test_a_function_takes_words() -> None:
     def plot(runs: list[str], width: int = 3) -> None:
         """Draws.
 
@@ -47,7 +48,7 @@ def test_a_function_with_positional_words() -> None:
             width: inches.
         """
 
-    assert parse(plot, ["a", "b", "--width", "5"], "plot", positional={"runs": "+"}) == {"runs": ["a", "b"], "width": 5}
+    assert parse(plot, ["a", "b", "--width", "5"], "plot", words="runs") == {"runs": ["a", "b"], "width": 5}
 
 
 @pytest.mark.parametrize(
@@ -185,9 +186,26 @@ def test_what_a_person_types(line: str, keys: dict[str, Any]) -> None:
 
 
 def test_words_after_a_bare_flag_stay_positional() -> None:
-    values = parse(Job, ["--strict", "a ___ b", "--", "--c"], "generate", positional={"inputs": "*"})
+    values = parse(Job, ["--strict", "a ___ b", "--", "--c"], "generate", words="inputs")
     assert (values["strict"], values["inputs"]) == (True, ["a ___ b", "--c"])
-    assert parse(Job, ["--strict"], "generate", positional={"inputs": "*"})["inputs"] == []
+    assert parse(Job, ["--strict"], "generate", words="inputs")["inputs"] == []
+
+
+def test_words_arrive_as_they_were_typed(tmp_path: Path) -> None:
+    words = ["😀 {a}", "é", "null", "12", "[a, b]", "{a: 1, a: 2}", "- x", "a\nb", "\\n", "# ", '"', "'", "%"]
+    words += ["\ufeff", "\x07", "\x7f", "\x85", "\x9f", "\u2028", "\ufffe"]
+    assert parse(Job, words, "prepare", words="inputs")["inputs"] == words
+    assert parse(Job, ["--inputs", *words], "prepare", words="inputs")["inputs"] == words
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"inputs": words, "note": "".join(words)}))
+    values = parse(Job, ["--config", str(file)], "prepare", words="inputs")
+    assert (values["inputs"], values["note"]) == (words, "".join(words))
+
+
+def test_one_word_may_be_the_value_of_a_key() -> None:
+    assert parse(Job, ["a: b"], "convert", words="note")["note"] == "a: b"
+    with pytest.raises(ConfigurationError, match="unrecognized arguments: b"):
+        parse(Job, ["a", "b"], "convert", words="note")
 
 
 def test_a_list_is_not_taken_from_two_places() -> None:

@@ -7,7 +7,7 @@ from fat5.data import PackedBatch
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.tasks import PretrainConfig
-from fat5.train.step import step_runner
+from fat5.train.step import StepRunner
 from fat5.train.world import World
 from made_run import TINY
 
@@ -30,7 +30,7 @@ def trained(cuda_graphs: bool, dropout: float) -> tuple[list, list[torch.Tensor]
     device = torch.device("cuda")
     config = PretrainConfig(precision="bf16", compile=True, cuda_graphs=cuda_graphs)
     model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 512, "dropout_rate": dropout})).to(device)
-    runner = step_runner(config, model, World(device))
+    runner = StepRunner(config, model, World(device))
     torch.manual_seed(2)
     results = []
     for step in range(STEPS):
@@ -56,4 +56,4 @@ def test_refused_without_a_gpu() -> None:
     model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 512}))
     config = PretrainConfig(precision="fp32", compile=False, cuda_graphs=True)
     with pytest.raises(ConfigurationError, match="cuda_graphs"):
-        step_runner(config, model, World(torch.device("cpu")))
+        StepRunner(config, model, World(torch.device("cpu")))

@@ -11,7 +11,7 @@ from fat5.files import naming
 
 
 def bench(
-    what: list[str],
+    what: list[str] | None = None,
     static: bool = False,
     autotune: bool = False,
     architectures: list[int] | None = None,
@@ -114,4 +114,4 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     from fat5.cli.parsing import parse
 
-    return bench(**parse(bench, argv, "bench", positional={"what": "*"}))
+    return bench(**parse(bench, argv, "bench", words="what"))

@@ -6,7 +6,7 @@ from fat5.convert import ConvertConfig
 
 def main(argv: list[str]) -> int:
     """Converts and prints the report."""
-    config = ConvertConfig(**parse(ConvertConfig, argv, "convert", positional={"model": "?"}))
+    config = ConvertConfig(**parse(ConvertConfig, argv, "convert", words="model"))
     from fat5.convert import convert
 
     print("\n".join(convert(config).lines()))

@@ -149,14 +149,14 @@ def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Fi
 def _work_findings(config: PretrainConfig, model: Any, speed: float | None) -> list[Finding]:
     import torch
 
-    from fat5.train.cost.flops import ModelShape
+    from fat5.train.cost.flops import training_flops
 
     length = config.data.max_tokens
     documents = max(config.data.encoder_tokens // length, 1)
     encoder = torch.full((documents,), config.data.encoder_tokens / documents)
     decoder = torch.full((documents,), config.data.decoder_tokens / documents)
     packs = config.data.packs_per_step
-    flops = ModelShape.of(model.config).training_flops(encoder, decoder) * packs
+    flops = training_flops(model.config, encoder, decoder) * packs
     tokens = packs * (config.data.encoder_tokens + config.data.decoder_tokens)
     whole = flops * config.steps / 1e18
     found = f"{tokens:,} tokens and {flops / 1e12:,.2f} TFLOP a step; {whole:,.3g} EFLOP in {config.steps:,} steps"

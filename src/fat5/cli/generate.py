@@ -40,7 +40,7 @@ class GenerateConfig(Decoding):
 
 def main(argv: list[str]) -> int:
     """Completes and prints."""
-    config = GenerateConfig(**parse(GenerateConfig, argv, "generate", positional={"prompts": "*"}))
+    config = GenerateConfig(**parse(GenerateConfig, argv, "generate", words="prompts"))
     if not config.model:
         raise ConfigurationError("no model", hint="Say which with --model DIR; `fat5 demo` makes one")
     if config.output is not None:

@@ -1,7 +1,5 @@
 """A verb's command line and YAML recipe, from the signature of a function or dataclass, with jsonargparse."""
 
-import inspect
-import json
 import re
 from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, se
 
 from fat5.cli.main import VERBS
 from fat5.cli.recipes import find_recipe, recipe_names
-from fat5.cli.spelling import spell_out
+from fat5.cli.spelling import as_yaml, spell_out
 from fat5.errors import ConfigurationError
 from fat5.yaml_text import read_yaml, refuse_repeated_keys
 
@@ -52,7 +50,6 @@ def parse(
     signature: Callable[..., Any],
     argv: Sequence[str],
     verb: str,
-    positional: dict[str, str] | None = None,
     section: str | None = None,
     words: str | None = None,
     recipe: str | None = None,
@@ -65,8 +62,7 @@ def parse(
         argv: the words after the verb.
         verb: for the usage line and messages.
         section: the section of a recipe to read, if not the verb's own.
-        positional: parameter name → nargs (``"*"``, ``"+"``, ``"?"``) for those given without a flag.
-        words: name of a list that may also be given as words without a flag.
+        words: name of the key that may also be given as words without a flag.
         recipe: the recipe that is read if `argv` names none.
 
     Returns:
@@ -75,27 +71,22 @@ def parse(
     Raises:
         ConfigurationError: an unknown key or a value of the wrong type or form.
     """
-    positional = positional or {}
     description = (signature.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(
         prog=f"fat5 {verb}",
-        usage=f"fat5 {verb} [--config RECIPE] [--key value …]"
-        + f" [{' '.join(positional) or words} …]" * bool(positional or words),
-        description=f"{description} Words without a flag are its {words}." if words else description,
+        usage=f"fat5 {verb} [--config RECIPE] [--key value …]" + f" [{words} …]" * bool(words),
+        description=f"{description} Words without a flag: its {words}." if words else description,
         formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
-    add(signature, skip=set(positional))
-    for name, nargs in positional.items():
-        default: dict[str, Any] = {"default": []} if nargs == "*" else {}
-        parser.add_argument(name, nargs=nargs, **default, help=_parameter_help(signature, name))
+    add(signature)
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     _put_first(parser, FIRST_KEYS.get(verb, ()), description)
     argv = _read_recipes(argv, section or verb, recipe)
-    argv = spell_out(argv, actions, bool(positional or words), words)
+    argv = spell_out(argv, actions, words)
     _check_values(argv)
     try:
         namespace = parser.parse_args(argv)
@@ -123,7 +114,7 @@ def _read_recipes(argv: Sequence[str], section: str, default: str | None) -> lis
             sectioned = all(key in VERBS and isinstance(value, dict) for key, value in recipe.items())
             if sectioned and section in recipe:
                 recipe = recipe[section]
-            words[i + 1] = json.dumps(recipe, default=str)
+            words[i + 1] = as_yaml(recipe)
     return words
 
 
@@ -141,15 +132,6 @@ def _refuse_null(namespace: Any, parser: ArgumentParser) -> None:
         kind = getattr(action, "_typehint", None)
         if kind is not None and type(None) not in get_args(kind) and namespace.get(action.dest, 0) is None:
             raise ConfigurationError("null is no value here", where=action.dest, hint="Give one, or leave the key out")
-
-
-def _parameter_help(signature: Callable[..., Any], name: str) -> str:
-    """The docstring of a parameter: under `Args:`, or below a dataclass's attribute."""
-    text = inspect.getsource(signature)
-    found = re.search(rf'^    {name}: .*\n\s+"""([^"]+)"""', text, re.MULTILINE) or re.search(
-        rf"^\s+{name}: (.+)$", signature.__doc__ or "", re.MULTILINE
-    )
-    return " ".join(found.group(1).split()) if found else name
 
 
 class _Help(DefaultHelpFormatter):

@@ -3,7 +3,7 @@
 from typing import Literal
 
 
-def plot(runs: list[str], x: Literal["step", "tokens", "hours"] = "step", output: str = "") -> None:
+def plot(runs: list[str] | None = None, x: Literal["step", "tokens", "hours"] = "step", output: str = "") -> None:
     """Draw the curves of one run, or compare those of several.
 
     Args:
@@ -36,5 +36,5 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     from fat5.cli.parsing import parse
 
-    plot(**parse(plot, argv, "plot", positional={"runs": "*"}))
+    plot(**parse(plot, argv, "plot", words="runs"))
     return 0

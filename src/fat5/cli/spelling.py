@@ -11,21 +11,21 @@ from fat5.errors import ConfigurationError
 TRUTHS = ("true", "false", "yes", "no", "null")
 
 
-def spell_out(argv: Sequence[str], actions: Mapping[str, Action], takes_words: bool, words: str | None) -> list[str]:
+def spell_out(argv: Sequence[str], actions: Mapping[str, Action], words: str | None) -> list[str]:
     """`argv` with each value joined to its flag, and recipes first, so that flags always win over them.
 
     Args:
         argv: the words after the verb.
         actions: the parser's actions by flag.
-        takes_words: whether the verb takes words without a flag; one after `--strict` is then not its value.
-        words: the key of the list that takes words without a flag; None leaves them to the parser.
+        words: the key that takes words without a flag; one after `--strict` is then not its value. None leaves words
+            to the parser.
 
     Returns:
         `argv` with ``--strict`` as ``--strict=true``, ``--data a b`` as ``--data=["a", "b"]``, and the words without a
         flag as ``--WORDS=[…]``.
 
     Raises:
-        ConfigurationError: the list is given both as words and by its flag.
+        ConfigurationError: the key is given both as words and by its flag.
     """
     rest = list(argv)
     recipes: list[str] = []
@@ -39,15 +39,23 @@ def spell_out(argv: Sequence[str], actions: Mapping[str, Action], takes_words: b
             loose.append(word)
         else:
             flag, equals, value = word.partition("=")
-            given = [value] if equals else _values(flag, actions.get(flag), rest, takes_words)
+            given = [value] if equals else _values(flag, actions.get(flag), rest, words is not None)
             made = _tied(flag, given, actions.get(flag))
             (recipes if flag == "--config" else spelled).extend(made)
     if words and loose:
         flag = f"--{words}"
         if any(word.partition("=")[0] in (flag, f"{flag}+") for word in spelled):
-            raise ConfigurationError(f"{words} are given both as words and with {flag}", hint="Give one of the two")
-        return [*recipes, *spelled, f"{flag}={json.dumps(loose)}"]
+            raise ConfigurationError(f"given both as words and with {flag}", where=words, hint="Give one of the two")
+        if _item(_kinds(actions[flag])) is None:
+            return [*recipes, *spelled, f"{flag}={loose[0]}", *loose[1:]]
+        return [*recipes, *spelled, f"{flag}={as_yaml(loose)}"]
     return [*recipes, *spelled, *loose]
+
+
+def as_yaml(value: Any) -> str:
+    """A value as the parser reads it, which takes YAML: in JSON, but for its pairs of escapes for one character."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def _is_flag(word: str) -> bool:
@@ -77,7 +85,7 @@ def _tied(flag: str, values: list[str], action: Action | None) -> list[str]:
     item = None if flag.endswith("+") else _item(_kinds(action))
     if item is None or (len(values) == 1 and (_is_list(values[0]) or values[0] == "null")):
         return [f"{flag}={values[0]}"]
-    return [f"{flag}={json.dumps(values) if item is str else '[' + ', '.join(values) + ']'}"]
+    return [f"{flag}={as_yaml(values) if item is str else '[' + ', '.join(values) + ']'}"]
 
 
 def _is_list(value: str) -> bool:

@@ -207,7 +207,7 @@ class Pretraining:
 
 def score(scorer: Scorer, batches: list[PackedBatch], names: list[str]) -> dict[str, Any]:
     """The scores of a model by denoiser, as a row of metrics.jsonl has them."""
-    return evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names).row(Pretraining.part)
+    return evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names, Pretraining.part)
 
 
 def _short(number: float) -> str:

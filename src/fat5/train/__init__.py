@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from fat5.train.checkpoint.files import verify_checkpoint as verify_checkpoint
     from fat5.train.checkpoint.store import CheckpointStore as CheckpointStore
     from fat5.train.config import RunConfig as RunConfig
-    from fat5.train.evaluation import Evaluation as Evaluation
     from fat5.train.evaluation import Scorer as Scorer
     from fat5.train.evaluation import evaluate as evaluate
     from fat5.train.evaluation import unigram_entropy as unigram_entropy

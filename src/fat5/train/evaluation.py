@@ -14,30 +14,6 @@ from fat5.train.world import World
 
 
 @dataclass(frozen=True)
-class Score:
-    """Mean over target tokens."""
-
-    loss: float
-    """Nats a token (cross-entropy alone: no z-loss, no label smoothing)"""
-    accuracy: float
-    """Share of target tokens whose most likely prediction is right"""
-    tokens: int
-    """Target tokens"""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one evaluation."""
-
-    overall: Score
-    by_part: dict[str, Score]
-
-    def row(self, part: str) -> dict[str, Any]:
-        """As in metrics.jsonl, the parts under `by_{part}`."""
-        return {**vars(self.overall), f"by_{part}": {name: vars(score) for name, score in self.by_part.items()}}
-
-
-@dataclass(frozen=True)
 class Scorer:
     """A model as it is scored."""
 
@@ -53,12 +29,18 @@ class Scorer:
 
 
 @torch.no_grad()
-def evaluate(scorer: Scorer, batches: Iterable[tuple[PackedBatch, Tensor]], names: Sequence[str]) -> Evaluation:
+def evaluate(
+    scorer: Scorer, batches: Iterable[tuple[PackedBatch, Tensor]], names: Sequence[str], part: str
+) -> dict[str, Any]:
     """Scores a model on packed batches. Sums stay on the device until the end.
 
     Args:
         batches: each with the part of every example, an index into `names`: (N,). Every target token counts once.
-        names: of the parts.
+        part: what the names are names of, a noun.
+
+    Returns:
+        As in metrics.jsonl: loss (nats a target token; cross-entropy alone: no z-loss, no label smoothing), accuracy
+        (share of target tokens whose most likely prediction is right), tokens, and the same by name in `by_{part}`.
     """
     model, precision, device = scorer.model, scorer.precision, scorer.precision.device
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
@@ -66,9 +48,9 @@ def evaluate(scorer: Scorer, batches: Iterable[tuple[PackedBatch, Tensor]], name
     training = model.training
     model.eval()
     try:
-        for batch, part in batches:
+        for batch, index in batches:
             scorer.before_batch()
-            rows = part_of_tokens(batch, part).to(device)
+            rows = _part_of_tokens(batch, index).to(device)
             inputs = batch.to(device)
             with precision.autocast():
                 output = scorer.forward(**inputs.model_inputs(), per_token=True)
@@ -79,14 +61,14 @@ def evaluate(scorer: Scorer, batches: Iterable[tuple[PackedBatch, Tensor]], name
     finally:
         model.train(training)
     totals = scorer.world.all_sum(sums).tolist()
-    by_part = {name: _score(total) for name, total in zip(names, totals, strict=True) if total[2]}
-    return Evaluation(_score([sum(column) for column in zip(*totals, strict=True)]), by_part)
+    by_name = {name: _score(total) for name, total in zip(names, totals, strict=True) if total[2]}
+    return _score([sum(column) for column in zip(*totals, strict=True)]) | {f"by_{part}": by_name}
 
 
-def part_of_tokens(batch: PackedBatch, part: Tensor) -> Tensor:
+def _part_of_tokens(batch: PackedBatch, index: Tensor) -> Tensor:
     """The part of each target token, from that of its example: int64 (decoder_tokens,); 0 in the empty tail."""
     lengths = batch.decoder_cu_seqlens.diff().long()
-    of_tokens = torch.repeat_interleave(part.long().clamp_min(0), lengths)
+    of_tokens = torch.repeat_interleave(index.long().clamp_min(0), lengths)
     return nn.functional.pad(of_tokens, (0, batch.labels.numel() - of_tokens.numel()))
 
 
@@ -101,6 +83,8 @@ def unigram_entropy(batches: Iterable[PackedBatch]) -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def _score(total: Sequence[float]) -> Score:
+def _score(total: Sequence[float]) -> dict[str, Any]:
     loss, correct, tokens = total
-    return Score(loss / tokens, correct / tokens, int(tokens)) if tokens else Score(math.nan, math.nan, 0)
+    if not tokens:
+        return {"loss": math.nan, "accuracy": math.nan, "tokens": 0}
+    return {"loss": loss / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}

@@ -21,7 +21,7 @@ from fat5.train.checkpoint.store import Choice
 from fat5.train.log.metrics import parts
 from fat5.train.log.plots import LivePlot, draw_run
 from fat5.train.run_directory import RunDirectory
-from fat5.train.step import step_runner
+from fat5.train.step import StepRunner
 from fat5.train.task import Task
 from fat5.train.trainer import Trainer
 from fat5.train.world import World
@@ -56,7 +56,7 @@ def run(task: Task, world: World) -> dict[str, Any]:
 def new_trainer(task: Task, folder: RunDirectory, world: World) -> Trainer:
     """The trainer of a run at step 0: model, optimizer and logs."""
     model = task.build_model()
-    runner = step_runner(task.config, model, world, task.objective)
+    runner = StepRunner(task.config, model, world, task.objective)
     draw = partial(draw_run, folder.metrics, folder.plot, task.title(model), task.reference)
     return Trainer(task, folder, model, runner, LivePlot(draw))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fat5.data import PackedBatch
@@ -40,37 +40,46 @@ class StepResult:
 
 
 class StepRunner:
-    """Makes optimizer steps.
+    """The model on its device, in training mode, compiled if asked for; its optimizer, and the steps.
 
     Args:
-        model: its parameters get the gradients.
-        forward: the model or its compiled form.
-        optimizer: as `fat5.optim.build_optimizer` makes it.
-        precision: of the forward pass and of the loss scale.
-        world: the processes that share the step.
-        gradient_clip: largest norm of the whole gradient, or None.
-        cuda_graphs: replay each micro-batch's launches from a recording; CUDA only, every batch of one shape.
+        config: its precision is resolved.
+        model: moved to the world's device, its weights to the precision's dtype; its parameters get the gradients.
+        world: the processes that share a step.
+        objective: the module that a step runs, from the model.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        forward: Callable[..., Any],
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        world: World,
-        gradient_clip: float | None,
-        cuda_graphs: bool = False,
+        self, config: RunConfig, model: Any, world: World, objective: Callable[[Any], Any] = lambda model: model
     ) -> None:
-        self.forward, self.optimizer, self.precision = forward, optimizer, precision
-        self.world, self.gradient_clip = world, gradient_clip
+        self.world, self.device, self.gradient_clip = world, world.device, config.gradient_clip
+        self.precision = Precision(config.precision, self.device)
+        model.to(device=self.device, dtype=self.precision.weight_dtype).train()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        on_gpu = self.device.type == "cuda"
+        compiled = config.compile is True or (config.compile == "auto" and on_gpu)
+        self.forward = objective(model)
+        if compiled:
+            # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run
+            # may keep another, which rounds otherwise.
+            self.forward = torch.compile(
+                self.forward, fullgraph=True, dynamic=False, options={"deterministic": True}
+            )
+        self.optimizer = build_optimizer(config.optimizer, model)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.device = precision.device
         # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
-        self.deferred = self.device.type == "cuda" and skips_on_device(optimizer) and precision.scaler is None
+        self.deferred = on_gpu and skips_on_device(self.optimizer) and self.precision.scaler is None
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
-        if cuda_graphs:
+        possible = compiled and on_gpu and self.precision.scaler is None
+        if possible and config.cuda_graphs:
             self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
+        elif config.cuda_graphs is True:
+            how = "compiled" if compiled else "not compiled"
+            raise ConfigurationError(
+                f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}",
+                hint="CUDA graphs need a GPU and a compiled model, and do not work with fp16: say auto",
+            )
 
     def run(self, batches: Sequence[PackedBatch], rate: float) -> StepResult:
         """Makes a step at `rate` times the peak learning rate.
@@ -125,43 +134,10 @@ class StepRunner:
 
     def _result(self, numbers: Tensor) -> StepResult:
         scale = self.precision.scaler.get_scale() if self.precision.scaler is not None else None
-        if not self.deferred or self.device.type != "cuda":
+        if not self.deferred:
             return StepResult(numbers, scale)
         host = torch.empty_like(numbers, device="cpu", pin_memory=True)
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
         return StepResult(host, scale, ready)
-
-
-def step_runner(
-    config: RunConfig, model: Any, world: World, objective: Callable[[Any], Any] = lambda model: model
-) -> StepRunner:
-    """The model on its device, in training mode, compiled if asked for, and its optimizer.
-
-    Args:
-        config: its precision is resolved.
-        model: moved to the world's device, its weights to the precision's dtype.
-        objective: the module that a step runs, from the model.
-    """
-    device = world.device
-    precision = Precision(config.precision, device)
-    model.to(device=device, dtype=precision.weight_dtype).train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
-    # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run may
-    # keep another, which rounds otherwise.
-    forward = objective(model)
-    if compiled:
-        forward = torch.compile(forward, fullgraph=True, dynamic=False, options={"deterministic": True})
-    possible = compiled and device.type == "cuda" and precision.scaler is None
-    graphs = possible if config.cuda_graphs == "auto" else config.cuda_graphs
-    if graphs and not possible:
-        how = "compiled" if compiled else "not compiled"
-        raise ConfigurationError(
-            f"cuda_graphs is true, the model is {how} and runs in {precision.name} on {device.type}",
-            hint="CUDA graphs need a GPU and a compiled model, and do not work with fp16: say auto",
-        )
-    optimizer = build_optimizer(config.optimizer, model)
-    return StepRunner(model, forward, optimizer, precision, world, config.gradient_clip, graphs)

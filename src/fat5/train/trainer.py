@@ -30,9 +30,9 @@ from fat5.train.checkpoint.state import (
     to_text,
 )
 from fat5.train.checkpoint.store import CheckpointStore, Saver, Snapshot
-from fat5.train.cost.flops import ModelShape, peak_flops
+from fat5.train.cost.flops import peak_flops, training_flops
 from fat5.train.evaluation import Scorer
-from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, StepRecord, dump_examples
+from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, dump_examples
 from fat5.train.log.display import RunDisplay
 from fat5.train.log.metrics import EventLog, MetricsLog, name_lines
 from fat5.train.log.plots import LivePlot
@@ -47,21 +47,14 @@ from fat5.train.task import Task
 class Pending:
     """A step whose numbers are still on the device, and the rest of its row."""
 
-    record: StepRecord
     result: StepResult
     row: dict[str, Any]
+    pieces: list[list[int]]
+    """Ids of each micro-batch"""
 
 
 class Trainer:
-    """Trains from the current step to the last one.
-
-    Args:
-        task: what is trained, its configuration resolved.
-        folder: of the run, locked.
-        model: in training mode, on its device.
-        runner: makes the steps.
-        plot: redraws loss.png.
-    """
+    """Trains from the current step to the last one, in a locked folder."""
 
     def __init__(self, task: Task, folder: RunDirectory, model: Any, runner: StepRunner, plot: LivePlot) -> None:
         self.task, self.folder, self.model, self.runner, self.plot = task, folder, model, runner, plot
@@ -78,7 +71,6 @@ class Trainer:
         self.saver = Saver(self.store, self._snapshot, self._warn)
         self.stop = StopRequest()
         self.tensorboard: TensorBoard | None = None
-        self.shape = ModelShape.of(model.config)
         self.peak = peak_flops(runner.device, runner.precision.name)
         self._pending: deque[Pending] = deque()
         self._batches: Iterator[PackedBatch] = iter(())
@@ -157,7 +149,8 @@ class Trainer:
             raise _out_of_memory(batches[0]) from error
         state.step += 1
         row = self._count(batches, rate)
-        self._pending.append(Pending(StepRecord.of(state.step, batches), result, row))
+        pieces = [batch.piece[: batch.num_examples].tolist() for batch in batches]
+        self._pending.append(Pending(result, row, pieces))
         known = self._pending.popleft() if len(self._pending) > int(self.runner.deferred) else None
         numbers = known.result.read() if known is not None else None
         took = time.perf_counter() - began
@@ -188,7 +181,8 @@ class Trainer:
         state.encoder_room += encoder_room
         state.decoder_room += decoder_room
         flops = sum(
-            self.shape.training_flops(batch.cu_seqlens.diff(), batch.decoder_cu_seqlens.diff()) for batch in batches
+            training_flops(self.model.config, batch.cu_seqlens.diff(), batch.decoder_cu_seqlens.diff())
+            for batch in batches
         )
         return {
             "step": state.step,
@@ -211,7 +205,7 @@ class Trainer:
             row["skipped"] = True
         self._record(row)
         if self.runner.broken(loss, norm, pending.result.loss_scale):
-            self._broken(pending.record, loss, norm, losses)
+            self._broken(pending, loss, norm, losses)
         else:
             self.state.broken_in_a_row = 0
 
@@ -220,11 +214,12 @@ class Trainer:
             pending = self._pending.popleft()
             self._settle(pending, *pending.result.read())
 
-    def _broken(self, record: StepRecord, loss: float, norm: float, losses: list[float]) -> None:
+    def _broken(self, pending: Pending, loss: float, norm: float, losses: list[float]) -> None:
         """What `on_nan` says, for a step whose update was not made."""
-        dump = dump_examples(self.folder.path, record, losses, norm)
-        what = f"loss {loss} and gradient norm {norm} at step {record.step}"
-        self.events.write("nonfinite", step=record.step, action=self.config.on_nan, examples=dump.name)
+        step = pending.row["step"]
+        dump = dump_examples(self.folder.path, step, pending.pieces, losses, norm)
+        what = f"loss {loss} and gradient norm {norm} at step {step}"
+        self.events.write("nonfinite", step=step, action=self.config.on_nan, examples=dump.name)
         self.state.broken_in_a_row += 1
         if self.config.on_nan == "abort" or self.state.broken_in_a_row > MOST_IN_A_ROW:
             times = f" ({self.state.broken_in_a_row} steps in a row)" if self.state.broken_in_a_row > 1 else ""

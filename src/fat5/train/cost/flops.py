@@ -14,7 +14,6 @@ lookups, norms and softmax are left out, and recomputation under gradient checkp
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,48 +47,25 @@ DENSE_PEAKS = {
 GEMM_SIZE = 1024
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that the count needs."""
+def training_flops(config: Any, encoder_lengths: torch.Tensor, decoder_lengths: torch.Tensor) -> float:
+    """Operations of a forward and backward pass over packed documents.
 
-    d_model: int
-    attention: int
-    d_ff: int
-    feed_forward_matrices: int
-    encoder_layers: int
-    decoder_layers: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, config: Any) -> "ModelShape":
-        """From a T5 configuration."""
-        return cls(
-            d_model=config.d_model,
-            attention=config.num_heads * config.d_kv,
-            d_ff=config.d_ff,
-            feed_forward_matrices=3 if config.is_gated_act else 2,
-            encoder_layers=config.num_layers,
-            decoder_layers=config.num_decoder_layers,
-            vocab_size=config.vocab_size,
-        )
-
-    def training_flops(self, encoder_lengths: torch.Tensor, decoder_lengths: torch.Tensor) -> float:
-        """Operations of a forward and backward pass over packed documents.
-
-        Args:
-            encoder_lengths, decoder_lengths: (N,) tokens of each document's two sides, on the host.
-        """
-        encoder, decoder = encoder_lengths.double(), decoder_lengths.double()
-        feed_forward = self.feed_forward_matrices * self.d_model * self.d_ff
-        projection = self.d_model * self.attention
-        cross_keys = 2 * projection * self.decoder_layers
-        matrices = encoder.sum() * (self.encoder_layers * (4 * projection + feed_forward) + cross_keys)
-        matrices += decoder.sum() * (
-            self.decoder_layers * (6 * projection + feed_forward) + self.d_model * self.vocab_size
-        )
-        scores = self.encoder_layers * (encoder**2).sum()
-        scores += self.decoder_layers * ((decoder**2).sum() / 2 + (encoder * decoder).sum())
-        return float(6 * matrices + 12 * self.attention * scores)
+    Args:
+        config: a T5 configuration.
+        encoder_lengths, decoder_lengths: (N,) tokens of each document's two sides, on the host.
+    """
+    encoder, decoder = encoder_lengths.double(), decoder_lengths.double()
+    attention = config.num_heads * config.d_kv
+    feed_forward = (3 if config.is_gated_act else 2) * config.d_model * config.d_ff
+    projection = config.d_model * attention
+    cross_keys = 2 * projection * config.num_decoder_layers
+    matrices = encoder.sum() * (config.num_layers * (4 * projection + feed_forward) + cross_keys)
+    matrices += decoder.sum() * (
+        config.num_decoder_layers * (6 * projection + feed_forward) + config.d_model * config.vocab_size
+    )
+    scores = config.num_layers * (encoder**2).sum()
+    scores += config.num_decoder_layers * ((decoder**2).sum() / 2 + (encoder * decoder).sum())
+    return float(6 * matrices + 12 * attention * scores)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -21,8 +21,6 @@ class RunDisplay:
     """Shows the steps of a run on stderr. A context manager.
 
     Args:
-        verb: the command, before the bar.
-        steps: of the whole run.
         every: steps between two lines where stderr is not a terminal.
         eval_every: steps between two evaluations, whose time counts too.
         mfu: show it; a CPU's is measured against a product of matrices, which says little.
@@ -53,20 +51,24 @@ class RunDisplay:
         self._bar.update(self._task, completed=step)
 
     def show(self, row: dict[str, Any], seconds: float = 0.0) -> None:
-        """A row of metrics.jsonl; `seconds` is how long an evaluation took."""
+        """Shows a row of metrics.jsonl; `seconds` is how long an evaluation took."""
         if row["kind"] == "eval":
             self._validation, self._evaluation_seconds = row["loss"], seconds
             self.say(f"step {row['step']}: validation loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}")
         else:
             self._train(row)
 
-    def say(self, line: str) -> None:
-        """Prints a line."""
-        self._line(line)
-
     def warn(self, line: str) -> None:
         """Prints a warning."""
-        self._line(f"warning: {line}", style="bold yellow")
+        self.say(f"warning: {line}", style="bold yellow")
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """Prints a line."""
+        self._last_line = time.perf_counter()
+        if self._live:
+            self._console.print(line, style=style, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
 
     def _train(self, row: dict[str, Any]) -> None:
         step = row["step"]
@@ -76,11 +78,11 @@ class RunDisplay:
             self._bar.numbers = self._numbers(row)
             self._bar.update(self._task, completed=step, left=left)
         elif step % self.every == 0 or step == self.steps or time.perf_counter() - self._last_line > LINE_SECONDS:
-            self._line(f"step {step}/{self.steps}  {self._numbers(row)}  {left} left")
+            self.say(f"step {step}/{self.steps}  {self._numbers(row)}  {left} left")
         timed = self._step_seconds[1:]
         if not self._told and step < self.steps and (len(timed) == TIMED_STEPS or sum(timed) > LINE_SECONDS):
             self._told = True
-            self._line(f"time    about {left} for the {self.steps - step:,} steps that are left")
+            self.say(f"time    about {left} for the {self.steps - step:,} steps that are left")
 
     def _numbers(self, row: dict[str, Any]) -> str:
         parts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
@@ -96,13 +98,6 @@ class RunDisplay:
         lately = self._step_seconds[1:][-max(TIMED_STEPS, self.every) :] or self._step_seconds
         evaluations = self.steps // self.eval_every - step // self.eval_every + (self.steps % self.eval_every > 0)
         return (self.steps - step) * sum(lately) / len(lately) + evaluations * self._evaluation_seconds
-
-    def _line(self, line: str, style: str | None = None) -> None:
-        self._last_line = time.perf_counter()
-        if self._live:
-            self._console.print(line, style=style, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
 
 
 class _Bar(Progress):
