@@ -10,7 +10,7 @@ import pytest
 from fat5.errors import FAT5Error
 from fat5.tasks import pretrain
 from fat5.train import CheckpointStore
-from fat5.train.checkpoint.files import _self_sha256, read_json
+from fat5.train.checkpoint.files import _self_sha256
 from made_run import events, tiny
 
 ODD = [None, True, -5, 10**30, 1.5, math.nan, "x", [], {}, [[]], {"x": {}}]
@@ -54,7 +54,7 @@ def changed(content, path, value):
 def test_a_manifest_signed_anew_is_passed_over(begun, tmp_path):
     shutil.copytree(begun / "checkpoints", tmp_path / "checkpoints")
     folder, store = tmp_path / "checkpoints" / "step-4", CheckpointStore(tmp_path / "checkpoints")
-    manifest = read_json(folder / "manifest.json")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
     refusals = 0
     for path in places(manifest):
         for odd in (*ODD, ...):
@@ -71,7 +71,7 @@ def test_a_manifest_signed_anew_is_passed_over(begun, tmp_path):
 def test_a_manifest_names_its_own_files_only(begun, tmp_path, name):
     shutil.copytree(begun / "checkpoints", tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints" / "step-4"
-    manifest = read_json(folder / "manifest.json")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["files"][name] = {"bytes": 1, "sha256": ""}
     write_manifest(folder, manifest)
     assert "names files outside its folder" in CheckpointStore(tmp_path / "checkpoints").choose().refused[0]
@@ -111,7 +111,7 @@ def test_a_state_of_other_types_is_refused_in_one_line(begun, trainer, tmp_path,
     """Either the checkpoint is restored, where the value does not matter, or one line says why not."""
     folder = tmp_path / "step-4"
     shutil.copytree(begun / "checkpoints" / "step-4", folder)
-    content = read_json(folder / name)
+    content = json.loads((folder / name).read_bytes())
     refusals = []
     for path in places(content):
         for odd in (*ODD, ...):

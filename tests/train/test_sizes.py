@@ -116,7 +116,7 @@ def test_auto_is_a_word_for_sizes_alone(prepared: Path, tmp_path: Path, capsys: 
     assert main(["pretrain", *flags, "--steps", "many"]) == 2
     assert main(["pretrain", *flags, "--data.packs_per_micro_batch", "0"]) == 2
     assert "packs_per_micro_batch" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(ConfigurationError, match="steps is -1"):
+    with pytest.raises(ConfigurationError, match=r"steps: must be a whole number .* not -1"):
         PretrainConfig("x", data=DataConfig([SourceConfig("a")]), steps=-1).resolved()
 
 

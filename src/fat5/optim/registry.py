@@ -103,18 +103,13 @@ def _muon(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> to
 
 
 def _lamb(settings: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    library = _pytorch_optimizer("lamb")
-    groups = parameter_groups(named, settings["weight_decay"])
-    # The trainer clips the gradient; LAMB's own clipping would be a second, hidden one.
-    return library.Lamb(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], max_grad_norm=0.0)
-
-
-def _pytorch_optimizer(name: str) -> Any:
     try:
-        import pytorch_optimizer
+        from pytorch_optimizer import Lamb
     except ImportError as error:
         raise ConfigurationError(
-            f"optimizer.name is {name}, which needs the package pytorch-optimizer",
+            "optimizer.name is lamb, which needs the package pytorch-optimizer",
             hint="Install it with: pip install 'fat5[optim]'",
         ) from error
-    return pytorch_optimizer
+    groups = parameter_groups(named, settings["weight_decay"])
+    # The trainer clips the gradient; LAMB's own clipping would be a second, hidden one.
+    return Lamb(groups, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], max_grad_norm=0.0)

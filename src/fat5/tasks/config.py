@@ -102,8 +102,8 @@ class PretrainConfig(RunConfig):
             raise ConfigurationError(
                 "data.sources is empty", hint="Give a folder made by `fat5 prepare`: sources: [{path: DIR}]"
             )
-        check_count(1, eval_tokens=self.eval_tokens)
-        check_count(0, MOST_WORKERS, **{"data.num_workers": self.data.num_workers})
+        check_count("eval_tokens", self.eval_tokens)
+        check_count("data.num_workers", self.data.num_workers, least=0, most=MOST_WORKERS)
         self.data.denoisers()
         if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
             self.data.batch()

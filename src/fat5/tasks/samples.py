@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fat5.data import PackedBatch, Tokenizer, unpack
 from fat5.train.evaluation import Scorer
@@ -20,11 +21,6 @@ def validation_samples(
 ) -> list[dict[str, Any]]:
     """For each denoiser: its name, prompt, completion (at most `LONGEST_ANSWER` tokens) and target, special tokens by
     name.
-
-    Args:
-        scorer: its model has `generate`.
-        tokenizer, batches: of the validation stream.
-        names: of the denoisers.
     """
     model, precision = scorer.model, scorer.precision
     chosen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -36,10 +32,8 @@ def validation_samples(
         return []
     order = sorted(chosen)
     info = tokenizer.info
-    longest = max(len(chosen[denoiser][0]) for denoiser in order)
-    ids = torch.full((len(order), longest), info.pad_id)
-    for row, denoiser in enumerate(order):
-        ids[row, : len(chosen[denoiser][0])] = torch.from_numpy(chosen[denoiser][0])
+    prompts = [torch.from_numpy(chosen[denoiser][0]) for denoiser in order]
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=info.pad_id)
     mask = (ids != info.pad_id).long()
     training = model.training
     model.eval()

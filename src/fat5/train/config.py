@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
-from fat5.errors import ConfigurationError
+from fat5.errors import ConfigurationError, check_whole
 from fat5.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
@@ -85,13 +85,12 @@ class RunConfig:
         """
         if not self.output_dir:
             raise ConfigurationError("output_dir is not given", hint="Say where the run goes: --output_dir runs/NAME")
-        check_count(
-            1, **{key: getattr(self, key) for key in ("steps", "log_every", "eval_every", "save_every", "keep_last")}
-        )
-        check_count(0, keep_best=self.keep_best)
+        for key in ("steps", "log_every", "eval_every", "save_every", "keep_last"):
+            check_count(key, getattr(self, key))
+        check_count("keep_best", self.keep_best, least=0)
         for key in ("keep_every", "patience"):
             if getattr(self, key) is not None:
-                check_count(1, **{key: getattr(self, key)})
+                check_count(key, getattr(self, key))
         if self.use_best and not self.keep_best:
             raise ConfigurationError("use_best is true, and keep_best is 0", hint="Keep at least one: keep_best 1")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
@@ -120,10 +119,7 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def check_count(least: int, most: int = LARGEST_COUNT, /, **values: int) -> None:
+def check_count(key: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> None:
     """Raises ConfigurationError for a value that is neither auto nor a whole number from `least` to `most`."""
-    for name, value in values.items():
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
-            raise ConfigurationError(
-                f"{name} is {value!r}", hint=f"Give a whole number of at least {least} and at most {most:,}"
-            )
+    if value != "auto":
+        check_whole(value, key, least, most)

@@ -63,9 +63,7 @@ class StepRunner:
         if compiled:
             # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run
             # may keep another, which rounds otherwise.
-            self.forward = torch.compile(
-                self.forward, fullgraph=True, dynamic=False, options={"deterministic": True}
-            )
+            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=False, options={"deterministic": True})
         self.optimizer = build_optimizer(config.optimizer, model)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
@@ -134,7 +132,7 @@ class StepRunner:
 
     def _result(self, numbers: Tensor) -> StepResult:
         scale = self.precision.scaler.get_scale() if self.precision.scaler is not None else None
-        if not self.deferred:
+        if not self.deferred or self.device.type != "cuda":
             return StepResult(numbers, scale)
         host = torch.empty_like(numbers, device="cpu", pin_memory=True)
         host.copy_(numbers, non_blocking=True)

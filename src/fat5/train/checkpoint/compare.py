@@ -63,19 +63,6 @@ WARNED = (
 _ABSENT = "(not set)"
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) for every key that differs, nested keys joined by dots.
-
-    A key without a value is equal to one that is not there: keys come and go with versions.
-    """
-    old, new = dict(_flatten(before)), dict(_flatten(after))
-    return [
-        (key, old.get(key, _ABSENT), new.get(key, _ABSENT))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
-    ]
-
-
 def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: object) -> list[str]:
     """Judges the differences between two configurations.
 
@@ -85,7 +72,12 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: ob
     Raises:
         CheckpointError: a key that may not change has; each is named with both values.
     """
-    differing = changes(before, after)
+    old, new = dict(_flatten(before)), dict(_flatten(after))
+    differing = [
+        (key, old.get(key, _ABSENT), new.get(key, _ABSENT))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    ]
     refused = [change for change in differing if not _among(change[0], HARMLESS + WARNED) or _to_other_weights(change)]
     if refused:
         told = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new in refused)
@@ -111,6 +103,7 @@ def _among(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value), nested keys joined by dots; a key without a value is as one that is absent (of another version)."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +22,6 @@ from fat5.errors import CheckpointError
 from fat5.files import (
     PICKLE_SUFFIXES,
     REMOVING,
-    WRITING,
     file_sha256,
     fsync,
     is_count,
@@ -50,9 +48,7 @@ def write_checkpoint(
     """Makes the folder `target`, complete and on the disk when this returns; one that stood there is replaced.
 
     Args:
-        target: `…/step-N`.
-        tensors: file name → tensors on the host.
-        documents: file name → text.
+        tensors, documents: file name → tensors on the host, and file name → text.
         facts: further entries of the manifest (step, validation loss).
 
     Raises:
@@ -80,21 +76,11 @@ def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint; after a crash in the middle, the rest is not taken for a checkpoint."""
     reached("before removing")
     hidden = folder.with_name(f"{REMOVING}{folder.name}")
-    _remove(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     reached("while removing")
-    _remove(hidden)
+    shutil.rmtree(hidden)
     reached("after removing")
-
-
-def sweep(folder: Path) -> list[str]:
-    """Removes what interrupted saves and removals left in `folder`; returns their names."""
-    if not folder.is_dir():
-        return []
-    leftovers = [entry for entry in folder.iterdir() if entry.name.startswith((WRITING, REMOVING))]
-    for leftover in leftovers:
-        _remove(leftover)
-    return sorted(leftover.name for leftover in leftovers)
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -131,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or of another format version.
     """
     path = folder / MANIFEST
-    manifest = read_json(path)
+    manifest = read_object(path, CheckpointError)
     if manifest.get("format") != FORMAT:
         raise CheckpointError("is not the manifest of a FAT5 checkpoint", where=path)
     if manifest.get("version") != VERSION:
@@ -167,23 +153,14 @@ def _shown(value: object) -> str:
     return repr(value)[:60]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: missing, or not a JSON object.
-    """
-    return read_object(path, CheckpointError)
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
         CheckpointError: missing, or not safetensors; a pickle under this name is refused unread.
     """
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror or error})", where=path) from error
     except (SafetensorError, ValueError) as error:
@@ -204,8 +181,3 @@ def _write(path: Path, content: Mapping[str, Tensor] | str) -> None:
         save_file(dict(content), path, metadata={"format": "pt"})
     except SafetensorError as error:  # its only fault here is the disk's
         raise OSError(f"{path.name} cannot be written: {error}") from error
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fat5.errors import CheckpointError
-from fat5.files import is_count, is_number
+from fat5.files import is_count, is_number, read_object
 from fat5.optim import skips_on_device
-from fat5.train.checkpoint.files import read_json, read_tensors
+from fat5.train.checkpoint.files import read_tensors
 from fat5.train.log.metrics import is_row
 
 WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS, TRAINER = (
@@ -118,7 +118,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, or something else.
     """
-    content = read_json(folder / TRAINER)
+    content = read_object(folder / TRAINER, CheckpointError)
     for key in ("progress", "data", "loss_scale", "configuration"):
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"has no {key}", where=folder / TRAINER)
@@ -171,8 +171,8 @@ def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
     """Host copies of the moments as ``key/weight name``, and the numbers that are no tensors."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
-    for name, weight in _stepped(optimizer, model):
-        for key, value in optimizer.state[weight].items():
+    for name, weight in model.named_parameters():
+        for key, value in optimizer.state[weight].items() if weight in optimizer.state else ():
             if isinstance(value, Tensor):
                 tensors[f"{key}/{name}"] = _copy(value)
             else:
@@ -194,14 +194,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
         if name not in weights:
             raise CheckpointError(f"belongs to another model: no weight {name}", where=folder / OPTIMIZER)
         weight = weights[name]
-        scalar = tensor.ndim == 0
         if tensor.shape != _state_shape(key, weight) or not tensor.is_floating_point():
             raise CheckpointError(
                 f"belongs to another model: {label} differs, being {tuple(tensor.shape)} {tensor.dtype}",
                 where=folder / OPTIMIZER,
             )
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
-        on_host = scalar and not skips_on_device(optimizer)
+        on_host = tensor.ndim == 0 and not skips_on_device(optimizer)
         optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
     if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
         raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)
@@ -223,7 +222,7 @@ def _state_shape(key: str, weight: Tensor) -> torch.Size:
 
 def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The numbers of each weight, and the settings of each group."""
-    facts = read_json(path)
+    facts = read_object(path, CheckpointError)
     numbers, groups = facts.get("numbers"), facts.get("groups")
     if isinstance(numbers, dict) and isinstance(groups, list):
         rows: list[Any] = list(numbers.values())
@@ -260,7 +259,7 @@ def restore_random_state(folder: Path) -> None:
     Raises:
         CheckpointError: a state that a generator does not take.
     """
-    tensors, facts = read_tensors(folder / RNG), read_json(folder / RNG_FACTS)
+    tensors, facts = read_tensors(folder / RNG), read_object(folder / RNG_FACTS, CheckpointError)
     try:
         torch.set_rng_state(tensors["torch"])
         devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
@@ -278,10 +277,6 @@ def restore_random_state(folder: Path) -> None:
         np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError("does not hold the state of the random generators", where=folder / RNG_FACTS) from error
-
-
-def _stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in model.named_parameters() if weight in optimizer.state)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -2,17 +2,18 @@
 
 import math
 import os
-import threading
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from fat5.errors import CheckpointError
+from fat5.files import REMOVING, WRITING
 from fat5.model.loading import refuse_adapter
-from fat5.train.checkpoint import files
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
 
 PREFIX = "step-"
@@ -50,14 +51,7 @@ class Choice:
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of a run.
-
-    Args:
-        folder: of the `step-N/` folders; made when the first is saved.
-        keep_last: newest checkpoints to keep.
-        keep_best: checkpoints of lowest validation loss to keep.
-        keep_every: keep those whose step is a multiple; None keeps none for that.
-    """
+    """The folder `checkpoints/` of a run, with its `step-N/`; what it keeps, RunConfig says."""
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, keep_every: int | None = None) -> None:
         self.folder = folder
@@ -74,8 +68,11 @@ class CheckpointStore:
         self._prune(snapshot.step)
 
     def sweep(self) -> list[str]:
-        """Removes what an interrupted save left; returns the names."""
-        return files.sweep(self.folder)
+        """Removes what interrupted saves and removals left; returns the names."""
+        leftovers = [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{REMOVING}*")]
+        for leftover in leftovers:
+            shutil.rmtree(leftover)
+        return sorted(leftover.name for leftover in leftovers)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, oldest first, verified or not."""
@@ -119,49 +116,43 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step of the checkpoint with the lowest rank; None if none has one."""
-        ranked = self._by_rank([step for step in self.steps() if not self._misnamed(step)])
-        return ranked[0] if ranked else None
-
-    def _by_rank(self, steps: list[int]) -> list[int]:
-        """Those of the steps whose checkpoints have a rank, the best first."""
-        losses = {step: loss for step in steps if (loss := _val_loss(self.path(step))) is not None}
-        return sorted(losses, key=lambda step: (losses[step], step))
-
-    def _misnamed(self, step: int) -> bool:
-        """True for a folder that was renamed or copied; no rule counts it, and it is never removed."""
-        try:
-            return bool(read_manifest(self.path(step))["step"] != step)
-        except CheckpointError:
-            return False
+        return next(iter(_by_rank(self._ranks())), None)
 
     def _prune(self, newest: int) -> None:
         """Removes what no rule keeps, among checkpoints up to `newest`; a damaged newer one does not count as kept."""
-        steps = [step for step in self.steps() if step <= newest and not self._misnamed(step)]
+        ranks = {step: rank for step, rank in self._ranks().items() if step <= newest}
+        steps = list(ranks)
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        kept |= set(self._by_rank(steps)[: self.keep_best])
+        kept |= set(_by_rank(ranks)[: self.keep_best])
         for step in steps:
             if step not in kept:
                 remove_checkpoint(self.path(step))
 
+    def _ranks(self) -> dict[int, float | None]:
+        """Step → what ranks its checkpoint. A folder that was renamed or copied counts for no rule, and stays."""
+        ranks = {}
+        for step in self.steps():
+            try:
+                manifest = read_manifest(self.path(step))
+            except CheckpointError:
+                manifest = {"step": step}
+            if manifest["step"] == step:
+                ranks[step] = manifest.get("val_loss")
+        return ranks
+
 
 class Saver:
-    """Saves snapshots in the background, and tries again when that fails.
-
-    Args:
-        store: where they go.
-        snapshot: takes one of the current state.
-        warn: tells the user.
-    """
+    """Saves snapshots of the current state in the background, and tries again when that fails."""
 
     def __init__(self, store: CheckpointStore, snapshot: Callable[[], Snapshot], warn: Callable[[str], None]) -> None:
         self.store = store
         self._snapshot, self._warn = snapshot, warn
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "fat5-save")
+        self._saving: Future[None] | None = None
         self._failures = 0
-        self._owed = False
+        """In a row; above 0, a save is owed"""
         self._retry_at = 0.0
 
     def save(self) -> None:
@@ -174,27 +165,27 @@ class Saver:
             CheckpointError: ATTEMPTS saves failed in a row.
         """
         self.settle()
-        if not self._owed or time.monotonic() >= self._retry_at:
+        if not self._failures or time.monotonic() >= self._retry_at:
             self._start()
 
     def wait(self) -> None:
         """Returns when no save is under way; does not warn of a failure."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._saving is not None:
+            self._saving.exception()
 
     def settle(self, pause: float | None = None) -> None:
         """Returns when no save is under way; warns of a failure, and plans the next attempt after `pause` seconds."""
-        self.wait()
-        if self._thread is not None:
-            self._thread = None
-            self._confirm(RETRY_SECONDS if pause is None else pause)
+        if self._saving is not None:
+            error = self._saving.exception()
+            self._saving = None
+            self._confirm(error, RETRY_SECONDS if pause is None else pause)
 
     def retry_due(self) -> bool:
         """True if a save failed and its pause is over. Warns of a failure; never waits."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._saving is not None and not self._saving.done():
             return False
         self.settle()
-        return self._owed and time.monotonic() >= self._retry_at
+        return self._failures > 0 and time.monotonic() >= self._retry_at
 
     def finish(self) -> None:
         """Returns when the last save is on the disk; one that waits for its pause is tried at once.
@@ -203,27 +194,17 @@ class Saver:
             CheckpointError: it could not be written.
         """
         self.settle()
-        while self._owed:
+        while self._failures:
             self._start()
             self.settle(LEAVING_SECONDS)
-            if self._owed:
+            if self._failures:
                 time.sleep(max(0.0, self._retry_at - time.monotonic()))
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._write, args=(self._snapshot(),), name="fat5-save")
-        self._thread.start()
+        self._saving = self._thread.submit(self.store.save, self._snapshot())
 
-    def _write(self, snapshot: Snapshot) -> None:
-        self._error = None
-        try:
-            self.store.save(snapshot)
-        except Exception as error:  # the training thread decides
-            self._error = error
-
-    def _confirm(self, pause: float) -> None:
+    def _confirm(self, error: BaseException | None, pause: float) -> None:
         """Notes how the last save ended; plans the next attempt if it failed."""
-        error = self._error
-        self._owed = error is not None
         if error is None:
             self._failures = 0
             return
@@ -266,12 +247,10 @@ def model_folder(folder: Path) -> Path:
     return choice.folder
 
 
-def _val_loss(folder: Path) -> float | None:
-    try:
-        loss = read_manifest(folder).get("val_loss")
-    except CheckpointError:
-        return None
-    return None if loss is None or math.isnan(loss) else float(loss)
+def _by_rank(ranks: Mapping[int, float | None]) -> list[int]:
+    """The steps that have a rank, the best first."""
+    known = {step: rank for step, rank in ranks.items() if rank is not None and not math.isnan(rank)}
+    return sorted(known, key=lambda step: (known[step], step))
 
 
 def _is_step(name: str) -> bool:
