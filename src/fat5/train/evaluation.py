@@ -50,7 +50,7 @@ def evaluate(
     try:
         for batch, index in batches:
             scorer.before_batch()
-            rows = _part_of_tokens(batch, index).to(device)
+            rows = part_of_tokens(batch, index).to(device)
             inputs = batch.to(device)
             with precision.autocast():
                 output = scorer.forward(**inputs.model_inputs(), per_token=True)
@@ -65,7 +65,7 @@ def evaluate(
     return _score([sum(column) for column in zip(*totals, strict=True)]) | {f"by_{part}": by_name}
 
 
-def _part_of_tokens(batch: PackedBatch, index: Tensor) -> Tensor:
+def part_of_tokens(batch: PackedBatch, index: Tensor) -> Tensor:
     """The part of each target token, from that of its example: int64 (decoder_tokens,); 0 in the empty tail."""
     lengths = batch.decoder_cu_seqlens.diff().long()
     of_tokens = torch.repeat_interleave(index.long().clamp_min(0), lengths)
