@@ -17,9 +17,11 @@ from fat5.ops.attention.triton.tiles import (
     bias_of,
     head_and_slot,
     kept_tile,
+    key_stretches,
     load_rows,
     locate,
     mask_of,
+    rows_of,
     score_tile,
     store_rows,
     visible_tile,
@@ -40,8 +42,7 @@ def query_gradient_kernel(
     mask_strides, heads, query_rows, key_rows, num_documents, tiles, reach, scale, raw_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAR_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, FAR_SUMS: tl.constexpr,
 ):  # fmt: skip
     """GradQ; Exponent and Delta (as Lse) fp32; FarSums (programs, 2) fp32: dS summed over far-left and far-right tiles.
 
@@ -60,28 +61,17 @@ def query_gradient_kernel(
             tl.store(FarSums + 2 * program, 0.0)
             tl.store(FarSums + 2 * program + 1, 0.0)
         return
-    R = shape[5]
     m0 = block * BLOCK_M
-    keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
-    key_strides = (k_strides, v_strides)
-    bias = bias_of(Bias, bias_strides, R, head, document)
+    bias = bias_of(Bias, bias_strides, reach, head, document)
     mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
-    tile = (m0, query_length, key_length)
-
-    q = load_rows(
-        at_document(Q, q_strides, batch, head, query_start),
-        q_strides,
-        m0,
-        query_length,
-        BLOCK_M,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-    )
-    grad_out = at_document(GradOut, grad_out_strides, batch, head, query_start)
-    grad_out = load_rows(grad_out, grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    out = at_document(Out, out_strides, batch, head, query_start)
-    out = load_rows(out, out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    place = (bias, mask, query_length, key_length, scale, keep_scale)
+    keys = (rows_of(K, k_strides, batch, head, key_start), rows_of(V, v_strides, batch, head, key_start))
+    q = rows_of(Q, q_strides, batch, head, query_start)
+    q = load_rows(q, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    grad_out = rows_of(GradOut, grad_out_strides, batch, head, query_start)
+    grad_out = load_rows(grad_out, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    out = rows_of(Out, out_strides, batch, head, query_start)
+    out = load_rows(out, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     rows = m0 + tl.arange(0, BLOCK_M)
     inside = rows < query_length
     lse = tl.load(at_document(Lse, lse_strides, batch, head, query_start) + rows, mask=inside, other=float("-inf"))
@@ -94,35 +84,26 @@ def query_gradient_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     left = tl.zeros([BLOCK_M], tl.float32)
     right = tl.zeros([BLOCK_M], tl.float32)
-    stop = tl.minimum(key_length, m0 + BLOCK_M) if CAUSAL else key_length
-    whole = (tl.minimum(key_length, m0 + 1) if CAUSAL else key_length) // BLOCK_N * BLOCK_N
-    if HAS_KEY_MASK:
-        whole = 0
-    near = 0
-    far_right = whole
+    sums = (dq, left, right)
+    near, far_right, whole, stop = key_stretches(m0, key_length, reach, BLOCK_M, BLOCK_N, BIAS, CAUSAL, HAS_KEY_MASK)
     if BIAS == RELATIVE:
-        near = tl.minimum(whole, tl.maximum(m0 - R + 1, 0) // BLOCK_N * BLOCK_N)
-        if not CAUSAL:
-            far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
-        dq, left, right = _pull(
-            dq, left, right, queries, exponent - tl.load(bias[0] - R) * scale, keys, key_strides, bias, mask, tile,
-            scale, keep_scale, 0, near,
+        sums = _pull(
+            sums, queries, exponent - tl.load(bias[0] - reach) * scale, keys, place, m0, 0, near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             LEFT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
-    dq, left, right = _pull(
-        dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, near, far_right,
+    sums = _pull(
+        sums, queries, exponent, keys, place, m0, near, far_right,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION, NOWHERE,
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
-        dq, left, right = _pull(
-            dq, left, right, queries, exponent - tl.load(bias[0] + R) * scale, keys, key_strides, bias, mask, tile,
-            scale, keep_scale, far_right, whole,
+        sums = _pull(
+            sums, queries, exponent - tl.load(bias[0] + reach) * scale, keys, place, m0, far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             RIGHT if FAR_SUMS else NOWHERE,
         )  # fmt: skip
     dq, left, right = _pull(
-        dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, whole, stop,
+        sums, queries, exponent, keys, place, m0, whole, stop,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         BY_DISTANCE if FAR_SUMS else NOWHERE,
     )  # fmt: skip
@@ -130,31 +111,29 @@ def query_gradient_kernel(
     if FAR_SUMS:
         tl.store(FarSums + 2 * program, tl.sum(left, 0))
         tl.store(FarSums + 2 * program + 1, tl.sum(right, 0))
-    grad_q = at_document(GradQ, grad_q_strides, batch, head, query_start)
-    store_rows(grad_q, grad_q_strides, dq * raw_scale, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D)
+    grad_q = rows_of(GradQ, grad_q_strides, batch, head, query_start)
+    store_rows(grad_q, dq * raw_scale, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _pull(
-    dq, left, right, queries, exponent, keys, key_strides, bias, mask, tile, scale, keep_scale, first, stop,
+    sums, queries, exponent, keys, place, m0, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys first..stop give to dQ; a far stretch's bias is already taken off `exponent`."""
+    dq, left, right = sums
     q, grad_out, delta = queries
-    m0, query_length, key_length = tile
+    bias, mask, query_length, key_length, scale, keep_scale = place
     for n0 in range(first, stop, BLOCK_N):
-        k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        k = load_rows(keys[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(keys[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         if HAS_KEY_MASK and MASKED:
             attended = attended_keys(mask, n0, key_length, BLOCK_N)[:, None]
             k = tl.where(attended, k, 0.0)
             v = tl.where(attended, v, 0.0)
-        scores = score_tile(
-            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION
-        )
+        scores = score_tile(q, k, place, m0, n0, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
@@ -196,24 +175,19 @@ def key_gradient_kernel(
     )
     if document < 0:
         return
-    R = shape[5]
     n0 = block * BLOCK_N
-    bias = bias_of(Bias, bias_strides, R, head, document)
+    bias = bias_of(Bias, bias_strides, reach, head, document)
     mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
-    tile = (n0, query_length, key_length)
+    place = (bias, mask, query_length, key_length, scale, keep_scale)
     queries = (
-        at_document(Q, q_strides, batch, head, query_start),
-        at_document(GradOut, grad_out_strides, batch, head, query_start),
+        rows_of(Q, q_strides, batch, head, query_start),
+        rows_of(GradOut, grad_out_strides, batch, head, query_start),
         at_document(Exponent, lse_strides, batch, head, query_start),
         at_document(Delta, lse_strides, batch, head, query_start),
     )
-    query_strides = (q_strides, grad_out_strides)
-    k = load_rows(
-        at_document(K, k_strides, batch, head, key_start), k_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True
-    )
-    v = load_rows(
-        at_document(V, v_strides, batch, head, key_start), v_strides, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True
-    )
+    k, v = rows_of(K, k_strides, batch, head, key_start), rows_of(V, v_strides, batch, head, key_start)
+    k = load_rows(k, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     keys = (k, v)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -224,7 +198,7 @@ def key_gradient_kernel(
         first = n0 // BLOCK_M * BLOCK_M
         diagonal = tl.minimum(stop, (n0 + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M)
         dk, dv = _push(
-            dk, dv, keys, queries, query_strides, bias, mask, tile, 0.0, scale, keep_scale, first, diagonal,
+            dk, dv, keys, queries, place, n0, 0.0, first, diagonal,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, DROPOUT, PRECISION,
         )  # fmt: skip
         first = tl.maximum(first, diagonal)
@@ -233,21 +207,19 @@ def key_gradient_kernel(
     if BIAS == RELATIVE:
         # The queries far below these keys see them on their far left; those far above, on their far right.
         if not CAUSAL:
-            near = tl.minimum(stop, tl.maximum(n0 - R + 1, 0) // BLOCK_M * BLOCK_M)
+            near = tl.minimum(stop, tl.maximum(n0 - reach + 1, 0) // BLOCK_M * BLOCK_M)
             dk, dv = _push(
-                dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale,
-                keep_scale, first, near,
+                dk, dv, keys, queries, place, n0, tl.load(bias[0] + reach) * scale, first, near,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
             )  # fmt: skip
-        far_left = tl.maximum(near, tl.minimum(stop, (n0 + BLOCK_N + R + BLOCK_M - 2) // BLOCK_M * BLOCK_M))
+        far_left = tl.maximum(near, tl.minimum(stop, (n0 + BLOCK_N + reach + BLOCK_M - 2) // BLOCK_M * BLOCK_M))
     dk, dv = _push(
-        dk, dv, keys, queries, query_strides, bias, mask, tile, 0.0, scale, keep_scale, near, far_left,
+        dk, dv, keys, queries, place, n0, 0.0, near, far_left,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, False, DROPOUT, PRECISION,
     )  # fmt: skip
     if BIAS == RELATIVE:
         dk, dv = _push(
-            dk, dv, keys, queries, query_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, keep_scale,
-            far_left, stop,
+            dk, dv, keys, queries, place, n0, tl.load(bias[0] - reach) * scale, far_left, stop,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -257,33 +229,31 @@ def key_gradient_kernel(
         attended = attended_keys(mask, n0, key_length, BLOCK_N)[:, None]
         dk = tl.where(attended, dk, 0.0)
         dv = tl.where(attended, dv, 0.0)
-    grad_k = at_document(GradK, grad_k_strides, batch, head, key_start)
-    store_rows(grad_k, grad_k_strides, dk, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D)
-    grad_v = at_document(GradV, grad_v_strides, batch, head, key_start)
-    store_rows(grad_v, grad_v_strides, dv, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D)
+    grad_k = rows_of(GradK, grad_k_strides, batch, head, key_start)
+    store_rows(grad_k, dk, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D)
+    grad_v = rows_of(GradV, grad_v_strides, batch, head, key_start)
+    store_rows(grad_v, dv, n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _push(
-    dk, dv, keys, queries, query_strides, bias, mask, tile, constant, scale, keep_scale, first, stop,
+    dk, dv, keys, queries, place, n0, constant, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries first..stop give to dK and dV; `constant` is the bias of a far stretch."""
     k, v = keys
-    n0, query_length, key_length = tile
+    bias, mask, query_length, key_length, scale, keep_scale = place
     for m0 in range(first, stop, BLOCK_M):
         rows = m0 + tl.arange(0, BLOCK_M)
-        q = load_rows(queries[0], query_strides[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        q = load_rows(queries[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         exponent = tl.load(queries[2] + rows, mask=rows < query_length, other=float("inf"))
-        scores = score_tile(
-            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, True, PRECISION
-        )
+        scores = score_tile(q, k, place, m0, n0, BIAS, BLOCK_M, BLOCK_N, True, PRECISION)
         if CAUSAL:
             columns = n0 + tl.arange(0, BLOCK_N)
             scores = tl.where(rows[None, :] >= columns[:, None], scores, float("-inf"))
         weights = tl.exp2(scores * scale - (exponent - constant)[None, :])
-        grad_out = load_rows(queries[1], query_strides[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        grad_out = load_rows(queries[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         delta = tl.load(queries[3] + rows, mask=rows < query_length, other=0.0)
         grad_weights = dot(v, tl.trans(grad_out), None, PRECISION)
         if DROPOUT:

@@ -20,6 +20,7 @@ from fat5.ops.attention.triton.tiles import (
     locate,
     mask_of,
     relative_tile,
+    rows_of,
     visible_tile,
 )
 from fat5.ops.triton.numerics import LOG2E, dot, round_to
@@ -27,7 +28,7 @@ from fat5.ops.triton.numerics import LOG2E, dot, round_to
 
 @triton.jit
 def _score_gradient(
-    queries, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
+    queries, keys, place, m0, n0,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -37,35 +38,31 @@ def _score_gradient(
     Each operand is used once, so the head dimension is walked CHUNK_D at a time, and fp32 operands (split in three for
     TF32) need not be held whole.
     """
+    bias, mask, query_length, key_length, scale, keep_scale = place
     if BIAS == RELATIVE:
         scores = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False)
     else:
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for d0 in tl.static_range(0, BLOCK_D, CHUNK_D):
-        q = load_rows(
-            queries[0] + d0 * query_strides[0][3], query_strides[0], m0, query_length,
-            BLOCK_M, HEAD_DIM - d0, CHUNK_D, True,
-        )  # fmt: skip
-        k = load_rows(
-            keys[0] + d0 * key_strides[0][3], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True
-        )
+        q = load_rows(_from(queries[0], d0), m0, query_length, BLOCK_M, HEAD_DIM - d0, CHUNK_D, True)
+        k = load_rows(_from(keys[0], d0), n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True)
         scores = dot(q, tl.trans(k), scores, PRECISION)
-        grad_out = load_rows(
-            queries[1] + d0 * query_strides[1][3], query_strides[1], m0, query_length,
-            BLOCK_M, HEAD_DIM - d0, CHUNK_D, True,
-        )  # fmt: skip
-        v = load_rows(
-            keys[1] + d0 * key_strides[1][3], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True
-        )
+        grad_out = load_rows(_from(queries[1], d0), m0, query_length, BLOCK_M, HEAD_DIM - d0, CHUNK_D, True)
+        v = load_rows(_from(keys[1], d0), n0, key_length, BLOCK_N, HEAD_DIM - d0, CHUNK_D, True)
         grad_weights = dot(grad_out, tl.trans(v), grad_weights, PRECISION)
     if BIAS == DENSE:
         scores += dense_tile(bias, m0, n0, query_length, key_length, BLOCK_M, BLOCK_N, False) * (LOG2E / scale)
     exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
     return _difference(
-        scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
-        BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
-    )  # fmt: skip
+        scores, grad_weights, exponent, delta, place, m0, n0, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT
+    )
+
+
+@triton.jit
+def _from(rows, d0):
+    """The rows from dimension d0 on."""
+    return rows[0] + d0 * rows[2], rows[1], rows[2]
 
 
 @triton.jit
@@ -78,11 +75,11 @@ def _row_statistics(queries, m0, query_length, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _difference(
-    scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    scores, grad_weights, exponent, delta, place, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dS = P * (dP - delta), masked."""
+    bias, mask, query_length, key_length, scale, keep_scale = place
     visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
     weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - exponent[:, None])
     if DROPOUT:
@@ -129,38 +126,33 @@ def band_kernel(
         if (document >= 0) & (key_length > 0):
             bias = bias_of(Bias, bias_strides, reach, head, document)
             mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
+            place = (bias, mask, query_length, key_length, scale, keep_scale)
             queries = (
-                at_document(Q, q_strides, batch, head, query_start),
-                at_document(GradOut, grad_out_strides, batch, head, query_start),
+                rows_of(Q, q_strides, batch, head, query_start),
+                rows_of(GradOut, grad_out_strides, batch, head, query_start),
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
             rows = queries
             if CHUNK_D == BLOCK_D:
-                q = load_rows(queries[0], q_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-                grad_out = load_rows(queries[1], grad_out_strides, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                q = load_rows(queries[0], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                grad_out = load_rows(queries[1], m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
                 exponent, delta = _row_statistics(queries, m0, query_length, BLOCK_M)
                 rows = (q, grad_out, exponent, delta)
-            query_strides = (q_strides, grad_out_strides)
-            keys = (
-                at_document(K, k_strides, batch, head, key_start),
-                at_document(V, v_strides, batch, head, key_start),
-            )
-            key_strides = (k_strides, v_strides)
-            numbers = (m0, query_length, key_length, scale, keep_scale)
+            keys = (rows_of(K, k_strides, batch, head, key_start), rows_of(V, v_strides, batch, head, key_start))
             total0 = _add_near(
-                total0, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                total0, index, offsets, lowest, rows, keys, place, m0,
                 HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
             if GROUP > 1:
                 total1 = _add_near(
-                    total1, index + 1, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    total1, index + 1, offsets, lowest, rows, keys, place, m0,
                     HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
                     PRECISION,
                 )  # fmt: skip
             if GROUP > 2:
                 total2 = _add_near(
-                    total2, index + 2, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+                    total2, index + 2, offsets, lowest, rows, keys, place, m0,
                     HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, FAR_M, FAR_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
                     PRECISION,
                 )  # fmt: skip
@@ -174,7 +166,7 @@ def band_kernel(
 
 @triton.jit
 def _add_near(
-    total, index, offsets, lowest, rows, query_strides, keys, key_strides, bias, mask, numbers,
+    total, index, offsets, lowest, rows, keys, place, m0,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FAR_M: tl.constexpr, FAR_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -183,7 +175,7 @@ def _add_near(
 
     `rows` are the queries as loaded, or where to load them from when they are taken in chunks.
     """
-    m0, query_length, key_length, scale, keep_scale = numbers
+    bias, mask, query_length, key_length, scale, keep_scale = place
     R = bias[1]
     n0 = m0 + (lowest + index) * BLOCK_N
     far_m = m0 // FAR_M * FAR_M
@@ -195,17 +187,16 @@ def _add_near(
     if (index < offsets) & (n0 >= 0) & (n0 < key_length) & near:
         if CHUNK_D == BLOCK_D:
             q, grad_out, exponent, delta = rows
-            k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-            v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            k = load_rows(keys[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = load_rows(keys[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             scores = dot(q, tl.trans(k), relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, False), PRECISION)
             grad_weights = dot(grad_out, tl.trans(v), None, PRECISION)
             grad_scores = _difference(
-                scores, grad_weights, exponent, delta, mask, m0, n0, key_length, scale, keep_scale,
-                BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT,
-            )  # fmt: skip
+                scores, grad_weights, exponent, delta, place, m0, n0, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK, DROPOUT
+            )
         else:
             grad_scores = _score_gradient(
-                rows, query_strides, keys, key_strides, bias, mask, m0, n0, query_length, key_length, scale, keep_scale,
+                rows, keys, place, m0, n0,
                 HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, RELATIVE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
             )  # fmt: skip
         if BLOCK_N > FAR_N:
@@ -294,10 +285,8 @@ def dense_gradient_kernel(
     q_strides, k_strides, v_strides, grad_out_strides, lse_strides, bias_strides, grad_dense_strides, mask_strides,
     heads, query_rows, key_rows, num_documents, tiles, reach, sizes, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ONE_ROW: tl.constexpr,
-    ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """GradDense, in the bias's own shape: a program owns a tile of it and adds up every dS tile that was broadcast from
     it.
@@ -325,21 +314,18 @@ def dense_gradient_kernel(
         for head in range(bias_head, heads, bias_heads):
             bias = bias_of(Bias, bias_strides, reach, head, document)
             mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
+            place = (bias, mask, query_length, key_length, scale, keep_scale)
             queries = (
-                at_document(Q, q_strides, batch, head, query_start),
-                at_document(GradOut, grad_out_strides, batch, head, query_start),
+                rows_of(Q, q_strides, batch, head, query_start),
+                rows_of(GradOut, grad_out_strides, batch, head, query_start),
                 at_document(Exponent, lse_strides, batch, head, query_start),
                 at_document(Delta, lse_strides, batch, head, query_start),
             )
-            keys = (
-                at_document(K, k_strides, batch, head, key_start),
-                at_document(V, v_strides, batch, head, key_start),
-            )
+            keys = (rows_of(K, k_strides, batch, head, key_start), rows_of(V, v_strides, batch, head, key_start))
             for block_m in range(tile_m, stop_m):
                 for block_n in range(tile_n, stop_n):
                     total += _score_gradient(
-                        queries, (q_strides, grad_out_strides), keys, (k_strides, v_strides), bias, mask,
-                        block_m * BLOCK_M, block_n * BLOCK_N, query_length, key_length, scale, keep_scale,
+                        queries, keys, place, block_m * BLOCK_M, block_n * BLOCK_N,
                         HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, DENSE, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
                     )  # fmt: skip
     here = at_document(GradDense, grad_dense_strides, bias_document, bias_head, 0)

@@ -16,9 +16,11 @@ from fat5.ops.attention.triton.tiles import (
     bias_of,
     head_and_slot,
     kept_tile,
+    key_stretches,
     load_rows,
     locate,
     mask_of,
+    rows_of,
     score_tile,
     store_rows,
     visible_tile,
@@ -46,56 +48,35 @@ def forward_kernel(
     )
     if document < 0:
         return
-    R = shape[5]
     m0 = block * BLOCK_M
-    keys = (at_document(K, k_strides, batch, head, key_start), at_document(V, v_strides, batch, head, key_start))
-    key_strides = (k_strides, v_strides)
-    bias = bias_of(Bias, bias_strides, R, head, document)
+    bias = bias_of(Bias, bias_strides, reach, head, document)
     mask = mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document)
-    tile = (m0, query_length, key_length)
-
-    q = load_rows(
-        at_document(Q, q_strides, batch, head, query_start),
-        q_strides,
-        m0,
-        query_length,
-        BLOCK_M,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-    )
+    place = (bias, mask, query_length, key_length, scale, keep_scale)
+    keys = (rows_of(K, k_strides, batch, head, key_start), rows_of(V, v_strides, batch, head, key_start))
+    queries = rows_of(Q, q_strides, batch, head, query_start)
+    q = load_rows(queries, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     normaliser = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    state = (acc, normaliser, maximum)
 
-    # Keys before `whole` lie in tiles that need no mask; keys before `stop` are visible to some row.
-    stop = tl.minimum(key_length, m0 + BLOCK_M) if CAUSAL else key_length
-    whole = (tl.minimum(key_length, m0 + 1) if CAUSAL else key_length) // BLOCK_N * BLOCK_N
-    if HAS_KEY_MASK:
-        whole = 0
-    near = 0
-    far_right = whole
+    near, far_right, whole, stop = key_stretches(m0, key_length, reach, BLOCK_M, BLOCK_N, BIAS, CAUSAL, HAS_KEY_MASK)
     if BIAS == RELATIVE:
-        near = tl.minimum(whole, tl.maximum(m0 - R + 1, 0) // BLOCK_N * BLOCK_N)
-        if not CAUSAL:
-            far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
-        acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] - R) * scale, scale, 0,
-            near,
+        state = _attend(
+            state, q, keys, place, m0, tl.load(bias[0] - reach) * scale, 0, near,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
-    acc, normaliser, maximum = _attend(
-        acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, 0.0, scale, near, far_right,
+    state = _attend(
+        state, q, keys, place, m0, 0.0, near, far_right,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
     )  # fmt: skip
     if BIAS == RELATIVE and not CAUSAL:
-        acc, normaliser, maximum = _attend(
-            acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, tl.load(bias[0] + R) * scale, scale,
-            far_right, whole,
+        state = _attend(
+            state, q, keys, place, m0, tl.load(bias[0] + reach) * scale, far_right, whole,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, NO_BIAS, False, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, normaliser, maximum = _attend(
-        acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, 0.0, scale, whole, stop,
+        state, q, keys, place, m0, 0.0, whole, stop,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS, True, CAUSAL, HAS_KEY_MASK, DROPOUT, PRECISION,
     )  # fmt: skip
 
@@ -105,24 +86,23 @@ def forward_kernel(
     lse = tl.where(sees, (maximum + tl.log2(safe)) * LN2, float("-inf"))
     tl.store(at_document(Lse, lse_strides, batch, head, query_start) + rows, lse, mask=rows < query_length)
     acc = acc * tl.where(sees, keep_scale / safe, 0.0)[:, None]
-    out = at_document(Out, out_strides, batch, head, query_start)
-    store_rows(out, out_strides, acc, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D)
+    out = rows_of(Out, out_strides, batch, head, query_start)
+    store_rows(out, acc, m0, query_length, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _attend(
-    acc, normaliser, maximum, q, keys, key_strides, bias, mask, tile, constant, scale, first, stop,
+    state, q, keys, place, m0, constant, first, stop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds keys first..stop to the running softmax; `constant` is the bias of a far stretch."""
-    m0, query_length, key_length = tile
+    acc, normaliser, maximum = state
+    bias, mask, query_length, key_length, scale, keep_scale = place
     for n0 in range(first, stop, BLOCK_N):
-        k = load_rows(keys[0], key_strides[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = score_tile(
-            q, k, bias, m0, n0, query_length, key_length, scale, BIAS, BLOCK_M, BLOCK_N, False, PRECISION
-        )
+        k = load_rows(keys[0], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        scores = score_tile(q, k, place, m0, n0, BIAS, BLOCK_M, BLOCK_N, False, PRECISION)
         if MASKED:
             visible = visible_tile(mask, m0, n0, key_length, BLOCK_M, BLOCK_N, CAUSAL, HAS_KEY_MASK)
             scores = tl.where(visible, scores, float("-inf"))
@@ -136,7 +116,7 @@ def _attend(
         maximum = highest
         if DROPOUT:
             weights = tl.where(kept_tile(mask, m0, n0, BLOCK_M, BLOCK_N, False), weights, 0.0)
-        v = load_rows(keys[1], key_strides[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(keys[1], n0, key_length, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
         if HAS_KEY_MASK and MASKED:
             # A padded value may hold anything, and 0 * NaN would spread it.
             v = tl.where(attended_keys(mask, n0, key_length, BLOCK_N)[:, None], v, 0.0)

@@ -9,8 +9,9 @@ Arguments that belong together travel as tuples:
     starts    (work list, cu_seqlens_q, cu_seqlens_k), Nones in the padded layout
     shape     (heads, query rows, key rows, documents, tiles, R): rows are Lq and Lk, or all rows when packed
     bias      (a relative vector over scale, at distance 0, or a dense bias; R; the dense one's query and key strides)
+    rows      (the first row of one head and document in q, k, v or a gradient; its row and dimension strides)
     mask      (key padding mask, its key stride, dropout seed, dropout threshold, head, document)
-    tile      (first query, query length, key length)
+    place     (bias, mask, query length, key length, scale, keep scale): what all tiles of a head and document share
 
 What a problem lacks (bias, mask, seed) is passed as some pointer that is never read.
 """
@@ -94,8 +95,8 @@ def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr, 
         document = tl.load(work + 2 * slot)
         block = tl.load(work + 2 * slot + 1, mask=document >= 0, other=0)
         known = tl.maximum(document, 0)
-        query_start, query_stop = _rows_of(starts_q, known, num_documents, query_rows)
-        key_start, key_stop = _rows_of(starts_k, known, num_documents, key_rows)
+        query_start, query_stop = _boundaries(starts_q, known, num_documents, query_rows)
+        key_start, key_stop = _boundaries(starts_k, known, num_documents, key_rows)
         if BY_KEYS:
             query_stop = tl.where(known < num_documents, query_stop, query_start)
         else:
@@ -108,7 +109,7 @@ def locate(slot, starts, shape, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr, 
 
 
 @triton.jit
-def _rows_of(Starts, document, num_documents, total):
+def _boundaries(Starts, document, num_documents, total):
     start = tl.minimum(tl.maximum(tl.load(Starts + document), 0), total)
     stop = tl.minimum(tl.load(Starts + document + 1, mask=document < num_documents, other=total), total)
     return start, tl.maximum(start, stop)
@@ -126,6 +127,36 @@ def at_document(Base, strides, batch, head, start):
 
 
 @triton.jit
+def rows_of(Base, strides, batch, head, start):
+    """The `rows` tuple of one head and document."""
+    return at_document(Base, strides, batch, head, start), strides[2], strides[3]
+
+
+@triton.jit
+def key_stretches(
+    m0, key_length, R, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(near, far_right, whole, stop), multiples of BLOCK_N but the last: where the stretches of keys that a tile of
+    queries sees end.
+
+    Keys before `near` lie far to the left, those from `far_right` to `whole` far to the right; keys from `whole` to
+    `stop` lie in tiles that need a mask.
+    """
+    stop = tl.minimum(key_length, m0 + BLOCK_M) if CAUSAL else key_length
+    whole = (tl.minimum(key_length, m0 + 1) if CAUSAL else key_length) // BLOCK_N * BLOCK_N
+    if HAS_KEY_MASK:
+        whole = 0
+    near = 0
+    far_right = whole
+    if BIAS == RELATIVE:
+        near = tl.minimum(whole, tl.maximum(m0 - R + 1, 0) // BLOCK_N * BLOCK_N)
+        if not CAUSAL:
+            far_right = tl.maximum(near, tl.minimum(whole, (m0 + BLOCK_M + R + BLOCK_N - 2) // BLOCK_N * BLOCK_N))
+    return near, far_right, whole, stop
+
+
+@triton.jit
 def bias_of(Bias, strides, R, head, document):
     """The `bias` tuple of one head and document."""
     start = Bias + tl.cast(document, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
@@ -140,20 +171,12 @@ def mask_of(KeyMask, mask_strides, Seed, threshold, head, batch, document):
 
 @triton.jit
 def load_rows(
-    Base,
-    strides,
-    first,
-    length,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
+    source, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
     """(ROWS, BLOCK_D): rows first..first+ROWS of a document; zeros beyond `length` (if MASKED) and beyond HEAD_DIM."""
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
-    # The row offset is added to the pointer as 64 bits; inside a tile 32 bits are enough.
-    pointers = Base + tl.cast(first, tl.int64) * strides[2] + (rows[:, None] * strides[2] + dims[None, :] * strides[3])
+    pointers = _pointers(source, first, rows, dims)
     if MASKED:
         if BLOCK_D == HEAD_DIM:
             return tl.load(pointers, mask=(first + rows)[:, None] < length, other=0.0)
@@ -167,13 +190,19 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(Base, strides, tile, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of a masked `load_rows`; rounds to the element type of `Base`."""
+def store_rows(target, tile, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of a masked `load_rows`; rounds to the element type of `target`."""
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
-    pointers = Base + tl.cast(first, tl.int64) * strides[2] + (rows[:, None] * strides[2] + dims[None, :] * strides[3])
     mask = ((first + rows)[:, None] < length) & (dims < HEAD_DIM)[None, :]
-    tl.store(pointers, round_to(tile, Base.dtype.element_ty), mask=mask)
+    tl.store(_pointers(target, first, rows, dims), round_to(tile, target[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pointers(base, first, rows, dims):
+    # The first row's offset is added to the pointer in 64 bits; 32 are enough inside a tile.
+    start, row_stride, stride = base
+    return start + tl.cast(first, tl.int64) * row_stride + (rows[:, None] * row_stride + dims[None, :] * stride)
 
 
 @triton.jit
@@ -221,11 +250,11 @@ def dense_tile(
 
 @triton.jit
 def score_tile(
-    q, k, bias, m0, n0, query_length, key_length, scale, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, place, m0, n0, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(M, N), or (N, M) when TRANSPOSED: q k^T + bias / scale; times scale they are base-2 scores."""
+    bias, mask, query_length, key_length, scale, keep_scale = place
     if BIAS == RELATIVE:
         start = relative_tile(bias, m0, n0, BLOCK_M, BLOCK_N, TRANSPOSED)
     else:
