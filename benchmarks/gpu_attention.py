@@ -8,12 +8,10 @@ it, and written to OUTPUT_DIR/launch_table.json. Sizes follow the papers: 16,384
 2,048. TFLOP/s count 4 * Lq * Lk * D a head forward and 10 backward, half of that when causal.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -32,38 +30,14 @@ from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.triton.configuration import KERNELS, configuration
 from fat5.ops.attention.triton.launch_table import Row
 from fat5.ops.triton.launch import Launch, architecture, recording
-from gpu_measure import Results, Setup
-from gpu_plots import draw
+from gpu_measure import Results, Setup, run_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 LEGEND = "provider forward/backward TFLOP/s, peak GB beyond the inputs, share of a matrix product's rate over both"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=530.0, help="no section starts, and loops end, after this")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order")
-    options = parser.parse_args()
-    results = Results(options.output_dir, "gpu_attention")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}", flush=True)
-    for name in options.sections.split(","):
-        section, share = SECTIONS[name]
-        left = options.seconds - results.elapsed()
-        if left < 5:
-            print(f"== {name}: not run, out of time")
-            continue
-        print(f"== {name} ({results.elapsed():.0f} s)", flush=True)
-        try:
-            section(results, time.perf_counter() + min(left, share * options.seconds))
-        except Exception:
-            print()
-            traceback.print_exc(limit=6)
-        results.write()
-        torch.cuda.empty_cache()
-    for picture in draw(results.path, options.output_dir):
-        print(f"wrote {picture}")
-    print(f"wrote {results.path} after {results.elapsed():.0f} s")
+    run_sections("gpu_attention", __doc__, 530.0, SECTIONS)
 
 
 def check(results: Results, deadline: float) -> None:

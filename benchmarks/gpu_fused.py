@@ -2,30 +2,27 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_fused.py --output_dir results [--seconds 110] [--sections check,loss,tune]
 
-Runs unattended: a section that fails says so and the next one goes on. First the errors against float64, then times:
+First the errors against float64, then times:
 CUDA events around enqueued work, the L2 cache flushed before each round, medians. 16,384 tokens, bfloat16. A line says
 for each provider `forward/backward microseconds, share of what this card's copy bandwidth (or matrix product) allows`.
 What wins over the compiled form goes into COMPILED_ON_CUDA of fat5/ops/choice.py, tile sizes into the constants of
 fat5/ops/triton/.
 """
 
-import argparse
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
+from itertools import product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fat5.bench.timing import seconds, stage_seconds
+from fat5.bench.timing import seconds
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.ops import geglu, linear_cross_entropy, rms_norm, rotary, use_kernels
 from fat5.ops.geglu import geglu_reference
@@ -34,13 +31,12 @@ from fat5.ops.rms_norm import rms_norm_reference
 from fat5.ops.rotary import rotary_reference
 from fat5.ops.triton.launch import Launch
 from fat5.optim import AdamWScale
-from gpu_measure import Results
-from gpu_plots import draw
+from gpu_measure import Results, excused, forward_and_backward, run_sections
+from gpu_providers import TYPE, Z_LOSS, candidates, labelled, normal, ours, outputs, plain, tensors, with_liger
 
-TOKENS, VOCABULARY, TYPE = 16_384, 32_768, torch.bfloat16
+TOKENS, VOCABULARY = 16_384, 32_768
 WIDTHS = ((512, 2048), (768, 3072), (1024, 4096))
 """d_model and d_ff of small, base and large."""
-Z_LOSS = 1e-4
 # Of one measurement; the host's share comes on top.
 BUDGET = 0.03
 
@@ -57,6 +53,11 @@ class Case(NamedTuple):
     """Of forward and backward together: the loss computes its gradients in its forward."""
 
 
+def main() -> None:
+    print(f"liger-kernel {version('liger-kernel')}" if find_spec("liger_kernel") else "liger-kernel: not installed")
+    run_sections("gpu_fused", __doc__, 110.0, {name: (section, 1.0) for name, section in SECTIONS.items()})
+
+
 class Ceilings(NamedTuple):
     """What this card gives a large copy (bytes a second, read and written) and a large matrix product (FLOP/s)."""
 
@@ -64,51 +65,20 @@ class Ceilings(NamedTuple):
     flops: float
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=110.0, help="no section starts, and loops end, after this")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order")
-    options = parser.parse_args()
-    results = Results(options.output_dir, "gpu_fused")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}", flush=True)
-    print(f"liger-kernel {version('liger-kernel')}" if find_spec("liger_kernel") else "liger-kernel: not installed")
-    limits = ceilings(results)
-    for name in options.sections.split(","):
-        left = options.seconds - results.elapsed()
-        if left < 3:
-            print(f"== {name}: not run, out of time")
-            continue
-        print(f"== {name} ({results.elapsed():.0f} s)", flush=True)
-        try:
-            SECTIONS[name](results, limits, time.perf_counter() + left)
-        except Exception:
-            print()
-            traceback.print_exc(limit=6)
-        results.write()
-        torch.cuda.empty_cache()
-    for picture in draw(results.path, options.output_dir):
-        print(f"wrote {picture}")
-    print(f"wrote {results.path} after {results.elapsed():.0f} s")
-
-
+@lru_cache(maxsize=1)
 def ceilings(results: Results) -> Ceilings:
+    """Measured once, by the first section that needs them."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=TYPE) for _ in range(2))
     rate = 2 * 8192**3 / seconds(lambda: a @ b, BUDGET)
     source, target = (torch.empty(2**30, device="cuda", dtype=torch.uint8).random_() for _ in range(2))
     bandwidth = 2 * 2**30 / seconds(lambda: target.copy_(source), BUDGET)
     results.add("ceiling", "torch", "bf16 matrix product", rate / 1e12, "TFLOP/s")
     results.add("ceiling", "torch", "copy", bandwidth / 1e12, "TB/s")
-    print(
-        f"matrix product {np.median(rate) / 1e12:.0f} TFLOP/s, copy {np.median(bandwidth) / 1e12:.2f} TB/s", flush=True
-    )
+    print(f"matrix product {np.median(rate) / 1e12:.0f} TFLOP/s, copy {np.median(bandwidth) / 1e12:.2f} TB/s")
     return Ceilings(float(np.median(bandwidth)), float(np.median(rate)))
 
 
-# --- correctness
-
-
-def check(results: Results, limits: Ceilings, deadline: float) -> None:
+def check(results: Results, deadline: float) -> None:
     """Error against float64 over that of plain PyTorch in the same precision, output and worst gradient: 2 and 3 are
     allowed.
     """
@@ -117,25 +87,25 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
     loss = dict(z_loss=0.1, label_smoothing=0.1)
     turned = torch.randn(rows, 32, device="cuda")
     angles = {"cos": turned.cos(), "sin": turned.sin()}
-    x, y, scale = (_normal(*shape, dtype=torch.float32) for shape in ((rows, width), (rows, width), (width,)))
-    weight = _normal(5000, width, dtype=torch.float32) * 0.05
+    x, y, scale = (normal(*shape, dtype=torch.float32) for shape in ((rows, width), (rows, width), (width,)))
+    weight = normal(5000, width, dtype=torch.float32) * 0.05
     checks: list[tuple[str, list[Tensor], Callable, dict[str, Callable]]] = [
-        ("rms_norm", [x, scale], _rms_norm_plain, _with_liger(_ours(rms_norm), "rms_norm")),
-        ("geglu", [4 * x, y], geglu_reference, _with_liger(_ours(geglu), "geglu")),
+        ("rms_norm", [x, scale], _rms_norm_plain, with_liger(ours(rms_norm), "rms_norm")),
+        ("geglu", [4 * x, y], geglu_reference, with_liger(ours(geglu), "geglu")),
         (
             "linear_cross_entropy",
             [x, weight],
-            partial(_labelled, partial(linear_cross_entropy_reference, **loss), labels),
+            partial(labelled, partial(linear_cross_entropy_reference, **loss), labels),
             {
-                "triton": _ours(partial(_labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
-                "plain": _plain(partial(_labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
+                "triton": ours(partial(labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
+                "plain": plain(partial(labelled, partial(linear_cross_entropy, chunk_size=256, **loss), labels)),
             },
         ),
         (
             "rotary",
             [x.view(rows, 12, 64)],
             partial(rotary_reference, **angles),
-            {"triton": _ours(partial(rotary, **angles))},
+            {"triton": ours(partial(rotary, **angles))},
         ),
     ]
     for name, inputs, reference, providers in checks:
@@ -144,21 +114,14 @@ def check(results: Results, limits: Ceilings, deadline: float) -> None:
             usual = _results(reference, [t.to(dtype) for t in inputs])
             print(f"{name:21} {str(dtype)[6:]:9}", end="")
             for provider, call in providers.items():
-                try:
-                    found = _results(call, [t.to(dtype) for t in inputs])
-                    ratios = [
-                        ((got.double() - want).norm() / ((mild.double() - want).norm() + 1e-7 * want.norm())).item()
-                        for got, mild, want in zip(found, usual, exact, strict=True)
-                    ]
-                except Exception as failure:
-                    print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="")
-                    continue
-                outputs = len(found) - len(inputs)
-                worst = (max(ratios[:outputs]), max(ratios[outputs:]))
-                good = worst[0] <= 2 and worst[1] <= 3
-                results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, forward", worst[0], "ratio")
-                results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, gradient", worst[1], "ratio")
-                print(f"  {provider} {worst[0]:.2f}/{worst[1]:.2f}{'' if good else ' WRONG'}", end="")
+                with excused(provider):
+                    ratios = _ratios(_results(call, [t.to(dtype) for t in inputs]), usual, exact)
+                    count = len(ratios) - len(inputs)
+                    forward, gradient = max(ratios[:count]), max(ratios[count:])
+                    good = forward <= 2 and gradient <= 3
+                    results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, forward", forward, "ratio")
+                    results.add(f"{name} {str(dtype)[6:]}", provider, "error over plain, gradient", gradient, "ratio")
+                    print(f"  {provider} {forward:.2f}/{gradient:.2f}{'' if good else ' WRONG'}", end="")
             print(flush=True)
     _check_step(results)
 
@@ -184,47 +147,48 @@ def _check_step(results: Results) -> None:
         exact = trained(torch.float64, dtype, fused=False)
         usual = trained(dtype, dtype, fused=False)
         use_kernels("triton")
-        found = trained(dtype, dtype)
-        worst = max(
-            ((got - want).norm() / ((mild - want).norm() + 1e-7 * want.norm())).item()
-            for got, mild, want in zip(found, usual, exact, strict=True)
-        )
+        worst = max(_ratios(trained(dtype, dtype), usual, exact))
         case = f"adamw_scale {str(dtype)[6:]}"
         results.add(case, "triton", "error over plain, forward", worst, "ratio")
         print(f"{'adamw_scale':21} {str(dtype)[6:]:9}  triton {worst:.2f}{'' if worst <= 2 else ' WRONG'}", flush=True)
 
 
+def _ratios(found: list[Tensor], usual: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Each tensor's error over that of plain PyTorch in the same precision."""
+    return [
+        ((got.double() - want).norm() / ((mild.double() - want).norm() + 1e-7 * want.norm())).item()
+        for got, mild, want in zip(found, usual, exact, strict=True)
+    ]
+
+
 def _results(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
     """Outputs, then gradients for the same upstream in every precision."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outs = _outputs(call(*leaves))
+    outs = outputs(call(*leaves))
     torch.manual_seed(1)
     upstream = [torch.randn(out.shape, device="cuda", dtype=torch.float32).to(out) for out in outs]
     return [*(out.detach().clone() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
 
 
-# --- speed
-
-
-def norms(results: Results, limits: Ceilings, deadline: float) -> None:
+def norms(results: Results, deadline: float) -> None:
     """RMSNorm of the residual stream."""
     for width, _ in WIDTHS:
         one = TOKENS * width * TYPE.itemsize
-        inputs = partial(_tensors, (TOKENS, width), (width,))
-        providers = _with_liger(_candidates(rms_norm), "rms_norm")
-        _measure(results, Case(f"rms_norm d{width}", inputs, providers, 2 * one, 3 * one), limits, deadline)
+        inputs = partial(tensors, (TOKENS, width), (width,))
+        providers = with_liger(candidates(rms_norm), "rms_norm")
+        _measure(results, Case(f"rms_norm d{width}", inputs, providers, 2 * one, 3 * one), deadline)
 
 
-def gated(results: Results, limits: Ceilings, deadline: float) -> None:
+def gated(results: Results, deadline: float) -> None:
     """Gated GELU of the feed-forward layer."""
     for _, width in WIDTHS:
         one = TOKENS * width * TYPE.itemsize
-        inputs = partial(_tensors, (TOKENS, width), (TOKENS, width))
-        providers = _with_liger(_candidates(geglu), "geglu")
-        _measure(results, Case(f"geglu ff{width}", inputs, providers, 3 * one, 5 * one), limits, deadline)
+        inputs = partial(tensors, (TOKENS, width), (TOKENS, width))
+        providers = with_liger(candidates(geglu), "geglu")
+        _measure(results, Case(f"geglu ff{width}", inputs, providers, 3 * one, 5 * one), deadline)
 
 
-def turned(results: Results, limits: Ceilings, deadline: float) -> None:
+def turned(results: Results, deadline: float) -> None:
     """Rotary embedding of queries and keys of width 64."""
     for width, _ in WIDTHS:
         angles = torch.randn(TOKENS, 32, device="cuda")
@@ -235,12 +199,12 @@ def turned(results: Results, limits: Ceilings, deadline: float) -> None:
 
         one = TOKENS * width * TYPE.itemsize
         shape = (TOKENS, width // 64, 64)
-        providers = _with_liger(_candidates(both), "rotary", angles=(cos, sin))
-        case = Case(f"rotary d{width}", partial(_tensors, shape, shape), providers, 4 * one, 4 * one)
-        _measure(results, case, limits, deadline)
+        providers = with_liger(candidates(both), "rotary", angles=(cos, sin))
+        case = Case(f"rotary d{width}", partial(tensors, shape, shape), providers, 4 * one, 4 * one)
+        _measure(results, case, deadline)
 
 
-def optimizer(results: Results, limits: Ceilings, deadline: float) -> None:
+def optimizer(results: Results, deadline: float) -> None:
     """A step of all weights of fat5-base: device time, and the host's time to enqueue it. Bytes count each tensor
     once: weights, moments and compensations in and out, gradients in.
     """
@@ -259,7 +223,7 @@ def optimizer(results: Results, limits: Ceilings, deadline: float) -> None:
             if time.perf_counter() > deadline:
                 print("  out of time", end="")
                 break
-            try:
+            with excused(provider):
                 use_kernels(setting)
                 parameters = [torch.nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in shapes]
                 for parameter in parameters:
@@ -274,22 +238,19 @@ def optimizer(results: Results, limits: Ceilings, deadline: float) -> None:
                 torch.cuda.synchronize()
                 peak = (torch.cuda.max_memory_allocated() - before) / 1e9
                 taken = seconds(own.step, 3 * BUDGET)
-            except Exception as failure:
-                print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="", flush=True)
-                continue
-            share = moved * elements / taken / limits.bandwidth
-            results.add(name, provider, "step", taken, "s")
-            results.add(name, provider, "host", host, "s")
-            results.add(name, provider, "bandwidth", moved * elements / taken / 1e9, "GB/s")
-            results.add(name, provider, "share of roofline", share, "ratio")
-            results.add(name, provider, "peak memory", peak, "GB")
-            times = f"{np.median(taken) * 1e6:.0f} (host {host * 1e6:.0f}) {np.median(share):.0%} {peak:.2f} GB"
-            print(f"  {provider} {times}", end="", flush=True)
-            del own, parameters
+                share = moved * elements / taken / ceilings(results).bandwidth
+                results.add(name, provider, "step", taken, "s")
+                results.add(name, provider, "host", host, "s")
+                results.add(name, provider, "bandwidth", moved * elements / taken / 1e9, "GB/s")
+                results.add(name, provider, "share of roofline", share, "ratio")
+                results.add(name, provider, "peak memory", peak, "GB")
+                times = f"{np.median(taken) * 1e6:.0f} (host {host * 1e6:.0f}) {np.median(share):.0%} {peak:.2f} GB"
+                print(f"  {provider} {times}", end="", flush=True)
+            own = parameters = None
         print(flush=True)
 
 
-def loss(results: Results, limits: Ceilings, deadline: float) -> None:
+def loss(results: Results, deadline: float) -> None:
     """The output projection and its cross-entropy: with whole logits, in chunks of plain PyTorch, in chunks with our
     kernel (by rows a chunk), Liger's. The share is of a bare matrix product's rate, over forward and backward.
     """
@@ -297,24 +258,24 @@ def loss(results: Results, limits: Ceilings, deadline: float) -> None:
         labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
 
         def by(call: Callable, labels: Tensor = labels, **options: Any) -> Callable:
-            return partial(_labelled, partial(call, z_loss=Z_LOSS, **options), labels)
+            return partial(labelled, partial(call, z_loss=Z_LOSS, **options), labels)
 
         providers: dict[str, Callable] = {
             "whole logits": by(linear_cross_entropy_reference),
             "whole logits compiled": torch.compile(by(linear_cross_entropy_reference), dynamic=False),
-            "chunks plain": _plain(by(linear_cross_entropy)),
-            "triton": _ours(by(linear_cross_entropy)),
+            "chunks plain": plain(by(linear_cross_entropy)),
+            "triton": ours(by(linear_cross_entropy)),
         }
         if width == 768:
             for rows in (512, 1024, 2048, 8192, 16384):
-                providers[f"triton {rows} rows"] = _ours(by(linear_cross_entropy, chunk_size=rows))
-        providers = _with_liger(providers, "linear_cross_entropy", labels)
+                providers[f"triton {rows} rows"] = ours(by(linear_cross_entropy, chunk_size=rows))
+        providers = with_liger(providers, "linear_cross_entropy", labels)
         inputs = partial(_loss_inputs, width)
         case = Case(f"linear_cross_entropy d{width}", inputs, providers, flops=6.0 * TOKENS * width * VOCABULARY)
-        _measure(results, case, limits, deadline)
+        _measure(results, case, deadline)
 
 
-def tune(results: Results, limits: Ceilings, deadline: float) -> None:
+def tune(results: Results, deadline: float) -> None:
     """Tile sizes of our kernels at the sizes of base: microseconds forward/backward for each."""
     from fat5.ops.triton import cross_entropy as triton_cross_entropy
     from fat5.ops.triton import geglu as triton_geglu
@@ -322,187 +283,85 @@ def tune(results: Results, limits: Ceilings, deadline: float) -> None:
     from fat5.ops.triton import rotary as triton_rotary
 
     labels = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
-    lce = partial(_labelled, partial(linear_cross_entropy, z_loss=Z_LOSS), labels)
+    lce = partial(labelled, partial(linear_cross_entropy, z_loss=Z_LOSS), labels)
     angles = torch.randn(TOKENS, 32, device="cuda")
     turn = partial(rotary, cos=angles.cos(), sin=angles.sin())
     trials: list[tuple[str, Callable, Callable, Any, dict[str, tuple]]] = [
         ("linear_cross_entropy", lce, partial(_loss_inputs, 768), triton_cross_entropy,
          {"BLOCK": (4096, 2048, 8192, 16384), "WARPS": (8, 4, 16)}),
-        ("rms_norm", rms_norm, partial(_tensors, (TOKENS, 768), (768,)), triton_rms_norm,
+        ("rms_norm", rms_norm, partial(tensors, (TOKENS, 768), (768,)), triton_rms_norm,
          {"FORWARD_TILE": (1024, 2048, 4096, 8192), "WARPS": (4, 8)}),
-        ("rms_norm", rms_norm, partial(_tensors, (TOKENS, 768), (768,)), triton_rms_norm,
+        ("rms_norm", rms_norm, partial(tensors, (TOKENS, 768), (768,)), triton_rms_norm,
          {"BACKWARD_TILE": (1024, 2048, 4096), "PROGRAMS_A_PROCESSOR": (2, 4, 8), "WARPS": (4, 8)}),
-        ("geglu", geglu, partial(_tensors, (TOKENS, 3072), (TOKENS, 3072)), triton_geglu,
+        ("geglu", geglu, partial(tensors, (TOKENS, 3072), (TOKENS, 3072)), triton_geglu,
          {"LAUNCH": tuple(Launch(1, n, w, 1) for n in (512, 1024, 2048, 4096) for w in (4, 8))}),
-        ("rotary", turn, partial(_tensors, (TOKENS, 12, 64)), triton_rotary,
+        ("rotary", turn, partial(tensors, (TOKENS, 12, 64)), triton_rotary,
          {"TILE": (512, 1024, 2048), "WARPS": (4, 8)}),
     ]  # fmt: skip
     for name, call, inputs, module, constants in trials:
-        for values in _product(constants):
+        for choice in product(*constants.values()):
+            values = dict(zip(constants, choice))
             if time.perf_counter() > deadline:
                 print("out of time")
                 return
-            with _constants(module, values):
-                label = " ".join(
-                    f"{key} {value if np.isscalar(value) else value[1:3]}" for key, value in values.items()
-                )
-                try:
-                    taken, _ = _taken(_ours(call), inputs())
-                except Exception as failure:
-                    print(f"{name:21} {label}: {type(failure).__name__} {str(failure)[:70]!r}", flush=True)
-                    continue
-            results.add(f"tune {name}", label, "forward", taken[:, 0], "s")
-            results.add(f"tune {name}", label, "backward", taken[:, 1], "s")
-            forward, backward = np.median(taken, axis=0) * 1e6
-            print(f"{name:21} {label}: {forward:.0f}/{backward:.0f}", flush=True)
+            label = " ".join(f"{key} {value if np.isscalar(value) else value[1:3]}" for key, value in values.items())
+            print(f"{name:21}", end="")
+            with excused(label), patch.multiple(module, **values):
+                taken, _ = _taken(ours(call), inputs())
+                results.add(f"tune {name}", label, "forward", taken[:, 0], "s")
+                results.add(f"tune {name}", label, "backward", taken[:, 1], "s")
+                forward, backward = np.median(taken, axis=0) * 1e6
+                print(f"  {label} {forward:.0f}/{backward:.0f}", end="")
+            print(flush=True)
 
 
-def _product(constants: dict[str, tuple]) -> Iterator[dict[str, Any]]:
-    values: list[dict[str, Any]] = [{}]
-    for key, choices in constants.items():
-        values = [{**value, key: choice} for value in values for choice in choices]
-    yield from values
-
-
-@contextmanager
-def _constants(module: Any, values: dict[str, Any]) -> Iterator[None]:
-    before = {key: getattr(module, key) for key in values}
-    try:
-        for key, value in values.items():
-            setattr(module, key, value)
-        yield
-    finally:
-        for key, value in before.items():
-            setattr(module, key, value)
-
-
-def _measure(results: Results, case: Case, limits: Ceilings, deadline: float) -> None:
+def _measure(results: Results, case: Case, deadline: float) -> None:
     print(f"{case.name:26}", end="", flush=True)
     for provider, call in case.providers.items():
         if time.perf_counter() > deadline:
             print("  out of time", end="")
             break
-        try:
-            taken, peak = _taken(call, case.inputs())
-        except Exception as failure:
-            print(f"  {provider} {type(failure).__name__} {str(failure)[:70]!r}", end="", flush=True)
-            continue
-        stages = {"forward": taken[:, 0], "backward": taken[:, 1], "both": taken.sum(1)}
-        for stage, values in stages.items():
-            results.add(case.name, provider, stage, values, "s")
-        results.add(case.name, provider, "peak memory", peak, "GB")
-        for stage, moved in (("forward", case.forward_bytes), ("backward", case.backward_bytes)):
-            if moved:
-                results.add(case.name, provider, f"{stage} bandwidth", moved / stages[stage] / 1e9, "GB/s")
-        if case.flops:
-            share = case.flops / stages["both"] / limits.flops
-            results.add(case.name, provider, "rate", case.flops / stages["both"] / 1e12, "TFLOP/s")
-        else:
-            share = (case.forward_bytes + case.backward_bytes) / stages["both"] / limits.bandwidth
-        results.add(case.name, provider, "share of roofline", share, "ratio")
-        times = "/".join(f"{np.median(stages[stage]) * 1e6:.0f}" for stage in ("forward", "backward"))
-        print(
-            f"  {provider} {times} {np.median(share):.0%}{f' {peak:.2f} GB' if case.flops else ''}", end="", flush=True
-        )
+        with excused(provider):
+            _measure_provider(results, case, provider, call)
     print(flush=True)
 
 
+def _measure_provider(results: Results, case: Case, provider: str, call: Callable) -> None:
+    taken, peak = _taken(call, case.inputs())
+    stages = {"forward": taken[:, 0], "backward": taken[:, 1], "both": taken.sum(1)}
+    for stage, values in stages.items():
+        results.add(case.name, provider, stage, values, "s")
+    results.add(case.name, provider, "peak memory", peak, "GB")
+    for stage, moved in (("forward", case.forward_bytes), ("backward", case.backward_bytes)):
+        if moved:
+            results.add(case.name, provider, f"{stage} bandwidth", moved / stages[stage] / 1e9, "GB/s")
+    if case.flops:
+        share = case.flops / stages["both"] / ceilings(results).flops
+        results.add(case.name, provider, "rate", case.flops / stages["both"] / 1e12, "TFLOP/s")
+    else:
+        share = (case.forward_bytes + case.backward_bytes) / stages["both"] / ceilings(results).bandwidth
+    results.add(case.name, provider, "share of roofline", share, "ratio")
+    times = "/".join(f"{np.median(stages[stage]) * 1e6:.0f}" for stage in ("forward", "backward"))
+    memory = f" {peak:.2f} GB" if case.flops else ""
+    print(f"  {provider} {times} {np.median(share):.0%}{memory}", end="", flush=True)
+
+
 def _taken(call: Callable, inputs: list[Tensor]) -> tuple[np.ndarray, float]:
-    """(rounds, 2) seconds of forward and backward, and the peak memory in GB beyond what the inputs hold."""
     leaves = [x.requires_grad_() for x in inputs]
-    outs = _outputs(call(*leaves))
+    # Compiled before it is measured.
+    outs = outputs(call(*leaves))
     upstream = [torch.randn_like(out) if out.dim() else torch.ones_like(out) for out in outs]
     torch.autograd.grad(outs, leaves, upstream)
     del outs
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(_outputs(call(*leaves)), leaves, upstream)
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e9
-    kept: list[list[Tensor]] = []
-    taken = stage_seconds(
-        lambda: kept.append(_outputs(call(*leaves))),
-        lambda: torch.autograd.grad(kept.pop(), leaves, upstream),
-        budget=BUDGET,
-    )
-    return taken, peak
-
-
-# --- providers
-
-
-def _outputs(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found)
-
-
-def _normal(*shape: int, dtype: torch.dtype = TYPE) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
-
-
-def _tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [_normal(*shape) for shape in shapes]
+    return forward_and_backward(lambda: outputs(call(*leaves)), leaves, upstream, BUDGET)
 
 
 def _loss_inputs(width: int) -> list[Tensor]:
-    return [_normal(TOKENS, width), _normal(VOCABULARY, width) * width**-0.5]
-
-
-def _labelled(call: Callable, labels: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    return call(hidden, weight, labels)
+    return [normal(TOKENS, width), normal(VOCABULARY, width) * width**-0.5]
 
 
 def _rms_norm_plain(x: Tensor, weight: Tensor) -> Tensor:
     return rms_norm_reference(x, weight, 1e-6)
-
-
-def _candidates(call: Callable) -> dict[str, Callable]:
-    return {"plain": _plain(call), "compiled": _plain(torch.compile(call, dynamic=False)), "triton": _ours(call)}
-
-
-def _ours(call: Callable) -> Any:
-    return partial(_under, "triton", call)
-
-
-def _plain(call: Callable) -> Any:
-    return partial(_under, "plain", call)
-
-
-def _under(setting: str, call: Callable, *inputs: Tensor) -> Any:
-    use_kernels(setting)
-    return call(*inputs)
-
-
-def _with_liger(
-    providers: Any, name: str, labels: Tensor | None = None, angles: tuple[Tensor, ...] = ()
-) -> dict[str, Callable]:
-    """The providers, and Liger's of that name if it is installed."""
-    found = providers if isinstance(providers, dict) else {"triton": providers}
-    with suppress(ImportError):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-        from liger_kernel.ops.geglu import LigerGELUMulFunction
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-        from liger_kernel.ops.rope import LigerRopeFunction
-
-        whole_angles = [torch.cat([part, part], dim=-1)[None] for part in angles]
-
-        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-            arguments = (labels, None, None, -100, Z_LOSS, 0.0, "mean", None, False, torch.float32)
-            return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, *arguments)[0]
-
-        def turned(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-            rows = [x[None].transpose(1, 2) for x in (q, k)]
-            return tuple(x.transpose(1, 2)[0] for x in LigerRopeFunction.apply(*rows, *whole_angles))
-
-        # Casting "gemma" is all in float32, as T5's; in_place=False leaves the upstream gradient as it is.
-        liger = {
-            "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "gemma", False),
-            "geglu": LigerGELUMulFunction.apply,
-            "rotary": turned,
-            "linear_cross_entropy": loss,
-        }
-        found = {**found, "liger": liger[name]}
-    return found
 
 
 SECTIONS = {

@@ -113,7 +113,6 @@ def draw(case: Case, device: torch.device) -> Inputs:
             lengths = torch.tensor([0, *(d[side] for d in case.documents)])
             starts = lengths.cumsum(0).to(device, torch.int32)
         options[f"cu_seqlens_{name}"] = starts
-    options["max_seqlen_q"], options["max_seqlen_k"] = max_q, max_k
     return Inputs(q, k, v, bias, grad_out, options)
 
 

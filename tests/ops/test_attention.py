@@ -191,7 +191,7 @@ def test_opcheck(layout, bias):
     problem = make(7, 7, bias=bias, layout=layout, causal=True)
     inputs = [x.requires_grad_() for x in (problem.q, problem.k, problem.v)]
     starts = [problem.options.get(f"cu_seqlens_{side}") for side in "qk"]
-    call = AttentionCall(*inputs, problem.vector, problem.dense, None, None, *starts, 7, 7, True, 0.5, 0.0)
+    call = AttentionCall(*inputs, problem.vector, problem.dense, None, None, *starts, True, 0.5, 0.0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(attention_forward, ("cpu", *call, *planned(call, "cpu")), test_utils=checks)
 

@@ -41,9 +41,7 @@ def allocated(length: int) -> int:
     q, k, v, grad_out = (torch.empty(length, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(4))
     vector, starts = torch.zeros(HEADS, 2 * REACH + 1), torch.tensor([0, length], dtype=torch.int32)
     given = [q, k, v, grad_out, vector, starts]
-    call = AttentionCall(
-        q.requires_grad_(), k, v, vector, None, None, None, starts, starts, length, length, False, 1.0, 0.0
-    )
+    call = AttentionCall(q.requires_grad_(), k, v, vector, None, None, None, starts, starts, False, 1.0, 0.0)
     with assumed_architecture(90), recording(), Allocations() as allocations:
         plan = backend.plan(call)
         out, lse = backend.forward(call, plan)

@@ -1,9 +1,9 @@
-"""The output projection and its cross-entropy in one operation, chunk by chunk: the logits never exist whole.
+"""The output projection and its cross-entropy in one operation, in chunks of rows: the logits never exist whole.
 
-The gradient is computed in the forward pass, while a chunk's probabilities are at hand, so that each chunk is projected
-once. Only reduction="none" projects again in backward, since each row then has its own upstream gradient. The matrix
-products are the library's; the code between them is plain PyTorch, or one Triton kernel that turns a chunk of logits
-into its gradient in place (choice.py).
+The forward pass also computes the gradients from each chunk's probabilities, so that a chunk is projected once. Only
+reduction="none" projects again in backward, because each row then has its own upstream gradient. The matrix products
+are the library's; between them runs plain PyTorch, or one Triton kernel that replaces a chunk of logits by its gradient
+(choice.py).
 """
 
 from functools import lru_cache
@@ -15,10 +15,13 @@ from torch import Tensor
 from fat5.ops.choice import uses_triton
 from fat5.ops.linear import product, serves
 
-# Entries of one chunk of logits: 4 Mi on the CPU (16 MB of float32, near the last-level cache), 128 Mi on an
-# accelerator.
-CHUNK_ENTRIES_CPU = 1 << 22
-CHUNK_ENTRIES_ACCELERATOR = 1 << 27
+# Entries of one chunk of logits. On the CPU 16 MB of float32, about the last-level cache.
+CHUNK_ENTRIES_CPU, CHUNK_ENTRIES_ACCELERATOR = 1 << 22, 1 << 27
+# What every operator below takes.
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor labels, float z_loss, float label_smoothing, int ignore_index, SymInt chunk, "
+    "ScalarType dtype"
+)
 
 
 def linear_cross_entropy_reference(
@@ -63,7 +66,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread over the vocabulary, in [0, 1).
         reduction: "mean" over the labels that count (NaN when none does, with gradients of 0, as in PyTorch), "sum",
             or "none".
-        chunk_size: rows of logits at a time; by default what keeps a chunk small (module constants).
+        chunk_size: rows of logits at a time; by default `default_chunk_size(weight)`.
 
     Returns:
         A scalar, or labels' shape for "none" with 0 where ignored; float32 (float64 for float64 inputs). Probabilities
@@ -83,8 +86,7 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     shape, hidden, labels = labels.shape, hidden.flatten(0, -2), labels.flatten()
     chunk = chunk_size or default_chunk_size(weight)
-    dtype = _compute_dtype(hidden)
-    settings = (z_loss, label_smoothing, ignore_index, chunk, dtype)
+    settings = (float(z_loss), float(label_smoothing), ignore_index, chunk, _compute_dtype(hidden))
     if reduction == "none":
         return _per_token(hidden, weight, labels, *settings).view(shape)
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -156,12 +158,13 @@ def _chunk_loss(
     weight: Tensor,
     labels: Tensor,
     row_scale: Tensor | None,
+    gradient: bool,
     z_loss: float,
     label_smoothing: float,
     ignore_index: int,
-    gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Each row's loss, and d(sum of row_scale * loss) / d logits in weight's dtype; a row_scale of None is ones."""
+    """Each row's loss, and d(sum of row_scale * loss) / d logits in weight's dtype (None without `gradient`); a
+    row_scale of None is ones."""
     if uses_triton("linear_cross_entropy", weight):
         from fat5.ops.triton.cross_entropy import cross_entropy_
 
@@ -169,57 +172,39 @@ def _chunk_loss(
         loss = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
         cross_entropy_(logits, labels, loss, row_scale, z_loss, label_smoothing, ignore_index, gradient)
         return loss, logits if gradient else None
-    part = _Chunk(_logits(hidden, weight, weight.dtype), labels, z_loss, label_smoothing, ignore_index)
+    logits = _logits(hidden, weight, weight.dtype)
+    valid = (labels != ignore_index).to(logits.dtype)
+    target = torch.where(labels == ignore_index, 0, labels)[:, None]
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    loss = -log_probabilities.gather(1, target)[:, 0]
+    log_sum = logits.gather(1, target)[:, 0] + loss
+    del logits
+    if label_smoothing > 0.0:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * log_probabilities.mean(dim=-1)
+    if z_loss > 0.0:
+        loss = loss + z_loss * log_sum.square()
+    loss = loss * valid
     if not gradient:
-        return part.loss, None
-    scale = part.valid if row_scale is None else row_scale.to(part.valid.dtype)
-    return part.loss, part.gradient(scale).to(weight.dtype)
+        return loss, None
+    scale = (valid if row_scale is None else row_scale.to(valid.dtype) * valid)[:, None]
+    grad = log_probabilities.exp_()
+    if z_loss > 0.0:
+        grad.mul_(scale * (1.0 + 2.0 * z_loss * log_sum[:, None]))
+    else:
+        grad.mul_(scale)
+    if label_smoothing > 0.0:
+        grad.sub_(scale * (label_smoothing / grad.shape[1]))
+    return loss, grad.scatter_add_(1, target, scale * (label_smoothing - 1.0)).to(weight.dtype)
 
 
-class _Chunk:
-    """One chunk's losses, and its logits turned in place into the gradient of the loss."""
-
-    def __init__(
-        self, logits: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, ignore_index: int
-    ) -> None:
-        self.valid = (labels != ignore_index).to(logits.dtype)
-        self.target = torch.where(labels == ignore_index, 0, labels)[:, None]
-        self.z_loss, self.smoothing = z_loss, label_smoothing
-        self.log_probabilities = torch.log_softmax(logits, dim=-1)
-        loss = -self.log_probabilities.gather(1, self.target)[:, 0]
-        self.log_sum = logits.gather(1, self.target)[:, 0] + loss
-        if label_smoothing > 0.0:
-            loss = (1.0 - label_smoothing) * loss - label_smoothing * self.log_probabilities.mean(dim=-1)
-        if z_loss > 0.0:
-            loss = loss + z_loss * self.log_sum.square()
-        self.loss = loss * self.valid
-
-    def gradient(self, row_scale: Tensor) -> Tensor:
-        """d(sum of row_scale * loss) / d logits."""
-        scale = (row_scale * self.valid)[:, None]
-        grad = self.log_probabilities.exp_()
-        if self.z_loss > 0.0:
-            grad.mul_(scale * (1.0 + 2.0 * self.z_loss * self.log_sum[:, None]))
-        else:
-            grad.mul_(scale)
-        if self.smoothing > 0.0:
-            grad.sub_(scale * (self.smoothing / grad.shape[1]))
-        return grad.scatter_add_(1, self.target, scale * (self.smoothing - 1.0))
-
-
-@torch.library.custom_op("fat5::linear_cross_entropy_summed", mutates_args=())
-def _summed(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    chunk: int,
-    dtype: torch.dtype,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fat5::linear_cross_entropy_summed",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool with_gradients) -> (Tensor total, Tensor grad_hidden, Tensor grad_weight)",
+)
+def _summed(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype, with_gradients):  # type: ignore[no-untyped-def]
     """The summed loss and, if asked for, its gradients with respect to hidden and weight (empty otherwise)."""
+    settings = (with_gradients, z_loss, label_smoothing, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         compute = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=compute, device=hidden.device)
@@ -227,7 +212,6 @@ def _summed(
         grad_weight = torch.zeros_like(weight if with_gradients else weight[:0], dtype=compute)
         narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            settings = (z_loss, label_smoothing, ignore_index, with_gradients)
             loss, grad_logits = _chunk_loss(hidden[rows], narrow, labels[rows], None, *settings)
             total += loss.sum()
             if grad_logits is not None:
@@ -256,7 +240,7 @@ def _accumulate(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden
     elif grad_weight.is_cuda and _adds_in_float32(grad_weight.device, hidden.dtype):
         torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=torch.float32, out=grad_weight)
     else:
-        # A sum over many tokens leaves float16.
+        # A sum over many tokens overflows float16.
         wide = grad_weight.dtype if hidden.dtype == torch.float16 else hidden.dtype
         grad_weight += grad_logits.t().to(wide) @ hidden.to(wide)
 
@@ -275,23 +259,23 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @_summed.register_fake
 def _(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype, with_gradients):  # type: ignore[no-untyped-def]
-    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
     if not with_gradients:
-        return total, torch.empty_like(hidden[:0]), torch.empty_like(weight[:0], dtype=_kept_dtype(weight))
+        hidden, weight = hidden[:0], weight[:0]
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
     return total, torch.empty_like(hidden), torch.empty_like(weight, dtype=_kept_dtype(weight))
 
 
 def _save_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*output[1:])
     ctx.weight_dtype = inputs[1].dtype
-    # No zeros as large as the weight for outputs that nobody differentiates.
+    # Autograd would make zeros, as large as the weight, for outputs that nobody differentiates.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _scale_gradients(ctx, grad_total, grad_of_hidden, grad_of_weight):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients were made in the forward pass, and are constants here.
+        # The forward pass computed the gradients; here they are constants.
         raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph")
     if grad_total is None:
         return (None,) * 9
@@ -306,23 +290,14 @@ def _scale_gradients(ctx, grad_total, grad_of_hidden, grad_of_weight):  # type: 
 _summed.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-@torch.library.custom_op("fat5::linear_cross_entropy_per_token", mutates_args=())
-def _per_token(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    chunk: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@torch.library.custom_op("fat5::linear_cross_entropy_per_token", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _per_token(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype):  # type: ignore[no-untyped-def]
     """Each token's loss, (T,)."""
+    settings = (False, z_loss, label_smoothing, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         loss = torch.zeros(labels.shape, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            settings = (z_loss, label_smoothing, ignore_index, False)
             loss[rows] = _chunk_loss(hidden[rows], narrow, labels[rows], None, *settings)[0]
         return loss
 
@@ -332,25 +307,19 @@ def _(hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtyp
     return labels.new_empty(labels.shape, dtype=torch.promote_types(dtype, torch.float32))
 
 
-@torch.library.custom_op("fat5::linear_cross_entropy_per_token_backward", mutates_args=())
-def _per_token_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    chunk: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "fat5::linear_cross_entropy_per_token_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor grad_hidden, Tensor grad_weight)",
+)
+def _per_token_backward(grad, hidden, weight, labels, z_loss, label_smoothing, ignore_index, chunk, dtype):  # type: ignore[no-untyped-def]
     """Gradients of hidden and weight, from logits computed again."""
+    settings = (True, z_loss, label_smoothing, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         compute = torch.promote_types(dtype, torch.float32)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=compute)
         narrow = weight.to(dtype)
         for rows in _chunks(len(labels), chunk):
-            settings = (z_loss, label_smoothing, ignore_index, True)
             _, grad_logits = _chunk_loss(hidden[rows], narrow, labels[rows], grad[rows], *settings)
             assert grad_logits is not None
             _accumulate(grad_logits, hidden[rows], narrow, grad_hidden[rows], grad_weight)

@@ -85,8 +85,6 @@ def _attend(problem: Problem) -> None:
         seed=torch.zeros(1, dtype=torch.int64) if problem.dropout_p else None,
         cu_seqlens_q=starts,
         cu_seqlens_k=starts,
-        max_seqlen_q=length,
-        max_seqlen_k=length,
         causal=problem.causal,
         scale=1.0,
         dropout_p=problem.dropout_p,

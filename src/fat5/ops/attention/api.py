@@ -99,8 +99,6 @@ def attention(
         seed=draw_seed(q.device) if dropout_p > 0.0 else None,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
         causal=causal,
         scale=float(scale),
         dropout_p=float(dropout_p),

@@ -29,8 +29,6 @@ class AttentionCall(NamedTuple):
     """(1,) int64, None without dropout."""
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
     causal: bool
     scale: float
     """Above zero when a registered backend receives it."""
@@ -79,9 +77,8 @@ class AttentionCall(NamedTuple):
 
     def empty_like(self, x: Tensor) -> Tensor:
         """Of x's shape and dtype, tokens before heads in memory: the layout of outputs and gradients."""
-        if self.cu_seqlens_q is not None:
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        order = (0, 1, 2) if self.packed else (0, 2, 1, 3)
+        return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
     def empty_lse(self) -> Tensor:
         """The log-sum-exp of every query's scores: float32, natural logarithm; (H, Tq) packed, (B, H, Lq) padded."""

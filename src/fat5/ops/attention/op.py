@@ -25,8 +25,8 @@ PLAN = 5
 # The fields of an AttentionCall, then the plan.
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? vector, Tensor? dense, Tensor? key_padding_mask, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, "
-    "float dropout_p, " + ", ".join(f"Tensor? plan_{n}" for n in range(PLAN))
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, "
+    + ", ".join(f"Tensor? plan_{n}" for n in range(PLAN))
 )
 _FIELDS = len(AttentionCall._fields)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.launch import Launch, as_rows, run
 from fat5.ops.triton.numerics import round_to
 
 LAUNCH = Launch(1, 1024, 4, 1)
@@ -68,75 +68,72 @@ def geglu_backward_kernel(
 @torch.library.custom_op("fat5::triton_geglu", mutates_args=())
 def geglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
-    out = _dense_like(gate, torch.promote_types(gate.dtype, up.dtype))
+    out = _empty_out(gate, up)
     _forward(*_rows(gate, up), out)
     return out
 
 
 @geglu_forward.register_fake
-def _(gate, up):  # type: ignore[no-untyped-def]
-    return _dense_like(gate, torch.promote_types(gate.dtype, up.dtype))
+def _empty_out(gate, up):  # type: ignore[no-untyped-def]
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 @torch.library.custom_op("fat5::triton_geglu_backward", mutates_args=())
 def geglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and of up."""
-    grad_gate, grad_up = _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
-    _backward_rows(*_rows(grad_out, gate, up), grad_gate, grad_up)
-    return grad_gate, grad_up
+    grads = _empty_grads(grad_out, gate, up)
+    rows = _rows(grad_out, gate, up)
+    _backward(*rows, *(grad.view(rows[0].shape) for grad in grads))
+    return grads
 
 
 @geglu_backward.register_fake
-def _(grad_out, gate, up):  # type: ignore[no-untyped-def]
-    return _dense_like(gate, gate.dtype), _dense_like(up, up.dtype)
+def _empty_grads(grad_out, gate, up):  # type: ignore[no-untyped-def]
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 @torch.library.custom_op("fat5::triton_geglu_joined", mutates_args=())
 def geglu_joined_forward(joined: Tensor) -> Tensor:
     """gelu_tanh(first half) * second half, of the last dimension."""
-    out = joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
-    _forward(*_long_rows(joined).chunk(2, dim=-1), out)
+    out = _empty_half(joined)
+    _forward(*as_rows(joined).chunk(2, dim=-1), out)
     return out
 
 
 @geglu_joined_forward.register_fake
-def _(joined):  # type: ignore[no-untyped-def]
+def _empty_half(joined):  # type: ignore[no-untyped-def]
     return joined.new_empty((*joined.shape[:-1], joined.shape[-1] // 2))
 
 
 @torch.library.custom_op("fat5::triton_geglu_joined_backward", mutates_args=())
 def geglu_joined_backward(grad_out: Tensor, joined: Tensor) -> Tensor:
     """The gradient of both halves, joined: nothing is copied together afterwards."""
-    grad = _dense_like(joined, joined.dtype)
-    width = joined.shape[-1]
-    halves, grads = (_long_rows(x).chunk(2, dim=-1) for x in (joined, grad))
-    _backward_rows(grad_out.reshape(-1, width // 2), *halves, *grads)
+    grad = joined.new_empty(joined.shape)
+    halves, grads = (as_rows(x).chunk(2, dim=-1) for x in (joined, grad))
+    _backward(as_rows(grad_out), *halves, *grads)
     return grad
 
 
 @geglu_joined_backward.register_fake
 def _(grad_out, joined):  # type: ignore[no-untyped-def]
-    return _dense_like(joined, joined.dtype)
+    return joined.new_empty(joined.shape)
 
 
-def _forward(gates: Tensor, ups: Tensor, out: Tensor) -> None:
-    arguments = {"Gate": gates, "Up": ups, "Out": out, "gate_stride": gates.stride(0), "up_stride": ups.stride(0)}
-    _run(geglu_forward_kernel, gates, arguments)
+def _forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """gate and up as rows of one shape; out is dense."""
+    arguments = {"Gate": gate, "Up": up, "Out": out, "gate_stride": gate.stride(0), "up_stride": up.stride(0)}
+    _run(geglu_forward_kernel, gate, arguments)
 
 
-def _backward_rows(grads: Tensor, gates: Tensor, ups: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    """All as rows of one width, the results too or dense."""
-    grads = grads if grads.stride(-1) == 1 else grads.contiguous()
-    grad_gate_stride, grad_up_stride = (
-        x.stride(0) if x.shape == gates.shape else gates.shape[1] for x in (grad_gate, grad_up)
-    )
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """All as rows of one shape."""
     _run(
         geglu_backward_kernel,
-        gates,
+        gate,
         {
-            "GradOut": grads, "Gate": gates, "Up": ups, "GradGate": grad_gate, "GradUp": grad_up,
-            "grad_stride": grads.stride(0), "gate_stride": gates.stride(0), "up_stride": ups.stride(0),
-            "grad_gate_stride": grad_gate_stride, "grad_up_stride": grad_up_stride,
+            "GradOut": grad, "Gate": gate, "Up": up, "GradGate": grad_gate, "GradUp": grad_up,
+            "grad_stride": grad.stride(0), "gate_stride": gate.stride(0), "up_stride": up.stride(0),
+            "grad_gate_stride": grad_gate.stride(0), "grad_up_stride": grad_up.stride(0),
         },
     )  # fmt: skip
 
@@ -151,32 +148,20 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     """Each as (rows, columns) with unit stride along columns; as one long row where all are contiguous."""
     if all(x.is_contiguous() for x in tensors):
         return [x.view(1, -1) for x in tensors]
-    return [_long_rows(x) for x in tensors]
-
-
-def _long_rows(x: Tensor) -> Tensor:
-    """(rows, columns) with unit stride along columns."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return [as_rows(x) for x in tensors]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad_out):  # type: ignore[no-untyped-def]
     return geglu_backward(grad_out, *ctx.saved_tensors)
 
 
-geglu_forward.register_autograd(_backward, setup_context=_save)
-
-
-def _joined_backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+def _joined_gradient(ctx, grad_out):  # type: ignore[no-untyped-def]
     return geglu_joined_backward(grad_out, *ctx.saved_tensors)
 
 
-geglu_joined_forward.register_autograd(_joined_backward, setup_context=_save)
+geglu_forward.register_autograd(_gradients, setup_context=_save)
+geglu_joined_forward.register_autograd(_joined_gradient, setup_context=_save)

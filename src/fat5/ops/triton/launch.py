@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -68,6 +69,12 @@ def run(
         _recorder.append(recorded)
     if _recorder is None or _recorder_runs:
         recorded.run()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, columns) with unit stride along columns: a view where x's strides allow, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fat5.ops.triton.launch import Launch, run
+from fat5.ops.triton.launch import Launch, as_rows, run
 from fat5.ops.triton.numerics import round_to
 
 # Elements of a tile: enough bytes in flight to keep HBM busy, few enough not to spill.
@@ -73,7 +73,7 @@ def serves(x: Tensor) -> bool:
 @torch.library.custom_op("fat5::triton_rms_norm", mutates_args=())
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows, of x's shape and dtype, and 1 / rms of each (rows,) float32."""
-    rows, out = _rows(x), _dense_like(x)
+    rows, out = as_rows(x), x.new_empty(x.shape)
     inverse = x.new_empty(rows.shape[0], dtype=torch.float32)
     launch = _launch(x.shape[-1], FORWARD_TILE)
     run(
@@ -91,14 +91,13 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 
 @rms_norm_forward.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
-    return _dense_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("fat5::triton_rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of weight."""
-    rows, grad = _rows(x), _rows(grad_out)
-    grad_x = _dense_like(x)
+    rows, grad, grad_x = as_rows(x), as_rows(grad_out), x.new_empty(x.shape)
     launch = _launch(x.shape[-1], BACKWARD_TILE)
     programs = min(triton.cdiv(rows.shape[0], launch.block_m), _programs(x.device))
     partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
@@ -117,17 +116,7 @@ def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tens
 
 @rms_norm_backward.register_fake
 def _(grad_out, x, weight, inverse):  # type: ignore[no-untyped-def]
-    return _dense_like(x), weight.new_empty(weight.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(rows, d) with unit stride along d: a view where x's strides allow, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _launch(width: int, tile: int) -> Launch:

@@ -5,6 +5,7 @@ The imports are statements and not `import_module`, because torch.compile traces
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,22 +37,15 @@ def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     return host.plan(call)
 
 
-def forward(call: AttentionCall, plan: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp."""
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As op.py says."""
     from fat5.ops.attention.triton import host
 
-    return host.forward(call, plan)
+    return host.forward(*arguments)
 
 
-def backward(
-    call: AttentionCall,
-    plan: tuple[Tensor | None, ...],
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and of the bias in its own shape (None unless asked for)."""
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As op.py says."""
     from fat5.ops.attention.triton import host
 
-    return host.backward(call, plan, grad_out, out, lse, bias_needs_grad)
+    return host.backward(*arguments)

@@ -6,6 +6,7 @@ Kernels: forward.py, backward.py, bias_gradient.py; their launch configurations:
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -30,72 +31,51 @@ BAND_PROGRAMS, SMALL_BAND_PROGRAMS = 264, 528
 BIAS_PADDING = 256
 
 
-Plan = tuple[Tensor | None, ...]
-
-
-def plan(call: AttentionCall) -> Plan:
+def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     """The padded bias, and the work lists of the forward, dQ, dK/dV and band kernels."""
     padded = None
     if call.vector is not None:
-        # Over scale, its end values repeated on either side.
-        scaled = call.vector.detach() / call.scale
-        first, last = (scaled[:, end, None].expand(-1, BIAS_PADDING) for end in (0, -1))
-        padded = torch.cat([first, scaled, last], dim=1)
-    q, k, cu_seqlens_q, cu_seqlens_k = call.q, call.k, call.cu_seqlens_q, call.cu_seqlens_k
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+        scaled = call.vector.detach() if call.scale == 1.0 else call.vector.detach() / call.scale
+        padded = F.pad(scaled[:, None], (BIAS_PADDING, BIAS_PADDING), mode="replicate")[:, 0]
+    if not call.packed:
         return padded, None, None, None, None
-    lists = work_lists(
-        cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], call.head_dim, q.dtype, call.causal, call.needs_grad,
-        call.dropout_p > 0.0,
+    return padded, *work_lists(
+        call.cu_seqlens_q, call.cu_seqlens_k, call.q.shape[0], call.k.shape[0], call.head_dim, call.q.dtype,
+        call.causal, call.dropout_p > 0.0, call.needs_grad,
     )  # fmt: skip
-    return padded, *lists
 
 
-@torch.library.custom_op("fat5::triton_work_lists", mutates_args=())
-def work_lists(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    query_rows: int,
-    key_rows: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    causal: bool,
-    needs_grad: bool,
-    dropout: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fat5::triton_work_lists",
+    mutates_args=(),
+    schema="(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt query_rows, SymInt key_rows, int head_dim, "
+    "ScalarType dtype, bool causal, bool dropout, bool needs_grad) "
+    "-> (Tensor forward, Tensor query_gradient, Tensor key_gradient, Tensor band)",
+)
+def work_lists(*arguments):  # type: ignore[no-untyped-def]
     """(slots, 2) int32 of (document, block) for the forward, dQ, dK/dV and band kernels, the longest documents first.
 
-    The last three are empty unless `needs_grad`. Documents that see the most keys in their last rows, because `causal`,
-    start with those.
+    The last three are empty unless `needs_grad`. Documents whose last rows see the most keys (`causal`) start with
+    those.
     """
-    lists: list[Tensor] = []
-    described = _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, dropout)
-    for starts, rows, block, last_first in described:
-        documents = len(starts) - 1
-        capacity = _slots(rows, documents, block) if needs_grad or not lists else 0
-        work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
+    lists = _empty_lists(*arguments)
+    for work, starts, rows, block, last_first in lists:
+        documents, capacity = len(starts) - 1, len(work)
         run(
             work_list_kernel,
             documents + 1 if capacity else 0,
             {"Starts": starts, "Work": work, "total": rows, "num_documents": documents, "capacity": capacity},
             {"BLOCK": block, "CHUNK": WORK_LIST_CHUNK, "REVERSE": last_first},
         )
-        lists.append(work)
-    forward, rows_list, columns, band = lists
-    return forward, rows_list, columns, band
+    return tuple(work for work, *_ in lists)
 
 
 @work_lists.register_fake
-def _(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, needs_grad, dropout):  # type: ignore[no-untyped-def]
-    described = _lists(cu_seqlens_q, cu_seqlens_k, query_rows, key_rows, head_dim, dtype, causal, dropout)
-    sizes = [_slots(rows, starts.shape[0] - 1, block) for starts, rows, block, _ in described]
-    return tuple(
-        cu_seqlens_q.new_empty((size if needs_grad or not n else 0, 2), dtype=torch.int32)
-        for n, size in enumerate(sizes)
-    )
+def _(*arguments):  # type: ignore[no-untyped-def]
+    return tuple(work for work, *_ in _empty_lists(*arguments))
 
 
-def _lists(
+def _empty_lists(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     query_rows: int,
@@ -104,18 +84,24 @@ def _lists(
     dtype: torch.dtype,
     causal: bool,
     dropout: bool,
-) -> list[tuple[Tensor, int, int, bool]]:
-    """(boundaries, rows, tile side, last tile first) of the four work lists."""
+    needs_grad: bool,
+) -> list[tuple[Tensor, Tensor, int, int, bool]]:
+    """The four lists, not yet filled, each with its boundaries, rows, tile side, and whether its last tile is first."""
     forward, rows, columns = (
         configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
         for kernel in ("forward", "query_gradient", "key_gradient")
     )
     band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows, dropout)
+    documents = cu_seqlens_q.shape[0] - 1
+
+    def empty(rows: int, block: int, needed: bool = needs_grad) -> Tensor:
+        return cu_seqlens_q.new_empty((_slots(rows, documents, block) if needed else 0, 2))
+
     return [
-        (cu_seqlens_q, query_rows, forward.block_m, causal),
-        (cu_seqlens_q, query_rows, rows.block_m, causal),
-        (cu_seqlens_k, key_rows, columns.block_n, False),
-        (cu_seqlens_q, query_rows, band.block_m, False),
+        (empty(query_rows, forward.block_m, True), cu_seqlens_q, query_rows, forward.block_m, causal),
+        (empty(query_rows, rows.block_m), cu_seqlens_q, query_rows, rows.block_m, causal),
+        (empty(key_rows, columns.block_n), cu_seqlens_k, key_rows, columns.block_n, False),
+        (empty(query_rows, band.block_m), cu_seqlens_q, query_rows, band.block_m, False),
     ]
 
 
@@ -124,7 +110,7 @@ def _slots(rows: int, documents: int, block: int) -> int:
     return rows // block + documents + 1
 
 
-def forward(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall, plan: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp."""
     kernels = _Kernels(call, plan[0])
     out, lse = call.empty_like(call.q), call.empty_lse()
@@ -140,7 +126,12 @@ def forward(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: AttentionCall, plan: Plan, grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_grad: bool
+    call: AttentionCall,
+    plan: tuple[Tensor | None, ...],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and of the bias in its own shape (None unless asked for)."""
     padded, _, rows_list, columns_list, band_list = plan
@@ -148,11 +139,8 @@ def backward(
     grad_q, grad_k, grad_v = (call.empty_like(x) for x in (call.q, call.k, call.v))
     exponent, delta = torch.empty_like(lse), torch.empty_like(lse)
     upstream = {
-        "GradOut": grad_out,
-        "grad_out_strides": kernels.strides(grad_out),
-        "Exponent": exponent,
-        "Delta": delta,
-    }
+        "GradOut": grad_out, "grad_out_strides": kernels.strides(grad_out), "Exponent": exponent, "Delta": delta
+    }  # fmt: skip
 
     rows = kernels.configuration("query_gradient")
     tiles, programs = kernels.tiles(rows_list, kernels.query_rows, rows.block_m)
@@ -329,11 +317,8 @@ class _Kernels:
 
     def strides(self, x: Tensor) -> tuple[int, int, int, int]:
         """(batch, head, row, dimension), in elements."""
-        if self.call.packed:
-            row, head, dimension = x.stride()
-            return 0, head, row, dimension
-        batch, head, row, dimension = x.stride()
-        return batch, head, row, dimension
+        *batch, first, second, dimension = x.stride()
+        return (batch[0], first, second, dimension) if batch else (0, second, first, dimension)
 
     def tiles(self, work: Tensor | None, rows: int, block: int) -> tuple[dict[str, Any], int]:
         """The arguments that say which tile a program takes, and the number of programs; `work` is the list of a
