@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fat5.ops.attention.call import AttentionCall
 
-# The least number of scores in a ticket (a few microseconds of work), and the most tickets a thread.
+# Least scores of a ticket (a few microseconds of work), and most tickets of a thread.
 SMALLEST_TICKET, TICKETS_A_THREAD = 20_000, 16
 # The cost of packing and writing a row or a key, in scores.
 ROW_COST = 40

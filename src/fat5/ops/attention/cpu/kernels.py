@@ -1,11 +1,11 @@
 """Attention of one head of one document on the CPU, compiled by numba: products, softmax, dropout and every gradient.
 
-`forward` and `backward` take blocks of rows against keys that stay in the core's own cache, so nothing of size Lq x Lk
-exists, and dS is at hand for the gradient of the bias. The products are those of a matrix library, a block of registers
-at a time (`_tile`, written in LLVM's own language, at the width of this processor): PyTorch's fused CPU kernel and its
-batched products go through MKL, which uses half of an AMD processor's vector units.
+`_forward` and `_backward` take blocks of queries against keys that stay in the core's own cache. No matrix of size
+Lq x Lk exists, and the gradient of the bias reads dS as it is made. Products are computed a block of registers at a
+time (`_tile`, written in LLVM IR for this processor's vectors): PyTorch's fused CPU kernel and batched products call
+MKL, which uses half of an AMD processor's vector units.
 
-Everything jitted lives in this one file, because numba's cache watches only the file a function is written in. Pointers
+All jitted functions live in this file, because numba's cache notices changes of a function's own file only. Pointers
 are int64 addresses of float32; lengths, strides and offsets are counted in elements.
 """
 
@@ -20,8 +20,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
-# Numbers of a vector; rows and vectors of a block of registers; rows of the small block that ends a matrix. A block,
-# a row of vectors beside it and one number fill the 32 registers of AVX-512 and of Arm, or the 16 of AVX2.
+# A block of registers is ROWS rows of VECTORS vectors of WIDTH float32; blocks of FEW_ROWS rows finish a matrix. The
+# block, one row of vectors and one broadcast number fill the 32 registers of AVX-512 and Arm, or the 16 of AVX2.
 if _FEATURES.get("avx512f"):
     WIDTH, ROWS, VECTORS, FEW_ROWS = 16, 12, 2, 4
 elif _FEATURES.get("avx2"):
@@ -82,7 +82,7 @@ def worker() -> Any:
 def _tile(rows: int, adds: bool) -> Any:
     """c (rows, COLUMNS) = or += a (rows, k) b (k, COLUMNS); every sum stays in a register.
 
-    What is there already is added last: sums of many blocks then lose no more to rounding than one block's.
+    The old c is added last, so that a sum over many blocks loses no more to rounding than one block's.
 
     Arguments: a, its strides by row and by k; b, its stride by k; c, its stride by row; k.
     """
@@ -176,7 +176,7 @@ def _exp(_context, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _larger(_context, x, y):  # type: ignore[no-untyped-def]
-    """The larger of two float32, either or neither if one is NaN: so a loop of it becomes vectors."""
+    """The larger of two float32, unspecified where one is NaN, so that a loop over it vectorises."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         flags = ("nnan", "nsz")
@@ -204,7 +204,7 @@ _items = _pointer(numba.from_dtype(ITEM))
 
 @intrinsic
 def _take(_context, address):  # type: ignore[no-untyped-def]
-    """What stands at the address of an int64, which becomes one more; atomic."""
+    """Adds one to the int64 at an address, atomically, and returns its old value."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         integer = ir.IntType(64)
@@ -349,7 +349,7 @@ def _score_gradients(p, grad, delta, count):  # type: ignore[no-untyped-def]
 
 @jit
 def _keep(target, seed, threshold, scale, document, head, row, first, count):  # type: ignore[no-untyped-def]
-    """0 or `scale` for each key of a row: Philox4x32-10, as dropout.py says."""
+    """0 or `scale` for each key of a row, by the Philox4x32-10 of dropout.py."""
     kept = numba.carray(_floats(target), count)
     mask = 0xFFFFFFFF
     for j in range(count):
@@ -372,7 +372,7 @@ def _seen(call, item, row):  # type: ignore[no-untyped-def]
 
 @jit
 def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untyped-def]
-    """Bias and hidden keys, onto the scores of a row with keys first .. first + count."""
+    """Adds the bias to a row's scores of keys first..first+count, and hides the keys that are masked."""
     if call.bias != 0:
         _add_scaled(scores, _at(call.bias, item.bias + first - row), np.float32(1.0), count)
     a = numba.carray(_floats(scores), count)
@@ -388,9 +388,9 @@ def _add_masks(call, item, scores, row, first, count):  # type: ignore[no-untype
 
 @jit
 def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
-    """Elements that `_forward` works in, for so many keys or fewer."""
+    """Elements of scratch memory that `_forward` needs for at most `length_k` keys."""
     padded, keys = _up(width, COLUMNS), _up(length_k, COLUMNS)
-    # Fewer keys come in blocks of more rows, which may hold more scores.
+    # With fewer keys a block has more rows, and may hold more scores.
     most = min(BLOCK_SCORES + BLOCK_ROWS * PAD, BLOCK_ROWS * (keys + PAD))
     scores = max(_block_rows(keys) * (keys + PAD), most)
     return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
@@ -462,7 +462,7 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
 
 @jit
 def backward_scratch(width, length_k):  # type: ignore[no-untyped-def]
-    """Elements that `_backward` works in."""
+    """Elements of scratch memory that `_backward` needs for at most `length_k` keys."""
     padded, keys = _up(width, COLUMNS), _up(min(length_k, BLOCK_KEYS), COLUMNS)
     return 2 * keys * width + 3 * keys * padded + 3 * BLOCK_ROWS * padded + 3 * BLOCK_ROWS * (keys + PAD) + keys
 
@@ -537,10 +537,10 @@ def _backward(call, item, scratch):  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept, grad_result):  # type: ignore[no-untyped-def]
-    """Scores and dP of a row to its weights, its dropped weights and dS, and dS into the gradient of the bias.
+    """Turns a row's scores and dP into its weights, its dropped weights and dS; adds dS to the bias's gradient.
 
-    A row that is here whole is normalised by its own sum and takes delta = rowsum(P dP) from itself, so that its dS
-    sums to zero as exactly as it can; a part of a row has the log-sum-exp and the output of the forward pass.
+    A `whole` row is normalised by its own sum, and its delta is rowsum(P dP), so that its dS sums to zero up to
+    rounding; a part of a row uses the log-sum-exp and the output of the forward pass.
     """
     _add_masks(call, item, weights, row, c0, own)
     if whole:
@@ -579,7 +579,7 @@ def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept
 
 
 def _work(pointer):  # type: ignore[no-untyped-def]
-    """What one thread does: takes tickets, each some heads of documents, until there are none."""
+    """What one thread does: takes tickets, each a range of items, until none is left."""
     call = numba.carray(pointer, 1)[0]
     scratch = _at(call.scratch, _take(call.entered) * call.scratch_size)
     bounds = _integers(call.bounds)
@@ -596,7 +596,7 @@ def _work(pointer):  # type: ignore[no-untyped-def]
 
 @jit
 def fold(total, grads, items, length):  # type: ignore[no-untyped-def]
-    """One sum a distance of each item (all in `grads`) into (H, 2 length + 1) float64; farther ones share the ends."""
+    """Adds each item's sums by distance to `total`, (H, 2 length + 1) float64; the end bins take larger distances."""
     for item in items:
         for t in range(item.length_q + item.length_k - 1):
             distance = t - (item.length_q - 1) + item.key_start

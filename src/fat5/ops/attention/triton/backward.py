@@ -163,10 +163,10 @@ def key_gradient_kernel(
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV; the work list counts tiles of keys. Scores are held transposed, (keys, queries).
+    """GradK and GradV; the work list lists tiles of keys. Scores are held transposed, (keys, queries).
 
-    Keys beyond the document give rubbish rows that are never stored, so only causality needs a mask; queries beyond it
-    weigh nothing because their exponent reads as +inf.
+    Rows of keys beyond the document are never stored, so only causality needs a mask; queries beyond it weigh nothing,
+    because their exponent reads as +inf.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     head, slot = head_and_slot(tl.program_id(0), shape, PACKED)

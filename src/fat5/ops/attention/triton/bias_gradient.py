@@ -105,9 +105,8 @@ def band_kernel(
     """Partial (heads, offsets, splits, BLOCK_M, BLOCK_N) fp32: dS summed over the tiles with n0 - m0 = offset *
     BLOCK_N.
 
-    A program serves GROUP offsets (three at most), so that one load of the queries is used as often, and takes every
-    `splits`-th slot of the work list. It leaves out what the dQ pass summed: the (FAR_M, FAR_N) tiles that are far.
-    `lowest` is the offset of index 0.
+    A program serves GROUP offsets (at most three) with one load of the queries, and takes every `splits`-th slot of the
+    work list. It leaves out the far (FAR_M, FAR_N) tiles, which the dQ pass summed. `lowest` is the offset of index 0.
     """
     shape = (heads, query_rows, key_rows, num_documents, tiles, reach)
     program = tl.program_id(0)
@@ -235,8 +234,7 @@ def diagonal_kernel(
     rows = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
-    # Strip s lies under the tiles s - OVERLAP + 1 .. s; in the tile `step` after the first, lane t of row i is column t
-    # + i less `step` tiles.
+    # Strip s crosses the tiles s - OVERLAP + 1 .. s. In the n-th of them lane t of row i is column t + i - n BLOCK_N.
     for index in range(tl.maximum(strip - OVERLAP + 1, 0), tl.minimum(strip + 1, offsets)):
         column = lane[None, :] + rows[:, None] - (index - strip + OVERLAP - 1) * BLOCK_N
         inside = (column >= 0) & (column < BLOCK_N)
@@ -288,8 +286,7 @@ def dense_gradient_kernel(
     ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradDense, in the bias's own shape: a program owns a tile of it and adds up every dS tile that was broadcast from
-    it.
+    """GradDense, in the bias's own shape: a program owns one tile, and sums the dS of all tiles that read it.
 
     sizes = (documents, bias documents, bias heads, rows, columns); ONE_ROW and ONE_COLUMN say that the bias has a
     single row or column, so that the program also runs over all queries or all keys.
