@@ -1,9 +1,4 @@
-"""The model card: the README.md of a saved folder, as the Hugging Face hub reads it.
-
-write_card(folder, facts)    writes one
-training_section(...)        its section on a pretraining run
-read_card(folder)            parts of an existing card, for the card of a converted copy
-"""
+"""The model card: the README.md of a saved folder, as the Hugging Face hub reads it."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,6 +11,7 @@ from fat5.model import FAT5Config
 
 CARD = "README.md"
 PLOT = "loss.png"
+_AUTHOR = "[FAT5](https://github.com/fat5/fat5)"
 _BEGIN, _END = "<!-- fat5:training:begin -->", "<!-- fat5:training:end -->"
 # The card of a large model has about 100 kB; a much larger file is no card.
 _LARGEST_CARD = 1 << 20
@@ -28,13 +24,11 @@ class CardFacts:
     Args:
         name: the card's title.
         kind: the class's name without its family: ForConditionalGeneration, EncoderModel, …
-        config: the model's configuration; parameters: their number.
         target: how it is loaded: hf (by stock transformers), fat5, ctranslate2 or onnx.
-        license: an identifier that the hub knows; None if unknown.
-        training: the section from `training_section`; "" if unknown.
-        languages: language codes, if known; datasets: names on the hub.
-        conversion: lines of a conversion's report.
-        converted_from: the source's name; source_card: whether the source's own card is kept beside this one.
+        license: an identifier that the hub knows; languages: their codes; datasets: names on the hub.
+        training: the section from `training_section`.
+        conversion: lines of a conversion's report; converted_from: the source's name.
+        source_card: whether the source's own card, which FAT5 did not write, is kept beside this one.
         tokenizer: whether the folder holds one.
     """
 
@@ -51,22 +45,6 @@ class CardFacts:
     converted_from: str = ""
     source_card: bool = False
     tokenizer: bool = True
-
-
-@dataclass
-class FoundCard:
-    """The parts of an existing card: licence, languages and datasets of its front matter, FAT5's
-    sections on use and training, its plot.
-
-    `foreign` is True for a card that FAT5 did not write.
-    """
-
-    license: str | None = None
-    languages: list[str] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
-    training: str = ""
-    plot: Path | None = None
-    foreign: bool = False
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -90,14 +68,16 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {facts.name}",
-        f"A T5-family model of {facts.parameters:,} parameters, written by [FAT5](https://github.com/fat5/fat5).",
+        f"A T5-family model of {facts.parameters:,} parameters, written by {_AUTHOR}.",
         "## How to load it",
         _loading(facts),
         "## The model",
         f"{layers}, width {config.d_model}, {config.num_heads} heads of {config.d_kv}, feed-forward {config.d_ff} "
         f"({config.feed_forward_proj}), {config.position_encoding} positions, {config.vocab_size:,} token ids, output "
         f"{tied} the embeddings.",
-        _tokenizer(facts),
+        "The tokenizer is in this folder; `AutoTokenizer` loads it."
+        if facts.tokenizer
+        else "The folder holds no tokenizer.",
     ]
     if facts.training:
         parts.append(f"{_BEGIN}\n{facts.training}\n{_END}")
@@ -105,39 +85,41 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         report = "\n".join(line for line in facts.conversion if not line.startswith("file "))
         kept = " Its own card is kept as [SOURCE_README.md](SOURCE_README.md)." if facts.source_card else ""
         parts += ["## Conversion", f"From `{facts.converted_from}` by `fat5 convert`.{kept}", f"```text\n{report}\n```"]
-    parts += ["## Licence", _license(facts)]
+    terms = (
+        f"`{facts.license}`. The terms of the text it was trained on may bind its use as well."
+        if facts.license
+        else "No licence was given for these weights. Before you publish them, check the terms of the text they were "
+        "trained on, and state the licence here and in `license:` above."
+    )
+    parts += ["## Licence", terms]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def read_card(folder: Path) -> FoundCard:
-    """The parts of a folder's card; empty if there is none or it cannot be read."""
+def read_card(folder: Path) -> dict[str, Any]:
+    """The `CardFacts` in a folder's card: license, languages, datasets, training, source_card; none if there is no card
+    or it cannot be read.
+    """
     path = folder / CARD
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
-            return FoundCard()
+            return {}
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return FoundCard()
+        return {}
     front = _front_matter(text)
     license = front.get("license")
     training = re.search(f"{re.escape(_BEGIN)}\n(.*)\n{re.escape(_END)}", text, re.DOTALL)
-    plot = folder / PLOT
-    return FoundCard(
-        license=license if isinstance(license, str) and license != "unknown" else None,
-        languages=_names(front.get("language")),
-        datasets=_names(front.get("datasets")),
-        training=training[1] if training else "",
-        plot=plot if training and plot.is_file() else None,
-        foreign="[FAT5](https://github.com/fat5/fat5)" not in text,
-    )
+    return {
+        "license": license if isinstance(license, str) and license != "unknown" else None,
+        "languages": _names(front.get("language")),
+        "datasets": _names(front.get("datasets")),
+        "training": training[1] if training else "",
+        "source_card": _AUTHOR not in text,
+    }
 
 
 def usage_section(before: str, after: str, modes: bool) -> str:
-    """How a pretrained model fills the gap between two texts.
-
-    Args:
-        modes: the tokenizer has the mode tokens.
-    """
+    """How a pretrained model fills the gap between two texts; `modes`: its tokenizer has the mode tokens."""
     mode = "A mode token says which kind (`[R]` short gaps, `[X]` long or many gaps, `[S]` what follows). " * modes
     prompt = f"{'[R]' * modes}{before}<extra_id_0>{after}"
     return (
@@ -148,13 +130,9 @@ def usage_section(before: str, after: str, modes: bool) -> str:
 
 
 def training_section(config: dict[str, Any], summary: dict[str, Any], sources: list[Any], plot: bool) -> str:
-    """The training section for a pretraining run.
+    """The section on a pretraining run, from its config.yaml and summary.json, and the `Manifest` of each source.
 
-    Args:
-        config: the content of the run's config.yaml.
-        summary: the content of its summary.json.
-        sources: the `Manifest` of each prepared folder.
-        plot: whether loss.png is beside the card.
+    `plot`: whether loss.png is beside the card.
     """
     data, optimizer, schedule = config["data"], config["optimizer"], config["schedule"]
     mixture = data["mixture"] if isinstance(data["mixture"], str) else "a list of its own"
@@ -216,21 +194,6 @@ def _loading(facts: CardFacts) -> str:
     return (
         f"{needs}\n\n```python\n{extra}from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-    )
-
-
-def _tokenizer(facts: CardFacts) -> str:
-    if not facts.tokenizer:
-        return "The folder holds no tokenizer."
-    return "The tokenizer is in this folder; `AutoTokenizer` loads it."
-
-
-def _license(facts: CardFacts) -> str:
-    if facts.license:
-        return f"`{facts.license}`. The terms of the text it was trained on may bind its use as well."
-    return (
-        "No licence was given for these weights. Before you publish them, check the terms of the text they were "
-        "trained on, and state the licence here and in `license:` above."
     )
 
 

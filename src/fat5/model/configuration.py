@@ -143,11 +143,6 @@ class FAT5Config(T5Config):
         """Dropout of the attention weights."""
         return float(self.dropout_rate if self.attention_dropout_rate is None else self.attention_dropout_rate)
 
-    @property
-    def bias_in_every_layer(self) -> bool:
-        """Whether each layer has a bias table (umT5), rather than the first one for all."""
-        return self.family == "umt5"
-
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers; a folder of T5's families is a FAT5 configuration, any other is refused."""
@@ -234,7 +229,8 @@ def _as_fat5(found: dict[str, Any], where: object) -> dict[str, Any]:
     elif found_type in FAMILIES:
         family = (found.get("family") or found_type) if found_type == "t5" else found_type
         # Keys that the file leaves out have the family's defaults, which are not T5's.
-        stock = {} if family == "t5" else FAMILIES[family](**_only_known(found, FAMILIES[family])).to_dict()
+        known = {key: value for key, value in found.items() if key in FAMILIES[family].__annotations__}
+        stock = {} if family == "t5" else FAMILIES[family](**known).to_dict()
         stock.pop("tie_word_embeddings", None)
         found = stock | found | {"family": family}
         classes = found.get("architectures") or [""]
@@ -297,10 +293,6 @@ _UNCHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _stock_scales(family: str, tied: bool | None) -> bool:
     """Whether the installed stock class multiplies the decoder's output by d_model^-0.5 (decision 0070)."""
     return family == "umt5" and bool(UMT5Config(tie_word_embeddings=tied is not False).tie_word_embeddings)
-
-
-def _only_known(found: dict[str, Any], family: Any) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if key in family.__annotations__}
 
 
 def _one_of(key: str, value: object, allowed: tuple[Any, ...]) -> None:

@@ -39,6 +39,7 @@ _SAME = (
     "num_labels", "id2label", "label2id", "problem_type", "dtype", "torch_dtype", "transformers_version",
 )  # fmt: skip
 _POSITIONS = {"t5": "t5", "ALiBi": "alibi"}
+_HEAD_FORMS = {"FlashT5ForSequenceClassification": "encoder-eos", "FlashT5ForQuestionAnswering": "encoder"}
 _QUERIES = ("SelfAttention.q.weight", "EncDecAttention.q.weight")
 _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
@@ -66,6 +67,8 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
     activation = "gelu" if found.get("use_gelu_act", True) else "relu"
     plain = "gelu_new" if activation == "gelu" else "relu"
     pad = found.get("pad_token_id")
+    classes = found.get("architectures") or [""]
+    name = classes if isinstance(classes, str) else classes[0]
     return {key: found[key] for key in _SAME if key in found} | {
         "model_type": "flash_t5",
         "position_encoding": _POSITIONS[positions],
@@ -77,7 +80,7 @@ def translate_configuration(found: dict[str, Any], where: object) -> dict[str, A
         "attention_dropout_rate": found.get("attention_dropout_rate") or 0.0,
         "z_loss": found.get("z_loss") or 0.0,
         "label_smoothing": found.get("label_smoothing") or 0.0,
-        "head_form": _head_form(found),
+        "head_form": _HEAD_FORMS.get(name),
     }
 
 
@@ -125,10 +128,3 @@ def translate_tensors(tensors: dict[str, Tensor], scale: float, where: object) -
             translated.setdefault("shared.weight", translated.pop(copied))
     # The wider tensors last: without a dtype asked for, transformers takes that of the first.
     return translated | folded
-
-
-def _head_form(found: dict[str, Any]) -> str | None:
-    """The `head_form` of the saved class; None for classes without one."""
-    classes = found.get("architectures") or [""]
-    name = classes if isinstance(classes, str) else classes[0]
-    return {"FlashT5ForSequenceClassification": "encoder-eos", "FlashT5ForQuestionAnswering": "encoder"}.get(name)

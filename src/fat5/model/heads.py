@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForQuestionAnsweringLoss
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     Seq2SeqQuestionAnsweringModelOutput,
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import (
 
 from fat5.errors import ConfigurationError, DataError
 from fat5.model.layers import HeadProjection
+from fat5.model.padding import segment_numbers
 from fat5.model.pretrained import FAT5PreTrainedModel, refuse_given
 from fat5.model.t5 import NOT_OF_AN_ENCODER, NOT_WITHOUT_A_HEAD, EncoderDecoder, FAT5EncoderModel, FAT5Model
 from fat5.ops import is_recorded
@@ -75,12 +77,11 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
     ) -> Any:
         """logits (B, num_labels), or (N, num_labels) for N packed documents; the loss follows `problem_type`, as in
         transformers.
@@ -89,7 +90,6 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
             ValueError: an argument that this form does not take.
             DataError: the form reads at EOS, and the rows differ in their number of EOS tokens or have none.
         """
-        asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True)
         form = self.config.head_form or "encoder"
         packed = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if form != "encoder":
@@ -102,7 +102,7 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
             run = self.transformer(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
                 inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds,
-                use_cache=use_cache if labels is None else False, **asked,
+                use_cache=use_cache if labels is None else False, return_dict=True, **asked,
             )  # fmt: skip
         else:
             refuse_given(
@@ -110,7 +110,7 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
                 encoder_outputs=encoder_outputs, decoder_inputs_embeds=decoder_inputs_embeds,
                 use_cache=use_cache or None,
             )  # fmt: skip
-            run = self.transformer(input_ids, attention_mask, inputs_embeds, **packed, **asked)
+            run = self.transformer(input_ids, attention_mask, inputs_embeds, **packed, return_dict=True, **asked)
         if form == "encoder":
             pooled = _mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens)
         else:
@@ -155,17 +155,16 @@ class FAT5ForTokenClassification(FAT5PreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
     ) -> Any:
         """logits (B, L, num_labels), or (T, num_labels) packed; labels of -100 do not count."""
         run = self.transformer(
-            input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, True,
-            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+            input_ids, attention_mask, inputs_embeds, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, return_dict=True,
+            **asked,
         )  # fmt: skip
         logits = self.classifier(self.dropout(run.last_hidden_state))
         loss = None
@@ -199,7 +198,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         self.qa_outputs = HeadProjection(config.d_model, config.num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -211,12 +210,11 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
     ) -> Any:
         """start_logits and end_logits, (B, L) each, or (T,) packed, which takes no start_positions.
 
@@ -234,9 +232,9 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
                 decoder_input_ids = self._shift_right(input_ids)
             if start_positions is not None and end_positions is not None:
                 use_cache = False
-            run = self.run(
+            run = super().forward(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-                inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
+                inputs_embeds, decoder_inputs_embeds, use_cache, return_dict=True, **asked,
             )  # fmt: skip
         else:
             refuse_given(
@@ -244,16 +242,14 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
                 decoder_attention_mask=decoder_attention_mask, encoder_outputs=encoder_outputs,
                 decoder_inputs_embeds=decoder_inputs_embeds, use_cache=use_cache or None,
             )  # fmt: skip
-            run = self.encode(
-                input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states,
-                cu_seqlens, max_seqlen,
-            )  # fmt: skip
+            run = self.encode(input_ids, attention_mask, inputs_embeds, cu_seqlens, max_seqlen, **asked)
         start, end = self.qa_outputs(run.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             if cu_seqlens is not None:
                 raise ValueError("start_positions: packed documents (cu_seqlens) take none; give padded rows")
-            loss = (_position_loss(start, start_positions) + _position_loss(end, end_positions)) / 2
+            positions = start_positions.to(start.device), end_positions.to(end.device)
+            loss = ForQuestionAnsweringLoss(start, end, *positions)
         kind: Any = Seq2SeqQuestionAnsweringModelOutput if self.has_decoder else QuestionAnsweringModelOutput
         output = kind(loss=loss, start_logits=start, end_logits=end, **_beside_states(run))
         return self.returned(output, return_dict)
@@ -271,11 +267,9 @@ def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
         total, count = (hidden.float() * kept[..., None]).sum(dim=1), kept.sum(dim=1)
     else:
         documents = len(cu_seqlens) - 1
-        row = torch.arange(hidden.shape[0], device=hidden.device, dtype=cu_seqlens.dtype)
-        owner = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
         # Rows behind the last document are summed as one more, which is dropped.
         sums = hidden.new_zeros(documents + 1, hidden.shape[1], dtype=torch.float32)
-        total = sums.index_add(0, owner, hidden.float())[:documents]
+        total = sums.index_add(0, segment_numbers(cu_seqlens, len(hidden)), hidden.float())[:documents]
         count = cu_seqlens.diff().float()
     return (total / count.clamp(min=1)[:, None]).to(hidden.dtype)
 
@@ -295,11 +289,3 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
     if kind == "single_label_classification":
         return F.cross_entropy(logits.reshape(-1, config.num_labels), labels.reshape(-1))
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-
-
-def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy over the positions of a text (B, L); a position behind the text's end does not count."""
-    length = logits.shape[1]
-    if positions.dim() > 1:
-        positions = positions.squeeze(-1)
-    return F.cross_entropy(logits, positions.to(logits.device).clamp(0, length), ignore_index=length)

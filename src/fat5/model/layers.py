@@ -78,14 +78,14 @@ class Attention(nn.Module):
         key, value = self._keys_values(hidden if memory is None else memory, memory is not None, rotation, cache)
         key_segments = segments if memory_segments is None else memory_segments
         dropout_p = self.dropout if self.training else 0.0
-        if segments.packed and key_segments.mask is None:
+        if segments.cu_seqlens is not None and key_segments.mask is None:
             out = ops.attention(
                 query, key, value, bias=bias, causal=causal, dropout_p=dropout_p,
                 cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=key_segments.cu_seqlens,
                 max_seqlen_q=segments.max_seqlen, max_seqlen_k=key_segments.max_seqlen,
             )  # fmt: skip
         else:
-            if segments.packed:  # whole rows
+            if segments.cu_seqlens is not None:  # whole rows
                 query, key, value = (x.unflatten(0, (len(key_segments.mask), -1)) for x in (query, key, value))  # type: ignore[arg-type]
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if key_segments.formed:
@@ -178,15 +178,14 @@ class GatedFeedForward(nn.Module):
         self.act = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _project_safely(self.wo, self.dropout(self._gated(hidden)))
-
-    def _gated(self, hidden: Tensor) -> Tensor:
         plain = ops.is_plain(self.wi_0, nn.Linear) and ops.is_plain(self.wi_1, nn.Linear) and self.act is None
         if plain and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
             # One matrix product twice as wide; the kernel that casts the weights also joins them.
-            return ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
-        gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
-        return ops.geglu(gate, up) if self.act is None else self.act(gate) * up
+            inner = ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
+        else:
+            gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
+            inner = ops.geglu(gate, up) if self.act is None else self.act(gate) * up
+        return _project_safely(self.wo, self.dropout(inner))
 
 
 class Block(GradientCheckpointingLayer):

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -30,9 +31,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "auto", dtype: 
     """The `FAT5ForConditionalGeneration` in a folder that FAT5 or stock transformers wrote, in evaluation mode.
 
     Args:
-        path: a folder with config.json and *.safetensors, of type fat5 or t5.
         device: "auto" is CUDA if available, else the CPU.
-        dtype: dtype of the weights; "auto" is that of the files.
+        dtype: of the weights; "auto" is that of the files.
 
     Raises:
         ConfigurationError: the device, or the library that quantised the weights, does not exist here.
@@ -51,8 +51,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "auto", dtype: 
         with quiet():
             model = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
     except ImportError as error:  # weights quantised by a library that is not here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigurationError(reason, where=path, hint="install it, or give the model unquantised") from error
+        raise ConfigurationError(_line(error), where=path, hint="install it, or give the model unquantised") from error
     model = model.to(device).eval()
     check_finite(model, path)
     return model
@@ -130,8 +129,7 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         for file in files:
             _check_numbers(file)
     if not is_old:
-        safe = not files or files[0].suffix == ".safetensors"
-        return {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
+        return {"use_safetensors": not files or files[0].suffix == ".safetensors", "weights_only": True}
     tensors = translate_tensors(read_tensors(folder, variant), attention_scale(found, where), where)
     _check_form(tensors, kwargs, where)
     return {"state_dict": tensors, "config": kwargs.get("config") or str(where)}
@@ -142,8 +140,7 @@ def read_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder, variant):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= load_file(file)
         else:
             tensors |= torch.load(file, map_location="cpu", weights_only=True)
     return tensors
@@ -180,11 +177,11 @@ def readable(where: Any) -> Iterator[None]:
     except ConfigurationError as error:
         raise ConfigurationError(str(error), where=where) from error
     except OSError as error:
-        raise CheckpointFileError(_first_line(error), where=where) from error
+        raise CheckpointFileError(_line(error), where=where) from error
     except StrictDataclassError as error:
-        raise CheckpointError(f"config.json cannot be used: {_last_line(error)}", where=where, hint=_AGAIN) from error
+        raise CheckpointError(f"config.json cannot be used: {_line(error, -1)}", where=where, hint=_AGAIN) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
-        raise CheckpointFileError(f"damaged: {_first_line(error)}", where=where, hint=_AGAIN) from error
+        raise CheckpointFileError(f"damaged: {_line(error)}", where=where, hint=_AGAIN) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{_binary(where)} is a pickle that holds more than tensors, which can run code when read, and is refused",
@@ -198,9 +195,7 @@ def readable(where: Any) -> Iterator[None]:
             ) from error
         if not any(part in str(error) for part in ("PytorchStreamReader", "unexpected EOF")):
             raise
-        raise CheckpointFileError(
-            f"damaged: {_binary(where)}: {_first_line(error)}", where=where, hint=_AGAIN
-        ) from error
+        raise CheckpointFileError(f"damaged: {_binary(where)}: {_line(error)}", where=where, hint=_AGAIN) from error
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -224,7 +219,7 @@ def _check_settings(folder: Path) -> None:
         try:
             GenerationConfig.from_pretrained(folder)
         except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"cannot be used: {_first_line(error)}", where=path, hint=_AGAIN) from error
+            raise CheckpointError(f"cannot be used: {_line(error)}", where=path, hint=_AGAIN) from error
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -297,9 +292,5 @@ def _binary(where: Any) -> str:
     return found[0].name if len(found) == 1 else "one of its .bin files"
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _line(error: BaseException, number: int = 0) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[number].strip().rstrip(".")

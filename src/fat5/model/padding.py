@@ -3,19 +3,15 @@
     packed    (T, d), the segments (documents) end to end, with cu_seqlens
     padded    (B, L, d), a row a text, with a mask
 
-Training and encoding run packed, so that unread padding costs nothing: padded inputs are packed on entry and padded
-again on exit. Decoding with a cache runs on rows.
+Padded inputs are packed on entry and padded again on exit; decoding with a cache runs on rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fat5.ops import is_recorded
 
 
 @dataclass
@@ -37,10 +33,6 @@ class Segments:
     formed: bool = False
 
     @property
-    def packed(self) -> bool:
-        return self.cu_seqlens is not None
-
-    @property
     def masks_scores(self) -> bool:
         """Whether the mask has an entry for each query and key."""
         return self.mask is not None and self.mask.dim() == 4
@@ -51,17 +43,20 @@ class Segments:
         return replace(self, cu_seqlens=starts, mask=mask)
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The position of each token in its segment: (T,) packed, (1, L) for rows."""
+        """The position of each token in its segment: (T,) packed, (1, L) for rows. Those behind the last segment count
+        from its end.
+        """
         if self.cu_seqlens is None:
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return segment_positions(self.cu_seqlens, tokens.shape[0])
+        total, starts = len(tokens), self.cu_seqlens
+        row = torch.arange(total, device=starts.device, dtype=starts.dtype)
+        return (row - starts[segment_numbers(starts, total)]).long()
 
 
-def segment_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(T,) int64: positions inside each packed segment; tokens behind the last segment count from its end."""
+def segment_numbers(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(T,) int64: the segment of each packed token; N for those behind the last."""
     row = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
-    return (row - cu_seqlens[segment]).long()
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
 
 
 def shift_right(labels: Tensor, positions: Tensor, start_id: int, pad_id: int) -> Tensor:
@@ -72,11 +67,10 @@ def shift_right(labels: Tensor, positions: Tensor, start_id: int, pad_id: int) -
 
 @dataclass
 class Padding:
-    """Packs padded rows into the tokens that a stack computes, and pads its output again.
+    """Packs padded rows (B, L) into the tokens that a stack computes, and pads its output again.
 
     Args:
         segments: of those tokens. With a mask they are whole rows, some of whose keys are hidden.
-        shape: (B, L) of the rows.
         index: (T,) int64, where each token stands in the flattened rows; None for whole rows.
         kept: (B, L) bool, the positions whose states come back; the others come back as zeros. None = all.
     """
@@ -138,7 +132,6 @@ class Padding:
 
 
 def keep(rows: Tensor, kept: Tensor | None) -> Tensor:
-    """(B, L, d) with zeros at positions that are not kept."""
     return rows if kept is None else rows * kept[..., None].to(rows)
 
 
@@ -153,8 +146,7 @@ class Trace:
 
     Args:
         hidden: the hidden states before each block and after the last, as rows.
-        attentions: the weights of self-attention, (B, H, L, L) a block.
-        cross_attentions: those of cross-attention, (B, H, L, S) a block.
+        attentions, cross_attentions: the weights, (B, H, L, L) and (B, H, L, S) a block.
         chosen: the places in `hidden` that are asked for, negative ones from the end; None = all.
         to_rows, from_rows: convert the stack's tokens to rows, and back.
     """
@@ -167,8 +159,12 @@ class Trace:
     from_rows: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def of(cls, hidden_states: bool | int | list[int] | None, attentions: bool | None) -> "Trace":
-        """Lists for what is asked for; `hidden_states` may name places, as in transformers."""
+    def of(cls, config: Any, hidden_states: bool | int | list[int] | None, attentions: bool | None) -> "Trace":
+        """Lists for what is asked for, by default in the configuration; `hidden_states` may name places, as in
+        transformers.
+        """
+        hidden_states = config.output_hidden_states if hidden_states is None else hidden_states
+        attentions = config.output_attentions if attentions is None else attentions
         chosen = None
         if hidden_states is not None and not isinstance(hidden_states, bool):
             chosen = [hidden_states] if isinstance(hidden_states, int) else list(hidden_states)
@@ -194,7 +190,7 @@ class Trace:
         return (hidden, *weights)
 
 
-def run_padded(
+def run_packed(
     stack: Any,
     rows: Tensor,
     mask: Tensor | None,
@@ -208,32 +204,19 @@ def run_padded(
     """Runs a stack over padded rows (B, L[, d]), packed inside; returns its hidden states (B, L, d).
 
     `whole`: every position is computed, and the mask only hides keys; otherwise masked positions are left out and come
-    back as zeros. Rows stay rows if attention weights are asked for, or a graph is recorded (torch.export,
-    torch.jit.trace).
+    back as zeros.
     """
-    shape = (rows.shape[0], rows.shape[1])
-    check_mask("attention_mask", mask, shape)
-    memory_shape = (0, 0) if memory is None else (memory.shape[0], memory.shape[1])
-    if memory is not None:
-        check_mask("attention_mask of the encoder's tokens", memory_mask, memory_shape)
-    how: dict[str, Any] = {"trace": trace}
-    if is_recorded() or trace.attentions is not None:
-        tokens, memory_tokens = (None if x is None else x.bool() for x in (mask, memory_mask))
-        if memory is not None:
-            how |= {"memory": memory, "memory_segments": Segments(None, memory_shape[1], memory_tokens, formed=True)}
-        kept = None if whole or tokens is None else kept_positions(tokens)
-        if kept is not None:
-            trace.to_rows = partial(keep, kept=kept)
-        return keep(stack(rows, Segments(None, shape[1], tokens, formed=True), **how), kept)
-    padding = Padding.of(mask, shape, rows.device, whole=whole, causal=causal)
+    padding = Padding.of(mask, (rows.shape[0], rows.shape[1]), rows.device, whole=whole, causal=causal)
     trace.to_rows, trace.from_rows = padding.restore, padding.pack
+    how: dict[str, Any] = {"trace": trace}
     if memory is not None:
-        across = Padding.of(memory_mask, memory_shape, rows.device, whole=False)
+        across = Padding.of(memory_mask, (memory.shape[0], memory.shape[1]), rows.device, whole=False)
         how |= {"memory": across.pack(memory), "memory_segments": across.segments}
     return padding.restore(stack(padding.pack(rows), padding.segments, **how))
 
 
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
     """Raises ValueError for a mask that is not one of tokens (B, L): of another length it would hide other tokens."""
+    shape = tuple(tokens.shape[:2])
     if mask is not None and tuple(mask.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, a number for each token, got {tuple(mask.shape)}")

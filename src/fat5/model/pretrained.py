@@ -78,10 +78,9 @@ class FAT5PreTrainedModel(PreTrainedModel):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        **asked: Any,
     ) -> BaseModelOutput:
         """Padded rows or packed documents through the encoder; see `FAT5EncoderModel.forward`."""
         self.refuse_unread_embeddings()
@@ -89,20 +88,15 @@ class FAT5PreTrainedModel(PreTrainedModel):
         if cu_seqlens is None:
             if max_seqlen is not None:
                 raise ValueError("cu_seqlens: packed documents need it beside max_seqlen, got None")
-            asked = self.asked(output_attentions, output_hidden_states)
             return encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **asked)  # type: ignore[no-any-return]
         if max_seqlen is None:
             raise ValueError("max_seqlen: packed documents need it beside cu_seqlens, got None")
+        asked = {name: value or None for name, value in asked.items()}
         refuse_given(
-            "packed documents (cu_seqlens) take none; give padded rows", attention_mask=attention_mask,
-            output_attentions=output_attentions or None, output_hidden_states=output_hidden_states or None,
-        )  # fmt: skip
-        return BaseModelOutput(encoder(input_ids, Segments(cu_seqlens, max_seqlen), inputs_embeds=inputs_embeds))
-
-    def asked(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, Any]:
-        """What forward is asked to return beside hidden states: its arguments, else the configuration."""
-        given = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        return {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+            "packed documents (cu_seqlens) take none; give padded rows", attention_mask=attention_mask, **asked
+        )
+        segments = Segments(cu_seqlens, max_seqlen)
+        return BaseModelOutput(encoder(input_ids, segments, inputs_embeds=inputs_embeds, **asked))
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """`output`, or its tuple if the caller or the configuration wants one."""

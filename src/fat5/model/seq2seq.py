@@ -11,19 +11,15 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from fat5 import ops
-from fat5.model.padding import Segments, segment_positions, shift_right
+from fat5.model.padding import Segments, shift_right
 from fat5.model.pretrained import refuse_given
 from fat5.model.t5 import EncoderDecoder
 
 
 @dataclass
 class PackedLMOutput(ModelOutput):
-    """The output of packed training.
-
-    Args:
-        loss: scalar, z-loss and label smoothing included.
-        token_loss: (U,) float32, plain negative log-likelihood, 0 where ignored; with per_token=True.
-        token_correct: (U,) bool, whether the label had the highest logit; with per_token=True.
+    """The loss of packed training, z-loss and label smoothing included. With per_token=True also each label's plain
+    negative log-likelihood, (U,) float32, 0 where ignored, and whether it had the highest logit, (U,) bool.
     """
 
     loss: Tensor | None = None
@@ -58,7 +54,7 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
             self.config.tie_word_embeddings = False
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -70,9 +66,6 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
@@ -80,6 +73,8 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         decoder_max_seqlen: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         per_token: bool = False,
+        return_dict: bool | None = None,
+        **asked: Any,
     ) -> Any:
         """Padded rows as in transformers' T5, or packed documents.
 
@@ -88,12 +83,13 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         shifted right inside each document; labels of -100 do not count. Returns a `PackedLMOutput` without logits.
 
         The loss is the sum over the labels that count, divided by `num_items_in_batch`, or by their number.
-        `output_attentions` needs quadratic memory; without it attention never does.
+        `asked` may hold output_hidden_states and output_attentions, which needs quadratic memory.
 
         Raises:
             ValueError: an argument is missing, or one is given that packed training does not take.
         """
         if cu_seqlens is not None:
+            asked = {name: value or None for name, value in asked.items()}
             packed = dict(
                 input_ids=input_ids, labels=labels, max_seqlen=max_seqlen,
                 decoder_cu_seqlens=decoder_cu_seqlens, decoder_max_seqlen=decoder_max_seqlen,
@@ -105,15 +101,15 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
                 "packed training (cu_seqlens) takes none; give padded rows", attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
                 encoder_outputs=encoder_outputs, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-                decoder_inputs_embeds=decoder_inputs_embeds, output_attentions=output_attentions or None,
-                output_hidden_states=output_hidden_states or None,
+                decoder_inputs_embeds=decoder_inputs_embeds, **asked,
             )  # fmt: skip
-            return self._packed_forward(cu_seqlens, **packed, items=num_items_in_batch, per_token=per_token)  # type: ignore[arg-type]
+            segments = Segments(cu_seqlens, max_seqlen), Segments(decoder_cu_seqlens, decoder_max_seqlen)  # type: ignore[arg-type]
+            return self._packed_forward(input_ids, labels, *segments, num_items_in_batch, per_token, **asked)  # type: ignore[arg-type]
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.run(
+        outputs = super().forward(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
+            inputs_embeds, decoder_inputs_embeds, use_cache, return_dict=True, **asked,
         )  # fmt: skip
         logits = self.lm_head(self._scaled(outputs.last_hidden_state))
         loss = None if labels is None else self._loss_of_logits(logits, labels, num_items_in_batch)
@@ -122,20 +118,20 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
 
     def _packed_forward(
         self,
-        cu_seqlens: Tensor,
         input_ids: Tensor,
         labels: Tensor,
-        max_seqlen: int,
-        decoder_cu_seqlens: Tensor,
-        decoder_max_seqlen: int,
+        segments: Segments,
+        decoder_segments: Segments,
         items: Tensor | int | None,
         per_token: bool,
+        **asked: Any,
     ) -> PackedLMOutput:
         self.refuse_unread_embeddings()
-        segments, decoder_segments = Segments(cu_seqlens, max_seqlen), Segments(decoder_cu_seqlens, decoder_max_seqlen)
-        memory = self.encoder(input_ids, segments)
-        inputs = shift_right(labels, segment_positions(decoder_cu_seqlens, len(labels)), *self._start_and_pad())
-        hidden = self._scaled(self.decoder(inputs, decoder_segments, memory=memory, memory_segments=segments))
+        memory = self.encoder(input_ids, segments, **asked)
+        inputs = shift_right(labels, decoder_segments.positions(labels), *self._start_and_pad())
+        hidden = self._scaled(
+            self.decoder(inputs, decoder_segments, memory_segments=segments, encoder_hidden_states=memory)
+        )
         if not ops.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
             # An adapted or quantised head: all logits are made.
             logits = self.lm_head(hidden)

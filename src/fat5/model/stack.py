@@ -14,12 +14,7 @@ from fat5.ops import RelativeBias
 
 
 class Stack(nn.Module):
-    """An encoder or a decoder over packed tokens or rows.
-
-    Args:
-        config: of the whole model.
-        is_decoder: causal, with cross-attention.
-    """
+    """An encoder, or a decoder (causal, with cross-attention), over packed tokens or rows."""
 
     def __init__(self, config: FAT5Config, is_decoder: bool) -> None:
         super().__init__()
@@ -27,7 +22,7 @@ class Stack(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         learned = config.position_encoding == "t5"
-        self.own_bias = learned and config.bias_in_every_layer
+        self.own_bias = learned and config.family == "umt5"
         self.block = nn.ModuleList(
             [Block(config, i, is_decoder, learned and (i == 0 or self.own_bias)) for i in range(layers)]
         )
@@ -54,10 +49,8 @@ class Stack(nn.Module):
 
         Args:
             tokens: ids, (T,) or (B, L) int64, or embeddings with a last dimension d_model.
-            segments: of the tokens.
             memory, memory_segments: the encoder's hidden states, for a decoder.
             cache: an EncoderDecoderCache; rows only. Its length is the position of the first token.
-            trace: records the hidden states before each block and after the last, and for rows the attention weights.
         """
         hidden = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         device = hidden.device.type
@@ -101,20 +94,21 @@ class Stack(nn.Module):
         # With a cache, queries start at `offset` and keys at 0: the mask is made here, (1, H|1, Lq, Lk), small in
         # decoding.
         length, device = hidden.shape[1], hidden.device
-        capacity: int = cache.self_attention_cache.get_max_length() if _is_static(cache) else offset + length
+        is_static = getattr(cache, "is_compileable", False)
+        capacity: int = cache.self_attention_cache.get_max_length() if is_static else offset + length
         queries = torch.arange(length, device=device)[:, None] + offset
         future = torch.arange(capacity, device=device)[None, :] > queries
-        bias: Tensor | None = None
         if self.config.position_encoding == "fire":
             bias = self.fire(length, capacity, offset)
         else:
             relative = self._relative_bias(capacity, source, device)
-            bias = None if not isinstance(relative, RelativeBias) else relative.dense(length, capacity, offset)
-        if bias is None:
-            bias = torch.zeros(1, 1, length, capacity, device=device)
-        if segments.masks_scores:  # it hides the future too
-            return _masked(bias, segments.mask[..., :capacity])  # type: ignore[index]
-        return bias.masked_fill(future, torch.finfo(bias.dtype).min)
+            no_bias = torch.zeros(1, 1, length, capacity, device=device)
+            bias = relative.dense(length, capacity, offset) if isinstance(relative, RelativeBias) else no_bias
+        lowest = torch.finfo(bias.dtype).min  # a finite number, as in stock T5
+        if not segments.masks_scores:
+            return bias.masked_fill(future, lowest)
+        mask = segments.mask[..., :capacity]  # type: ignore[index]  # it hides the future too
+        return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (bias + mask.to(bias)).clamp(min=lowest)
 
     def _relative_bias(self, max_length: int, source: int, device: torch.device) -> RelativeBias | Tensor | None:
         config = self.config
@@ -131,15 +125,3 @@ class Stack(nn.Module):
         if config.position_encoding == "fire":
             return self.fire(max_length, max_length)
         return None
-
-
-def _masked(bias: Tensor, mask: Tensor) -> Tensor:
-    """A bias under a mask, bool or to be added; hidden keys get the lowest finite number, as in stock T5."""
-    lowest = torch.finfo(bias.dtype).min
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, lowest)
-    return (bias + mask.to(bias.dtype)).clamp(min=lowest)
-
-
-def _is_static(cache: Any) -> bool:
-    return bool(getattr(cache, "is_compileable", False))

@@ -1,6 +1,7 @@
 """T5's two stacks and the models without a head: the encoder alone, and the encoder with its decoder."""
 
 import copy
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from fat5.model.configuration import COUNTED_FROM_THE_FIRST_TOKEN
 from fat5.model.layers import Embedding
-from fat5.model.padding import Segments, Trace, check_mask, run_padded
+from fat5.model.padding import Segments, Trace, check_mask, keep, kept_positions, run_packed
 from fat5.model.pretrained import FAT5PreTrainedModel
 from fat5.model.stack import Stack
 from fat5.ops import is_recorded
@@ -62,10 +63,15 @@ class Encoder(Stack):
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         if segments is not None:
             return super().forward(rows, segments)
-        trace = Trace.of(output_hidden_states, output_attentions)
-        hidden = run_padded(
-            super().forward, rows, attention_mask, whole=self.computes_padding, causal=False, trace=trace
-        )
+        trace, whole = Trace.of(self.config, output_hidden_states, output_attentions), self.computes_padding
+        check_mask("attention_mask", attention_mask, rows)
+        if is_recorded() or trace.attentions is not None:
+            mask = None if attention_mask is None else attention_mask.bool()
+            kept = None if whole or mask is None else kept_positions(mask)
+            trace.to_rows = partial(keep, kept=kept)
+            hidden = keep(super().forward(rows, Segments(None, rows.shape[1], mask, formed=True), trace=trace), kept)
+        else:
+            hidden = run_packed(super().forward, rows, attention_mask, whole=whole, causal=False, trace=trace)
         states, attentions, _ = trace.kept()
         output = BaseModelOutput(last_hidden_state=hidden, hidden_states=states, attentions=attentions)
         return output.to_tuple() if return_dict is False else output
@@ -81,7 +87,6 @@ class Decoder(Stack):
         input_ids: Tensor | None = None,
         segments: Segments | None = None,
         *,
-        memory: Tensor | None = None,
         memory_segments: Segments | None = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
@@ -93,25 +98,31 @@ class Decoder(Stack):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Packed with `segments`, `memory` and `memory_segments`: hidden states (T, d). On rows: a
+        """Packed with `segments` and `memory_segments`: hidden states (T, d). On rows: a
         BaseModelOutputWithPastAndCrossAttentions with (B, U, d).
         """
         rows = input_ids if inputs_embeds is None else inputs_embeds
         if rows is None:
             raise ValueError("decoder_input_ids: expected them, decoder_inputs_embeds or labels, got none of them")
+        memory = encoder_hidden_states
         if segments is not None:
             return super().forward(rows, segments, memory=memory, memory_segments=memory_segments)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        trace = Trace.of(output_hidden_states, output_attentions)
-        memory, masks = encoder_hidden_states, (attention_mask, encoder_attention_mask)
+        trace = Trace.of(self.config, output_hidden_states, output_attentions)
         masks_scores = attention_mask is not None and attention_mask.dim() == 4
-        if past_key_values is not None or masks_scores:
-            hidden = self._as_rows(rows, memory, *masks, past_key_values, trace)
+        if past_key_values is None and not masks_scores:
+            check_mask("attention_mask", attention_mask, rows)
+        if memory is not None:
+            check_mask("attention_mask of the encoder's tokens", encoder_attention_mask, memory)
+        formed = is_recorded() or trace.attentions is not None
+        if past_key_values is not None or masks_scores or formed:
+            masks = attention_mask, encoder_attention_mask
+            hidden = self._run_rows(rows, memory, *masks, past_key_values, formed, trace)
         else:
-            hidden = run_padded(
+            hidden = run_packed(
                 super().forward, rows, attention_mask, whole=True, causal=True, trace=trace, memory=memory,
                 memory_mask=encoder_attention_mask,
             )  # fmt: skip
@@ -125,21 +136,21 @@ class Decoder(Stack):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _as_rows(
+    def _run_rows(
         self,
         rows: Tensor,
         memory: Tensor | None,
         mask: Tensor | None,
         memory_mask: Tensor | None,
         cache: Any,
+        formed: bool,
         trace: Trace,
     ) -> Tensor:
         """Rows (B, L) that follow those in the cache, if there is one; `mask` covers both, (B, Lk) or, as generate
         makes it for a static cache, (B, 1, L, Lk).
         """
-        formed, memory_segments = is_recorded() or trace.attentions is not None, None
+        memory_segments = None
         if memory is not None:
-            check_mask("attention_mask of the encoder's tokens", memory_mask, (memory.shape[0], memory.shape[1]))
             memory_mask = None if memory_mask is None else memory_mask.bool()
             asks = not (formed or memory_mask is None or torch.compiler.is_compiling())
             unreadable = asks and not bool(memory_mask.any(dim=1).all())  # type: ignore[union-attr]
@@ -180,25 +191,20 @@ class FAT5EncoderModel(FAT5PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        return_dict: bool | None = None,
+        **asked: Any,
     ) -> Any:
         """Hidden states of every token: rows (B, L, d), with padding as in transformers (`config.compute_padding`);
-        packed (T, d).
-
-        Packed: input_ids (T,) or inputs_embeds (T, d), cu_seqlens int32 (N+1,), max_seqlen an int that bounds the
-        documents' lengths.
+        packed (T, d), from input_ids (T,) or inputs_embeds (T, d), cu_seqlens int32 (N+1,) and max_seqlen, a bound of
+        the documents' lengths. `asked` may hold output_attentions and output_hidden_states.
 
         Raises:
             ValueError: an argument is missing, or one is given that packed documents do not take.
         """
-        output = self.encode(
-            input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, cu_seqlens, max_seqlen
-        )
+        output = self.encode(input_ids, attention_mask, inputs_embeds, cu_seqlens, max_seqlen, **asked)
         return self.returned(output, return_dict)
 
 
@@ -223,25 +229,27 @@ class EncoderDecoder(FAT5PreTrainedModel):
     def get_decoder(self) -> Decoder:
         return self.decoder
 
-    def run(
+    def forward(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        decoder_input_ids: Tensor | None,
-        decoder_attention_mask: Tensor | None,
-        encoder_outputs: Any,
-        past_key_values: Any,
-        inputs_embeds: Tensor | None,
-        decoder_inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-    ) -> Seq2SeqModelOutput:
-        """Encoder, unless its outputs are given, then decoder; last_hidden_state (B, U, d) is the decoder's."""
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        return_dict: bool | None = None,
+        **asked: Any,
+    ) -> Any:
+        """Padded rows as in transformers' T5Model; last_hidden_state (B, U, d) is the decoder's.
+
+        The encoder runs unless its outputs are given. `asked` may hold output_attentions and output_hidden_states.
+        """
         if encoder_outputs is None:
-            encoder_outputs = self.encode(
-                input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states
-            )
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, **asked)
         elif not isinstance(encoder_outputs, BaseModelOutput):
             parts = encoder_outputs.to_tuple() if isinstance(encoder_outputs, ModelOutput) else encoder_outputs
             encoder_outputs = BaseModelOutput(*parts[:3])
@@ -250,10 +258,9 @@ class EncoderDecoder(FAT5PreTrainedModel):
         decoded = self.decoder(
             decoder_input_ids, inputs_embeds=decoder_inputs_embeds, attention_mask=decoder_attention_mask,
             encoder_hidden_states=memory, encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values, use_cache=use_cache,
-            **self.asked(output_attentions, output_hidden_states),
+            past_key_values=past_key_values, use_cache=use_cache, **asked,
         )  # fmt: skip
-        return Seq2SeqModelOutput(
+        output = Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             past_key_values=decoded.past_key_values,
             decoder_hidden_states=decoded.hidden_states,
@@ -263,6 +270,7 @@ class EncoderDecoder(FAT5PreTrainedModel):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
+        return self.returned(output, return_dict)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """(B, U) labels to decoder inputs, shifted right."""
@@ -277,25 +285,3 @@ class FAT5Model(EncoderDecoder):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        """Padded rows as in transformers' T5Model; last_hidden_state is the decoder's (B, U, d)."""
-        outputs = self.run(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values,
-            inputs_embeds, decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states,
-        )  # fmt: skip
-        return self.returned(outputs, return_dict)
