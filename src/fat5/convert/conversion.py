@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from fat5.convert.source import (
     STOCK_PREFIX,
     TOKENIZER_FILES,
     SourceModel,
-    first_sentinel,
     is_named_unigram,
     load_stock,
     load_stock_tokenizer,
@@ -44,16 +43,7 @@ PACKAGES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxscript", "onn
 
 @dataclass
 class Conversion:
-    """The report of a conversion.
-
-    Args:
-        source, target: folders.
-        kind: the model's type, class and dtype, in words.
-        parameters, tensors: their numbers in the model written.
-        compared: each comparison, with its difference and tolerance.
-        notes: what else the user should know.
-        files: name → bytes.
-    """
+    """The report of a conversion: numbers of parameters and tensors written, and the bytes of each file."""
 
     source: Path
     target: Path
@@ -65,7 +55,6 @@ class Conversion:
     files: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The report as lines of text."""
         return [
             f"converted   {self.source} ({self.kind}) to {self.target}",
             f"parameters  {self.parameters:,} in {self.tensors} tensors",
@@ -81,9 +70,6 @@ class Conversion:
 
 def convert(config: ConvertConfig) -> Conversion:
     """Converts a model and verifies the copy.
-
-    Returns:
-        The report.
 
     Raises:
         ConfigurationError: invalid keys, a format that cannot express the model, a missing package.
@@ -106,8 +92,6 @@ def convert(config: ConvertConfig) -> Conversion:
     examples = random_examples(model.config, config.seed)
     report.compared += _verify_source(source, model, kind, examples)
     _round(model, stored, kind, examples, report)
-    if source.tokenizer is None:
-        report.notes.append("the source holds no tokenizer, so neither does the copy; give one with --tokenizer DIR")
     with _folder(report.target) as partial:
         if config.to == "onnx":
             from fat5.convert.onnx import verify_onnx, write_onnx
@@ -119,7 +103,8 @@ def convert(config: ConvertConfig) -> Conversion:
 
             plain, made = partial / "plain", partial / "made"
             _save(model, stored, plain)
-            _copy_tokenizer(source, plain)
+            assert source.tokenizer is not None, "_check_expressible"
+            _copy_tokenizer(source.tokenizer, plain)
             convert_ctranslate2(plain, made, model, examples, stored, config.quantization, report)
             shutil.rmtree(plain)
             for file in made.iterdir():
@@ -130,8 +115,13 @@ def convert(config: ConvertConfig) -> Conversion:
             report.compared.append(_verify_folder(partial, source, model, config.to, examples))
         for comparison in report.compared:
             comparison.require(source.folder)
-        _copy_tokenizer(source, partial)
-        _verify_tokenizer(source, partial, report)
+        if source.tokenizer is None:
+            report.notes.append(
+                "the source holds no tokenizer, so neither does the copy; give one with --tokenizer DIR"
+            )
+        else:
+            _copy_tokenizer(source.tokenizer, partial)
+            _verify_tokenizer(source.tokenizer, partial, source, report)
         _write_card(partial, source, config, report)
         report.files = {
             str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*") if file.is_file()
@@ -195,7 +185,6 @@ def _stored_dtype(source: SourceModel, config: ConvertConfig) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     found = source.config.dtype
-    found = getattr(torch, found, None) if isinstance(found, str) else found
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
@@ -233,73 +222,75 @@ def _save(model: Any, stored: torch.dtype, folder: Path) -> None:
 
 def _verify_source(source: SourceModel, model: Any, kind: str, examples: dict[str, Any]) -> list[Comparison]:
     """Compares the source read by FAT5 with the source read by code that shares no translation with FAT5."""
-    tolerance = TOLERANCE
+    other: Any
     if source.model_type == "flash_t5":
-        other: Any = FlashT5Formulas.of_folder(source.folder, kind)
-        name, tolerance = "the first FAT5's formulas", FORMULAS_TOLERANCE
-    elif source.model_type in STOCK_PREFIX:
-        other, name = load_stock(source.folder, kind), "stock transformers"
-    else:
-        return []
-    got, want = outputs(model, kind, examples), outputs(other, kind, examples)
-    return [compare(got, want, f"{_what(examples)} ({name} and FAT5 on the source)", tolerance)]
+        who, other = "the first FAT5's formulas and FAT5 on the source", FlashT5Formulas.of_folder(source.folder, kind)
+        return [_compare_outputs(model, other, kind, examples, who, FORMULAS_TOLERANCE)]
+    if source.model_type in STOCK_PREFIX:
+        who, other = "stock transformers and FAT5 on the source", load_stock(source.folder, kind)
+        return [_compare_outputs(model, other, kind, examples, who)]
+    return []
 
 
 def _verify_folder(folder: Path, source: SourceModel, model: Any, to: str, examples: dict[str, Any]) -> Comparison:
     """Compares the copy with the source; stock transformers reads a copy made for it."""
-    if to == "hf" and not _stock_reads(folder):
+    if to == "fat5":
+        copy, reader = replace(source, folder=folder).load(), "FAT5"
+    elif _stock_reads(folder):
+        copy, reader = load_stock(folder, source.kind), "stock transformers"
+    else:
         raise ConfigurationError(
             "no class of stock transformers computes what this model does",
             where=source.folder,
             hint="Use --to fat5",
         )
-    copy = SourceModel(folder, "fat5", source.kind, source.config, None)
-    read = load_stock(folder, source.kind) if to == "hf" else copy.load()
-    got, want = outputs(read, source.kind, examples), outputs(model, source.kind, examples)
-    reader = "stock transformers" if to == "hf" else "FAT5"
-    return compare(got, want, f"{_what(examples)} ({reader} on the copy, FAT5 on the source)")
+    return _compare_outputs(copy, model, source.kind, examples, f"{reader} on the copy, FAT5 on the source")
 
 
-def _what(examples: dict[str, Any]) -> str:
-    rows, tokens = examples["input_ids"].shape[0], int(examples["attention_mask"].sum())
-    return f"outputs for {rows} examples of {tokens} tokens"
+def _compare_outputs(
+    got: Any, want: Any, kind: str, examples: dict[str, Any], who: str, tolerance: float = TOLERANCE
+) -> Comparison:
+    rows, tokens = len(examples["input_ids"]), int(examples["attention_mask"].sum())
+    what = f"outputs for {rows} examples of {tokens} tokens ({who})"
+    return compare(outputs(got, kind, examples), outputs(want, kind, examples), what, tolerance)
 
 
 def _stock_reads(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type", "t5") in STOCK_PREFIX
 
 
-def _copy_tokenizer(source: SourceModel, folder: Path) -> None:
-    if source.tokenizer is None:
-        return
-    for name in {*TOKENIZER_FILES, *load_stock_tokenizer(source.tokenizer).vocab_files_names.values()}:
-        if (source.tokenizer / name).is_file():
-            shutil.copyfile(source.tokenizer / name, folder / name)
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    for name in {*TOKENIZER_FILES, *load_stock_tokenizer(tokenizer).vocab_files_names.values()}:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
     if is_named_unigram(folder):
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
-def _verify_tokenizer(source: SourceModel, folder: Path, report: Conversion) -> None:
+def _verify_tokenizer(tokenizer: Path, folder: Path, source: SourceModel, report: Conversion) -> None:
     """Checks that stock transformers encodes some texts alike with both tokenizers, and notes it."""
-    if source.tokenizer is None:
-        return
     texts = ["Le noyau Linux est libre. 3 < 4, œuf & naïveté; déjà 42 %!", "[R] Un<extra_id_0> paquet", "日本語 ½ \t x"]
-    before, after = (load_stock_tokenizer(where)(texts)["input_ids"] for where in (source.tokenizer, folder))
+    before, after = (load_stock_tokenizer(where)(texts)["input_ids"] for where in (tokenizer, folder))
     if before != after:
-        raise TokenizerError("the copy encodes text differently; nothing was written", where=source.tokenizer)
+        raise TokenizerError("the copy encodes text differently; nothing was written", where=tokenizer)
     report.notes.append(f"the tokenizer encodes {len(texts)} texts to the same {sum(map(len, after))} tokens")
-    first = first_sentinel(source.tokenizer) if source.model_type == "flash_t5" else None
-    if first not in (None, "<extra_id_0>"):
-        report.notes.append(f"the first FAT5 counted sentinels down from the highest id: the first blank is {first}")
+    if source.model_type == "flash_t5":
+        read = load_stock_tokenizer(tokenizer)
+        sentinels = [token for token in read.all_special_tokens if "extra" in token]
+        first = max(sentinels, key=read.convert_tokens_to_ids, default="<extra_id_0>")
+        if first != "<extra_id_0>":
+            report.notes.append(
+                f"the first FAT5 counted sentinels down from the highest id: the first blank is {first}"
+            )
 
 
 def _write_card(folder: Path, source: SourceModel, config: ConvertConfig, report: Conversion) -> None:
     found = read_card(source.folder)
-    if found.plot is not None:
-        shutil.copyfile(found.plot, folder / PLOT)
-    if found.foreign:
+    if found.get("training") and (source.folder / PLOT).is_file():
+        shutil.copyfile(source.folder / PLOT, folder / PLOT)
+    if found.get("source_card"):
         shutil.copyfile(source.folder / CARD, folder / "SOURCE_README.md")
     facts = CardFacts(
         name=Path(config.output_dir).name,
@@ -307,15 +298,12 @@ def _write_card(folder: Path, source: SourceModel, config: ConvertConfig, report
         config=source.config,
         parameters=report.parameters,
         target="hf" if config.to == "fat5" and _stock_reads(folder) else config.to,
-        license=config.license or found.license,
-        training=found.training,
-        languages=found.languages,
-        datasets=found.datasets,
         conversion=report.lines()[1:],
         converted_from=source.folder.name if source.folder.name != "model" else source.folder.parent.name,
-        source_card=found.foreign,
         tokenizer=source.tokenizer is not None,
+        **found,
     )
+    facts.license = config.license or facts.license
     write_card(folder, facts)
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fat5.model.loading import read_tensors
 
@@ -29,12 +31,9 @@ FORMULAS_TOLERANCE = 5e-5
 
 
 class FlashT5Formulas:
-    """Computes in float64, one text at a time.
+    """Computes in float64, one text at a time, from tensors and keys under their old names.
 
-    Args:
-        tensors: under the old names.
-        keys: of the old config.json.
-        kind: the class's name without FlashT5; it decides which outputs a call computes.
+    `kind`, the class's name without FlashT5, decides which outputs a call computes.
     """
 
     def __init__(
@@ -42,10 +41,8 @@ class FlashT5Formulas:
     ) -> None:
         self.tensors, self.keys, self.kind = tensors, keys, kind
         self.heads = keys["num_heads"]
-        self.layers = {"encoder": keys["num_layers"]}
-        self.layers["decoder"] = keys.get("num_decoder_layers") or keys["num_layers"]
         scale = keys.get("attention_scale")
-        self.scale = 1 / math.sqrt(self.heads) if scale is None else scale
+        self.scale = self.heads**-0.5 if scale is None else scale
 
     @classmethod
     def of_folder(cls, folder: Path, kind: str) -> "FlashT5Formulas":
@@ -62,14 +59,17 @@ class FlashT5Formulas:
         texts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask)]
         encoded = [self.stack("encoder", ids) for ids in texts]
         if self.kind == "ForSequenceClassification":
-            return {"logits": torch.stack([self.classified(x, ids) for x, ids in zip(encoded, texts)])}
+            eos = self.keys.get("eos_token_id", 1)
+            last = torch.stack([x[ids == eos][-1] for x, ids in zip(encoded, texts)])
+            inner = torch.tanh(self.linear("classification_head.dense", last))
+            return {"logits": self.linear("classification_head.out_proj", inner)}
         if self.kind in ("ForConditionalGeneration", "Model"):
             assert decoder_input_ids is not None
             decoded = torch.stack([self.stack("decoder", ids, x) for ids, x in zip(decoder_input_ids, encoded)])
             if self.kind == "Model":
                 return {"last_hidden_state": decoded}
             return {"logits": decoded @ self["lm_head"].T}
-        padded = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        padded = pad_sequence(encoded, batch_first=True)
         if self.kind == "EncoderModel":
             return {"last_hidden_state": padded}
         if self.kind == "ForTokenClassification":
@@ -77,17 +77,13 @@ class FlashT5Formulas:
         start, end = self.linear("qa_outputs", padded).unbind(-1)
         return {"start_logits": start, "end_logits": end}
 
-    def classified(self, x: Tensor, ids: Tensor) -> Tensor:
-        last = x[ids == self.keys.get("eos_token_id", 1)][-1]
-        return self.linear("classification_head.out_proj", torch.tanh(self.linear("classification_head.dense", last)))
-
     def linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self[name].T + self.tensors[f"{name}.bias"].double()
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return self[name] * x / (x.square().mean(-1, keepdim=True) + self.keys.get("layer_norm_epsilon", 1e-6)).sqrt()
 
-    def attention(self, name: str, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    def attention(self, name: str, x: Tensor, y: Tensor, bias: Tensor | float) -> Tensor:
         query, key, value = (
             (source @ self[f"{name}.W{part}"].T).view(len(source), self.heads, -1).transpose(0, 1)
             for part, source in (("q", x), ("k", y), ("v", y))
@@ -96,15 +92,11 @@ class FlashT5Formulas:
         return (weights @ value).transpose(0, 1).reshape(len(x), -1) @ self[f"{name}.o"].T
 
     def feed_forward(self, name: str, x: Tensor) -> Tensor:
-        def act(y: Tensor) -> Tensor:
-            if self.keys.get("use_gelu_act", True):
-                return torch.nn.functional.gelu(y, approximate="tanh")
-            return y.clamp(min=0)
-
-        if self.keys.get("use_glu_mlp", False):
-            inner = act(x @ self[f"{name}.act.wi_0"].T) * (x @ self[f"{name}.act.wi_1"].T)
-        else:
-            inner = act(x @ self[f"{name}.act.wi"].T)
+        gated = self.keys.get("use_glu_mlp", False)
+        inner = x @ self[f"{name}.act.wi_0" if gated else f"{name}.act.wi"].T
+        inner = F.gelu(inner, approximate="tanh") if self.keys.get("use_gelu_act", True) else F.relu(inner)
+        if gated:
+            inner = inner * (x @ self[f"{name}.act.wi_1"].T)
         return inner @ self[f"{name}.wo"].T
 
     def bias(self, stack: str, length: int) -> Tensor:
@@ -115,21 +107,20 @@ class FlashT5Formulas:
             bias = -torch.tensor(slopes(self.heads)).double()[:, None, None] * distance.abs()
         else:
             first = f"{stack}.block.0.self_attention_layer.self_attention"
-            index = [[self.bucket(d, not causal) for d in row] for row in distance.tolist()]
-            bias = self[f"{first}.pe_encoding.relative_attention_bias"][torch.tensor(index)].permute(2, 0, 1)
+            bucket = self.bucket(distance, not causal)
+            bias = self[f"{first}.pe_encoding.relative_attention_bias"][bucket].permute(2, 0, 1)
         return bias.masked_fill(distance > 0, -math.inf) if causal else bias
 
-    def bucket(self, distance: int, bidirectional: bool) -> int:
+    def bucket(self, distance: Tensor, bidirectional: bool) -> Tensor:
         """T5's (Raffel et al. 2020, section 2.1): half of the buckets exact, the others logarithmic up to a reach."""
         reach = self.keys.get("relative_attention_max_distance", 128)
         buckets = self.keys.get("relative_attention_num_buckets", 32) // (2 if bidirectional else 1)
-        side = buckets if bidirectional and distance > 0 else 0
-        behind = abs(distance) if bidirectional else max(-distance, 0)
+        side = buckets * (distance > 0) if bidirectional else 0
+        behind = distance.abs() if bidirectional else (-distance).clamp(min=0)
         exact = buckets // 2
-        if behind < exact:
-            return side + behind
-        log = math.log(behind / exact) / math.log(reach / exact)
-        return side + min(buckets - 1, exact + int(log * (buckets - exact)))
+        share = (behind.clamp(min=1).double() / exact).log() / math.log(reach / exact)
+        far = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return side + torch.where(behind < exact, behind, far)
 
     def stack(self, stack: str, ids: Tensor, memory: Tensor | None = None) -> Tensor:
         """Hidden states (L, d_model) of one text."""
@@ -137,7 +128,10 @@ class FlashT5Formulas:
         tables = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
         x = self[next(name for name in tables if f"{name}.weight" in self.tensors)][ids]
         bias = self.bias(stack, len(ids))
-        for i in range(self.layers[stack]):
+        layers = self.keys["num_layers"]
+        if stack == "decoder":
+            layers = self.keys.get("num_decoder_layers") or layers
+        for i in range(layers):
             block = f"{stack}.block.{i}"
             layer = f"{block}.self_attention_layer"
             normed = self.norm(f"{layer}.layer_norm", x)
@@ -145,7 +139,7 @@ class FlashT5Formulas:
             if memory is not None:
                 layer = f"{block}.cross_attention_layer"
                 normed = self.norm(f"{layer}.layer_norm", x)
-                x = x + self.attention(f"{layer}.cross_attention", normed, memory, torch.zeros(()))
+                x = x + self.attention(f"{layer}.cross_attention", normed, memory, 0.0)
             x = x + self.feed_forward(f"{block}.ff_layer", self.norm(f"{block}.ff_layer.layer_norm", x))
         return self.norm(f"{stack}.final_layer_norm", x)
 
@@ -153,6 +147,5 @@ class FlashT5Formulas:
 def slopes(heads: int) -> list[float]:
     """ALiBi's slopes: 2^(-8/n) and its powers if n is a power of two; further heads take every other slope of 2n."""
     power = 2 ** int(math.log2(heads))
-    ratio = 2.0 ** (-8.0 / power)
-    found = [ratio**i for i in range(1, power + 1)]
+    found = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     return found if power == heads else found + slopes(2 * power)[0::2][: heads - power]

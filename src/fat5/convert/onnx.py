@@ -30,12 +30,7 @@ class EncoderRows(nn.Module):
 
 
 def write_onnx(model: Any, folder: Path) -> None:
-    """Writes model.onnx (inputs input_ids and attention_mask, output last_hidden_state) and config.json.
-
-    Args:
-        model: a FAT5EncoderModel in float32, in evaluation mode.
-        folder: to write into.
-    """
+    """Writes a FAT5EncoderModel as model.onnx (input_ids and attention_mask to last_hidden_state) and config.json."""
     ids = torch.tensor([[5, 6, 7, 8, 1], [5, 6, 1, 0, 0]]).clamp(max=model.config.vocab_size - 1)
     free = {0: "batch", 1: "length"}
     rows, mask = EncoderRows(model.encoder).eval(), (ids > 0).long()
@@ -82,8 +77,7 @@ def _silent() -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(before)

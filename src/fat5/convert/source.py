@@ -10,10 +10,10 @@ import transformers
 
 from fat5 import model as fat5_model
 from fat5.data.tokenizer.loading import read_stock
-from fat5.errors import CheckpointError, FAT5Error, TokenizerError
+from fat5.errors import CheckpointError, TokenizerError
 from fat5.files import read_object, refuse_pickle
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
-from fat5.model.loading import readable, refuse_adapter
+from fat5.model.loading import readable
 from fat5.train.checkpoint.store import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -34,11 +34,9 @@ class SourceModel:
     """A folder with a model.
 
     Args:
-        folder: with config.json and weights.
-        model_type: from its config.json: t5, mt5, umt5, fat5 or flash_t5.
+        model_type: t5, mt5, umt5, fat5 or flash_t5.
         kind: the class's name without its family, one of `KINDS`.
-        config: the configuration as FAT5 reads it.
-        tokenizer: folder of its tokenizer, or None.
+        tokenizer: folder of its tokenizer.
     """
 
     folder: Path
@@ -59,7 +57,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
 
     Args:
         path: folder of a model, a checkpoint, or a run.
-        tokenizer: folder of the tokenizer, if it is not in the model's.
+        tokenizer: its folder, if it is not the model's.
 
     Raises:
         CheckpointError: no folder, no configuration, another type of model.
@@ -67,7 +65,6 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
     """
     if not Path(path).exists():
         raise CheckpointError("does not exist", where=path, hint="Give the folder of a model or of a run")
-    refuse_adapter(Path(path))
     if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) and not (Path(path) / "config.json").is_file():
         raise CheckpointError("holds weights but no config.json", where=path, hint="Put the model's config.json there")
     folder = model_folder(Path(path))
@@ -77,28 +74,16 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
         raise CheckpointError(
             "holds quantised weights", where=folder, hint="Convert the unquantised model, then quantise the copy"
         )
-    try:
-        with readable(folder):
-            config = FAT5Config.from_pretrained(folder)
-    except FAT5Error:
-        raise
-    except Exception as error:  # the checks of a configuration's values raise many kinds
-        lines = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"config.json cannot be used: {lines[-1].strip() if lines else type(error).__name__}",
-            where=folder,
-            hint="Restore it, or save it again",
-        ) from error
+    with readable(folder):
+        config = FAT5Config.from_pretrained(folder)
     where = Path(tokenizer) if tokenizer else folder
-    if tokenizer and not where.is_dir():
-        raise TokenizerError("no such folder", where=tokenizer, hint="Give the folder that holds tokenizer.json")
     holds_one = any((where / name).is_file() for name in _TOKENIZERS)
-    if tokenizer and not holds_one:
-        raise TokenizerError("holds no tokenizer", where=tokenizer, hint="Give the folder that holds tokenizer.json")
-    source = SourceModel(folder, str(found.get("model_type", "t5")), kind, config, where if holds_one else None)
-    if source.tokenizer is not None:
-        _check_size(source.tokenizer, config.vocab_size)
-    return source
+    if holds_one:
+        _check_size(where, config.vocab_size)
+    elif tokenizer:
+        what = "holds no tokenizer" if where.is_dir() else "no such folder"
+        raise TokenizerError(what, where=tokenizer, hint="Give the folder that holds tokenizer.json")
+    return SourceModel(folder, str(found.get("model_type", "t5")), kind, config, where if holds_one else None)
 
 
 def load_stock(folder: Path, kind: str) -> Any:
@@ -107,16 +92,11 @@ def load_stock(folder: Path, kind: str) -> Any:
     cls = getattr(transformers, f"{STOCK_PREFIX[str(family)]}{kind}")
     with quiet(), readable(folder):
         safe = any(folder.glob("*.safetensors"))
-        how = {"use_safetensors": True} if safe else {"use_safetensors": False, "weights_only": True}
-        return cls.from_pretrained(folder, dtype=torch.float32, **how).eval()
+        return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=safe, weights_only=True).eval()
 
 
 def load_stock_tokenizer(folder: Path) -> Any:
-    """The tokenizer read by stock transformers; code in its folder never runs.
-
-    Raises:
-        TokenizerError: it cannot be read.
-    """
+    """The tokenizer read by stock transformers; code in its folder never runs."""
     return read_stock(folder, transformers.PreTrainedTokenizerFast if is_named_unigram(folder) else None)
 
 
@@ -132,13 +112,6 @@ def is_named_unigram(folder: Path) -> bool:
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     return config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") and kind not in (None, "Unigram")
-
-
-def first_sentinel(folder: Path) -> str | None:
-    """The sentinel with the highest id, which the first FAT5 used for a text's first blank; None without sentinels."""
-    tokenizer = load_stock_tokenizer(folder)
-    names = [token for token in tokenizer.all_special_tokens if "extra" in token]
-    return max(names, key=tokenizer.convert_tokens_to_ids, default=None)
 
 
 def _kind(found: dict[str, Any], folder: Path) -> str:

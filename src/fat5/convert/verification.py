@@ -19,24 +19,14 @@ DECODER_LENGTH = 16
 
 @dataclass
 class Comparison:
-    """The difference between two models' outputs.
-
-    Args:
-        what: which outputs, in words.
-        difference: the largest difference, relative to the largest output.
-        tolerance: the largest one allowed.
-    """
+    """The largest difference between two models' outputs, relative to the largest output; `what` names the outputs."""
 
     what: str
     difference: float
     tolerance: float = TOLERANCE
 
     def require(self, where: object) -> "Comparison":
-        """Returns itself.
-
-        Raises:
-            CheckpointError: the difference is above the tolerance, or not a number.
-        """
+        """Returns itself; raises CheckpointError if the difference is above the tolerance, or not a number."""
         if not self.difference <= self.tolerance:
             raise CheckpointError(
                 f"the converted model computes something else: {self.what} differ by {self.difference:.1e} of the "
@@ -48,10 +38,8 @@ class Comparison:
 
 
 def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
-    """Random token ids distributed like text: a few tokens make most of it, and each example ends in EOS.
-
-    Returns:
-        input_ids and attention_mask (4, 160), decoder_input_ids (4, 16), all int64.
+    """input_ids and attention_mask (4, 160), decoder_input_ids (4, 16), int64, distributed like text: a few tokens make
+    most of it, and each example ends in EOS.
     """
     generator = torch.Generator().manual_seed(seed)
     longest = config.max_positions if config.position_encoding == "absolute" else LENGTHS[0]
@@ -79,15 +67,13 @@ def random_examples(config: FAT5Config, seed: int = 0) -> dict[str, Tensor]:
 @torch.no_grad()
 def outputs(model: Any, kind: str, examples: dict[str, Tensor]) -> Tensor:
     """The model's outputs for the examples, without padding, as one vector."""
-    decodes = kind in ("ForConditionalGeneration", "Model")
-    given = {key: value for key, value in examples.items() if decodes or key != "decoder_input_ids"}
-    if decodes:
-        given["use_cache"] = False  # type: ignore[assignment]
+    given: dict[str, Any] = {**examples, "use_cache": False}
+    if kind not in ("ForConditionalGeneration", "Model"):
+        given = {key: examples[key] for key in ("input_ids", "attention_mask")}
     result = model(**given, return_dict=True)
-    names = {"EncoderModel": ["last_hidden_state"], "Model": ["last_hidden_state"]}
-    names["ForQuestionAnswering"] = ["start_logits", "end_logits"]
     keep = examples["attention_mask"].bool()
-    found = [result[name].float() for name in names.get(kind, ["logits"])]
+    names = ("logits", "last_hidden_state", "start_logits", "end_logits")
+    found = [result[name].float() for name in names if name in result]
     return torch.cat([(x[keep] if x.shape[:2] == keep.shape else x).flatten() for x in found])
 
 
