@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         decoding=config,
     )
     lines = [
-        json.dumps(answer.as_dict(), ensure_ascii=False) if config.json_lines else answer.text.replace("\n", "\\n")
+        json.dumps(asdict(answer), ensure_ascii=False) if config.json_lines else answer.text.replace("\n", "\\n")
         for answer in answers
     ]
     if config.output is None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
 from fat5.generate.config import Decoding
-from fat5.generate.decoding import DecodingLoop
+from fat5.generate.decoding import Decoder
 from fat5.generate.settings import left_to_stock, settings
 from fat5.generate.step import Models
 from fat5.machine import GIB, free_memory
@@ -27,7 +27,6 @@ class Completion:
     """One answer.
 
     Attributes:
-        prompt: as given.
         completion: the model's own text: the spans of an infill (joined by " … "), the continuation, or the output.
         text: the prompt with its blanks filled or its continuation appended; in mode "text" only the output.
     """
@@ -35,10 +34,6 @@ class Completion:
     prompt: str
     completion: str
     text: str
-
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return asdict(self)
 
 
 def complete(
@@ -54,7 +49,6 @@ def complete(
 
     Args:
         model: a FAT5 or stock T5 model with `generate`.
-        tokenizer: the one it was trained with.
         prompts: texts. Blanks are `___` or `<extra_id_0>`, in order.
         mode: "infill" fills blanks, "continue" continues the text, "text" passes the text as it is (translation and
             other fine-tuned tasks); "auto" is infill for a prompt with a blank, else continue.
@@ -63,8 +57,7 @@ def complete(
         decoding: None takes the model's generation configuration, or greedy decoding without one.
 
     Raises:
-        ConfigurationError: an unknown mode or mode token, a setting that the decoding loop cannot obey, or answers that
-            do not fit into memory.
+        ConfigurationError: an unknown mode or mode token, a setting that the loop cannot obey, too little memory.
         TokenizerError: a tokenizer with more tokens than the model has rows for.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
@@ -94,10 +87,12 @@ def complete(
         torch.manual_seed(decoding.seed)
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
-            input_ids, attention_mask = _pad([encoded[i][1] for i in batch], tokenizer.info.pad_id)
+            texts = [torch.tensor(encoded[i][1], device=device) for i in batch]
+            input_ids = pad_sequence(texts, batch_first=True, padding_value=tokenizer.info.pad_id)
+            attention_mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
             try:
                 with torch.inference_mode():
-                    outputs = write(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **how)
+                    outputs = write(input_ids=input_ids, attention_mask=attention_mask, **how)
             except FAT5Error:
                 raise
             except ValueError as error:  # transformers refuses values and combinations of its own
@@ -122,7 +117,7 @@ def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., t
         raise ConfigurationError(f"our decoding loop does not {what}", where="loop", hint="Use --loop stock")
     if loop == "stock" or beyond or not serves:
         return model.generate, config
-    return DecodingLoop(model).generate, config
+    return Decoder(model).generate, config
 
 
 def _check_memory(model: Any, rows: int, config: Any) -> None:
@@ -215,10 +210,3 @@ def _spans(row: list[int], sentinel_ids: Sequence[int]) -> dict[int, list[int]]:
         elif current is not None:
             current.append(token)
     return spans
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) int64 ids padded on the right, and their mask."""
-    texts = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(text) for text in texts]
-    return pad_sequence(texts, batch_first=True, padding_value=pad_id), pad_sequence(masks, batch_first=True)

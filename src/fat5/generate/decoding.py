@@ -18,7 +18,7 @@ STEPS_BETWEEN_CHECKS = 8
 HOPELESS = -1.0e9
 
 
-class DecodingLoop:
+class Decoder:
     """A model ready to decode: a copy of its decoder's weights, laid out for few rows.
 
     Args:
@@ -27,7 +27,7 @@ class DecodingLoop:
             held twice.
 
     Raises:
-        TypeError: `model` is no such model.
+        TypeError: another model, offloaded weights, or hooks on the decoder, which the loop would skip.
     """
 
     def __init__(self, model: Any) -> None:
@@ -79,19 +79,15 @@ class DecodingLoop:
         following = step.graphed() if cuda_graph else step
         first = torch.full((len(input_ids),), start, device=input_ids.device)
         stop = torch.tensor(ends, device=input_ids.device, dtype=torch.long)
-        chosen = processors(config, max_new_tokens, input_ids, stop)
+        chosen = processors(self.model, config, max_new_tokens, input_ids, stop)
         if beams > 1:
             return _beam_search(following, step.reorder, first, max_new_tokens, beams, chosen, stop, pad)
         return _one_by_one(following, first, max_new_tokens, sample, chosen, stop, pad, generator)
 
 
-# The name in docs/generate.md; in this package a decoder is the model's.
-Decoder = DecodingLoop
-
-
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:
-    """`DecodingLoop(model).generate(input_ids, attention_mask, **how)`, for one batch."""
-    return DecodingLoop(model).generate(input_ids, attention_mask, **how)
+    """`Decoder(model).generate(input_ids, attention_mask, **how)`, for one batch."""
+    return Decoder(model).generate(input_ids, attention_mask, **how)
 
 
 def _one_by_one(

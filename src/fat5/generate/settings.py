@@ -5,23 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    GenerationConfig,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList
 
 from fat5.errors import ConfigurationError
 from fat5.files import is_count, is_number
@@ -134,41 +118,17 @@ def left_to_stock(config: GenerationConfig) -> list[str]:
     return sorted(found)
 
 
-def processors(config: GenerationConfig, length: int, prompts: Tensor, ends: Tensor) -> LogitsProcessorList:
-    """The logits processors of transformers, in its order.
+def processors(model: Any, config: GenerationConfig, length: int, prompts: Tensor, ends: Tensor) -> LogitsProcessorList:
+    """The logits processors of transformers, in its order, for up to `length` tokens behind the start token.
 
-    Args:
-        length: tokens written at most, without the start token.
-        prompts: (B, L) the encoder's ids. ends: (E,) the ids that end an answer.
+    `config` is changed; prompts (B, L) are the encoder's ids, ends (E,) the ids that end an answer.
     """
-    chosen, device = LogitsProcessorList(), prompts.device
-    if config.repetition_penalty not in (None, 1.0):
-        chosen.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        chosen.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.encoder_no_repeat_ngram_size:
-        chosen.append(EncoderNoRepeatNGramLogitsProcessor(config.encoder_no_repeat_ngram_size, prompts))
-    if config.bad_words_ids is not None:
-        chosen.append(NoBadWordsLogitsProcessor(config.bad_words_ids, ends if len(ends) else None))
-    if config.min_new_tokens is not None and config.min_new_tokens > 0 and len(ends):
-        chosen.append(MinNewTokensLengthLogitsProcessor(1, config.min_new_tokens, ends, device=device))
-    elif config.min_new_tokens is None and config.min_length and len(ends):
-        chosen.append(MinLengthLogitsProcessor(config.min_length, ends, device=device))
-    if config.forced_bos_token_id is not None:
-        chosen.append(ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
-    if config.forced_eos_token_id is not None:
-        chosen.append(ForcedEOSTokenLogitsProcessor(1 + length, config.forced_eos_token_id, device=device))
-    if config.suppress_tokens is not None:
-        chosen.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
-    if config.begin_suppress_tokens is not None:
-        begin = 1 if config.forced_bos_token_id is None else 2
-        chosen.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
-    if config.do_sample:
-        top_k = 50 if config.top_k is None else config.top_k
-        if config.temperature not in (None, 1.0):
-            chosen.append(TemperatureLogitsWarper(config.temperature))
-        if top_k:
-            chosen.append(TopKLogitsWarper(top_k))
-        if config.top_p is not None and config.top_p < 1.0:
-            chosen.append(TopPLogitsWarper(config.top_p))
-    return chosen
+    config.max_length = 1 + length
+    config._eos_token_tensor = ends if len(ends) else None
+    if config.min_new_tokens is not None:
+        config.min_length = None
+    if config.top_k is None:
+        config.top_k = 50
+    return model._get_logits_processor(  # type: ignore[no-any-return]
+        config, input_ids_seq_length=1, encoder_input_ids=prompts, device=prompts.device
+    )

@@ -44,14 +44,13 @@ NORMS = (RMSNorm, T5LayerNorm, MT5LayerNorm, UMT5LayerNorm)
 class Projection:
     """One or more bias-free linear layers over the same input, their outputs side by side.
 
-    Anything but a plain float32 `nn.Linear` on the CPU (LoRA, quantised, half precision, CUDA) is called as it is, and
-    so is everything where `packs` is False.
+    Anything but a plain `nn.Linear` (LoRA, quantised) is called as it is, and so is everything where `packs` is False.
     """
 
-    def __init__(self, *layers: Any, packs: bool = True) -> None:
+    def __init__(self, *layers: Any, packs: bool) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        if packs and torch.backends.mkldnn.is_available() and all(_packs(layer) for layer in layers):
+        if packs and all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
             weight = torch.cat([layer.weight.detach() for layer in layers])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
@@ -82,12 +81,7 @@ class Projection:
 
 
 class DecoderWeights:
-    """A model's decoder with its projections laid out for few rows.
-
-    Raises:
-        TypeError: `model` is none of `Models`, its weights are offloaded, or its decoder has hooks, which a step would
-            skip.
-    """
+    """A model's decoder with its projections laid out for few rows; raises TypeError for what a step cannot serve."""
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, Models):
@@ -105,8 +99,10 @@ class DecoderWeights:
         self.encoding = getattr(config, "position_encoding", "t5")
         self.max_distance = config.relative_attention_max_distance
         self.scale = config.d_model**-0.5 if scales_output(model) else None
-        # A float16 model has a float32 wo between hidden states of float16, which oneDNN does not take.
-        packs = {x.dtype for x in model.decoder.parameters() if x.is_floating_point()} == {torch.float32}
+        # oneDNN's layout is for float32; a float16 model has a float32 wo, but hidden states of float16.
+        weights = [x for part in (model.decoder, model.lm_head) for x in part.parameters() if x.is_floating_point()]
+        on_cpu = {(x.dtype, x.device.type) for x in weights} == {(torch.float32, "cpu")}
+        packs = on_cpu and torch.backends.mkldnn.is_available()
         self.layers = [LayerWeights(block.layer, config, packs) for block in model.decoder.block]
         self.lm_head = Projection(model.lm_head, packs=packs)
 
@@ -161,7 +157,6 @@ class Step:
     """A decoder's state for one batch; `self(tokens, position)` returns the logits of the next tokens.
 
     Args:
-        weights: of the decoder.
         memory: (B, Lm, d), the encoder's output; memory_mask: (B, Lm), non-zero = a token.
         capacity: tokens each row may write.
         beams: rows an item, n.
@@ -315,12 +310,6 @@ def _refuse_hooks(decoder: Any) -> None:
         active = any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks)
         if active or "forward" in module.__dict__:
             raise TypeError(f"model: this loop would not call the hook of {place}; call model.generate instead")
-
-
-def _packs(layer: Any) -> bool:
-    if not is_plain(layer, nn.Linear) or layer.bias is not None:
-        return False
-    return bool(layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32)
 
 
 def _cast(x: Tensor, layer: Any) -> Tensor:

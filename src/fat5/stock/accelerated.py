@@ -42,15 +42,11 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
         compute_padding: True computes an encoder's hidden states at padding, as stock T5 does; False skips them, which
             is faster, and returns zeros. None skips them only if a decoder follows, since it does not read them.
 
-    Returns:
-        `model`.
-
     Raises:
         UnsupportedModelError: there is no such model in `model`, or one whose modules had their `forward` replaced.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    names = {type(module) for module in modules}
-    if not any(cls in names for stack in STACKS for cls in (stack, FAST[stack])):
+    if {STOCK.get(type(module), type(module)) for module in modules}.isdisjoint(STACKS):
         raise UnsupportedModelError(
             f"{type(model).__name__} holds no T5, mT5 or umT5 of transformers",
             where="fat5.accelerate",
@@ -81,10 +77,9 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
 
 @dataclass
 class Packing:
-    """How the hidden states of a stack are packed, and the bias that its blocks share.
+    """How a stack's own tokens and the memory's are packed, and the bias that its blocks share.
 
     Args:
-        own, memory: padding of the stack's own tokens, and of the memory's.
         first: the first block's self-attention, whose bucket table serves the blocks without one.
         bias: made from that table; None if each block makes its own.
     """
