@@ -17,10 +17,12 @@ from transformers.utils import logging
 
 import measure
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
 
 from checks import CHECKS, ENCODER_CHECKS
 from generation import MODES, agreement
+
 from stock import ENCODERS, FAMILIES
 
 

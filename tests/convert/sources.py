@@ -7,45 +7,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    MT5Config,
-    MT5ForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    UMT5Config,
-    UMT5ForConditionalGeneration,
-)
 
+import stock as models
 from fat5.convert import ConvertConfig, conversion, convert
 from fat5.errors import FAT5Error
 
-SIZES: dict[str, Any] = dict(
-    vocab_size=1024, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
-    decoder_start_token_id=0, dropout_rate=0.0,
-)  # fmt: skip
+SIZES: dict[str, Any] = models.SIZES | {"vocab_size": 1024, "num_layers": 2, "num_decoder_layers": 2}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def stock(family: str) -> Any:
     """A stock model with weights that are all random: norms and output projection too."""
-    if family == "v1.0":
-        model: Any = T5ForConditionalGeneration(T5Config(**SIZES))
-    elif family == "v1.1":
-        model = T5ForConditionalGeneration(T5Config(**SIZES, **GATED))
-    elif family == "mT5":
-        model = MT5ForConditionalGeneration(MT5Config(**SIZES, tie_word_embeddings=False))
-    elif family == "umT5":
-        model = UMT5ForConditionalGeneration(UMT5Config(**SIZES, tie_word_embeddings=False))
-    elif family == "ByT5":
-        model = T5ForConditionalGeneration(T5Config(**(SIZES | GATED | {"vocab_size": 384, "num_layers": 4})))
-    else:
-        model = T5EncoderModel(T5Config(**SIZES))
+    sizes = SIZES | ({"vocab_size": 384, "num_layers": 4} if family == "ByT5" else {})
+    model = (models.FAMILIES | {"encoder": models.encoder})[family](**sizes)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = 1 + 0.2 * torch.randn_like(parameter)
-    if family not in ("v1.0", "encoder"):
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     return model.eval()
 
 

@@ -4,13 +4,15 @@ The tests assert that each is within tolerance; benchmarks/parity.py writes them
 """
 
 from collections.abc import Callable
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from stock import difference, fat5_like, gradient_difference, packed, rows
 from torch import Tensor
 
 from fat5.model import FAT5EncoderModel
+from stock import difference, fat5_like, gradient_difference, packed, rows
 
 SOURCE = ("input_ids", "attention_mask")
 
@@ -21,42 +23,21 @@ def logits(stock: Any, side: str = "right") -> float:
     return difference(fat5_like(stock)(**batch).logits, stock(**batch).logits)
 
 
-def logits_padded_left(stock: Any) -> float:
-    return logits(stock, "left")
-
-
-def loss(stock: Any) -> float:
+def loss(stock: Any, packs: bool = False) -> float:
+    """Of documents packed too, against the same rows padded."""
     batch = rows()
-    return difference(fat5_like(stock)(**batch).loss[None], stock(**batch).loss[None])
+    return difference(fat5_like(stock)(**(packed(batch) if packs else batch)).loss[None], stock(**batch).loss[None])
 
 
-def gradients(stock: Any) -> float:
-    """Of every parameter, from padded rows."""
-    return _gradients(stock, lambda ours, batch: ours(**batch).loss)
-
-
-def gradients_padded_left(stock: Any) -> float:
-    return _gradients(stock, lambda ours, batch: ours(**batch).loss, "left")
-
-
-def padded_checkpointed_gradients(stock: Any) -> float:
-    """gradient_checkpointing_enable(), padded rows."""
-
-    def run(ours: Any, batch: dict[str, Tensor]) -> Tensor:
+def gradients(stock: Any, side: str = "right", packs: bool = False, checkpointed: bool = False) -> float:
+    """Of every parameter, from padded rows or packed documents."""
+    batch, ours = rows(side), fat5_like(stock)
+    if checkpointed:
         ours.gradient_checkpointing_enable()
-        return ours(**batch).loss
-
-    return _gradients(stock, run)
-
-
-def packed_loss(stock: Any) -> float:
-    """Documents packed, against the same rows padded."""
-    batch = rows()
-    return difference(fat5_like(stock)(**packed(batch)).loss[None], stock(**batch).loss[None])
-
-
-def packed_gradients(stock: Any) -> float:
-    return _gradients(stock, lambda ours, batch: ours(**packed(batch)).loss)
+        assert ours.is_gradient_checkpointing
+    stock(**batch).loss.backward()
+    ours(**(packed(batch) if packs else batch)).loss.backward()
+    return gradient_difference(stock, ours)
 
 
 def packed_alone(stock: Any) -> float:
@@ -70,17 +51,6 @@ def packed_alone(stock: Any) -> float:
         alone.append(torch.nn.functional.cross_entropy(out.float(), target, reduction="none"))
     want = torch.cat(alone)
     return difference(got[: len(want)], want)
-
-
-def checkpointed_gradients(stock: Any) -> float:
-    """gradient_checkpointing_enable(), packed."""
-
-    def run(ours: Any, batch: dict[str, Tensor]) -> Tensor:
-        ours.gradient_checkpointing_enable()
-        assert ours.is_gradient_checkpointing
-        return ours(**packed(batch)).loss
-
-    return _gradients(stock, run)
 
 
 def inputs_embeds(stock: Any) -> float:
@@ -123,27 +93,21 @@ def attentions(stock: Any) -> float:
 
 def way_back(stock: Any) -> float:
     """The logits of the stock class from the folder that FAT5 saves."""
-    from tempfile import TemporaryDirectory
-
     batch = rows()
-    with TemporaryDirectory() as folder:
-        fat5_like(stock).save_pretrained(folder)
-        back, info = type(stock).from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return difference(back(**batch).logits, stock(**batch).logits)
+    return difference(_read_back(stock, fat5_like(stock))(**batch).logits, stock(**batch).logits)
 
 
 CHECKS: dict[str, Callable[[Any], float]] = {
     "logits": logits,
-    "logits, padded left": logits_padded_left,
+    "logits, padded left": partial(logits, side="left"),
     "loss": loss,
     "gradients": gradients,
-    "gradients, padded left": gradients_padded_left,
-    "gradients, checkpointed": padded_checkpointed_gradients,
-    "packed: loss": packed_loss,
+    "gradients, padded left": partial(gradients, side="left"),
+    "gradients, checkpointed": partial(gradients, checkpointed=True),
+    "packed: loss": partial(loss, packs=True),
     "packed: each document alone": packed_alone,
-    "packed: gradients": packed_gradients,
-    "packed: gradients, checkpointed": checkpointed_gradients,
+    "packed: gradients": partial(gradients, packs=True),
+    "packed: gradients, checkpointed": partial(gradients, packs=True, checkpointed=True),
     "inputs_embeds": inputs_embeds,
     "decoder_attention_mask": decoder_mask,
     "output_hidden_states": hidden_states,
@@ -159,10 +123,6 @@ def encoder_states(stock: Any, side: str = "right") -> float:
     """Padding too, as everywhere but in `encoder_packed`, which has none."""
     batch, _ = _source(side)
     return difference(_encoder(stock)(**batch)[0], stock(**batch)[0])
-
-
-def encoder_states_padded_left(stock: Any) -> float:
-    return encoder_states(stock, "left")
 
 
 def encoder_gradients(stock: Any) -> float:
@@ -201,20 +161,15 @@ def encoder_attentions(stock: Any) -> float:
 
 
 def encoder_way_back(stock: Any) -> float:
-    from tempfile import TemporaryDirectory
-
     batch, kept = _source()
-    with TemporaryDirectory() as folder:
-        _encoder(stock).save_pretrained(folder)
-        back, info = type(stock).from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return difference(back.train(stock.training)(**batch)[0][kept], stock(**batch)[0][kept])
+    back = _read_back(stock, _encoder(stock)).train(stock.training)
+    return difference(back(**batch)[0][kept], stock(**batch)[0][kept])
 
 
 # Named as those of a whole model, so that a table can show them side by side.
 ENCODER_CHECKS: dict[str, Callable[[Any], float]] = {
     "logits": encoder_states,
-    "logits, padded left": encoder_states_padded_left,
+    "logits, padded left": partial(encoder_states, side="left"),
     "gradients": encoder_gradients,
     "packed: each document alone": encoder_packed,
     "inputs_embeds": encoder_inputs_embeds,
@@ -233,11 +188,13 @@ def _source(side: str = "right") -> tuple[dict[str, Tensor], Tensor]:
     return batch, batch["attention_mask"].bool()
 
 
-def _gradients(stock: Any, run: Callable[[Any, dict[str, Tensor]], Tensor], side: str = "right") -> float:
-    batch, ours = rows(side), fat5_like(stock)
-    stock(**batch).loss.backward()
-    run(ours, batch).backward()
-    return gradient_difference(stock, ours)
+def _read_back(stock: Any, ours: Any) -> Any:
+    """The stock class from the folder that FAT5 saves."""
+    with TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        back, info = type(stock).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return back
 
 
 def _with_decoder_mask() -> dict[str, Any]:

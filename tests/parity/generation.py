@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from stock import fat5_like, rows
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from fat5.generate.decoding import generate as our_loop
+from stock import fat5_like, rows
 
 LENGTH = 16
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -185,3 +185,10 @@ def same(want: Tensor, got: Tensor, end: int | None = None) -> tuple[int, int]:
         return int((want == got).sum()), want.numel()
     ended = ((want == end).cumsum(dim=1) - (want == end).long()) > 0
     return int(((want == got) & ~ended).sum()), int((~ended).sum())
+
+
+def until_end(rows: Tensor, ends: int | list[int]) -> list[list[int]]:
+    """Each row up to its end, since stock beam search pads with another token."""
+    ends = {ends} if isinstance(ends, int) else set(ends)
+    stops = [next((i for i, token in enumerate(row) if i and token in ends), len(row)) for row in rows.tolist()]
+    return [row[: stop + 1] for row, stop in zip(rows.tolist(), stops)]

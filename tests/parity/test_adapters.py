@@ -5,6 +5,11 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fat5
+from fat5.generate.decoding import Decoder, generate
 from stock import (
     GRADIENT_TOLERANCE,
     LOGITS_TOLERANCE,
@@ -17,11 +22,6 @@ from stock import (
     t5_v1_1,
     umt5,
 )
-from torch import nn
-from torch.nn.utils import parametrize
-
-import fat5
-from fat5.generate.decoding import Decoder, generate
 
 peft = pytest.importorskip("peft")
 

@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from generation import LOOP, prompts
-from stock import SIZES, fat5_like, t5_v1_0, t5_v1_1
+from generation import LOOP, prompts, seeded, until_end
 from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
@@ -16,6 +15,7 @@ from transformers import (
 
 from fat5.generate.decoding import Decoder, generate
 from fat5.model import POSITION_ENCODINGS, FAT5Config, FAT5ForConditionalGeneration
+from stock import SIZES, fat5_like, t5_v1_0, t5_v1_1
 
 # Past WINDOW keys, so that the window grows, and past the reach of the bias.
 LENGTH = 130
@@ -30,22 +30,12 @@ def umt5() -> UMT5ForConditionalGeneration:
     return UMT5ForConditionalGeneration(UMT5Config(**SIZES, feed_forward_proj="gated-gelu"))
 
 
-def assert_same_tokens(want: torch.Tensor, got: torch.Tensor, end: int = 1) -> None:
-    """Up to and with each row's end; stock beam search pads with the end when padding is 0."""
-    assert got.shape == want.shape
-    for mine, theirs in zip(got.tolist(), want.tolist()):
-        stop = theirs.index(end) + 1 if end in theirs else len(theirs)
-        assert mine[:stop] == theirs[:stop]
-        assert not any(mine[stop:])
-
-
 def compare(stock, model, how, side="right", length=LENGTH):
     batch = prompts(side)
-    torch.manual_seed(5)
-    want = stock.generate(**batch, max_new_tokens=length, **how)
-    torch.manual_seed(5)
-    got = generate(model, **batch, max_new_tokens=length, **how)
-    assert_same_tokens(want, got)
+    want = seeded(stock.generate, **batch, max_new_tokens=length, **how)
+    got = seeded(generate, model, **batch, max_new_tokens=length, **how)
+    assert got.shape == want.shape
+    assert until_end(got, 1) == until_end(want, 1)
 
 
 @MODES
@@ -79,15 +69,14 @@ def test_rows_end_at_different_times(how, ends):
         # Ends that some row does write, on its way.
         stops = free[place % 3, place - ends + 1 : place + 1].tolist()
         want, got = (
-            write(**batch, max_new_tokens=12, repetition_penalty=3.0, eos_token_id=stops, **how).tolist()
+            write(**batch, max_new_tokens=12, repetition_penalty=3.0, eos_token_id=stops, **how)
             for write in (stock.generate, partial(generate, stock))
         )
-        assert len(got[0]) == len(want[0])
-        for mine, theirs in zip(got, want):
-            stop = next((i for i, token in enumerate(theirs) if i and token in stops), 12) + 1
-            assert mine[:stop] == theirs[:stop]
-            assert not any(mine[stop:])
-            lengths.add(stop)
+        assert got.shape == want.shape
+        written = until_end(got, stops)
+        assert written == until_end(want, stops)
+        assert not any(any(row[len(until) :]) for row, until in zip(got.tolist(), written))
+        lengths |= set(map(len, written))
     assert len(lengths) > 2
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from checks import CHECKS, ENCODER_CHECKS
+
 from stock import ENCODERS, EVERY_FAMILY, GRADIENT_TOLERANCE, LOGITS_TOLERANCE, fat5_like
 
 

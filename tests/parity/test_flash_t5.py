@@ -10,7 +10,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock import difference
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
@@ -18,6 +17,7 @@ import fat5
 from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.errors import CheckpointError
 from fat5.model import FAT5Config, FAT5EncoderModel, FAT5ForConditionalGeneration, FAT5ForSequenceClassification
+from stock import difference
 
 WIDTH, HEADS, HEAD, INNER, LAYERS, VOCABULARY = 24, 3, 8, 40, 2, 99
 BUCKETS, REACH = 32, 128
@@ -102,12 +102,15 @@ def rows():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def assert_logits(model, formulas):
+    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
+    assert difference(model.eval()(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+
+
 @EVERY_VARIANT
 def test_logits_are_those_of_the_formulas(keys, old):
     folder, formulas = old(keys)
-    ours = FAT5ForConditionalGeneration.from_pretrained(folder).eval()
-    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
-    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+    assert_logits(FAT5ForConditionalGeneration.from_pretrained(folder), formulas)
 
 
 @pytest.mark.parametrize(
@@ -139,18 +142,15 @@ def test_keywords_change_the_configuration(old):
 def test_the_scale_is_folded_in_float32(old):
     """Weights in bfloat16, and a factor that bfloat16 would round."""
     folder, formulas = old(VARIANTS["gated GELU, scale 0.35"], dtype=torch.bfloat16)
-    ours = FAT5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
-    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+    assert_logits(FAT5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), formulas)
     assert FAT5ForConditionalGeneration.from_pretrained(folder).dtype == torch.bfloat16
 
 
 def test_symmetric_alibi(old, tmp_path_factory):
     """Of three heads, whose slopes are not those of a power of two alone."""
     folder, formulas = old(VARIANTS["gated GELU, scale 0.35"] | {"position_encoding_type": "ALiBi"})
-    ours = FAT5ForConditionalGeneration.from_pretrained(folder).eval()
-    given = rows() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 20))}
-    assert difference(ours(**given).logits, formulas(**given)["logits"]) <= FORMULAS_TOLERANCE
+    ours = FAT5ForConditionalGeneration.from_pretrained(folder)
+    assert_logits(ours, formulas)
     again = tmp_path_factory.mktemp("again")
     ours.save_pretrained(again)
     assert json.loads((again / "config.json").read_text())["model_type"] == "fat5"
@@ -190,11 +190,9 @@ def test_saved_again_it_is_a_stock_t5(keys, old, tmp_path_factory):
     folder, formulas = old(keys, binary=True)
     again = tmp_path_factory.mktemp("again")
     FAT5ForConditionalGeneration.from_pretrained(folder).save_pretrained(again)
-    stock = AutoModelForSeq2SeqLM.from_pretrained(again).eval()
+    stock = AutoModelForSeq2SeqLM.from_pretrained(again)
     assert type(stock).__name__ == "T5ForConditionalGeneration"
-    ids, decoder_ids = torch.randint(2, VOCABULARY, (1, 30)), torch.randint(2, VOCABULARY, (1, 9))
-    got = stock(input_ids=ids, decoder_input_ids=decoder_ids).logits[0]
-    assert difference(got, logits(formulas, ids[0], decoder_ids[0])) <= FORMULAS_TOLERANCE
+    assert_logits(stock, formulas)
 
 
 def test_it_trains_encodes_and_generates(old):
@@ -230,10 +228,8 @@ def test_a_name_on_the_hub(binary, old, tmp_path_factory):
     shutil.copytree(folder, cache / "models--some--flash-t5" / "snapshots" / commit)
     (cache / "models--some--flash-t5" / "refs").mkdir()
     (cache / "models--some--flash-t5" / "refs" / "main").write_text(commit)
-    ours = FAT5ForConditionalGeneration.from_pretrained("some/flash-t5", cache_dir=cache, local_files_only=True).eval()
-    ids, decoder_ids = torch.randint(2, VOCABULARY, (1, 30)), torch.randint(2, VOCABULARY, (1, 9))
-    got = ours(input_ids=ids, decoder_input_ids=decoder_ids).logits[0]
-    assert difference(got, logits(formulas, ids[0], decoder_ids[0])) <= FORMULAS_TOLERANCE
+    ours = FAT5ForConditionalGeneration.from_pretrained("some/flash-t5", cache_dir=cache, local_files_only=True)
+    assert_logits(ours, formulas)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import copy
 import pytest
 import torch
 from generation import prompts
-from stock import FAMILIES, difference, fat5_like, rows, t5_v1_0, t5_v1_1, umt5
 
 import fat5
 from fat5.generate.decoding import generate
 from fat5.model import FAT5ForConditionalGeneration
+from stock import FAMILIES, difference, fat5_like, rows, t5_v1_0, t5_v1_1, umt5
 
 LARGEST = torch.finfo(torch.float16).max
 # float16 keeps three digits, of which the gradient of a softmax, a difference of like numbers, loses one or two.

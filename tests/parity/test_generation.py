@@ -3,6 +3,7 @@
 import pytest
 import torch
 from generation import MODES, agreement, prompts
+
 from stock import FAMILIES, fat5_like, t5_v1_1
 
 # Every mode where most is new: v1.1 and a bias table in every layer; the others where families differ.

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from generation import prompts, seeded
-from stock import t5_v1_1
+from generation import prompts, seeded, until_end
 from transformers import GenerationConfig
 
 from fat5.generate.decoding import Decoder
@@ -20,6 +18,7 @@ from fat5.generate.settings import (
     left_to_stock,
     settings,
 )
+from stock import t5_v1_1
 
 LENGTH = 12
 BEAMS, SAMPLING = {"num_beams": 3}, {"do_sample": True}
@@ -78,13 +77,6 @@ def test_our_loop_obeys(name: str, strategy: dict[str, Any]) -> None:
         start = without.generation_config.decoder_start_token_id
         unset = None if start is None else seeded(without.generate, **batch, max_new_tokens=LENGTH).tolist()
         assert want.tolist() != unset
-
-
-def until_end(rows: torch.Tensor, ends: int | list[int]) -> list[list[int]]:
-    """Each row up to its end, since stock beam search pads with another token."""
-    ends = {ends} if isinstance(ends, int) else set(ends)
-    stops = [next((i for i, token in enumerate(row) if i and token in ends), len(row)) for row in rows.tolist()]
-    return [row[: stop + 1] for row, stop in zip(rows.tolist(), stops)]
 
 
 def test_every_field_has_its_place() -> None:

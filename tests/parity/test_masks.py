@@ -7,6 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    T5Config,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+)
+
+import fat5
+from fat5.errors import ConfigurationError
+from fat5.generate.decoding import generate
 from stock import (
     EVERY_FAMILY,
     GRADIENT_TOLERANCE,
@@ -20,16 +30,6 @@ from stock import (
     t5_v1_1,
     umt5_encoder,
 )
-from transformers import (
-    T5Config,
-    T5ForQuestionAnswering,
-    T5ForSequenceClassification,
-    T5ForTokenClassification,
-)
-
-import fat5
-from fat5.errors import ConfigurationError
-from fat5.generate.decoding import generate
 
 
 def with_interface(stock: Any) -> Any:

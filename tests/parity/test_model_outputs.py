@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from stock import LOGITS_TOLERANCE, SIZES, difference, fat5_like, rows, t5_v1_1, umt5
 from transformers import (
     CompileConfig,
     T5Config,
@@ -25,6 +24,7 @@ from fat5.model import (
     FAT5ForTokenClassification,
     FAT5Model,
 )
+from stock import LOGITS_TOLERANCE, SIZES, difference, fat5_like, rows, t5_v1_1, umt5
 
 PAIRS = {
     "Model": (T5Model, FAT5Model),

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from stock import SIZES, fat5_like
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import fat5
+from stock import SIZES, fat5_like
 
 diffusers = pytest.importorskip("diffusers", reason="waits for diffusers, which FAT5 does not need")
 # Of an image between 0 and 1, after two steps of denoising.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from stock import difference, fat5_like, rows, t5_v1_1
 from torch import nn
 from transformers import T5ForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fat5.generate.decoding import generate
 from fat5.model import FAT5ForConditionalGeneration
+from stock import difference, fat5_like, rows, t5_v1_1
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # Eight bits keep two digits of a weight.

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from stock import LOGITS_TOLERANCE, SIZES, difference, fat5_like, rows, t5_v1_1
 
 import fat5
 from fat5.ops.attention.bias import _bucket_lookup
+from stock import LOGITS_TOLERANCE, SIZES, difference, fat5_like, rows, t5_v1_1
 
 POSITIONS = pytest.mark.parametrize("positions", ["t5", "alibi", "rope", "fire"])
 FREE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import fat5
 from stock import (
     EVERY_FAMILY,
     GRADIENT_TOLERANCE,
@@ -13,8 +15,6 @@ from stock import (
     rows,
     t5_v1_1,
 )
-
-import fat5
 
 
 @EVERY_FAMILY
@@ -34,16 +34,6 @@ def test_mask_with_holes():
     batch["attention_mask"][0, 20:40] = batch["attention_mask"][1, 3] = 0
     want, got = stock(**batch), fat5_like(stock)(**batch)
     assert difference(got.logits, want.logits) <= LOGITS_TOLERANCE
-
-
-def test_decoder_mask_and_inputs():
-    stock, batch = t5_v1_1(), rows()
-    inputs, mask = torch.randint(2, 99, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[0, :4] = 0
-    arguments = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    arguments |= {"decoder_input_ids": inputs, "decoder_attention_mask": mask, "use_cache": False}
-    want, got = stock(**arguments).logits, fat5_like(stock)(**arguments).logits
-    assert difference(got, want) <= LOGITS_TOLERANCE
 
 
 def test_num_items_in_batch_divides_the_sum():
