@@ -13,7 +13,7 @@ from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, TokenizerError
 from fat5.files import read_object, refuse_pickle
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
-from fat5.model.loading import readable
+from fat5.model.loading import readable, refuse_adapter
 from fat5.train.checkpoint.store import model_folder
 
 STOCK_PREFIX = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
@@ -65,6 +65,7 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
     """
     if not Path(path).exists():
         raise CheckpointError("does not exist", where=path, hint="Give the folder of a model or of a run")
+    refuse_adapter(Path(path))
     if Path(path).is_dir() and any(Path(path).glob("*.safetensors")) and not (Path(path) / "config.json").is_file():
         raise CheckpointError("holds weights but no config.json", where=path, hint="Put the model's config.json there")
     folder = model_folder(Path(path))
