@@ -13,7 +13,7 @@ from fat5.data import load_tokenizer, open_shards
 from fat5.data.shards.plan import read_plan
 from fat5.data.shards.prepare import prepare
 from fat5.data.shards.token_shards import verify
-from fat5.data.tokenizer.loading import byte_tokenizer
+from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.errors import DataError, FAT5Error
 from fat5.files import file_sha256
 

@@ -172,9 +172,7 @@ class MixtureOfDenoisers:
                 raise ConfigurationError(f"must hold mu, r, max_spans, prefix, proportion, not {row!r}", where=where)
             unknown, missing = set(row) - _KEYS, {"mu", "r"} - set(row)
             if unknown or missing:
-                fault = (
-                    f"unknown key {sorted(map(str, unknown))[0]!r}" if unknown else f"{sorted(missing)[0]} is missing"
-                )
+                fault = f"{min(missing)} is missing" if missing else f"unknown key {min(map(str, unknown))!r}"
                 raise ConfigurationError(fault, where=where, hint=f"The keys are {', '.join(sorted(_KEYS))}")
             denoisers.append(Denoiser(row["mu"], row["r"], row.get("max_spans"), row.get("prefix")))
             proportions.append(row.get("proportion", 1.0))

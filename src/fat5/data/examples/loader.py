@@ -23,7 +23,7 @@ from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.kernels import Examples
 from fat5.data.examples.order import PieceStream
 from fat5.data.examples.packing import ENDLESS, Window
-from fat5.data.examples.workers import WorkerOptions, batches_from_workers, batches_here
+from fat5.data.examples.workers import batches_from_workers, batches_here
 from fat5.errors import ConfigurationError, check_whole
 from fat5.files import is_count
 
@@ -63,7 +63,7 @@ class Loader(ABC, Generic[Batch]):
         check_rank(rank, world_size)
         self.stream, self.rank, self.world_size = stream, rank, world_size
         self.micro_batches_per_step = micro_batches_per_step
-        self._workers = WorkerOptions(num_workers, timeout, multiprocessing_context)
+        self.num_workers, self.timeout, self.multiprocessing_context = num_workers, timeout, multiprocessing_context
         self._division = [size, world_size, micro_batches_per_step]
         self._fingerprint = fingerprint(stream, packing)
         self._state = self._state_at(0, 0, [])
@@ -83,7 +83,7 @@ class Loader(ABC, Generic[Batch]):
         return int(self._state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = batches_from_workers(self, self._workers) if self._workers.number else batches_here(self)
+        batches = batches_from_workers(self) if self.num_workers else batches_here(self)
         for batch, after in batches:
             self._consumed += 1
             if after is not None:

@@ -83,7 +83,7 @@ class PieceStream:
         blocks = []
         first_document: list[int] = []
         for number, source in enumerate(self.sources):
-            shards = [source.shards.shard_ends(shard) for shard in range(source.shards.num_shards)]
+            shards = [source.shards.shard_ends(shard) for shard in range(len(source.shards.entries))]
             blocks.append(self._count_pieces(shards))
             if not self.num_pieces[-1]:
                 raise DataError(
@@ -92,7 +92,10 @@ class PieceStream:
             first_document += [0, *np.cumsum([ends.size for ends in shards])[:-1].tolist()]
             self._owners += [(number, shard) for shard in range(len(shards))]
             self._maps += shards
-        blend_source, blend_rank, blend_count = blend(self._draws())
+        # Shares of draws, so that shares of *tokens* are in proportion to the weights.
+        mean = np.array([source.shards.num_tokens / pieces for source, pieces in zip(self.sources, self.num_pieces)])
+        draws = np.array([source.weight for source in self.sources]) / mean
+        blend_source, blend_rank, blend_count = blend(draws / draws.sum())
         sentinels = sentinel_array(self.info)
         noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
         self.max_lengths = self.mixture.max_lengths(self.max_tokens, sentinels.size)
@@ -102,7 +105,7 @@ class PieceStream:
             simple=np.array([short == 0 and cut == 0 for short, cut in zip(self.short_documents, self.cut_documents)]),
             index_first=np.cumsum([0, *map(len, blocks)]),
             blocks=np.concatenate(blocks),
-            shard_first=np.cumsum([0, *(source.shards.num_shards for source in self.sources)]),
+            shard_first=np.cumsum([0, *(len(source.shards.entries) for source in self.sources)]),
             first_document=np.array(first_document, np.int64),
             documents=np.array([ends.size for ends in self._maps], np.int64),
             ends_address=np.array([ends.ctypes.data for ends in self._maps], np.int64),
@@ -158,12 +161,6 @@ class PieceStream:
                     f"in pieces of {limited[0]:,} tokens and more"
                 )
         return notes
-
-    def _draws(self) -> np.ndarray:
-        """Share of draws of each source, so that shares of *tokens* are in proportion to the weights."""
-        mean = np.array([source.shards.num_tokens / pieces for source, pieces in zip(self.sources, self.num_pieces)])
-        draws = np.array([source.weight for source in self.sources]) / mean
-        return draws / draws.sum()
 
     def lengths(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encoder and decoder tokens of the examples at stream positions: two int64 arrays."""

@@ -35,9 +35,7 @@ def validation_batches(
 ) -> list[PackedBatch]:
     """The validation batches of one rank: pieces of about `eval_tokens` raw tokens, each under every denoiser.
 
-    Args:
-        sources: shards of the validation split; `eval_tokens` is divided among them by weight.
-        eval_tokens: raw tokens to choose; a smaller split is taken whole.
+    Tokens are divided among the sources, shards of the validation split, by weight; a smaller split is taken whole.
 
     Raises:
         ConfigurationError, DataError, TokenizerError: as `PieceStream` and `PackedLoader`.

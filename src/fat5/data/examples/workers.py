@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -26,14 +26,6 @@ PREFETCH = 4  # batches each worker prepares ahead
 POLL_SECONDS = 1.0  # between two looks at whether the workers live
 
 
-class WorkerOptions(NamedTuple):
-    """`num_workers`, `timeout` and `multiprocessing_context` of a `Loader`."""
-
-    number: int
-    timeout: float
-    context: str | None
-
-
 def batches_here(loader: Loader[Any], turn: int = 0, turns: int = 1) -> Iterator[tuple[Any, Any]]:
     """(batch, state after it) of every `turns`-th batch, made in this process."""
     for number, (examples, after) in enumerate(loader.examples()):
@@ -47,19 +39,19 @@ def batches_here(loader: Loader[Any], turn: int = 0, turns: int = 1) -> Iterator
             yield batch.pin_memory() if pin else batch, after
 
 
-def batches_from_workers(loader: Loader[Any], options: WorkerOptions) -> Iterator[tuple[Any, Any]]:
+def batches_from_workers(loader: Loader[Any]) -> Iterator[tuple[Any, Any]]:
     """(batch, state after it) of every batch; DataError if a worker met one, died, or none answered in time."""
     iterator: Any = iter(
         DataLoader(
             _InWorker(loader),
             batch_size=None,
-            num_workers=options.number,
-            timeout=min(POLL_SECONDS, options.timeout),
+            num_workers=loader.num_workers,
+            timeout=min(POLL_SECONDS, loader.timeout),
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=PREFETCH,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # the default would draw from the generator of dropout
-            multiprocessing_context=options.context,
+            multiprocessing_context=loader.multiprocessing_context,
         )
     )
     signal_handling._remove_worker_pids(id(iterator))
@@ -68,7 +60,7 @@ def batches_from_workers(loader: Loader[Any], options: WorkerOptions) -> Iterato
     atexit.register(kill)  # at exit, multiprocessing would send SIGTERM and wait
     try:
         while True:
-            item = _next(iterator, loader, options.timeout)
+            item = _next(iterator, loader)
             if isinstance(item, str):
                 raise DataError(item)
             yield item
@@ -93,9 +85,9 @@ class _InWorker(IterableDataset):  # type: ignore[misc]
             yield f"worker {worker.id} (pid {os.getpid()}): {error or 'out of memory'}"
 
 
-def _next(iterator: Any, loader: Loader[Any], timeout: float) -> Any:
+def _next(iterator: Any, loader: Loader[Any]) -> Any:
     """The next item of the workers."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + loader.timeout
     while True:
         try:
             with _raising_for_dead(iterator):
@@ -107,7 +99,7 @@ def _next(iterator: Any, loader: Loader[Any], timeout: float) -> Any:
                 raise
             if not lost and time.monotonic() >= deadline:
                 hint = "See whether the disk answers; data.num_workers 0 loads in the main process"
-                lost = f"no worker answered for {timeout:g} s", hint
+                lost = f"no worker answered for {loader.timeout:g} s", hint
             if lost:
                 who, hint = lost
                 raise DataError(f"data loading stopped: {who}; awaited was {loader.awaited()}", hint=hint) from error

@@ -25,7 +25,7 @@ from fat5.data.shards.plan import LOGS, PreparePlan, read_plan
 from fat5.data.shards.progress import TaskProgress
 from fat5.data.shards.token_shards import SPLITS
 from fat5.data.text.corpus import Corpus
-from fat5.data.text.rows import BadRows, Chunk
+from fat5.data.text.rows import Chunk
 from fat5.data.tokenizer.loading import Tokenizer, load_tokenizer
 from fat5.errors import DataError
 from fat5.files import whole_file, write_atomically
@@ -67,12 +67,7 @@ def build(folder: str, stage: str) -> list[Any]:
         read += [build_step(spec) for spec in plan.steps if spec != "minhash"]
     if not plan.deduplicated:
         return [*read, ShardWriter(folder)]
-    from datatrove.pipeline.dedup import (
-        MinhashDedupBuckets,
-        MinhashDedupCluster,
-        MinhashDedupFilter,
-        MinhashDedupSignature,
-    )
+    from datatrove.pipeline import dedup
     from datatrove.pipeline.dedup.minhash import MinhashConfig
 
     from fat5.data.text.cleaning import UnicodeWords
@@ -80,12 +75,12 @@ def build(folder: str, stage: str) -> list[Any]:
     config = MinhashConfig(num_buckets=MINHASH_BUCKETS)
     work = f"{folder}/{LOGS}/minhash"
     if stage == "signatures":
-        return [*read, MinhashDedupSignature(f"{work}/signatures", config, language=UnicodeWords())]
+        return [*read, dedup.MinhashDedupSignature(f"{work}/signatures", config, language=UnicodeWords())]
     if stage == "buckets":
-        return [MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets", config=config)]
+        return [dedup.MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets", config=config)]
     if stage == "clusters":
-        return [MinhashDedupCluster(f"{work}/buckets", f"{work}/remove", config=config)]
-    return [*read, MinhashDedupFilter(f"{work}/remove"), ShardWriter(folder)]
+        return [dedup.MinhashDedupCluster(f"{work}/buckets", f"{work}/remove", config=config)]
+    return [*read, dedup.MinhashDedupFilter(f"{work}/remove"), ShardWriter(folder)]
 
 
 class CorpusReader(PipelineStep):
@@ -116,7 +111,9 @@ class CorpusReader(PipelineStep):
                 yield Document(text=row.text, id=f"{chunk.path}@{row.position}", metadata=row.columns)
             done += chunk.bytes
         progress.tell(done, final=True)
-        _write_bad_rows(self.folder, rank, corpus.bad_rows)
+        skipped = Path(self.folder) / LOGS / "bad_rows" / f"{rank:05d}.json"  # comes before the shards' own record
+        skipped.parent.mkdir(exist_ok=True)
+        write_atomically(skipped, json.dumps(asdict(corpus.bad_rows), ensure_ascii=False))
         self.stat_update("documents", value=progress.documents)
         self.stat_update("empty_documents", value=empty)
 
@@ -201,13 +198,6 @@ class _ShardFile:
             "index_sha256": hashlib.sha256(ends.tobytes()).hexdigest(),
             "unknown": self.unknown,
         }
-
-
-def _write_bad_rows(folder: str, rank: int, bad_rows: BadRows) -> None:
-    """Writes the rows that a task skipped, for the manifest; comes before the shards' own record."""
-    path = Path(folder) / LOGS / "bad_rows"
-    path.mkdir(exist_ok=True)
-    write_atomically(path / f"{rank:05d}.json", json.dumps(asdict(bad_rows), ensure_ascii=False).encode())
 
 
 @lru_cache(maxsize=1)

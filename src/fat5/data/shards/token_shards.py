@@ -54,11 +54,6 @@ class Manifest:
     steps: list[str] = field(default_factory=list)
     bad_rows: int = 0
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the token ids in a shard."""
-        return np.dtype(f"<u{self.token_bytes}")
-
     def documents(self, split: str) -> int:
         """Documents in one split."""
         return sum(entry.documents for entry in self.shards[split])
@@ -93,15 +88,10 @@ class TokenShards:
         self.split = split
         self.manifest = manifest
         self.entries = manifest.shards[split]
-        self.dtype = manifest.dtype
+        self.dtype = np.dtype(f"<u{manifest.token_bytes}")
         self._first = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries], dtype=np.int64)])
         self._maps: dict[Path, np.ndarray] = {}
         check_sizes(folder, manifest, split)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards in this split."""
-        return len(self.entries)
 
     @property
     def num_documents(self) -> int:
@@ -114,7 +104,7 @@ class TokenShards:
         return self.manifest.tokens(self.split)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for shard in range(self.num_shards):
+        for shard in range(len(self.entries)):
             tokens, ends = self.shard_tokens(shard), self.shard_ends(shard)
             start = 0
             for end in ends.tolist():
@@ -263,7 +253,7 @@ def check_hash(path: Path, expected: str, folder: Path, manifest: Manifest | Non
             return
     if file_sha256(path) != expected:
         raise DataError("shard is damaged: its SHA-256 is not the manifest's", where=path, hint=RESTORE)
-    largest = int(_map(path, manifest.dtype).max(initial=0)) if manifest else 0
+    largest = int(_map(path, np.dtype(f"<u{manifest.token_bytes}")).max(initial=0)) if manifest else 0
     if manifest and largest >= manifest.vocab_size:
         raise DataError(
             f"shard holds token {largest:,}, and its manifest's vocabulary is {manifest.vocab_size:,}",

@@ -19,13 +19,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from datatrove.pipeline.filters import (
-    C4QualityFilter,
-    GopherQualityFilter,
-    GopherRepetitionFilter,
-    LanguageFilter,
-    URLFilter,
-)
+from datatrove.pipeline import filters
 from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
@@ -54,7 +48,7 @@ class UnicodeWords(WordTokenizer):
         return [match.span() for match in _SENTENCE.finditer(text) if match.group().strip()]
 
 
-class UrlBlocklists(URLFilter):
+class UrlBlocklists(filters.URLFilter):
     """datatrove's URL filter, with the public suffix list that is installed instead of one from the network."""
 
     def __init__(self) -> None:
@@ -75,9 +69,9 @@ def build_step(spec: str) -> Any:
     name, _, argument = spec.partition("=")
     steps: dict[str, Callable[[], Any]] = {
         "language": lambda: _language_filter(argument),
-        "c4": lambda: C4QualityFilter(language=UnicodeWords()),
-        "gopher_quality": lambda: GopherQualityFilter(language=UnicodeWords(), min_stop_words=None),
-        "gopher_repetition": lambda: GopherRepetitionFilter(language=UnicodeWords()),
+        "c4": lambda: filters.C4QualityFilter(language=UnicodeWords()),
+        "gopher_quality": lambda: filters.GopherQualityFilter(language=UnicodeWords(), min_stop_words=None),
+        "gopher_repetition": lambda: filters.GopherRepetitionFilter(language=UnicodeWords()),
         "urls": _url_blocklists,
         "pii": PIIFormatter,
     }
@@ -85,9 +79,9 @@ def build_step(spec: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _language_filter(languages: str) -> LanguageFilter:
+def _language_filter(languages: str) -> filters.LanguageFilter:
     """Cached between the tasks of a process: its model is large."""
-    return LanguageFilter(languages=languages.split("+"))
+    return filters.LanguageFilter(languages=languages.split("+"))
 
 
 @lru_cache(maxsize=1)

@@ -182,7 +182,11 @@ def _paragraphs(chunk: Chunk) -> Iterator[CorpusRow | DataError]:
         elif ours:
             size += len(line)
             try:
-                kept.append(_line_of_paragraph(line, lines, size))
+                if size > LARGEST_DOCUMENT >= len(line):
+                    what = f"a paragraph longer than {LARGEST_DOCUMENT >> 20} MiB"
+                    hint = "Is it one document a line? Then add --corpus.txt_documents line"
+                    raise DataError(what, where=lines.where(), hint=hint)
+                kept.append(lines.text(line))
             except DataError as error:
                 yield error
                 ours, kept = False, []
@@ -190,16 +194,6 @@ def _paragraphs(chunk: Chunk) -> Iterator[CorpusRow | DataError]:
             return
     if kept:
         yield CorpusRow("".join(kept).rstrip("\r\n"), lines.position, {})
-
-
-def _line_of_paragraph(line: bytes, lines: Lines, size: int) -> str:
-    if size > LARGEST_DOCUMENT >= len(line):
-        raise DataError(
-            f"a paragraph longer than {LARGEST_DOCUMENT >> 20} MiB",
-            where=lines.where(),
-            hint="Is it one document a line? Then add --corpus.txt_documents line",
-        )
-    return lines.text(line)
 
 
 def _whole_file(path: str) -> CorpusRow | DataError:

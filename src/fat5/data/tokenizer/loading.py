@@ -16,25 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fat5.data.tokenizer.json_file import (
-    CONFIG_FILE,
-    EOS,
-    MODES,
-    MULTIPLE,
-    PAD,
-    SPECIALS_FILE,
-    TOKENIZER_FILE,
-    UNK,
-    adapt,
-    append_eos,
-    byte_tokenizer,
-    dump,
-    ids_of,
-    opening_ids,
-    read_json,
-    role_names,
-    sentinel_names,
-)
+from fat5.data.tokenizer import json_file
 from fat5.errors import TokenizerError
 from fat5.files import naming, refuse_pickle
 
@@ -86,8 +68,8 @@ class Tokenizer:
     def __init__(
         self, content: dict[str, Any], text: bytes | None, names: dict[str, str], source: object = "tokenizer"
     ) -> None:
-        ids = ids_of(content, source)
-        self.names = {"pad": PAD, "eos": EOS, "unk": UNK} | names
+        ids = json_file.ids_of(content, source)
+        self.names = {"pad": json_file.PAD, "eos": json_file.EOS, "unk": json_file.UNK} | names
         for role, token in self.names.items():
             if token not in ids:
                 raise TokenizerError(
@@ -95,30 +77,30 @@ class Tokenizer:
                 )
         # A T5 of others has no mode tokens, and its model has never seen those added here.
         self.own_size = max(ids.values()) + 1
-        self.own_modes = tuple(mode for mode in MODES if mode in ids)
-        self.own_opening = opening_ids(content.get("post_processor"), source)
-        sentinels = sentinel_names(ids)
+        self.own_modes = tuple(mode for mode in json_file.MODES if mode in ids)
+        self.own_opening = json_file.opening_ids(content.get("post_processor"), source)
+        sentinels = json_file.sentinel_names(ids)
         if not sentinels:
             raise TokenizerError(
                 "no sentinel tokens (<extra_id_0>, <extra_id_1>, …), which span corruption needs",
                 where=source,
                 hint="Train one with `fat5 tokenizer`, or use a T5-family tokenizer",
             )
-        changed = adapt(content, ids, [*self.names.values(), *sentinels])
+        changed = json_file.adapt(content, ids, [*self.names.values(), *sentinels])
         if self.own_opening:
-            content["post_processor"] = append_eos(ids[self.names["eos"]], self.names["eos"])
+            content["post_processor"] = json_file.append_eos(ids[self.names["eos"]], self.names["eos"])
             changed = True
         self.content = content
-        self.text = text if text is not None and not changed else dump(content)
-        ids = ids_of(content, source)
+        self.text = text if text is not None and not changed else json_file.dump(content)
+        ids = json_file.ids_of(content, source)
         self.size = max(ids.values()) + 1
         self.info = TokenizerInfo(
-            vocab_size=-(-self.size // MULTIPLE) * MULTIPLE,
+            vocab_size=-(-self.size // json_file.MULTIPLE) * json_file.MULTIPLE,
             pad_id=ids[self.names["pad"]],
             eos_id=ids[self.names["eos"]],
             unk_id=ids[self.names["unk"]],
             sentinel_ids=tuple(ids[token] for token in sentinels),
-            mode_ids={mode: ids[mode] for mode in MODES},
+            mode_ids={mode: ids[mode] for mode in json_file.MODES},
             sha256=hashlib.sha256(self.text).hexdigest(),
         )
         self._sentinel_names = sentinels
@@ -214,15 +196,15 @@ class Tokenizer:
             "pad_token": self.names["pad"],
             "eos_token": self.names["eos"],
             "unk_token": self.names["unk"],
-            "extra_special_tokens": [*MODES, *self._sentinel_names],
+            "extra_special_tokens": [*json_file.MODES, *self._sentinel_names],
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000_000,
             "model_input_names": ["input_ids", "attention_mask"],
         }
         with naming(folder):
-            (folder / TOKENIZER_FILE).write_bytes(self.text)
+            (folder / json_file.TOKENIZER_FILE).write_bytes(self.text)
             text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (folder / json_file.CONFIG_FILE).write_text(text, encoding="utf-8")
         return folder
 
 
@@ -238,7 +220,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise TokenizerError("not a tokenizer", where=path, hint="Give a folder that holds tokenizer.json")
         folder, file = folder.parent, folder
     elif folder.is_dir():
-        file = folder / TOKENIZER_FILE
+        file = folder / json_file.TOKENIZER_FILE
     else:
         if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
             raise TokenizerError("no such tokenizer", where=path, hint="Train one with `fat5 tokenizer`")
@@ -250,16 +232,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             for other in sorted(folder.iterdir()):
                 if other.is_file():
                     refuse_pickle(other, TokenizerError)
-            if not any((folder / name).exists() for name in (CONFIG_FILE, "config.json")):
+            if not any((folder / name).exists() for name in (json_file.CONFIG_FILE, "config.json")):
                 hint = "Train one with `fat5 tokenizer`"
                 raise TokenizerError("no tokenizer in this folder", where=path, hint=hint) from None
             raise
-    content = read_json(file)
+    content = json_file.read_json(file)
     roles: dict[str, Any] = {}
-    for name in (SPECIALS_FILE, CONFIG_FILE):
+    for name in (json_file.SPECIALS_FILE, json_file.CONFIG_FILE):
         if (folder / name).exists():
-            roles |= read_json(folder / name)
-    return Tokenizer(content, file.read_bytes(), role_names(roles), path)
+            roles |= json_file.read_json(folder / name)
+    return Tokenizer(content, file.read_bytes(), json_file.role_names(roles), path)
 
 
 def _backend(content: dict[str, Any]) -> Any:
@@ -307,8 +289,8 @@ def _from_transformers(name: str) -> Tokenizer:
     """A tokenizer without `tokenizer.json`: from the hub, or converted by transformers from the files of its class."""
     loaded = read_stock(name)
     if type(loaded).__name__.startswith("ByT5"):
-        return Tokenizer(byte_tokenizer(loaded.added_tokens_decoder), None, {}, name)
+        return Tokenizer(json_file.byte_tokenizer(loaded.added_tokens_decoder), None, {}, name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError("has no fast (tokenizers) form", where=name)
-    return Tokenizer(json.loads(backend.to_str()), None, role_names(loaded.special_tokens_map), name)
+    return Tokenizer(json.loads(backend.to_str()), None, json_file.role_names(loaded.special_tokens_map), name)
