@@ -96,6 +96,8 @@ def machine() -> list[Finding]:
     findings.append(Finding("C compiler", OK if compiler else WARN, compiler or "none", advice))
     for name, why in (
         ("tensorboard", "--tensorboard true"),
+        ("wandb", "--report_to wandb"),
+        ("trackio", "--report_to trackio"),
         ("pytorch-optimizer", "LAMB"),
         ("ray", "--executor ray"),
     ):

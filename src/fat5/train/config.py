@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import yaml
 
@@ -10,6 +10,7 @@ from fat5.errors import ConfigurationError, check_whole
 from fat5.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 AUTO: Any = "auto"
 LARGEST_COUNT = 1 << 40
 """Of steps and tokens: beyond any run."""
@@ -47,7 +48,7 @@ class RunConfig:
     gradient_clip: float | None = 1.0
     """Largest norm of the whole gradient; null leaves it as it is"""
     log_every: int = 10
-    """Steps between two lines in a log (metrics.jsonl has every step) and between two points in TensorBoard"""
+    """Steps between two lines in a log (metrics.jsonl has every step) and between two points in a tracker"""
     eval_every: Size = AUTO
     """Steps between two evaluations; there is one before the first and one after the last step in any case; auto is a
     fifth of the run, at most 500"""
@@ -75,7 +76,9 @@ class RunConfig:
     strict: bool = False
     """Refuse to start when the newest checkpoint is damaged, instead of taking the one before it"""
     tensorboard: bool = False
-    """Write TensorBoard events to DIR/tensorboard"""
+    """Write TensorBoard events to DIR/tensorboard: the same as report_to [tensorboard]"""
+    report_to: list[TrackerName] = field(default_factory=list)
+    """Trackers that get the rows of metrics.jsonl too: tensorboard, wandb, trackio"""
 
     def resolved(self) -> Self:
         """A copy with every default filled in, but for sizes that say auto; refuses what cannot work.
@@ -91,6 +94,11 @@ class RunConfig:
         for key in ("keep_every", "patience"):
             if getattr(self, key) is not None:
                 check_count(key, getattr(self, key))
+        for name in self.report_to:
+            if name not in get_args(TrackerName):
+                raise ConfigurationError(
+                    f"report_to names {name!r}", hint=f"Choose among {', '.join(get_args(TrackerName))}"
+                )
         if self.use_best and not self.keep_best:
             raise ConfigurationError("use_best is true, and keep_best is 0", hint="Keep at least one: keep_best 1")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
@@ -107,6 +115,10 @@ class RunConfig:
                 hint="Use adamw_scale, or precision bf16",
             )
         return replace(self, optimizer=self.optimizer.resolved(), schedule=schedule)
+
+    def trackers(self) -> list[TrackerName]:
+        """The trackers asked for, each once."""
+        return list(dict.fromkeys([*(["tensorboard"] if self.tensorboard else []), *self.report_to]))  # type: ignore[list-item]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the YAML."""

@@ -20,6 +20,7 @@ from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.checkpoint.store import Choice
 from fat5.train.log.metrics import parts
 from fat5.train.log.plots import LivePlot, draw_run
+from fat5.train.log.trackers import check_trackers
 from fat5.train.run_directory import RunDirectory
 from fat5.train.step import StepRunner
 from fat5.train.task import Task
@@ -38,6 +39,7 @@ def run(task: Task, world: World) -> dict[str, Any]:
         RunStopped: a signal stopped the run after its state was saved.
     """
     config, device = task.config, world.device
+    check_trackers(config.trackers())
     lines = task.announce(device)
     with RunDirectory(config.output_dir) as folder, _determinism(config.deterministic and device.type == "cuda"):
         random.seed(config.seed)

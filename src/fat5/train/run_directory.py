@@ -7,6 +7,7 @@ DIR/events.jsonl   starts, resumes, refusals, faults           DIR/loss.png     
 DIR/checkpoints/   step-N/ folders                             DIR/model/          the trained model and tokenizer
 DIR/summary.json   written when the run is done
 DIR/discarded.jsonl  lines taken out of metrics.jsonl: rows after the checkpoint of a resume or rewind, damaged lines
+DIR/trackers.json  ids of the runs in wandb and trackio        DIR/tensorboard/, DIR/wandb/   what trackers write
 """
 
 import contextlib

@@ -36,7 +36,7 @@ from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, dump_examples
 from fat5.train.log.display import RunDisplay
 from fat5.train.log.metrics import EventLog, MetricsLog, name_lines
 from fat5.train.log.plots import LivePlot
-from fat5.train.log.tensorboard import TensorBoard
+from fat5.train.log.trackers import Trackers
 from fat5.train.run_directory import RunDirectory
 from fat5.train.signals import RunStopped, StopRequest
 from fat5.train.step import StepResult, StepRunner
@@ -70,7 +70,7 @@ class Trainer:
         self.store = CheckpointStore(folder.checkpoints, config.keep_last, config.keep_best, config.keep_every)
         self.saver = Saver(self.store, self._snapshot, self._warn)
         self.stop = StopRequest()
-        self.tensorboard: TensorBoard | None = None
+        self.trackers: Trackers | None = None
         self.peak = peak_flops(runner.device, runner.precision.name)
         self._pending: deque[Pending] = deque()
         self._batches: Iterator[PackedBatch] = iter(())
@@ -87,8 +87,9 @@ class Trainer:
         """
         config, state = self.config, self.state
         self.display.begin(state.step, state.last_evaluation)
-        if config.tensorboard and self.world.is_main:
-            self.tensorboard = TensorBoard(self.folder.path / "tensorboard", state.step, self._warn)
+        if self.world.is_main:
+            names, plain, say = config.trackers(), config.to_dict(), self.display.say
+            self.trackers = Trackers(names, self.folder.path, state.step, plain, config.log_every, say, self._warn)
         self._began = time.perf_counter() - state.seconds
         with self.stop, self.display:
             self._batches = iter(self.loader)
@@ -107,8 +108,8 @@ class Trainer:
                 if close is not None:
                     close()
                 self.saver.wait()
-                if self.tensorboard is not None:
-                    self.tensorboard.close()
+                if self.trackers is not None:
+                    self.trackers.close()
 
     def restore(self, folder: Path, keep_data: bool = False) -> None:
         """Loads a verified checkpoint; `keep_data` leaves the position in the data as it is."""
@@ -282,8 +283,8 @@ class Trainer:
             return
         self.metrics.write(row)
         self.display.show(row, seconds)
-        if self.tensorboard is not None and (row["kind"] == "eval" or row["step"] % self.config.log_every == 0):
-            self.tensorboard.write(row)
+        if self.trackers is not None:
+            self.trackers.write(row)
 
     def _save_if_due(self) -> None:
         step = self.state.step

@@ -28,6 +28,7 @@ HARMLESS = (
     "resume",
     "strict",
     "tensorboard",
+    "report_to",
     "use_best",
     "metric",
     "predict_batch",
