@@ -2,9 +2,11 @@
 
 import importlib
 import math
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -332,3 +334,12 @@ def test_a_missing_library(module, kind, monkeypatch):
 def test_the_names_need_no_library():
     code = "import sys, fat5.tasks.metrics; print({'numpy', 'torch', 'scipy', 'sklearn', 'sacrebleu'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(snippet, {})
+    for kind, names in KINDS.items():
+        for name in names:
+            assert re.search(rf"^\| {kind} \|[^|]*`{name}`", page, re.MULTILINE), f"{kind}: {name}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -53,12 +54,15 @@ class Fake:
             if self.fault == "hang":
                 self.released.wait(RELEASE)
             else:
-                raise {"raise": ValueError, "exit": SystemExit}[self.fault]("no\nmore")
+                raise {"raise": ValueError, "interrupt": KeyboardInterrupt}[self.fault]("no\nmore")
 
     def module(self, name):
         module = ModuleType(name)
         module.begin = self.init
-        exec("def init(**settings):\n    print('* a line of its own')\n    return begin(**settings)", vars(module))
+        exec(
+            "def init(**settings):\n    print('* news')\n    print('* Warning', 1)\n    return begin(**settings)",
+            vars(module),
+        )
         return module
 
 
@@ -66,6 +70,10 @@ class Fake:
 def fake(monkeypatch):
     """Puts a fake in the place of a library, and frees what hangs in it after the test."""
     made = []
+    for name in trackers.WANDB_DEFAULTS:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
 
     def put(name="wandb", at="", fault="raise"):
         made.append(Fake(at, fault))
@@ -102,6 +110,8 @@ def test_rows_reach_a_tracker(fake, open_trackers, tmp_path):
     (settings,) = library.started
     assert settings["config"] == {"seed": 1}
     assert settings["name"] == tmp_path.name
+    assert os.environ["WANDB_SILENT"] == "true", "it asks for no key"
+    assert os.environ["WANDB_CONSOLE"] == "wrap", "the user's own value"
     assert (said, warned) == (["wandb   https://host/run"], [])
 
 
@@ -120,7 +130,7 @@ def test_no_thread_before_the_workers_are_forked(fake, open_trackers):
     assert [step for step, _ in library.rows] == [0, 10]
 
 
-@pytest.mark.parametrize("fault", ["raise", "exit"])
+@pytest.mark.parametrize("fault", ["raise", "interrupt"])
 def test_raising_at_init(fault, fake, open_trackers):
     library = fake(at="init", fault=fault)
     made, _, warned = open_trackers("wandb")
@@ -129,7 +139,7 @@ def test_raising_at_init(fault, fake, open_trackers):
         time.sleep(0.01)
     made.close()
     assert library.rows == []
-    kind = {"raise": "ValueError", "exit": "SystemExit"}[fault]
+    kind = {"raise": "ValueError", "interrupt": "KeyboardInterrupt"}[fault]
     assert warned == [f"wandb is off: {kind} (no); training goes on"]
 
 
@@ -219,8 +229,9 @@ def test_a_continued_run_goes_on_in_its_tracker(prepared, tmp_path, fake, capsys
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
     captured = capsys.readouterr()
     assert "https://host/run" in captured.err
-    assert captured.out.count("* a line of its own") == 2, "wandb's own setting keeps it silent, trackio has none"
-    assert captured.err.count("* a line of its own") == 2
+    assert captured.out.count("* news") == captured.out.count("* Warning") == 2, "wandb alone, which has a setting"
+    assert captured.err.count("* news") == 0
+    assert captured.err.count("* Warning 1\n") == 2
 
 
 def test_a_run_is_the_same_with_a_broken_tracker(prepared, tmp_path, fake, monkeypatch, caplog):

@@ -52,6 +52,14 @@ MOST_ROWS = 1000
 CLOSE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
+WANDB_DEFAULTS = {
+    "WANDB_SILENT": "true",  # its lines would run into the display, and a question for a key would wait for an answer
+    "WANDB_CONSOLE": "off",
+    "WANDB_INIT_TIMEOUT": "30",  # seconds; Python does not exit before
+    "WANDB_FINISH_TIMEOUT": str(CLOSE_SECONDS - 1),
+}
+"""Variables of wandb, where the user has not set them: some of them work in no other way."""
+
 Say = Callable[[str], None]
 
 
@@ -115,6 +123,8 @@ class WandB(Tracker):
 
     def open(self) -> str | None:
         """Starts or continues the run of this id; asks for nothing on the terminal."""
+        for name, value in WANDB_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         import wandb
 
         self._run: Any = wandb.init(
@@ -124,9 +134,9 @@ class WandB(Tracker):
             resume="allow",
             dir=str(self.folder),
             config=self.config,
-            # Its own lines would run into the display; a question for a key would wait for an answer.
-            settings={"silent": True, "console": "off", "login_timeout": 1, "finish_timeout": CLOSE_SECONDS - 1},
         )
+        if getattr(self._run, "offline", False):
+            return f"offline; to upload it: wandb sync {self.folder / 'wandb'}/offline-run-*-{self.run}"
         return getattr(self._run, "url", None)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -152,7 +162,7 @@ class Trackio(Tracker):
         name = f"{self.title}-{self.run}"
         self._run: Any = trackio.init(project=project, name=name, resume="allow", config=self.config, embed=False)
         self._keep_stdout_clean()
-        return f'trackio show --project "{project}"'
+        return f'to see it: trackio show --project "{project}"'
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Adds the numbers of a step."""
@@ -163,10 +173,12 @@ class Trackio(Tracker):
         self._run.finish()
 
     def _keep_stdout_clean(self) -> None:
-        """Its messages go to stderr: stdout carries the summary of a run, which another program may read."""
+        """Takes the place of `print` in trackio, which prints its news: stdout carries the summary of a run, which
+        another program may read.
+        """
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == self.module and module is not None:
-                vars(module)["print"] = partial(print, file=sys.stderr)
+                vars(module)["print"] = _print_warnings
 
 
 TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, WandB, Trackio)}
@@ -221,7 +233,7 @@ class Feed:
         tracker = self.tracker
         try:
             where = tracker.open()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # wandb raises KeyboardInterrupt where it cannot ask
             self._told.append((self._warn, f"{tracker.name} is off: {_first_line(error)}; training goes on"))
             return
         if where:
@@ -239,7 +251,7 @@ class Feed:
     def _guard(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if not self._faulty:
                 line = f"{self.tracker.name} lost a row: {_first_line(error)}; training goes on"
                 self._told.append((self._warn, line))
@@ -329,6 +341,12 @@ def _runs(names: Sequence[str], path: Path, warn: Say) -> dict[str, str]:
         except OSError as error:
             warn(f"{path.name} cannot be written ({error.strerror}): a continued run begins new ones with its trackers")
     return known
+
+
+def _print_warnings(*values: object, **_: object) -> None:
+    line = " ".join(map(str, values))
+    if "warning" in line.lower():
+        sys.stderr.write(line + "\n")
 
 
 def _first_line(error: BaseException) -> str:
