@@ -337,7 +337,7 @@ def test_the_names_need_no_library():
 
 
 def test_the_page_runs():
-    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(snippet, {})
     for kind, names in KINDS.items():

@@ -11,8 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fat5.cli.parsing import parse
 from fat5.errors import ConfigurationError
-from fat5.tasks import pretrain
+from fat5.tasks import PretrainConfig, pretrain
 from fat5.train import read_rows
 from fat5.train.log import trackers
 from fat5.train.log.metrics import TIMES
@@ -247,6 +248,15 @@ def test_a_run_is_the_same_with_a_broken_tracker(prepared, tmp_path, fake, monke
     assert tracked == plain
     events = (tmp_path / "run/events.jsonl").read_text()
     assert "wandb did not end in time" in events
+
+
+def test_names_on_the_command_line():
+    for words in (
+        ["--report_to", "wandb,trackio"],
+        ["--report_to", "wandb", "trackio"],
+        ["--report_to=[wandb,trackio]"],
+    ):
+        assert parse(PretrainConfig, [*words, "--output_dir", "x"], "pretrain")["report_to"] == ["wandb", "trackio"]
 
 
 @pytest.mark.parametrize("content", ["{", '{"wandb": "../x"}', '{"wandb": 3}'])
