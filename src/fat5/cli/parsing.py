@@ -59,8 +59,6 @@ def parse(
     Args:
         signature: a function or dataclass whose typed, documented parameters are the keys. Dataclass-typed
             parameters nest: `--optimizer.lr`.
-        argv: the words after the verb.
-        verb: for the usage line and messages.
         section: the section of a recipe to read, if not the verb's own.
         words: name of the key that may also be given as words without a flag.
         recipe: the recipe that is read if `argv` names none.

@@ -15,8 +15,6 @@ def spell_out(argv: Sequence[str], actions: Mapping[str, Action], words: str | N
     """`argv` with each value joined to its flag, and recipes first, so that flags always win over them.
 
     Args:
-        argv: the words after the verb.
-        actions: the parser's actions by flag.
         words: the key that takes words without a flag; one after `--strict` is then not its value. None leaves words
             to the parser.
 

@@ -16,41 +16,17 @@ from fat5.generate import Decoding, complete
 from fat5.tasks.config import SourceConfig
 from fat5.tasks.demo_config import DemoConfig
 from fat5.tasks.pretraining import pretrain
+from fat5.tasks.samples import PROMPTS
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import refuse_many_processes
-
-PROMPTS = {
-    "fr": [
-        "Le paquet est installé par la commande ___ dans le terminal.",
-        "Le noyau ___ est un logiciel libre.",
-        "Il est possible de configurer le serveur en modifiant le fichier ___.",
-        "L'administrateur doit ___ les mises à jour de sécurité.",
-        "Pour installer un logiciel, il faut",
-    ],
-    "en": [
-        "The package is installed by the command ___ in the terminal.",
-        "The ___ kernel is free software.",
-        "The server can be configured by editing the file ___.",
-        "The administrator should ___ the security updates.",
-        "In order to install software, it is necessary",
-    ],
-    "de": [
-        "Das Paket wird mit dem Befehl ___ im Terminal installiert.",
-        "Der ___-Kernel ist freie Software.",
-        "Der Server wird durch Bearbeiten der Datei ___ konfiguriert.",
-        "Der Administrator sollte die ___ installieren.",
-        "Um Software zu installieren, muss man",
-    ],
-}
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> dict[str, Any]:
     """Runs the chain in `output_dir` and returns its summary, the content of `summary.json`.
 
     Args:
-        config: what to run; its folders are ignored, everything goes under `output_dir`.
+        config: its folders are ignored, everything goes under `output_dir`.
         say: gets a line at each stage.
-        progress: show bars.
 
     Raises:
         FAT5Error: from a stage; RunDirectoryError if `output_dir` contains something else.

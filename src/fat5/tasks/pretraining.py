@@ -27,7 +27,7 @@ from fat5.machine import free_memory
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.model.card import CardFacts, training_section, usage_section
 from fat5.tasks.config import PretrainConfig
-from fat5.tasks.samples import validation_samples
+from fat5.tasks.samples import PROMPTS, validation_samples
 from fat5.tasks.sizes import Text, configure_model, on_meta, settle
 from fat5.train.checkpoint.state import RunState
 from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
@@ -38,13 +38,6 @@ from fat5.train.run_directory import RunDirectory
 from fat5.train.world import World
 
 logger = logging.getLogger(__name__)
-
-GAPS = {
-    "fr": ("Le paquet est installé par la commande ", " dans le terminal."),
-    "en": ("The package is installed by the command ", " in the terminal."),
-    "de": ("Das Paket wird mit dem Befehl ", " im Terminal installiert."),
-}
-"""Text before and after the gap of the card's example."""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -183,7 +176,8 @@ class Pretraining:
         """Writes model/, its card on architecture, use and training."""
         tokenizer, language = load_tokenizer(self.tokenizer), (self.config.languages or ["en"])[0]
         plot = run.plot if run.plot.is_file() else None
-        use = usage_section(*GAPS.get(language, GAPS["en"]), "[R]" in tokenizer.own_modes)
+        before, _, after = PROMPTS.get(language, PROMPTS["en"])[0].partition("___")
+        use = usage_section(before, after, "[R]" in tokenizer.own_modes)
         training = training_section(self.config.to_dict(), summary, self.manifests, plot is not None)
         facts = CardFacts(
             name=Path(self.config.output_dir).absolute().name,

@@ -1,4 +1,4 @@
-"""What a trained model writes: one validation example of each denoiser, completed greedily."""
+"""What a trained model writes: validation examples and the prompts of a language, completed."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +13,31 @@ from fat5.train.evaluation import Scorer
 LEAST_PROMPT = 16
 """Encoder tokens from which an example says something; the shortest of these is shown, since it is read by a person."""
 LONGEST_ANSWER = 32
+
+PROMPTS = {
+    "fr": [
+        "Le paquet est installé par la commande ___ dans le terminal.",
+        "Le noyau ___ est un logiciel libre.",
+        "Il est possible de configurer le serveur en modifiant le fichier ___.",
+        "L'administrateur doit ___ les mises à jour de sécurité.",
+        "Pour installer un logiciel, il faut",
+    ],
+    "en": [
+        "The package is installed by the command ___ in the terminal.",
+        "The ___ kernel is free software.",
+        "The server can be configured by editing the file ___.",
+        "The administrator should ___ the security updates.",
+        "In order to install software, it is necessary",
+    ],
+    "de": [
+        "Das Paket wird mit dem Befehl ___ im Terminal installiert.",
+        "Der ___-Kernel ist freie Software.",
+        "Der Server wird durch Bearbeiten der Datei ___ konfiguriert.",
+        "Der Administrator sollte die ___ installieren.",
+        "Um Software zu installieren, muss man",
+    ],
+}
+"""Texts of each language for a pretrained model to complete; the first has one blank."""
 
 
 @torch.no_grad()

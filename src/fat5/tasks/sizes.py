@@ -9,6 +9,7 @@ configure_model   the model's configuration
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
 
 def open_keys(config: PretrainConfig) -> list[str]:
     """The keys of a configuration that are still to be chosen."""
-    return [key for key in OPEN if _get(config, key) in ("auto", None)]
+    return [key for key in OPEN if attrgetter(key)(config) in ("auto", None)]
 
 
 def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainConfig:
@@ -154,7 +155,8 @@ def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: Tokeniz
     prepared = stand_in is None
     tokens = sum(source.shards.num_tokens for source in _sources(config)) if prepared else WEB_PAGES.tokens
     if config.model.preset == "auto":
-        config = _with(config, "model.preset", _preset(tokens, gpu))
+        on_gpu = "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
+        config = _with(config, "model.preset", on_gpu if gpu else "fat5-demo")
     if config.data.num_workers == "auto":
         config = _with(config, "data.num_workers", 2 if gpu else 0)
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
@@ -211,12 +213,6 @@ def _earlier(config: PretrainConfig) -> dict[str, Any]:
     run = RunDirectory(config.output_dir)
     written = config.resume == "auto" and run.holds_run and run.config.exists()
     return read_yaml(run.config, run.config) if written else {}
-
-
-def _preset(tokens: int, gpu: bool) -> str:
-    if not gpu:
-        return "fat5-demo"
-    return "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
 
 
 def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
@@ -287,13 +283,6 @@ def _tokenizer(config: PretrainConfig) -> TokenizerInfo:
 def _stream(config: PretrainConfig) -> PieceStream:
     """The run's stream, but for its seed: sizes are the same under every seed."""
     return PieceStream(_sources(config), config.data.denoisers(), _tokenizer(config), config.data.max_tokens, seed=0)
-
-
-def _get(config: PretrainConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _with(config: PretrainConfig, key: str, value: Any) -> PretrainConfig:

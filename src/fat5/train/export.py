@@ -17,9 +17,6 @@ def export(model: Any, tokenizer: Path, target: Path, facts: CardFacts, plot: Pa
     """Writes a folder that transformers' auto classes load; an older one stays until the new one is complete.
 
     Args:
-        model: to save.
-        tokenizer: folder whose files are copied.
-        target: the folder.
         facts: for the card; `target` is set here.
         plot: a picture that the card shows.
     """

@@ -22,12 +22,7 @@ def resolve_precision(name: PrecisionName, device: torch.device) -> PrecisionNam
 
 
 class Precision:
-    """What a precision means for a step.
-
-    Args:
-        name: a resolved precision.
-        device: where the model runs.
-    """
+    """What a resolved precision means for a step."""
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         if name == "auto":

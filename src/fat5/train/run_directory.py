@@ -43,9 +43,6 @@ class RunDirectory:
 
     Use as a context manager: entering marks the folder and takes its lock, leaving gives the lock back.
 
-    Args:
-        path: the folder; made if absent.
-
     Raises:
         RunDirectoryError: (on entering) the folder has other content, cannot be written, or is in use.
     """

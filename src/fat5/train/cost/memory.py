@@ -83,10 +83,7 @@ def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, device: torch
     """The plan for a resolved configuration.
 
     Args:
-        config: its precision is resolved.
-        batch: shapes of the packs.
         model: a model of that configuration; it may be on the meta device.
-        device: what it will train on.
     """
     stand_in = torch.empty(model.config.vocab_size, 0, device="cpu" if device.type == "cpu" else "meta")
     logits_rows = default_chunk_size(stand_in)

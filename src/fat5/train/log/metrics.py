@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,10 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Appends rows to a JSON-lines file.
 
-    A full disk never stops the run: rows are lost, and `on_failure` is called once.
-
-    Args:
-        path: the file, appended to.
-        on_failure: called with a text when a row cannot be written; again only after rows could be written.
+    A full disk never stops the run: rows are lost, and `on_failure` gets a text, once until rows can be written again.
     """
 
-    def __init__(self, path: Path, on_failure: Any = None) -> None:
+    def __init__(self, path: Path, on_failure: Callable[[str], object] | None = None) -> None:
         self.path = path
         self._on_failure = on_failure
         self._failing = False
@@ -74,10 +70,6 @@ class MetricsLog:
 
     def rewind(self, step: int, discarded: Path) -> list[int]:
         """Moves the rows after `step`, and lines that are not rows, to another file; all other rows stay.
-
-        Args:
-            step: the step of the checkpoint the run continues from; its own rows stay.
-            discarded: where the lines are appended.
 
         Returns:
             Numbers of the lines inside the file that are not rows; an incomplete last line is what a crash leaves.

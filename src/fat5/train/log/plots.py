@@ -27,9 +27,6 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str,
     """Draws one run: losses, validation by part, learning rate, gradient norm, throughput.
 
     Args:
-        metrics: its metrics.jsonl.
-        target: the PNG, replaced at once when complete.
-        title: above the drawing.
         reference: label and loss of a line to compare with.
     """
     train, evals = _split(read_rows(metrics))
