@@ -13,6 +13,7 @@ VERBS = {
     "tokenizer": "train a tokenizer on your text",
     "prepare": "turn text into verified token shards",
     "pretrain": "pretrain an encoder-decoder on token shards with the UL2 mixture",
+    "finetune": "teach a model a task: translation, summarisation, classification, tagging, answers",
     "evaluate": "loss and accuracy of a model, by denoiser",
     "generate": "infill, continue or transform text with a model",
     "convert": "to stock transformers, CTranslate2 or ONNX, with proof that the copy computes the same",

@@ -35,6 +35,10 @@ FIRST_KEYS = {
         "output_dir", "data.sources", "model.preset", "model.position_encoding", "steps", "optimizer.lr",
         "data.encoder_tokens", "data.decoder_tokens", "data.packs_per_step",
     ),
+    "finetune": (
+        "output_dir", "model", "task", "data.train", "data.test", "data.columns.source", "data.columns.target",
+        "data.prefix", "epochs", "optimizer.lr", "lora.rank",
+    ),
     "evaluate": ("model", "data", "mixture", "eval_tokens", "output"),
     "generate": (
         "model", "prompts", "input", "output", "mode", "max_new_tokens", "num_beams", "sample", "temperature",

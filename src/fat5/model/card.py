@@ -11,6 +11,7 @@ from fat5.model import FAT5Config
 
 CARD = "README.md"
 PLOT = "loss.png"
+LONGEST_EXAMPLE = 500
 _AUTHOR = "[FAT5](https://github.com/fat5/fat5)"
 _BEGIN, _END = "<!-- fat5:training:begin -->", "<!-- fat5:training:end -->"
 # The card of a large model has about 100 kB; a much larger file is no card.
@@ -27,6 +28,7 @@ class CardFacts:
         target: how it is loaded: hf (by stock transformers), fat5, ctranslate2 or onnx.
         license: an identifier that the hub knows; languages: their codes; datasets: names on the hub.
         training: the section from `training_section`.
+        pipeline: the hub's name of the task; examples: texts for its widget.
         conversion: lines of a conversion's report; converted_from: the source's name.
         source_card: whether the source's own card, which FAT5 did not write, is kept beside this one.
         tokenizer: whether the folder holds one.
@@ -42,6 +44,8 @@ class CardFacts:
     languages: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     conversion: list[str] = field(default_factory=list)
+    pipeline: str = ""
+    examples: list[str] = field(default_factory=list)
     converted_from: str = ""
     source_card: bool = False
     tokenizer: bool = True
@@ -55,8 +59,10 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         "license": facts.license or "unknown",
         "tags": ["t5", "fat5", "encoder-decoder" if config.is_encoder_decoder else "encoder"],
     }
-    if facts.kind == "ForConditionalGeneration" and facts.target != "onnx":
-        front["pipeline_tag"] = "text2text-generation"
+    if facts.pipeline or (facts.kind == "ForConditionalGeneration" and facts.target != "onnx"):
+        front["pipeline_tag"] = facts.pipeline or "text2text-generation"
+    if facts.examples:
+        front["widget"] = [{"text": text[:LONGEST_EXAMPLE]} for text in facts.examples]
     if facts.languages:
         front["language"] = facts.languages
     if facts.datasets:

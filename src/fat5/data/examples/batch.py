@@ -43,8 +43,8 @@ class PackedBatch:
 
     @property
     def num_items(self) -> int:
-        """Target tokens, by which a loss summed over the batch is divided."""
-        return int(self.decoder_cu_seqlens[-1])
+        """Targets that count, by which a loss summed over the batch is divided."""
+        return int((self.labels != -100).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch with its tensors on a device.

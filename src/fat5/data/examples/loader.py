@@ -14,14 +14,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from fat5.data.examples.batch import PackedBatch, write_packed
 from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.kernels import Examples
-from fat5.data.examples.order import PieceStream
 from fat5.data.examples.packing import ENDLESS, Window
 from fat5.data.examples.workers import batches_from_workers, batches_here
 from fat5.errors import ConfigurationError, check_whole
@@ -30,6 +29,26 @@ from fat5.files import is_count
 STATE_VERSION = 1
 State = dict[str, Any]
 Batch = TypeVar("Batch")
+
+
+class Stream(Protocol):
+    """Positions 0, 1, 2, … of endless training, each an example."""
+
+    @property
+    def max_lengths(self) -> tuple[int, int]:
+        """The longest encoder and decoder sides."""
+
+    def lengths(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder and decoder tokens of the examples at positions: two int64 arrays."""
+
+    def resolve(self, positions: np.ndarray) -> Any:
+        """The examples at positions (int64); their ids are `piece`."""
+
+    def passes(self, cursor: int) -> list[float]:
+        """Passes over each source, up to a position."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, as JSON, part by part."""
 
 
 class Loader(ABC, Generic[Batch]):
@@ -48,7 +67,7 @@ class Loader(ABC, Generic[Batch]):
 
     def __init__(
         self,
-        stream: PieceStream,
+        stream: Stream,
         size: int,
         micro_batches_per_step: int,
         packing: list[int],
@@ -61,7 +80,8 @@ class Loader(ABC, Generic[Batch]):
     ) -> None:
         check_whole(num_workers, "data.num_workers", least=0)
         check_rank(rank, world_size)
-        self.stream, self.rank, self.world_size = stream, rank, world_size
+        self.stream: Any = stream
+        self.rank, self.world_size = rank, world_size
         self.micro_batches_per_step = micro_batches_per_step
         self.num_workers, self.timeout, self.multiprocessing_context = num_workers, timeout, multiprocessing_context
         self._division = [size, world_size, micro_batches_per_step]
@@ -160,7 +180,7 @@ class PackedLoader(Loader[PackedBatch]):
     """
 
     def __init__(
-        self, stream: PieceStream, config: BatchConfig, *, rank: int = 0, world_size: int = 1, **workers: Any
+        self, stream: Stream, config: BatchConfig, *, rank: int = 0, world_size: int = 1, **workers: Any
     ) -> None:
         share = world_size * config.packs_per_micro_batch
         packing = list(config.budget())
@@ -206,16 +226,7 @@ def check_rank(rank: int, world_size: int) -> None:
         raise ConfigurationError(f"rank {rank} is not among {world_size} processes", where="rank")
 
 
-def fingerprint(stream: PieceStream, packing: list[int]) -> dict[str, str]:
+def fingerprint(stream: Stream, packing: list[int]) -> dict[str, str]:
     """Hashes of what the order depends on, part by part: a state of another order is refused by the part's name."""
-    data = [
-        [s.shards.manifest.tokenizer_sha256, [e.sha256 for e in s.shards.entries], s.weight] for s in stream.sources
-    ]
-    parts = {
-        "data": data,
-        "seed": stream.seed,
-        "mixture": stream.mixture.rows(),
-        "max_tokens": stream.max_tokens,
-        "packing": packing,
-    }
+    parts = {**stream.identity(), "packing": packing}
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -205,6 +205,13 @@ class PieceStream:
         owner, shard = self._owners[int(examples.shard[0])]
         start = int(examples.start[0])
         return self.sources[owner].shards.shard_tokens(shard)[start : start + int(examples.length[0])]
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, as JSON, part by part."""
+        data = [
+            [s.shards.manifest.tokenizer_sha256, [e.sha256 for e in s.shards.entries], s.weight] for s in self.sources
+        ]
+        return {"data": data, "seed": self.seed, "mixture": self.mixture.rows(), "max_tokens": self.max_tokens}
 
     def passes(self, cursor: int) -> list[float]:
         """Passes over each source, up to stream position `cursor`."""

@@ -158,6 +158,14 @@ class Tokenizer:
             raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
         return tokens, lengths
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """For each text: its token ids as `encode_documents` gives them, and the characters [begin, end) of each."""
+        try:
+            encodings = self._documents.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise TokenizerError(f"the tokenizer cannot encode a text ({str(error)[:120]})") from error
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """Ids of one text, without EOS. With `special`, names of special tokens in it become their ids.
 

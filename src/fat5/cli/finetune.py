@@ -1,0 +1,22 @@
+"""`fat5 finetune`: fine-tune a model on a task, or continue such a run."""
+
+import json
+import sys
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
+    from fat5.cli.parsing import parse
+    from fat5.tasks.finetune.config import FinetuneConfig
+
+    config = FinetuneConfig(**parse(FinetuneConfig, argv, "finetune"))
+    from fat5.tasks.finetune.finetuning import finetune
+    from fat5.train import RunStopped
+
+    try:
+        summary = finetune(config)
+    except RunStopped as stopped:
+        print(f"fat5 finetune: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    return 0

@@ -1,0 +1,146 @@
+"""Answers to questions, as spans of a context (SQuAD's form)."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fat5.data import Tokenizer
+from fat5.errors import DataError
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.table import Table
+
+LONGEST_ANSWER = 64
+"""Tokens; a span that is longer is no candidate."""
+
+CANDIDATES = 20
+"""Likeliest starts and ends that are combined."""
+
+
+class Answers:
+    """Columns `question`, `context` and `answers` ({text, answer_start}). A context longer than the room becomes
+    several windows; EOS stands for "no answer here".
+    """
+
+    kind: ClassVar = "answers"
+    model: ClassVar = "ForQuestionAnswering"
+    label_names: ClassVar[list[str] | None] = None
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.may_be_missing = False
+
+    def learn(self, table: Table) -> None:
+        """Whether some questions have no answer; if so, the model may give none."""
+        self.may_be_missing = not all(self.references(table))
+
+    def keys(self, table: Table) -> list[str]:
+        """What decides which rows stay together when some are held out: questions on one context do."""
+        return table.texts(self.config.data.columns.context)
+
+    def inputs(self, table: Table) -> list[str]:
+        """The questions."""
+        return table.texts(self.config.data.columns.question)
+
+    def references(self, table: Table) -> list[Any]:
+        """The right answers of each question; an empty list where there is none."""
+        return [[text for text, _ in spans] for spans in self._spans(table)]
+
+    def encode(self, table: Table) -> ExampleSet:
+        """Windows of the context behind the question. An example's note is (characters of each token of the context,
+        its first place).
+
+        Raises:
+            DataError: an answer that does not stand where its answer_start says, or a question that leaves no room.
+        """
+        data, eos = self.config.data, self.tokenizer.info.eos_id
+        contexts = table.texts(data.columns.context)
+        spans = self._spans(table)
+        inputs: list[list[int]] = []
+        targets: list[list[float]] = []
+        rows: list[int] = []
+        notes: list[Any] = []
+        questions = self.tokenizer.encode_with_offsets(self.inputs(table))
+        for index, (question, context) in enumerate(
+            zip(questions, self.tokenizer.encode_with_offsets(contexts), strict=True)
+        ):
+            head = [*question[0], eos]
+            room = data.max_source_tokens - len(head) - 1
+            if room <= data.stride:
+                raise DataError(
+                    f"the question has {len(head):,} tokens and leaves {room:,} for the context",
+                    where=table.where(index),
+                    hint="Raise data.max_source_tokens, or lower data.stride",
+                )
+            ids, offsets = context
+            wanted = _token_span(spans[index][0], offsets) if spans[index] else None
+            for start in _starts(len(ids), room, data.stride):
+                part = ids[start : start + room]
+                none = len(head) + len(part)  # the place of EOS
+                inside = wanted is not None and start <= wanted[0] and wanted[1] < start + len(part)
+                target = [len(head) + place - start for place in wanted] if inside and wanted else [none, none]
+                inputs.append([*head, *part, eos])
+                targets.append(list(target))
+                rows.append(index)
+                notes.append((offsets[start : start + len(part)], len(head)))
+        return ExampleSet.of(inputs, targets, table.file, rows=rows, notes=notes)
+
+    def weights(self, table: Table) -> list[float] | None:
+        """None: there are no classes."""
+        return None
+
+    def predictions(self, start: Tensor, end: Tensor, note: Any, context: str) -> tuple[str, float, float]:
+        """The likeliest span of one window, and the log-probabilities of it and of no answer.
+
+        Args:
+            start, end: (L,) logits of the example's tokens.
+            note: as `encode` made it.
+        """
+        offsets, first = note
+        starts = torch.log_softmax(start.float(), dim=0).cpu()
+        ends = torch.log_softmax(end.float(), dim=0).cpu()
+        none = float(starts[-1] + ends[-1])
+        inner_starts, inner_ends = starts[first : first + len(offsets)], ends[first : first + len(offsets)]
+        best, text = float("-inf"), ""
+        if len(offsets):
+            count = min(CANDIDATES, len(offsets))
+            for one in inner_starts.topk(count).indices.tolist():
+                for other in inner_ends.topk(count).indices.tolist():
+                    score = float(inner_starts[one] + inner_ends[other])
+                    if one <= other < one + LONGEST_ANSWER and score > best:
+                        best, text = score, context[offsets[one][0] : offsets[other][1]].strip()
+        return text, best, none
+
+    def _spans(self, table: Table) -> list[list[tuple[str, int]]]:
+        """(text, first character) of the answers of each question, checked against the context."""
+        columns = self.config.data.columns
+        contexts = table.texts(columns.context)
+        found = []
+        for index, value in enumerate(table.column(columns.answers)):
+            texts, starts = (value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start"))
+            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+                hint = "Give {text: [...], answer_start: [...]}, as SQuAD does"
+                raise DataError(f"column {columns.answers!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+            for text, start in zip(texts, starts, strict=True):
+                stands = isinstance(text, str) and type(start) is int and start >= 0 and text
+                if not stands or contexts[index][start : start + len(text)] != text:
+                    raise DataError(
+                        f"the answer {text!r:.60} does not stand at character {start!r} of the context",
+                        where=table.where(index),
+                        hint="Mend answer_start (it counts characters from 0)",
+                    )
+            found.append(list(zip(texts, starts, strict=True)))
+        return found
+
+
+def _token_span(span: tuple[str, int], offsets: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """First and last token that touch the characters of an answer."""
+    begin, end = span[1], span[1] + len(span[0])
+    touched = [index for index, (one, other) in enumerate(offsets) if one < end and other > begin]
+    return (touched[0], touched[-1]) if touched else None
+
+
+def _starts(length: int, room: int, stride: int) -> list[int]:
+    """First tokens of windows of `room` tokens that share `stride`."""
+    return list(range(0, max(length - stride, 1), room - stride)) if length > room else [0]

@@ -1,0 +1,185 @@
+"""A class or a number for each text, or pair of texts."""
+
+import math
+from collections import Counter
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fat5.data import Tokenizer
+from fat5.errors import DataError
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut
+from fat5.tasks.finetune.table import Table
+from fat5.tasks.finetune.text import encode_all
+
+MOST_CLASSES = 1 << 16
+
+
+class Classification:
+    """Columns `text`, `text_pair` (optional) and `label`, a name or a whole number.
+
+    Attributes:
+        label_names: the classes in the order of the model's outputs; learned from the training examples.
+    """
+
+    kind: ClassVar = "classification"
+    model: ClassVar = "ForSequenceClassification"
+    label_names: list[str] | None
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
+        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
+
+    def learn(self, table: Table) -> None:
+        """The classes: whole numbers in their order, names in alphabetical order.
+
+        Raises:
+            DataError: fewer than two classes, or one for almost every example.
+        """
+        found = set(self.references(table))
+        numbers = all(label.lstrip("-").isdecimal() for label in found)
+        names = sorted(found, key=int) if numbers else sorted(found)
+        if not 2 <= len(names) <= MOST_CLASSES:
+            raise DataError(
+                f"column {self.config.data.columns.label!r} has {len(names):,} different labels",
+                where=table.files[0],
+                hint="Classification needs at least two; numbers to predict are --task regression",
+            )
+        self.label_names = names
+
+    def keys(self, table: Table) -> list[str]:
+        """What decides which rows stay together when some are held out."""
+        return self.inputs(table)
+
+    def inputs(self, table: Table) -> list[str]:
+        """The text, and its pair after a tab."""
+        columns, prefix = self.config.data.columns, self.config.data.prefix
+        texts = table.texts(columns.text)
+        if columns.text_pair is not None:
+            texts = [f"{one}\t{other}" for one, other in zip(texts, table.texts(columns.text_pair), strict=True)]
+        return [prefix + text for text in texts]
+
+    def references(self, table: Table) -> list[Any]:
+        """The labels, as text."""
+        column = self.config.data.columns.label
+        labels = []
+        for index, value in enumerate(table.column(column)):
+            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                hint = "A label is a name or a whole number"
+                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+            labels.append(str(value))
+        return labels
+
+    def encode(self, table: Table) -> ExampleSet:
+        """One example a row: the text and EOS, or two texts with EOS after each.
+
+        Raises:
+            DataError: an empty text, a label that the training examples do not have, or a text that is too long and
+                `too_long` says refuse.
+        """
+        labels = self._targets(table)
+        columns, data, eos = self.config.data.columns, self.config.data, self.tokenizer.info.eos_id
+        first = encode_all(self.tokenizer, [data.prefix + text for text in table.texts(columns.text)])
+        pairs = encode_all(self.tokenizer, table.texts(columns.text_pair)) if columns.text_pair else None
+        rows, long = [], []
+        for index, ids in enumerate(first):
+            end = [eos] if pairs is None else [eos, *pairs[index][: data.max_source_tokens // 2].tolist(), eos]
+            row, was_cut = cut_to(ids.tolist(), data.max_source_tokens, end)
+            if was_cut or (pairs is not None and len(pairs[index]) > data.max_source_tokens // 2):
+                long.append(index)
+            rows.append(row)
+        if data.too_long == "refuse":
+            refuse_cut([table.where(index) for index in long], data.max_source_tokens, "source")
+        kind = np.float32 if self.kind == "regression" else np.int64
+        return ExampleSet.of(rows, [[label] for label in labels], table.file, dtype=kind, cut=len(long))
+
+    def weights(self, table: Table) -> list[float] | None:
+        """The weight of each class, scaled so that the examples' mean weight is 1; None if all are equal."""
+        given, names = self.config.class_weights, self.label_names or []
+        counts = Counter(self.references(table))
+        return class_weights(given, names, [counts[name] for name in names])
+
+    def predictions(self, logits: Tensor) -> tuple[list[Any], list[float]]:
+        """(N, C) → the likeliest classes and their probabilities."""
+        best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+        names = self.label_names or []
+        return [names[index] for index in best.indices.tolist()], best.values.tolist()
+
+    def _targets(self, table: Table) -> list[float]:
+        names = self.label_names or []
+        number = {name: index for index, name in enumerate(names)}
+        targets: list[float] = []
+        for index, label in enumerate(self.references(table)):
+            if label not in number:
+                raise unseen_label(label, names, table.where(index))
+            targets.append(number[label])
+        return targets
+
+
+class Regression(Classification):
+    """Columns `text`, `text_pair` (optional) and `label`, a number."""
+
+    kind: ClassVar = "regression"
+
+    def learn(self, table: Table) -> None:
+        """Nothing: the targets are numbers."""
+
+    def references(self, table: Table) -> list[Any]:
+        """The numbers."""
+        column = self.config.data.columns.label
+        numbers = []
+        for index, value in enumerate(table.column(column)):
+            try:
+                number = float("nan" if isinstance(value, bool) or value is None else value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+                hint = "Regression needs a finite number"
+                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+            numbers.append(number)
+        return numbers
+
+    def weights(self, table: Table) -> list[float] | None:
+        """None."""
+        return None
+
+    def predictions(self, logits: Tensor) -> tuple[list[Any], list[float]]:
+        """(N, 1) → the numbers; they have no scores."""
+        return logits.float()[:, 0].tolist(), []
+
+    def _targets(self, table: Table) -> list[float]:
+        # -100 marks a place without a target, so the number -100 becomes its neighbour in float32.
+        neighbour = float(np.nextafter(np.float32(-100), np.float32(0)))
+        return [neighbour if np.float32(number) == -100 else number for number in self.references(table)]
+
+
+def unseen_label(label: str, names: list[str], where: str) -> DataError:
+    """The error for a label that the training examples do not have."""
+    near = get_close_matches(label, names, n=1)
+    shown = ", ".join(names[:10]) + ", …" * (len(names) > 10)
+    hint = f"Did you mean {near[0]!r}?" if near else f"The labels are {shown}"
+    return DataError(f"label {label!r} is not among the training examples'", where=where, hint=hint)
+
+
+def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float] | None:
+    """A weight for each class, scaled so that the mean over `counts` examples is 1.
+
+    Raises:
+        DataError: a weight is given for an unknown label, or is not above 0.
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        weights = [1.0 / max(count, 1) for count in counts]
+    else:
+        for label, weight in given.items():
+            if label not in names:
+                raise unseen_label(label, names, "class_weights")
+            if not 0 < weight < math.inf:
+                raise DataError(f"{label} has weight {weight}", where="class_weights", hint="Give a number above 0")
+        weights = [float(given.get(name, 1.0)) for name in names]
+    mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / sum(counts)
+    return [weight / mean for weight in weights]

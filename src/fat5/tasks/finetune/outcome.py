@@ -1,0 +1,69 @@
+"""What a fine-tuned model says and scores on a split: predictions.jsonl, results.json and their drawings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fat5.files import whole_file
+from fat5.tasks import results
+from fat5.tasks.finetune.config import METRICS, FinetuneConfig
+from fat5.tasks.finetune.predicting import Prediction
+from fat5.tasks.finetune.table import Table
+from fat5.tasks.metrics import measure, measure_with_intervals
+from fat5.tasks.metrics.by_class import measure_by_class
+from fat5.tasks.metrics.labels import confusion
+
+PREDICTIONS, RESULTS, CONFUSION, CLASSES = "predictions.jsonl", "results.json", "confusion.png", "classes.png"
+MOST_DRAWN_CLASSES = 200
+
+
+def score(config: FinetuneConfig, form: Any, table: Table, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The task's metrics of predictions for some rows of a table."""
+    references = form.references(table)
+    chosen = [references[row] for row, _, _ in predictions]
+    values = [value for _, value, _ in predictions]
+    return measure(form.kind, values, chosen, METRICS[config.task], articles=articles(config))
+
+
+def articles(config: FinetuneConfig) -> str | None:
+    """The language whose articles do not count in answers: the first of the configuration, else English."""
+    language = (config.languages or ["en"])[0]
+    return language if language in ("en", "fr") else None
+
+
+def write_predictions(path: Path, form: Any, table: Table, predictions: Sequence[Prediction]) -> None:
+    """Writes a line for each row: input, target, prediction, and the score if there is one."""
+    inputs, references = form.inputs(table), form.references(table)
+    with whole_file(path) as file:
+        for row, value, number in predictions:
+            line = {"input": inputs[row], "target": references[row], "prediction": value}
+            if number is not None:
+                line["score"] = number
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def write_outcome(
+    folder: Path, config: FinetuneConfig, form: Any, split: str, table: Table, predictions: Sequence[Prediction]
+) -> dict[str, Any]:
+    """Writes predictions.jsonl, results.json and, for classes, confusion.png and classes.png.
+
+    Returns:
+        The content of results.json.
+    """
+    write_predictions(folder / PREDICTIONS, form, table, predictions)
+    references = form.references(table)
+    values = [value for _, value, _ in predictions]
+    more: dict[str, Any] = {"metric": config.metric}
+    if form.kind in ("classification", "entities"):
+        more["by_class"] = measure_by_class(form.kind, values, references)
+        if more["by_class"]:
+            results.draw_classes(more["by_class"], folder / CLASSES)
+    if form.kind == "classification" and len(form.label_names) <= MOST_DRAWN_CLASSES:
+        matrix = confusion(values, references, form.label_names)
+        more["labels"], more["confusion"] = form.label_names, matrix.tolist()
+        results.draw_confusion(form.label_names, matrix, folder / CONFUSION)
+    found = measure_with_intervals(form.kind, values, references, METRICS[config.task], articles=articles(config))
+    return results.write_results(
+        folder, found, examples=len(table), split=split, model=config.model, task=config.task, **more
+    )

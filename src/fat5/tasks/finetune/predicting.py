@@ -1,0 +1,169 @@
+"""Predictions for a split, in batches by length, kept in a file as they come: a run that is killed goes on there."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from fat5.data import BatchConfig, Tokenizer
+from fat5.files import parse_json, write_atomically
+from fat5.generate.decoding import Decoder
+from fat5.tasks.finetune.examples import ExampleSet
+from fat5.train.evaluation import Scorer
+
+Prediction = tuple[int, Any, float | None]
+"""Row of the table, what was predicted for it, and its score (None if there is none)."""
+
+
+@torch.no_grad()
+def write_texts(
+    scorer: Scorer,
+    examples: ExampleSet,
+    tokenizer: Tokenizer,
+    *,
+    rows: np.ndarray | None = None,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int,
+) -> Iterator[list[Prediction]]:
+    """Generated texts, a batch at a time, long inputs first.
+
+    Args:
+        scorer: its model is a plain `FAT5ForConditionalGeneration` in evaluation mode.
+        rows: examples to write; all if None.
+    """
+    info, device = tokenizer.info, scorer.precision.device
+    chosen = np.arange(len(examples)) if rows is None else rows
+    order = chosen[np.argsort(-examples.input_lengths[chosen], kind="stable")]
+    loop = Decoder(scorer.model)
+    for start in range(0, len(order), batch_size):
+        scorer.before_batch()
+        indices = order[start : start + batch_size].tolist()
+        texts = [torch.from_numpy(examples.input(index).astype(np.int64)) for index in indices]
+        ids = pad_sequence(texts, batch_first=True, padding_value=info.pad_id).to(device)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
+        with scorer.precision.autocast():
+            answers = loop.generate(
+                ids, mask, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
+                eos_token_id=info.eos_id, pad_token_id=info.pad_id,
+            ).tolist()  # fmt: skip
+        found: list[Prediction] = []
+        for index, answer in zip(indices, answers, strict=True):
+            kept = answer[1:]
+            kept = kept[: kept.index(info.eos_id)] if info.eos_id in kept else kept
+            text = tokenizer.decode([token for token in kept if token != info.pad_id], skip_special_tokens=True)
+            found.append((int(examples.rows[index]), text.strip(), None))
+        yield found
+
+
+@torch.no_grad()
+def read_logits(
+    scorer: Scorer, examples: ExampleSet, config: BatchConfig, pad_id: int, form: Any, contexts: list[str] | None
+) -> Iterator[list[Any]]:
+    """What a head says of each example, a batch at a time: (example, prediction, score or scores).
+
+    Args:
+        scorer: its forward is a `HeadObjective`, or its compiled form.
+        form: the task's form, whose `predictions` reads the logits.
+        contexts: of question answering, for each row of the table.
+    """
+    for batch in examples.batches(config, pad_id):
+        scorer.before_batch()
+        with scorer.precision.autocast():
+            inputs = batch.to(scorer.precision.device).model_inputs()
+            logits = scorer.forward(**inputs, per_token=True).logits.cpu()
+        indices = batch.piece[: batch.num_examples].tolist()
+        if form.kind in ("classification", "regression"):
+            values, scores = form.predictions(logits[: len(indices)])
+            yield list(zip(indices, values, scores or [None] * len(indices), strict=True))
+            continue
+        ends = batch.cu_seqlens.tolist()
+        found: list[Any] = []
+        for place, index in enumerate(indices):
+            part, note = logits[ends[place] : ends[place + 1]], examples.notes[index]
+            if form.kind == "entities":
+                found.append((index, *form.predictions(part, note)))
+            else:
+                context = (contexts or [])[int(examples.rows[index])]
+                text, score, none = form.predictions(part[:, 0], part[:, 1], note, context)
+                found.append((index, text, (score, none)))
+        yield found
+
+
+def of_rows(found: list[Any], examples: ExampleSet, form: Any, lengths: list[int]) -> list[Prediction]:
+    """Predictions of examples as those of rows: the tags of all windows together, the best answer of all windows.
+
+    Args:
+        lengths: words of each row, for tags.
+    """
+    if form.kind == "entities":
+        tags = [["O"] * length for length in lengths]
+        least = [1.0] * len(lengths)
+        for index, some, score in found:
+            row = int(examples.rows[index])
+            least[row] = min(least[row], score)
+            for word, tag in some:
+                tags[row][word] = tag
+        return [(row, tags[row], least[row]) for row in range(len(lengths))]
+    if form.kind == "answers":
+        best: dict[int, tuple[float, str]] = {}
+        for index, text, (score, none) in found:
+            row = int(examples.rows[index])
+            # A window's spans are measured against its own "no answer"; the surest window counts.
+            if row not in best or score - none > best[row][0]:
+                best[row] = (score - none, text)
+        rows: list[Prediction] = []
+        for row, (margin, text) in sorted(best.items()):
+            gives_none = form.may_be_missing and margin < 0
+            rows.append((row, "" if gives_none else text, margin))
+        return rows
+    return [(int(examples.rows[index]), value, score) for index, value, score in found]
+
+
+class PredictionFile:
+    """Predictions as they come, a line a row, under a key that says what they belong to.
+
+    Args:
+        path: the file; a file of another key, or a damaged one, is begun anew.
+        key: of the model and data.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self.found: dict[int, Prediction] = {}
+        if path.is_file():
+            self._read()
+
+    def rest(self, total: int) -> np.ndarray:
+        """Rows that are still to be predicted."""
+        return np.array([row for row in range(total) if row not in self.found], np.int64)
+
+    def add(self, some: list[Prediction]) -> None:
+        """Appends predictions; what is written is on the disk when this returns."""
+        new = not self.path.is_file()
+        with open(self.path, "a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps({"key": self.key}) + "\n")
+            for row, value, score in some:
+                file.write(json.dumps([row, value, score], ensure_ascii=False) + "\n")
+        self.found |= {prediction[0]: prediction for prediction in some}
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        kept = []
+        try:
+            if parse_json(lines[0]) != {"key": self.key}:
+                raise ValueError("another key")
+            for line in lines[1:-1]:  # behind the last line break a kill may have left a part of a line
+                row, value, score = parse_json(line)
+                self.found[int(row)] = (int(row), value, score)
+                kept.append(line)
+        except (ValueError, TypeError):
+            self.found = {}
+            self.path.unlink()
+            return
+        write_atomically(self.path, b"\n".join([lines[0], *kept]) + b"\n")

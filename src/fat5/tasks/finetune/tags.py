@@ -1,0 +1,137 @@
+"""A tag for each word of a text: named entities, parts of speech."""
+
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fat5.data import Tokenizer
+from fat5.errors import DataError
+from fat5.tasks.finetune.classes import class_weights, unseen_label
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.table import Table
+
+
+class Tagging:
+    """Columns `tokens` and `tags`, lists of equal length. The first token of a word carries its tag; a text longer than
+    `max_source_tokens` becomes several examples, so that no word is lost.
+
+    Attributes:
+        label_names: the tags in the order of the model's outputs; learned from the training examples.
+    """
+
+    kind: ClassVar = "entities"
+    model: ClassVar = "ForTokenClassification"
+    label_names: list[str] | None
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
+        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
+
+    def learn(self, table: Table) -> None:
+        """The tags, O first, then in alphabetical order."""
+        found = {tag for tags in self.references(table) for tag in tags}
+        if len(found) < 2:
+            column = self.config.data.columns.tags
+            raise DataError(f"column {column!r} has {len(found)} different tags", where=table.files[0])
+        self.label_names = sorted(found, key=lambda tag: (tag != "O", tag))
+
+    def keys(self, table: Table) -> list[str]:
+        """What decides which rows stay together when some are held out."""
+        return self.inputs(table)
+
+    def inputs(self, table: Table) -> list[str]:
+        """The words with spaces between them."""
+        return [" ".join(words) for words in self._lists(table, self.config.data.columns.tokens)]
+
+    def references(self, table: Table) -> list[Any]:
+        """The tags of each text."""
+        columns = self.config.data.columns
+        words, tags = self._lists(table, columns.tokens), self._lists(table, columns.tags)
+        for index, (some, others) in enumerate(zip(words, tags, strict=True)):
+            if len(some) != len(others):
+                raise DataError(
+                    f"{len(some)} tokens and {len(others)} tags", where=table.where(index), hint="Give each token a tag"
+                )
+        return tags
+
+    def encode(self, table: Table) -> ExampleSet:
+        """Windows of whole words. An example's note is the (word, place) of each word in it.
+
+        Raises:
+            DataError: lists of different lengths, or a tag that the training examples do not have.
+        """
+        number = {name: index for index, name in enumerate(self.label_names or [])}
+        all_words, all_tags = self._lists(table, self.config.data.columns.tokens), self.references(table)
+        eos, most = self.tokenizer.info.eos_id, self.config.data.max_source_tokens - 1
+        inputs: list[list[int]] = []
+        targets: list[list[float]] = []
+        rows: list[int] = []
+        notes: list[Any] = []
+        for index, (words, tags) in enumerate(zip(all_words, all_tags, strict=True)):
+            for tag in tags:
+                if tag not in number:
+                    raise unseen_label(tag, self.label_names or [], table.where(index))
+            for first, pieces in self._windows(words, most):
+                ids: list[int] = []
+                labels: list[float] = []
+                places = []
+                for word, piece in enumerate(pieces, first):
+                    if piece:
+                        places.append((word, len(ids)))
+                        labels += [number[tags[word]], *[-100] * (len(piece) - 1)]
+                        ids += piece
+                inputs.append([*ids, eos])
+                targets.append([*labels, -100])
+                rows.append(index)
+                notes.append(places)
+        return ExampleSet.of(inputs, targets, table.file, rows=rows, notes=notes)
+
+    def weights(self, table: Table) -> list[float] | None:
+        """The weight of each tag, scaled so that the words' mean weight is 1; None if all are equal."""
+        names = self.label_names or []
+        counts = Counter(tag for tags in self.references(table) for tag in tags)
+        return class_weights(self.config.class_weights, names, [counts[name] for name in names])
+
+    def predictions(self, logits: Tensor, places: list[tuple[int, int]]) -> tuple[list[tuple[int, str]], float]:
+        """(T, C) of one example → the tag of each word in it, and the least probability among them."""
+        best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+        indices, shares = best.indices.tolist(), best.values.tolist()
+        names = self.label_names or []
+        tags = [(word, names[indices[place]]) for word, place in places]
+        return tags, min((shares[place] for _, place in places), default=1.0)
+
+    def _windows(self, words: list[str], most: int) -> list[tuple[int, list[list[int]]]]:
+        """(first word, token ids of each word) of runs of words with at most `most` tokens together."""
+        text = " ".join(words)
+        ends, at = [], 0
+        for word in words:
+            at += len(word) + 1
+            ends.append(at)
+        [(ids, offsets)] = self.tokenizer.encode_with_offsets([text])
+        pieces: list[list[int]] = [[] for _ in words]
+        place = 0
+        for token, (begin, end) in zip(ids, offsets, strict=True):
+            # A token may begin with the space before its word, so its last letter says whose it is.
+            while place < len(words) - 1 and max(begin, end - 1) >= ends[place]:
+                place += 1
+            pieces[place].append(token)
+        windows: list[tuple[int, list[list[int]]]] = []
+        filled = most + 1
+        for index, piece in enumerate(pieces):
+            piece = piece[:most]
+            if filled + len(piece) > most:
+                windows.append((index, []))
+                filled = 0
+            windows[-1][1].append(piece)
+            filled += len(piece)
+        return windows
+
+    def _lists(self, table: Table, column: str) -> list[list[str]]:
+        values = table.column(column)
+        for index, value in enumerate(values):
+            if not isinstance(value, list) or not value or not all(isinstance(one, str | int) for one in value):
+                hint = "Give a list of words (tokens) and one of tags"
+                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+        return [[str(one) for one in value] for value in values]

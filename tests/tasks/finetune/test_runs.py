@@ -1,0 +1,154 @@
+"""`fat5 finetune`, each task from end to end at the smallest size."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fat5.data import load_tokenizer
+from fat5.generate import Decoding, complete
+from fat5.model import load_model
+from fat5.optim import OptimizerConfig
+from fat5.tasks.finetune import predicting
+from fat5.tasks.finetune.config import METRICS, Columns, FinetuneConfig, LoraConfig, TaskData
+from fat5.tasks.finetune.finetuning import finetune
+from fat5.train import read_rows
+from made_run import events, in_child, kill_at_row
+
+LEARNING = OptimizerConfig(lr=2e-2)
+
+
+def config(base, files, folder, task, *, data=None, **changes):
+    """Four steps on 120 examples."""
+    columns = Columns(source="translation.fr", target="translation.en")
+    shape = {"max_source_tokens": 64, "max_target_tokens": 32, "stride": 16, "batch_size": 16} | (data or {})
+    settings = {"steps": 4, "eval_every": 2, "max_new_tokens": 6, "log_every": 100} | changes
+    given = TaskData(train=[files[task]], columns=columns, **shape)
+    return FinetuneConfig(output_dir=str(folder), model=str(base), task=task, data=given, **settings)
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", list(METRICS))
+def test_every_task(base, files, tmp_path, task):
+    summary = finetune(config(base, files, tmp_path / "run", task))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["metrics"]) == list(METRICS[task])
+    for score in results["metrics"].values():
+        assert score["low"] <= score["value"] <= score["high"]
+    rows = predictions(tmp_path / "run")
+    assert len(rows) == results["examples"] == summary["examples"]["validation"]
+    assert rows[0].keys() >= {"input", "target", "prediction"}
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step-4").is_dir()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "## Fine-tuning" in card
+    assert "pipeline_tag" in card
+    assert "widget" in card
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")} - {"loss.png"}
+    wanted = {"sequence-classification": {"confusion.png", "classes.png"}, "token-classification": {"classes.png"}}
+    assert drawn == wanted.get(task, set())
+
+
+def same_models(one, other):
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("task", ["text-to-text", "question-answering"])
+def test_a_killed_run_continues_bit_for_bit(base, files, tmp_path, task):
+    clean, killed = tmp_path / "clean", tmp_path / "killed"
+    steps = {"steps": 6, "save_every": 1, "dropout": 0.1}
+    finetune(config(base, files, clean, task, **steps))
+    deadly = kill_at_row(7)
+
+    def work():
+        deadly()
+        finetune(config(base, files, killed, task, **steps))
+
+    assert in_child(work) == -9
+    assert not (killed / "summary.json").exists()
+    finetune(config(base, files, killed, task, **steps))
+    assert [event["event"] for event in events(killed)].count("resumed") == 1
+    assert same_models(clean, killed)
+    for name in ("predictions.jsonl", "results.json"):
+        assert (clean / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_predictions_that_were_killed_go_on(base, files, tmp_path, monkeypatch):
+    clean, stopped = tmp_path / "clean", tmp_path / "stopped"
+    finetune(config(base, files, clean, "text-to-text", predict_batch=4))
+    written = []
+    add = predicting.PredictionFile.add
+
+    def add_and_fail(self, some):
+        add(self, some)
+        written.append(len(some))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predicting.PredictionFile, "add", add_and_fail)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config(base, files, stopped, "text-to-text", predict_batch=4))
+    partial = stopped / "predictions.partial.jsonl"
+    partial.write_bytes(partial.read_bytes() + b'[3, "half a li')  # a kill in the middle of a line
+    finetune(config(base, files, stopped, "text-to-text", predict_batch=4))
+    total = len(predictions(clean))
+    assert written[:2] == [4, 4]
+    assert sum(written) == total  # none was made twice
+    assert (clean / "predictions.jsonl").read_bytes() == (stopped / "predictions.jsonl").read_bytes()
+    assert not partial.exists()
+
+
+def test_generate_writes_what_the_predictions_say(base, files, tmp_path):
+    finetune(config(base, files, tmp_path / "run", "text-to-text", data={"max_source_tokens": 512}))
+    folder = tmp_path / "run" / "model"
+    rows = predictions(tmp_path / "run")
+    answers = complete(
+        load_model(folder), load_tokenizer(folder), [row["input"] for row in rows], mode="text",
+        decoding=Decoding(max_new_tokens=6, batch_size=32),
+    )  # fmt: skip
+    assert [answer.text for answer in answers] == [row["prediction"] for row in rows]
+
+
+def test_lora_trains_the_adapters_alone_and_peft_reads_them(base, files, tmp_path):
+    peft = pytest.importorskip("peft")
+    finetune(config(base, files, tmp_path / "run", "text-to-text", lora=LoraConfig(rank=4)))
+    before = load_file(base / "model" / "model.safetensors")
+    merged = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    changed = {name for name in before if not before[name].equal(merged[name])}
+    assert changed
+    assert all(name.split(".")[-2] in LoraConfig().targets for name in changed)
+    adapted = peft.PeftModel.from_pretrained(load_model(base / "model"), tmp_path / "run" / "adapter")
+    plain = adapted.merge_and_unload().state_dict()
+    for name in merged:
+        torch.testing.assert_close(plain[name], merged[name])
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_seeds(base, files, tmp_path):
+    summary = finetune(config(base, files, tmp_path / "run", "sequence-classification", seeds=2))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    own = [json.loads((tmp_path / "run" / f"seed-{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    values = [one["metrics"]["accuracy"]["value"] for one in own]
+    assert results["metrics"]["accuracy"]["values"] == values
+    assert summary["results"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    assert not same_models(tmp_path / "run" / "seed-0", tmp_path / "run" / "seed-1")
+
+
+def test_random_weights_have_the_form_of_a_given_model(base, files, tmp_path):
+    again = config("none", files, tmp_path / "run", "text-to-text", tokenizer=str(base / "model"))
+    finetune(again)
+    assert load_model(tmp_path / "run" / "model").config.d_model == 32
+    head = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert head["loss"] == pytest.approx(7.1, abs=0.5)  # log 1,152 and a little: nothing is learned yet
+
+
+def test_heads_learn(base, files, tmp_path):
+    summary = finetune(
+        config(base, files, tmp_path / "run", "token-classification", steps=60, eval_every=60, optimizer=LEARNING)
+    )
+    assert summary["val_loss_last"] < 0.7 * summary["val_loss_first"]
