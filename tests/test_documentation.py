@@ -33,6 +33,7 @@ PAGES = [
     "docs/checkpoints.md",
     "docs/optimizers.md",
     "docs/audit.md",
+    "docs/french-tasks.md",
 ]
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 PRETRAIN = {

@@ -1,0 +1,1 @@
+"""What french_tasks.py is made of: packages, their markup, near-duplicates."""
