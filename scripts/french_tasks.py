@@ -110,12 +110,31 @@ def untranslated(text: str, original: str) -> bool:
     return (words & others).total() >= SAME_WORDS * max(words.total(), others.total())
 
 
+@cache
+def _help_rows(package: Package) -> list[tuple[str, str, str, str]]:
+    """Split, page, title and text of every page of the help, without headings that repeat the title.
+
+    Pages embed paragraphs of other pages: those of a test page are left out of validation and train, and those of a
+    validation page out of train.
+    """
+    rows, elsewhere = [], set[str]()
+    for split in reversed(SPLITS):
+        here = set[str]()
+        for page, (title, paragraphs) in read_help(package).items():
+            if split_of(page) == split:
+                texts = {text: normalise(text) for text in paragraphs.values()}
+                long = {words for words in texts.values() if len(words.split()) >= LEAST_WORDS["block"]}
+                out = (long & elsewhere) | {normalise(title)}
+                rows.append((split, page, title, "\n".join(text for text, words in texts.items() if words not in out)))
+                here |= long
+        elsewhere |= here
+    return rows
+
+
 def build_title(packages: Packages) -> Task:
-    """Text of a page of the help, without its headings that repeat the title → title."""
-    pages = read_help(packages[HELP]).items()
-    task = Task(
-        [(split_of(page), {"id": page, "source": _body(title, text), "target": title}) for page, (title, text) in pages]
-    )
+    """Text of a page of the help → title."""
+    pages = _help_rows(packages[HELP])
+    task = Task([(split, {"id": page, "source": text, "target": title}) for split, page, title, text in pages])
     task.remove("no title", [not row["target"] for _, row in task.rows])
     task.remove("short", [_words(row["source"]) < LEAST_WORDS["page"] for _, row in task.rows])
     task.remove_near_duplicates("source")
@@ -124,13 +143,8 @@ def build_title(packages: Packages) -> Task:
 
 def build_module(packages: Packages) -> Task:
     """Text of a page of the help → module of LibreOffice that the page belongs to."""
-    pages = read_help(packages[HELP]).items()
-    task = Task(
-        [
-            (split_of(page), {"id": page, "text": _body(title, text), "label": page.split("/")[0]})
-            for page, (title, text) in pages
-        ]
-    )
+    pages = _help_rows(packages[HELP])
+    task = Task([(split, {"id": page, "text": text, "label": page.split("/")[0]}) for split, page, _, text in pages])
     task.remove("short", [_words(row["text"]) < LEAST_WORDS["page"] for _, row in task.rows])
     task.remove_near_duplicates("text")
     task.remove_rare_labels()
@@ -237,10 +251,6 @@ def _documents(packages: Packages) -> Iterator[tuple[str, str, str, list[str]]]:
         for path, content in sorted(packages[package].files.items()):
             blocks = [block.text for block in read_blocks(content)]
             yield package, path, split_of(path), [text for text in blocks if _words(text) >= LEAST_WORDS["block"]]
-
-
-def _body(title: str, paragraphs: dict[str, str]) -> str:
-    return "\n".join(text for text in paragraphs.values() if normalise(text) != normalise(title))
 
 
 def _within(words: str, text: str) -> bool:

@@ -254,6 +254,18 @@ def test_titles_and_labels(built: Path) -> None:
     assert {(row["id"][-1], row["label"]) for _, row in all_rows(built / "man-section")} == {(s, s) for s in "123"}
 
 
+def test_pages_of_two_splits_share_no_paragraph(built: Path) -> None:
+    shared = "The very same words in both languages, which no one translated."  # on every page
+    paragraphs = {
+        split: {text for row in rows(built / "title", split) for text in row["source"].split("\n")}
+        for split in french_tasks.SPLITS
+    }
+    assert shared in paragraphs["test"]
+    assert not paragraphs["train"] & paragraphs["test"]
+    assert not paragraphs["train"] & paragraphs["validation"]
+    assert not paragraphs["validation"] & paragraphs["test"]
+
+
 def test_glosses_that_do_not_tell_their_headword_are_left_out(built: Path) -> None:
     found = {row["target"]: row["source"] for _, row in all_rows(built / "gloss")}
     lines = dict(line.split("\t") for line in glosses()[:-6])
