@@ -6,11 +6,13 @@ import logging
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MT5Config, T5Config, UMT5Config
 
 import fat5
 from fat5.errors import CheckpointError, DataError
 from fat5.model import FAT5Config
+from fat5.model.heads import _mean_of_tokens
 from stock import (
     EVERY_FAMILY,
     GRADIENT_TOLERANCE,
@@ -205,12 +207,74 @@ def test_several_labels_at_once():
     torch.testing.assert_close(got.loss, torch.nn.functional.binary_cross_entropy_with_logits(got.logits, targets))
 
 
-def test_question_answering_from_the_encoder_packed():
-    ours = fat5.FAT5ForQuestionAnswering(FAT5Config(**SIZES, num_labels=2, head_form="encoder")).eval()
-    batch = source()
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def in_dtype(cls, form, dtype, labels=2, **options):
+    return cls(FAT5Config(**SIZES, num_labels=labels, head_form=form, **options)).to(dtype).eval()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("form", ["encoder", None])
+def test_question_answering_packed(form, dtype):
+    """The padded form's logits at every token of every document."""
+    ours, batch = in_dtype(fat5.FAT5ForQuestionAnswering, form, dtype), source()
     kept = batch["attention_mask"].bool()
     got, want = ours(**packed(batch)), ours(**batch)
-    torch.testing.assert_close(got.start_logits[: kept.sum()], want.start_logits[kept])
+    for name in ("start_logits", "end_logits"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert a.dtype == dtype
+        assert a.shape == (kept.sum() + 4,)
+        assert difference(a[: kept.sum()], b[kept]) <= LOGITS_TOLERANCE
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("position_encoding", ["t5", "rope"])
+@pytest.mark.parametrize("form", ["encoder", "encoder-eos", "encoder-decoder"])
+def test_sequence_classification_packed(form, position_encoding, dtype):
+    """The padded form's logits, loss and gradients; an empty document is a vector of zeros."""
+    ours = in_dtype(fat5.FAT5ForSequenceClassification, form, dtype, 3, position_encoding=position_encoding)
+    batch, gradients = source(), []
+    labels = torch.tensor([0, 2, 1, -100, -100])
+    for given in (batch | {"labels": labels[:3]}, packed(batch) | {"labels": labels}):
+        ours.zero_grad()
+        got = ours(**given)
+        got.loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in ours.parameters()])
+        if "cu_seqlens" not in given:
+            want = got
+    assert difference(got.logits[:3], want.logits) <= LOGITS_TOLERANCE
+    torch.testing.assert_close(got.logits[3:], ours.classification_head(torch.zeros(2, 32, dtype=dtype)))
+    torch.testing.assert_close(got.loss, want.loss)
+    assert max(difference(b, a) for a, b in zip(*gradients)) <= GRADIENT_TOLERANCE
+
+
+def test_a_mean_sees_its_own_document_only():
+    """In float32 under autocast too, whatever lies behind the last document."""
+    starts_of, hidden = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.randn(9, 8)
+    hidden[7:] = float("nan")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _mean_of_tokens(hidden, None, starts_of)
+    torch.testing.assert_close(got, torch.stack([hidden[:3].mean(0), torch.zeros(8), hidden[3:7].mean(0)]))
+
+
+@pytest.mark.parametrize(("kind", "form"), [
+    ("ForSequenceClassification", "encoder"), ("ForSequenceClassification", "encoder-eos"),
+    ("ForSequenceClassification", "encoder-decoder"), ("ForTokenClassification", None),
+    ("ForQuestionAnswering", "encoder"), ("ForQuestionAnswering", "encoder-decoder"),
+])  # fmt: skip
+def test_packed_heads_compile_whole_and_once(kind, form):
+    """No graph break, and one compilation for every batch of equal budget."""
+    ours, batch = in_dtype(getattr(fat5, f"FAT5{kind}"), form, torch.float32), packed(source())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=counter)
+    for ends in ([0, 150, 240, 247, 247, 247], [0, 90, 240, 247, 247, 251], [0, 7, 157, 157, 200, 247]):
+        ids = batch["input_ids"].clone()
+        ids[torch.tensor(ends[1:]) - 1] = 1
+        given = {"input_ids": ids, "cu_seqlens": torch.tensor(ends, dtype=torch.int32), "max_seqlen": 150}
+        torch.testing.assert_close(compiled(**given)[0], ours(**given)[0])
+    assert counter.frame_count == 1
 
 
 def test_gradient_checkpointing_of_a_head():
@@ -233,14 +297,40 @@ def test_texts_without_eos_are_refused():
         ours(input_ids=torch.randint(2, 9, (2, 5)))
 
 
+@pytest.mark.parametrize("form", ["encoder-eos", "encoder-decoder"])
+def test_a_packed_document_without_eos_is_named(form):
+    ours, given = in_dtype(fat5.FAT5ForSequenceClassification, form, torch.float32), packed(source())
+    given["input_ids"][239] = 5
+    with pytest.raises(DataError, match="document 1 does not end with EOS"):
+        ours(**given)
+
+
 @pytest.mark.parametrize(
     ("kind", "given"),
-    [("ForSequenceClassification", "decoder_input_ids"), ("ForQuestionAnswering", "cu_seqlens")],
-)
+    [
+        ("ForSequenceClassification", "decoder_input_ids"), ("ForQuestionAnswering", "max_seqlen"),
+        ("ForQuestionAnswering", "decoder_max_seqlen"),
+    ],
+)  # fmt: skip
 def test_what_a_form_cannot_serve_is_refused(kind, given):
     ours = getattr(fat5, f"FAT5{kind}")(FAT5Config(**SIZES))
     with pytest.raises(ValueError, match=f"^{given}"):
         ours(input_ids=torch.ones(2, 5, dtype=torch.long), **{given: torch.ones(2, 5, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("given", ["decoder_input_ids", "decoder_attention_mask", "attention_mask", "use_cache"])
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_what_packed_documents_do_not_take_is_refused(kind, given):
+    ours = in_dtype(getattr(fat5, f"FAT5{kind}"), "encoder-decoder", torch.float32)
+    with pytest.raises(ValueError, match=f"^{given}: packed documents"):
+        ours(**packed(source()), **{given: torch.ones(251, dtype=torch.long) if given != "use_cache" else True})
+
+
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_packed_documents_need_a_bound(kind):
+    ours = in_dtype(getattr(fat5, f"FAT5{kind}"), "encoder-decoder", torch.float32)
+    with pytest.raises(ValueError, match=r"^max_seqlen: packed documents need it"):
+        ours(**(packed(source()) | {"max_seqlen": None}))
 
 
 def test_a_seq2seq_from_an_encoder_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Heads that classify a text or each of its tokens, or find an answer in it.
 
-Each reads padded rows as the stock class of its name, or packed documents (`cu_seqlens`) if it has no decoder. Each
+Each reads padded rows as the stock class of its name, or packed documents (`cu_seqlens`), with the same numbers. Each
 loads from a seq2seq checkpoint; an encoder leaves the decoder and the output projection aside.
 """
 
@@ -48,6 +48,8 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
     - "encoder-eos": the encoder's hidden state at the text's last EOS, as in the first FAT5;
     - "encoder-decoder": the decoder, which reads the text too, at the text's last EOS, as stock
       T5ForSequenceClassification.
+
+    A packed document ends with its EOS. An empty one counts as a vector of zeros.
     """
 
     # These losses are not divided by num_items_in_batch, as Trainer would otherwise assume.
@@ -88,21 +90,23 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
 
         Raises:
             ValueError: an argument that this form does not take.
-            DataError: the form reads at EOS, and the rows differ in their number of EOS tokens or have none.
+            DataError: the form reads at EOS, and the rows differ in their number of EOS tokens or have none, or a
+                packed document does not end with EOS.
         """
         form = self.config.head_form or "encoder"
-        packed = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        if form != "encoder":
-            refuse_given(FORM.format(form), **packed)
-            if input_ids is None:
-                raise ValueError(f"input_ids: head_form {form!r} finds EOS in them, got None")
+        packed: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if form != "encoder" and input_ids is None:
+            raise ValueError(f"input_ids: head_form {form!r} finds EOS in them, got None")
         if self.has_decoder:
+            packed = _read_twice(
+                cu_seqlens, max_seqlen, decoder_input_ids=decoder_input_ids, decoder_inputs_embeds=decoder_inputs_embeds
+            )
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self._shift_right(input_ids)  # type: ignore[arg-type]
+                decoder_input_ids = self._shift_right(input_ids, cu_seqlens)  # type: ignore[arg-type]
             run = self.transformer(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs,
                 inputs_embeds=inputs_embeds, decoder_inputs_embeds=decoder_inputs_embeds,
-                use_cache=use_cache if labels is None else False, return_dict=True, **asked,
+                use_cache=use_cache if labels is None else False, **packed, return_dict=True, **asked,
             )  # fmt: skip
         else:
             refuse_given(
@@ -113,6 +117,8 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
             run = self.transformer(input_ids, attention_mask, inputs_embeds, **packed, return_dict=True, **asked)
         if form == "encoder":
             pooled = _mean_of_tokens(run.last_hidden_state, attention_mask, cu_seqlens)
+        elif cu_seqlens is not None:
+            pooled = self._at_the_ends(run.last_hidden_state, input_ids, cu_seqlens)  # type: ignore[arg-type]
         else:
             pooled = self._at_last_eos(run.last_hidden_state, input_ids)  # type: ignore[arg-type]
         logits = self.classification_head(pooled)
@@ -132,6 +138,19 @@ class FAT5ForSequenceClassification(FAT5PreTrainedModel):
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(is_eos, place, -1).amax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def _at_the_ends(self, hidden: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, d) packed to (N, d), the states at each document's last token."""
+        last, is_empty = (cu_seqlens[1:] - 1).clamp(min=0).long(), cu_seqlens.diff() == 0
+        if not (is_recorded() or torch.compiler.is_compiling()):
+            missing = ((input_ids[last] != self.config.eos_token_id) & ~is_empty).nonzero()
+            if len(missing):
+                raise DataError(
+                    f"document {int(missing[0, 0])} does not end with EOS",
+                    where="input_ids",
+                    hint="end each document with one EOS token; its hidden state is read there",
+                )
+        return hidden.index_select(0, last).masked_fill(is_empty[:, None], 0)
 
 
 class FAT5ForTokenClassification(FAT5PreTrainedModel):
@@ -177,7 +196,7 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
     """Start and end of the answer in the text.
 
     With head_form None or "encoder-decoder" as transformers' T5ForQuestionAnswering, whose decoder reads the text too;
-    with "encoder" from the encoder alone, which costs half and also reads packed documents.
+    with "encoder" from the encoder alone, which costs half.
     """
 
     accepts_loss_kwargs = False
@@ -225,16 +244,18 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         """
         run: Any
         if self.has_decoder:
-            refuse_given("a head with a decoder takes none", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            packed = _read_twice(
+                cu_seqlens, max_seqlen, decoder_input_ids=decoder_input_ids, decoder_inputs_embeds=decoder_inputs_embeds
+            )
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 if input_ids is None:
                     raise ValueError("decoder_input_ids: without input_ids they must be given, got None")
-                decoder_input_ids = self._shift_right(input_ids)
+                decoder_input_ids = self._shift_right(input_ids, cu_seqlens)
             if start_positions is not None and end_positions is not None:
                 use_cache = False
             run = super().forward(
                 input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, None,
-                inputs_embeds, decoder_inputs_embeds, use_cache, return_dict=True, **asked,
+                inputs_embeds, decoder_inputs_embeds, use_cache, **packed, return_dict=True, **asked,
             )  # fmt: skip
         else:
             refuse_given(
@@ -255,6 +276,17 @@ class FAT5ForQuestionAnswering(EncoderDecoder):
         return self.returned(output, return_dict)
 
 
+def _read_twice(cu_seqlens: Tensor | None, max_seqlen: int | None, **decoder_inputs: Any) -> dict[str, Any]:
+    """Where the documents begin, for an encoder and a decoder that read the same text."""
+    if cu_seqlens is None:
+        return {"max_seqlen": max_seqlen}
+    refuse_given("packed documents (cu_seqlens) are the decoder's inputs too and take none", **decoder_inputs)
+    return {
+        "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+        "decoder_cu_seqlens": cu_seqlens, "decoder_max_seqlen": max_seqlen,
+    }  # fmt: skip
+
+
 def _beside_states(run: Any) -> dict[str, Any]:
     """The fields of an output but its last hidden state."""
     return {key: value for key, value in run.items() if key != "last_hidden_state"}
@@ -266,10 +298,13 @@ def _mean_of_tokens(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
         kept = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.bool().float()
         total, count = (hidden.float() * kept[..., None]).sum(dim=1), kept.sum(dim=1)
     else:
-        documents = len(cu_seqlens) - 1
-        # Rows behind the last document are summed as one more, which is dropped.
-        sums = hidden.new_zeros(documents + 1, hidden.shape[1], dtype=torch.float32)
-        total = sums.index_add(0, segment_numbers(cu_seqlens, len(hidden)), hidden.float())[:documents]
+        numbers = segment_numbers(cu_seqlens, len(hidden))
+        documents = torch.arange(len(cu_seqlens) - 1, device=numbers.device)
+        # A product with zeros and ones: a GPU's index_add sums in another order every time.
+        with torch.autocast(hidden.device.type, enabled=False):
+            is_of = (numbers == documents[:, None]).float()
+            in_one = (numbers < len(documents))[:, None]
+            total = is_of @ hidden.float().where(in_one, 0.0)  # zeros behind the last document: 0 * nan is nan
         count = cu_seqlens.diff().float()
     return (total / count.clamp(min=1)[:, None]).to(hidden.dtype)
 

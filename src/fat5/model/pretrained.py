@@ -3,7 +3,6 @@
 import logging
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -63,15 +62,14 @@ class FAT5PreTrainedModel(PreTrainedModel):
             mine.pop("lm_head.weight", None)
         return mine
 
-    def _shift_right(self, ids: Tensor) -> Tensor:
-        """Decoder inputs from (B, U) labels, or from a text: moved one to the right behind the start token."""
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return shift_right(ids, positions, *self._start_and_pad())
-
-    def _start_and_pad(self) -> tuple[int, int]:
+    def _shift_right(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Decoder inputs from labels, or from a text, (B, U) or packed (U,): moved one to the right behind the start
+        token, inside each document.
+        """
         pad = self.config.pad_token_id if self.config.pad_token_id is not None else 0
         start = self.config.decoder_start_token_id
-        return (pad if start is None else start), pad
+        positions = Segments(cu_seqlens, ids.shape[-1]).positions(ids)
+        return shift_right(ids, positions, pad if start is None else start, pad)
 
     def encode(
         self,

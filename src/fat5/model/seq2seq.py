@@ -11,7 +11,6 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from fat5 import ops
-from fat5.model.padding import Segments, shift_right
 from fat5.model.pretrained import refuse_given
 from fat5.model.t5 import EncoderDecoder
 
@@ -103,8 +102,12 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
                 encoder_outputs=encoder_outputs, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds, **asked,
             )  # fmt: skip
-            segments = Segments(cu_seqlens, max_seqlen), Segments(decoder_cu_seqlens, decoder_max_seqlen)  # type: ignore[arg-type]
-            return self._packed_forward(input_ids, labels, *segments, num_items_in_batch, per_token, **asked)  # type: ignore[arg-type]
+            read = super().forward(
+                input_ids, decoder_input_ids=self._shift_right(labels, decoder_cu_seqlens),  # type: ignore[arg-type]
+                cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, decoder_cu_seqlens=decoder_cu_seqlens,
+                decoder_max_seqlen=decoder_max_seqlen, return_dict=True,
+            )  # fmt: skip
+            return self._packed_loss(read.last_hidden_state, labels, num_items_in_batch, per_token)  # type: ignore[arg-type]
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = super().forward(
@@ -116,22 +119,10 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
         named = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return self.returned(Seq2SeqLMOutput(loss=loss, logits=logits, **named), return_dict)
 
-    def _packed_forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        segments: Segments,
-        decoder_segments: Segments,
-        items: Tensor | int | None,
-        per_token: bool,
-        **asked: Any,
+    def _packed_loss(
+        self, hidden: Tensor, labels: Tensor, items: Tensor | int | None, per_token: bool
     ) -> PackedLMOutput:
-        self.refuse_unread_embeddings()
-        memory = self.encoder(input_ids, segments, **asked)
-        inputs = shift_right(labels, decoder_segments.positions(labels), *self._start_and_pad())
-        hidden = self._scaled(
-            self.decoder(inputs, decoder_segments, memory_segments=segments, encoder_hidden_states=memory)
-        )
+        hidden = self._scaled(hidden)
         if not ops.is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
             # An adapted or quantised head: all logits are made.
             logits = self.lm_head(hidden)

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from fat5.model.configuration import COUNTED_FROM_THE_FIRST_TOKEN
 from fat5.model.layers import Embedding
 from fat5.model.padding import Segments, Trace, check_mask, keep, kept_positions, run_packed
-from fat5.model.pretrained import FAT5PreTrainedModel
+from fat5.model.pretrained import FAT5PreTrainedModel, refuse_given
 from fat5.model.stack import Stack
 from fat5.ops import is_recorded
 
@@ -241,13 +241,45 @@ class EncoderDecoder(FAT5PreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        decoder_cu_seqlens: Tensor | None = None,
+        decoder_max_seqlen: int | None = None,
         return_dict: bool | None = None,
         **asked: Any,
     ) -> Any:
-        """Padded rows as in transformers' T5Model; last_hidden_state (B, U, d) is the decoder's.
+        """Padded rows as in transformers' T5Model, or packed documents; last_hidden_state is the decoder's, (B, U, d)
+        or (U, d).
 
-        The encoder runs unless its outputs are given. `asked` may hold output_attentions and output_hidden_states.
+        Packed (`cu_seqlens` given): input_ids (T,) and decoder_input_ids (U,), or embeddings (T, d) and (U, d);
+        cu_seqlens and decoder_cu_seqlens int32 (N+1,), max_seqlen and decoder_max_seqlen ints that bound the documents'
+        lengths. The encoder runs unless its outputs are given. `asked` may hold output_attentions and
+        output_hidden_states.
+
+        Raises:
+            ValueError: an argument is missing, or one is given that packed documents do not take.
         """
+        bounds = dict(
+            max_seqlen=max_seqlen, decoder_cu_seqlens=decoder_cu_seqlens, decoder_max_seqlen=decoder_max_seqlen
+        )
+        if cu_seqlens is not None:
+            for name, value in bounds.items():
+                if value is None:
+                    raise ValueError(f"{name}: packed documents need it beside cu_seqlens, got None")
+            refuse_given(
+                "packed documents (cu_seqlens) take none; give padded rows", encoder_outputs=encoder_outputs,
+                decoder_attention_mask=decoder_attention_mask, past_key_values=past_key_values,
+                use_cache=use_cache or None,
+            )  # fmt: skip
+            memory = self.encode(input_ids, attention_mask, inputs_embeds, cu_seqlens, max_seqlen, **asked)[0]
+            decoded = self.decoder(
+                decoder_input_ids, Segments(decoder_cu_seqlens, decoder_max_seqlen),  # type: ignore[arg-type]
+                encoder_hidden_states=memory, memory_segments=Segments(cu_seqlens, max_seqlen),  # type: ignore[arg-type]
+                inputs_embeds=decoder_inputs_embeds,
+            )  # fmt: skip
+            output = Seq2SeqModelOutput(last_hidden_state=decoded, encoder_last_hidden_state=memory)
+            return self.returned(output, return_dict)
+        refuse_given("padded rows take none; give cu_seqlens beside it", **bounds)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, **asked)
         elif not isinstance(encoder_outputs, BaseModelOutput):
