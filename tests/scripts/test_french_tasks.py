@@ -433,8 +433,9 @@ def test_other_packages_in_the_folder_join_the_corpus(packages: Path, tmp_path: 
     files = {
         "ch01.fr.html": "".join(map(text.format, ("Une", "Une autre", "Enfin une"))).encode(),
         "ch01.en.html": b"<p>This is a page in English, and the corpus is in French, so that it is not of use to it.",
-        "ch02.fr.html": 20
-        * "<p>Une page en latin-1, où les accents se perdent, et qui part donc tout entière.".encode("latin-1"),
+        "ch02.fr.html": ("<p>" + 3 * "Une page en latin-1 perd ses accents, où elle part tout entière. ").encode(
+            "latin-1"
+        ),
     }
     files = {f"./usr/share/debian-reference/{name}": content for name, content in files.items()}
     deb(folder, "debian-reference-fr", tar(files))
