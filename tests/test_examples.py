@@ -1,0 +1,77 @@
+"""Every file of examples/ runs as a script, at tiny size."""
+
+import gzip
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+
+from fat5.data import sample_path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SIZES = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 16}
+TINY = ["--model.preset", "fat5-demo", "--model.overrides", json.dumps(SIZES), "--data.max_tokens", "64"]
+TINY += ["--data.encoder_tokens", "512", "--data.decoder_tokens", "384", "--data.packs_per_step", "1"]
+TINY += ["--data.num_workers", "0", "--steps", "2", "--eval_tokens", "256"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What command_line.sh makes of 300 French paragraphs, and what it prints."""
+    folder = tmp_path_factory.mktemp("desk")
+    rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
+    (folder / "my_text.jsonl").write_text("".join(rows), encoding="utf-8")
+    commands = folder / "bin"
+    commands.mkdir()
+    (commands / "fat5").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fat5 "$@"\n')
+    (commands / "fat5").chmod(0o755)
+    search = f"{commands}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": search, "VOCAB_SIZE": "1024", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    script = ["sh", str(EXAMPLES / "command_line.sh"), "my_text.jsonl", "made", *TINY]
+    ran = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return folder / "made", ran.stdout
+
+
+def run(script, arguments, monkeypatch, capsys):
+    """What the script prints."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_command_line(made):
+    folder, printed = made
+    assert json.loads((folder / "run" / "summary.json").read_text())["steps"] == 2
+    assert "Le paquet est installé" in printed.splitlines()[-1]
+
+
+def test_plain_pytorch(made, tmp_path, monkeypatch, capsys):
+    arguments = ["--shards", made[0] / "shards", "--output_dir", tmp_path / "plain", "--overrides", json.dumps(SIZES)]
+    small = ["--steps", 12, "--max_tokens", 64, "--encoder_tokens", 512]
+    printed = run("plain_pytorch.py", arguments + small, monkeypatch, capsys)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < losses[0]
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "plain")) is T5ForConditionalGeneration
+
+
+def test_stock_transformers(made, monkeypatch, capsys):
+    printed = run("stock_transformers.py", [made[0] / "run" / "model", "--max_new_tokens", 4], monkeypatch, capsys)
+    assert printed.count(" -> ") == 2
+    before, after = map(float, re.search(r"loss ([\d.]+), after one step ([\d.]+)", printed).groups())
+    assert after < before
+
+
+def test_lora_peft(made, tmp_path, monkeypatch, capsys):
+    arguments = [made[0] / "run" / "model", "--output_dir", tmp_path / "adapter", "--steps", 12]
+    printed = run("lora_peft.py", arguments, monkeypatch, capsys)
+    before, after, read = re.findall(r"[\d.]+", printed.splitlines()[-1])
+    assert after == read
+    assert float(after) < float(before)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
