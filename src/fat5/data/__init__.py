@@ -6,8 +6,11 @@ from fat5.lazy import lazy
 
 if TYPE_CHECKING:
     from fat5.data.examples.batch import PackedBatch as PackedBatch
+    from fat5.data.examples.collator import DataCollatorForUL2 as DataCollatorForUL2
     from fat5.data.examples.config import BatchConfig as BatchConfig
     from fat5.data.examples.config import DenoiserConfig as DenoiserConfig
+    from fat5.data.examples.datasets import UL2Dataset as UL2Dataset
+    from fat5.data.examples.datasets import UL2Examples as UL2Examples
     from fat5.data.examples.denoisers import Denoiser as Denoiser
     from fat5.data.examples.denoisers import MixtureOfDenoisers as MixtureOfDenoisers
     from fat5.data.examples.denoisers import reconstruct as reconstruct

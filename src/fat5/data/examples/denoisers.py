@@ -158,8 +158,13 @@ class MixtureOfDenoisers:
         return cls.of(MIXTURES[name])
 
     @classmethod
-    def of(cls, mixture: str | Sequence[DenoiserConfig | Mapping[str, Any]]) -> MixtureOfDenoisers:
-        """A mixture from its form in YAML: a name, or a list of {mu, r, max_spans, prefix, proportion}."""
+    def of(cls, mixture: Mixture) -> MixtureOfDenoisers:
+        """A mixture from a name, or from a list of {mu, r, max_spans, prefix, proportion} or of `Denoiser`.
+
+        A `Denoiser` in the list gets proportion 1.
+        """
+        if isinstance(mixture, MixtureOfDenoisers):
+            return mixture
         if isinstance(mixture, str):
             return cls.named(mixture)
         if not isinstance(mixture, Sequence):
@@ -167,7 +172,7 @@ class MixtureOfDenoisers:
         denoisers, proportions = [], []
         for index, row in enumerate(mixture):
             where = f"mixture[{index}]"
-            row = vars(row) if isinstance(row, DenoiserConfig) else row
+            row = vars(row) if isinstance(row, DenoiserConfig | Denoiser) else row
             if not isinstance(row, Mapping):
                 raise ConfigurationError(f"must hold mu, r, max_spans, prefix, proportion, not {row!r}", where=where)
             unknown, missing = set(row) - _KEYS, {"mu", "r"} - set(row)
@@ -250,6 +255,10 @@ def sentinel_array(info: TokenizerInfo) -> np.ndarray:
             hint="Train one with `fat5 tokenizer`, or use a T5 tokenizer",
         )
     return np.array(info.sentinel_ids, dtype=np.int64)
+
+
+Mixture = str | MixtureOfDenoisers | Sequence[DenoiserConfig | Denoiser | Mapping[str, Any]]
+"""What names or lists a mixture."""
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ MASK32 = 0xFFFFFFFF
 BLOCK_DOCUMENTS = 64  # documents between two entries of the piece index: 1/8 byte a document
 PIECE_BITS = 40  # a global piece id is source << PIECE_BITS | piece within the source
 DOMAIN_SHIFT = 28  # the top bits of the last counter word tell the uses of the generator apart
-TRAINING, VALIDATION, PERMUTATION, GROUPS = 0, 1, 2, 3
+TRAINING, VALIDATION, PERMUTATION, GROUPS, COLLATION = 0, 1, 2, 3, 4
 FEISTEL_ROUNDS = 6
 
 
@@ -314,11 +314,28 @@ def resolve(tables, positions, out):  # type: ignore[no-untyped-def]
         local = permute(draw - epoch * size, size, w0, w1, w2, w3)
         shard, start, length = _locate(tables, source, local)
         piece = source << PIECE_BITS | local
-        word, _, _, _ = philox(0, piece & MASK32, piece >> 32, (TRAINING << DOMAIN_SHIFT) + epoch, k0, k1)
-        denoiser = 0
-        while word >= tables.thresholds[denoiser]:
-            denoiser += 1
-        set_example(tables, out, i, piece, epoch, denoiser, shard, start, length)
+        set_example(tables, out, i, piece, epoch, _draw(tables, piece, epoch), shard, start, length)
+
+
+@jit
+def _draw(tables, piece, epoch):  # type: ignore[no-untyped-def]
+    """The denoiser of a piece in a pass."""
+    k0, k1 = tables.seed_low, tables.seed_high
+    word, _, _, _ = philox(0, piece & MASK32, piece >> 32, (TRAINING << DOMAIN_SHIFT) + epoch, k0, k1)
+    denoiser = 0
+    while word >= tables.thresholds[denoiser]:
+        denoiser += 1
+    return denoiser
+
+
+@jit
+def resolve_documents(tables, pieces, epochs, ends, out):  # type: ignore[no-untyped-def]
+    """Fills `out` for documents that end at `ends` in the only shard, drawn as pieces of the stream are."""
+    start = 0
+    for i in range(pieces.size):
+        denoiser = _draw(tables, pieces[i], epochs[i])
+        set_example(tables, out, i, pieces[i], epochs[i], denoiser, 0, start, ends[i] - start)
+        start = ends[i]
 
 
 @jit

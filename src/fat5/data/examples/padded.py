@@ -25,7 +25,8 @@ GROUP_BATCHES = 64  # batches of one process in a group
 class PaddedBatch(dict[str, torch.Tensor]):
     """Keyword arguments of a stock encoder–decoder, int64: `input_ids` and `attention_mask` (B, L), `labels` (B, M).
 
-    L and M are multiples of 8; labels are padded with -100. `tokens` holds the raw document tokens in the batch.
+    L and M are multiples of 8, or of the collator's `pad_to_multiple_of`; labels are padded with -100. `tokens` holds
+    the raw document tokens in the batch.
     """
 
     tokens: int = 0
@@ -41,11 +42,13 @@ class PaddedBatch(dict[str, torch.Tensor]):
         return _from_arrays, ({name: tensor.numpy() for name, tensor in self.items()}, self.tokens)
 
 
-def pad(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], pad_id: int) -> PaddedBatch:
-    """Pads examples (each side int64, any lengths) to the longest of them, rounded up to a multiple of 8."""
-    input_ids = np.full((len(inputs), _rounded(max(map(len, inputs)))), pad_id, np.int64)
+def pad(
+    inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], pad_id: int, multiple: int = PAD_MULTIPLE
+) -> PaddedBatch:
+    """Pads examples (each side int64, any lengths) to the longest of them, rounded up to a multiple."""
+    input_ids = np.full((len(inputs), _rounded(inputs, multiple)), pad_id, np.int64)
     mask = np.zeros_like(input_ids)
-    labels = np.full((len(targets), _rounded(max(map(len, targets)))), -100, np.int64)
+    labels = np.full((len(targets), _rounded(targets, multiple)), -100, np.int64)
     for row, (source, target) in enumerate(zip(inputs, targets)):
         input_ids[row, : len(source)] = source
         mask[row, : len(source)] = 1
@@ -121,5 +124,5 @@ def _from_arrays(arrays: dict[str, np.ndarray], tokens: int) -> PaddedBatch:
     return batch
 
 
-def _rounded(length: int) -> int:
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+def _rounded(sides: Sequence[np.ndarray], multiple: int) -> int:
+    return -(-max(map(len, sides)) // multiple) * multiple

@@ -146,6 +146,10 @@ class Tokenizer:
     def _unreachable(self, index: int) -> str:
         return f"\x00reserved {index} {self.info.sha256}\x00"
 
+    def is_reserved(self, tokens: np.ndarray) -> np.ndarray:
+        """Which ids below `vocab_size` no document may have: padding, EOS, sentinels, mode tokens."""
+        return self._reserved[tokens]
+
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes documents as plain text, without special tokens.
 
@@ -154,7 +158,7 @@ class Tokenizer:
         ids = _ids(self._documents, texts)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens = np.fromiter(chain.from_iterable(ids), self.info.dtype, int(lengths.sum()))
-        if self._reserved[tokens].any():
+        if self.is_reserved(tokens).any():
             raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
         return tokens, lengths
 
@@ -214,6 +218,8 @@ class Tokenizer:
             text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
             (folder / json_file.CONFIG_FILE).write_text(text, encoding="utf-8")
         return folder
+
+    save_pretrained = save  # what Trainer calls for the tokenizer of a collator
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -295,10 +301,24 @@ def read_stock(name: str | Path, cls: Any = None) -> Any:
 
 def _from_transformers(name: str) -> Tokenizer:
     """A tokenizer without `tokenizer.json`: from the hub, or converted by transformers from the files of its class."""
-    loaded = read_stock(name)
+    return _from_stock(read_stock(name), name)
+
+
+def as_tokenizer(given: object) -> Tokenizer:
+    """A `Tokenizer` from one, from what `load_tokenizer` loads, or from a tokenizer of transformers with a fast form.
+
+    TokenizerError as `load_tokenizer`.
+    """
+    if isinstance(given, Tokenizer):
+        return given
+    return load_tokenizer(given) if isinstance(given, str | Path) else _from_stock(given, type(given).__name__)
+
+
+def _from_stock(loaded: Any, name: str) -> Tokenizer:
     if type(loaded).__name__.startswith("ByT5"):
         return Tokenizer(json_file.byte_tokenizer(loaded.added_tokens_decoder), None, {}, name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise TokenizerError("has no fast (tokenizers) form", where=name)
+        hint = "Give a folder, or what AutoTokenizer.from_pretrained returns"
+        raise TokenizerError("has no fast (tokenizers) form", where=name, hint=hint)
     return Tokenizer(json.loads(backend.to_str()), None, json_file.role_names(loaded.special_tokens_map), name)
