@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
-from fat5.data import sample_path
+from fat5.data import load_tokenizer, sample_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 16}
@@ -66,6 +66,16 @@ def test_stock_transformers(made, monkeypatch, capsys):
     assert printed.count(" -> ") == 2
     before, after = map(float, re.search(r"loss ([\d.]+), after one step ([\d.]+)", printed).groups())
     assert after < before
+
+
+def test_collator_with_trainer(made, tmp_path, monkeypatch, capsys):
+    text = made[0].parent / "my_text.jsonl"
+    small = ["--text", text, "--max_tokens", 64, "--batch_size", 2, "--steps", 20, "--output_dir", tmp_path / "ul2"]
+    printed = run("collator_with_trainer.py", [made[0] / "run" / "model", *small], monkeypatch, capsys)
+    before, after = map(float, re.search(r"loss ([\d.]+), at the end ([\d.]+)", printed).groups())
+    assert after < before
+    mode = load_tokenizer(made[0] / "run" / "model").info.mode_ids["[X]"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "ul2")("[X] mot").input_ids[0] == mode
 
 
 def test_lora_peft(made, tmp_path, monkeypatch, capsys):
