@@ -68,7 +68,8 @@ class TaskData:
     """The examples of a task."""
 
     train: list[str] = field(default_factory=list)
-    """Files (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folders of them, or hf:NAME for one of the hub"""
+    """Files (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folders of them, hf:NAME for one of the hub, or
+    sample:fr-en, the paragraphs of the sample corpus in both languages (columns id, chapter, fr, en)"""
     validation: list[str] = field(default_factory=list)
     """The same for the examples scored during training; if not given, validation_fraction of train is held out"""
     test: list[str] = field(default_factory=list)

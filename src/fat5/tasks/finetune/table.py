@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fat5.data.text.corpus import is_dataset
+from fat5.data.text.corpus import SAMPLE, is_dataset, sample_path
 from fat5.data.text.rows import Lines
 from fat5.errors import ConfigurationError, DataError
 from fat5.files import PICKLE_SUFFIXES, parse_json
@@ -99,7 +99,8 @@ class Table:
 
 
 def read_table(inputs: Sequence[str], split: str, subset: str | None = None, limit: int | None = None) -> Table:
-    """Reads files, folders of files, or a dataset of the hub (`hf:NAME`, its split `split`).
+    """Reads files, folders of files, a dataset of the hub (`hf:NAME`, its split `split`), or the sample corpus:
+    `sample:fr` has the columns id, chapter and text, `sample:fr-en` id, chapter, fr and en, translations of each other.
 
     Args:
         limit: read at most this many rows.
@@ -111,8 +112,7 @@ def read_table(inputs: Sequence[str], split: str, subset: str | None = None, lim
     for name in inputs:
         for source in _files(name):
             table.files.append(source)
-            rows = _hub_rows(source, split, subset) if is_dataset(source) else _file_rows(Path(source))
-            for number, row in rows:
+            for number, row in _rows(source, split, subset):
                 if limit is not None and len(table) >= limit:
                     return table
                 if not isinstance(row, dict):
@@ -165,7 +165,7 @@ def _paths(row: Any, before: str = "") -> Iterator[str]:
 
 
 def _files(name: str) -> list[str]:
-    if is_dataset(name):
+    if name.startswith(SAMPLE) or is_dataset(name):
         return [name]
     path = Path(name).expanduser()
     if not path.exists():
@@ -181,6 +181,24 @@ def _files(name: str) -> list[str]:
 def _extension(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return suffixes[0] if len(suffixes) == 2 and suffixes[1] in CODECS else (suffixes or [""])[-1]
+
+
+def _rows(source: str, split: str, subset: str | None) -> Iterator[tuple[int, Any]]:
+    if source.startswith(SAMPLE):
+        return enumerate(_sample_rows(source.removeprefix(SAMPLE).split("-")), 1)
+    return _hub_rows(source, split, subset) if is_dataset(source) else _file_rows(Path(source))
+
+
+def _sample_rows(languages: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows of the sample corpus in one language, or its paragraphs that several languages have."""
+    found = [{row["id"]: row for _, row in _file_rows(sample_path(language))} for language in languages]
+    if len(found) == 1:
+        yield from found[0].values()
+        return
+    for key, row in found[0].items():
+        if all(key in others for others in found):
+            texts = {language: others[key]["text"] for language, others in zip(languages, found, strict=True)}
+            yield {"id": key, "chapter": row["chapter"], **texts}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
