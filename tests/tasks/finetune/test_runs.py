@@ -1,6 +1,7 @@
 """`fat5 finetune`, each task from end to end at the smallest size."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +153,15 @@ def test_heads_learn(base, files, tmp_path):
         config(base, files, tmp_path / "run", "token-classification", steps=60, eval_every=60, optimizer=LEARNING)
     )
     assert summary["val_loss_last"] < 0.7 * summary["val_loss_first"]
+
+
+def test_a_test_example_longer_than_all_others_has_room(base, files, tmp_path):
+    """Packs were sized by the examples of train and validation alone."""
+    rows = [json.loads(line) for line in Path(files["regression"]).read_text().splitlines()]
+    short = [row | {"text": row["text"][:40]} for row in rows]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in short))
+    test.write_text(json.dumps(rows[0] | {"text": "Le noyau est libre. " * 40}) + "\n")
+    shape = {"test": [str(test)], "max_source_tokens": 512, "batch_size": 2}
+    finetune(config(base, {"regression": str(train)}, tmp_path / "run", "regression", data=shape))
+    assert len(predictions(tmp_path / "run")) == 1

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,58 @@ from torch.nn.utils.rnn import pad_sequence
 from fat5.data import BatchConfig, Tokenizer
 from fat5.files import parse_json, write_atomically
 from fat5.generate.decoding import Decoder
+from fat5.tasks.finetune.adapter import merged
+from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.splits import Split
 from fat5.train.evaluation import Scorer
 
 Prediction = tuple[int, Any, float | None]
 """Row of the table, what was predicted for it, and its score (None if there is none)."""
+
+
+def predict(
+    config: FinetuneConfig,
+    form: Any,
+    tokenizer: Tokenizer,
+    batch: BatchConfig,
+    scorer: Scorer,
+    split: Split,
+    *,
+    most: int | None = None,
+    file: "PredictionFile | None" = None,
+) -> list[Prediction]:
+    """What a model says of a split's rows, in their order.
+
+    Args:
+        scorer: its forward is a `HeadObjective`, or its compiled form, if the task is not one of texts.
+        most: of texts, take at most this many rows, the first ones.
+        file: of texts, keeps predictions as they come, and has those of an earlier attempt.
+    """
+    model, examples = scorer.model, split.examples
+    training = model.training
+    model.eval()
+    try:
+        if form.kind != "text":
+            contexts = split.table.texts(config.data.columns.context) if form.kind == "answers" else None
+            pad = tokenizer.info.pad_id
+            found = [one for some in read_logits(scorer, examples, batch, pad, form, contexts) for one in some]
+            lengths = [len(tags) for tags in form.references(split.table)] if form.kind == "entities" else []
+            return sorted(of_rows(found, examples, form, lengths), key=lambda one: one[0])
+        total = len(examples) if most is None else min(most, len(examples))
+        rows = np.arange(total) if file is None else file.rest(total)
+        plain = replace(scorer, model=merged(model).eval())
+        made: list[Prediction] = []
+        for some in write_texts(
+            plain, examples, tokenizer, rows=rows, batch_size=config.predict_batch, num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens or config.data.max_target_tokens,
+        ):  # fmt: skip
+            made += some
+            if file is not None:
+                file.add(some)
+        return sorted(made if file is None else file.found.values(), key=lambda one: one[0])
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

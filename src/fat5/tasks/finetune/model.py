@@ -1,0 +1,85 @@
+"""The model of a task and its tokenizer: where they are, and the configuration with the task's labels."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fat5.data import Tokenizer
+from fat5.errors import TokenizerError
+from fat5.model import FAT5Config, quiet
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.train.checkpoint.state import unique_weights
+from fat5.train.checkpoint.store import model_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab.*",
+    "merges.txt",
+)  # fmt: skip
+
+
+def base_and_tokenizer(config: FinetuneConfig) -> tuple[Path | None, Path]:
+    """The folder of the weights (None for random ones) and that of the tokenizer.
+
+    Raises:
+        CheckpointError: no such model. TokenizerError: no tokenizer with it.
+    """
+    base = None if config.model == "none" else model_folder(Path(config.model))
+    if config.tokenizer is not None:
+        return base, Path(config.tokenizer)
+    assert base is not None, "resolved() asks for a tokenizer"
+    near = [base, base.parent.parent / "model"]  # a checkpoint has none, the run's model has
+    for folder in near:
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+            return base, folder
+    raise TokenizerError("holds no tokenizer", where=base, hint="Give its folder: --tokenizer DIR")
+
+
+def copy_tokenizer(tokenizer: Tokenizer, source: Path, target: Path) -> None:
+    """Copies a tokenizer's files alone from a folder that may hold a model too; saves one that came from the hub."""
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern))] if source.is_dir() else []
+    if not any(file.name == "tokenizer.json" for file in found):
+        tokenizer.save(target)
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+
+
+def configure_model(
+    config: FinetuneConfig, form: Any, base: Path | None, tokenizer: Tokenizer, where: Path
+) -> FAT5Config:
+    """The configuration of the model that is trained, with its labels."""
+    info = tokenizer.info
+    if base is not None or (where / "config.json").is_file():
+        with quiet():
+            found = FAT5Config.from_pretrained(base or where)
+    else:
+        found = FAT5Config.preset(
+            config.preset, vocab_size=info.vocab_size, pad_token_id=info.pad_id, eos_token_id=info.eos_id,
+            decoder_start_token_id=info.pad_id,
+        )  # fmt: skip
+    if tokenizer.own_size > found.vocab_size:
+        raise TokenizerError(
+            f"it has {tokenizer.own_size:,} tokens, and the model {found.vocab_size:,} rows for them", where=where,
+            hint="Give the model's own tokenizer",
+        )  # fmt: skip
+    if form.label_names is not None:
+        found.id2label = dict(enumerate(form.label_names))
+        found.label2id = {name: index for index, name in enumerate(form.label_names)}
+    elif form.kind in ("regression", "answers"):
+        found.num_labels = 1 if form.kind == "regression" else 2
+    if form.kind in ("classification", "regression"):
+        found.problem_type = "regression" if form.kind == "regression" else "single_label_classification"
+    found.head_form = None if form.kind in ("text", "entities") else config.head
+    if config.dropout is not None:
+        found.dropout_rate = found.classifier_dropout = config.dropout
+    return found
+
+
+def weights_sha256(model: Any) -> str:
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for _, weight in unique_weights(model):
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Sizes that `fat5 finetune` leaves open, and the shapes of a batch, from the lengths of the examples."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat5.data import BatchConfig
+from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.errors import ConfigurationError
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.splits import Split
+
+LARGEST_PACK, LARGEST_PACK_CPU = 16_384, 4_096
+"""Encoder tokens of a pack; a larger step has several."""
+
+FEWEST_TOKENS_AN_EXAMPLE = 16
+"""A pack has room for one example a this many tokens."""
+
+TYPICAL_FILL = 0.95
+
+
+def choose_sizes(
+    config: FinetuneConfig, form: Any, train: Split, others: Sequence[Split], device: torch.device
+) -> tuple[FinetuneConfig, BatchConfig]:
+    """The configuration without `auto`, and the shapes of a batch."""
+    data, gpu = config.data, device.type == "cuda"
+    lengths = train.examples.input_lengths
+    longest = max(int(split.examples.input_lengths.max()) for split in (train, *others))
+    wanted = data.batch_size * float(lengths.mean()) / TYPICAL_FILL
+    encoder = data.encoder_tokens
+    if encoder == "auto":
+        encoder = rounded(max(longest, min(wanted, LARGEST_PACK if gpu else LARGEST_PACK_CPU)))
+    elif encoder % BUDGET_MULTIPLE:
+        raise ConfigurationError(
+            f"must be a multiple of {BUDGET_MULTIPLE}, not {encoder}", where="data.encoder_tokens",
+            hint=f"Try {rounded(encoder)}",
+        )  # fmt: skip
+    packs = max(1, round(wanted / encoder))
+    batch = batch_config(form, train.examples, [split.examples for split in others], encoder, packs)
+    a_step = examples_a_step(batch, train.examples)
+    steps = config.steps
+    if steps == "auto":
+        steps = max(1, round(config.epochs * len(lengths) / a_step))
+    every = config.eval_every
+    if every == "auto":
+        every = max(1, min(steps, round(len(lengths) / a_step)))
+    save = every if config.save_every == "auto" else config.save_every
+    workers = (2 if gpu else 0) if data.num_workers == "auto" else data.num_workers
+    data = replace(data, encoder_tokens=encoder, num_workers=workers)
+    config = replace(config, data=data, steps=steps, eval_every=every, save_every=save)
+    return replace(config, schedule=config.schedule.resolved(steps)), batch
+
+
+def batch_config(form: Any, train: ExampleSet, others: Sequence[ExampleSet], encoder: int, packs: int) -> BatchConfig:
+    """Shapes for a form's examples: the decoder's room goes with the encoder's in the ratio of the mean lengths."""
+    most = max(8, encoder // FEWEST_TOKENS_AN_EXAMPLE)
+    if form.kind == "entities":
+        decoder = encoder
+    elif form.kind == "text":
+        longest = max(int(examples.target_lengths.max()) for examples in (train, *others))
+        ratio = float(train.target_lengths.mean() / train.input_lengths.mean())
+        decoder = rounded(max(longest, 1.05 * ratio * encoder))
+    else:
+        decoder = rounded(most * (2 if form.kind == "answers" else 1))
+    return BatchConfig(
+        max_tokens=encoder, encoder_tokens=encoder, decoder_tokens=decoder, packs_per_step=packs, max_examples=most
+    )
+
+
+def examples_a_step(batch: BatchConfig, examples: ExampleSet) -> float:
+    """Examples that a step takes in, on average."""
+    room = min(
+        batch.encoder_tokens / examples.input_lengths.mean(), batch.decoder_tokens / examples.target_lengths.mean()
+    )
+    return float(min(TYPICAL_FILL * room, batch.examples_per_pack, len(examples)) * batch.packs_per_step)
+
+
+def rounded(tokens: float) -> int:
+    """The next multiple of 128."""
+    return -(-int(np.ceil(tokens)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
