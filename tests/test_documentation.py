@@ -29,12 +29,15 @@ PAGES = [
     "docs/compatibility.md",
     "docs/doctor.md",
     "docs/another-language.md",
+    "docs/continued-pretraining.md",
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/optimizers.md",
     "docs/audit.md",
     "docs/french-tasks.md",
 ]
+# Its commands use what its snippets make.
+SNIPPETS_FIRST = {"docs/continued-pretraining.md"}
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 PRETRAIN = {
     "model.preset": "fat5-demo",
@@ -66,6 +69,10 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the reader has it: nothing but a text of their own."""
@@ -78,6 +85,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
+    for snippet in snippets(page) if page in SNIPPETS_FIRST else []:
+        exec(compile(snippet, page, "exec"), {})
     for line in commands(page):
         if line.startswith("fat5 "):
             words = shlex.split(line)[1:]
@@ -172,9 +181,8 @@ def test_the_index_lists_every_page_and_decision() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/generate.md", "docs/convert.md", "docs/compatibility.md"])
 def test_snippets_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert snippets
-    for snippet in snippets:
+    assert snippets(page)
+    for snippet in snippets(page):
         code = compile(snippet, page, "exec")
         # Of a library that FAT5 does not need; tests/parity/test_quantised.py says more of it.
         if "torchao" not in snippet or find_spec("torchao") is not None:
@@ -222,6 +230,8 @@ def smaller(words: list[str]) -> list[str]:
     # A recipe's own values give way too, as flags win over it.
     extra = SMALLER.get(words[0], {})
     kept = {key: value for key, value in extra.items() if key not in given or key == "steps"}
+    if "init_from" in given:  # the checkpoint says what the model is
+        kept = {key: value for key, value in kept.items() if not key.startswith("model.")}
     return [part for key, value in kept.items() for part in (f"--{key}", value)]
 
 

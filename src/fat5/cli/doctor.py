@@ -108,7 +108,8 @@ def machine() -> list[Finding]:
 def recipe(config: DoctorConfig) -> list[Finding]:
     """Checks the data and the model of a recipe; counts its parameters, memory and arithmetic."""
     from fat5.data import TokenizerInfo
-    from fat5.tasks.pretraining import Pretraining
+    from fat5.tasks.initial import find_initial
+    from fat5.tasks.pretraining import Pretraining, name_model
     from fat5.tasks.sizes import configure_model, on_meta, settle
     from fat5.train.world import World, training_device
 
@@ -128,10 +129,10 @@ def recipe(config: DoctorConfig) -> list[Finding]:
         except FAT5Error:
             return findings  # shapes that cannot be have no plan
     try:
-        model = on_meta(configure_model(run, info))
+        model = on_meta(configure_model(run, info, find_initial(run)))
     except FAT5Error as error:
         return [*findings, Finding("model", BAD, str(error))]
-    findings.append(Finding("model", OK, f"{run.model.preset}: {model.num_parameters():,} parameters"))
+    findings.append(Finding("model", OK, f"{name_model(run)}: {model.num_parameters():,} parameters"))
     return findings + _memory_findings(run, model, device) + _work_findings(run, model, config.tokens_per_second)
 
 

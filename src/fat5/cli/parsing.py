@@ -32,7 +32,7 @@ FIRST_KEYS = {
     "tokenizer": ("inputs", "output_dir", "vocab_size", "model", "rows"),
     "prepare": ("inputs", "tokenizer", "output_dir", "workers", "validation_fraction", "steps", "verify"),
     "pretrain": (
-        "output_dir", "data.sources", "model.preset", "model.position_encoding", "steps", "optimizer.lr",
+        "output_dir", "data.sources", "model.preset", "model.position_encoding", "init_from", "steps", "optimizer.lr",
         "data.encoder_tokens", "data.decoder_tokens", "data.packs_per_step",
     ),
     "finetune": (

@@ -52,12 +52,13 @@ class SourceModel:
             return cls.from_pretrained(self.folder, dtype=torch.float32).eval()
 
 
-def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
+def read_source(path: str | Path, tokenizer: str | None = None, key: str = "tokenizer") -> SourceModel:
     """Describes a folder without reading its weights.
 
     Args:
         path: folder of a model, a checkpoint, or a run.
         tokenizer: its folder, if it is not the model's.
+        key: the configuration key that gives it.
 
     Raises:
         CheckpointError: no folder, no configuration, another type of model.
@@ -73,14 +74,16 @@ def read_source(path: str | Path, tokenizer: str | None = None) -> SourceModel:
     kind = _kind(found, folder)
     if found.get("quantization_config"):
         raise CheckpointError(
-            "holds quantised weights", where=folder, hint="Convert the unquantised model, then quantise the copy"
+            "holds quantised weights",
+            where=folder,
+            hint="Give the unquantised model; what is made of it can be quantised",
         )
     with readable(folder):
         config = FAT5Config.from_pretrained(folder)
     where = Path(tokenizer) if tokenizer else folder
     holds_one = any((where / name).is_file() for name in _TOKENIZERS)
     if holds_one:
-        _check_size(where, config.vocab_size)
+        _check_size(where, config.vocab_size, key)
     elif tokenizer:
         what = "holds no tokenizer" if where.is_dir() else "no such folder"
         raise TokenizerError(what, where=tokenizer, hint="Give the folder that holds tokenizer.json")
@@ -123,12 +126,12 @@ def _kind(found: dict[str, Any], folder: Path) -> str:
     known_type = found.get("model_type", "t5") in (*STOCK_PREFIX, "fat5", "flash_t5")
     if known_type and kind not in KINDS:
         raise CheckpointError(
-            f"holds a {name}", where=folder, hint=f"Kinds that are converted: T5 {', '.join(KINDS)} and their families"
+            f"holds a {name}", where=folder, hint=f"Kinds that are read: T5 {', '.join(KINDS)} and their families"
         )
     return kind
 
 
-def _check_size(folder: Path, vocab_size: int) -> None:
+def _check_size(folder: Path, vocab_size: int, key: str) -> None:
     file = folder / "tokenizer.json"
     if file.is_file():
         content = _read_object(file)
@@ -144,7 +147,7 @@ def _check_size(folder: Path, vocab_size: int) -> None:
         raise TokenizerError(
             f"the tokenizer has {size:,} tokens, and the model only {vocab_size:,} rows for them",
             where=folder,
-            hint="They do not belong together; give the model's own with --tokenizer DIR",
+            hint=f"They do not belong together; give the model's own with --{key} DIR",
         )
 
 

@@ -142,9 +142,18 @@ def training_section(config: dict[str, Any], summary: dict[str, Any], sources: l
     """
     data, optimizer, schedule = config["data"], config["optimizer"], config["schedule"]
     mixture = data["mixture"] if isinstance(data["mixture"], str) else "a list of its own"
+    begun = summary.get("init_from")
+    done = "Pretrained"
+    if begun:
+        # A card is for others: not the whole path of the folder.
+        name = "/".join(Path(begun["folder"]).parts[-2:])
+        done = (
+            f"Continued from `{name}` ({begun['kept']:,} token embeddings kept, {begun['averaged']:,} averaged, "
+            f"{begun['fresh']:,} fresh), and pretrained"
+        )
     lines = [
         "## Training",
-        f"Pretrained by `fat5 pretrain` for {summary['steps']:,} steps with the `{mixture}` mixture of denoisers: "
+        f"{done} by `fat5 pretrain` for {summary['steps']:,} steps with the `{mixture}` mixture of denoisers: "
         f"{summary['train_tokens']:,} encoder and decoder tokens from {summary['raw_tokens']:,} tokens of text, in "
         f"{summary['seconds']:,.0f} seconds on {summary['device']} ({summary['precision']}).",
         "| data | training documents | training tokens | validation tokens | share |\n|---|---|---|---|---|\n"

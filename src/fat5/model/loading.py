@@ -122,7 +122,7 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         patterns = ["*.safetensors", "*.bin", "*.json"]
         folder = Path(snapshot_download(str(where), allow_patterns=patterns, **place)) / subfolder
     variant = kwargs.get("variant")
-    files = _weight_files(folder, variant)
+    files = weight_files(folder, variant)
     if not files and variant is None:
         _refuse(folder)
     if not found.get("quantization_config"):
@@ -138,12 +138,28 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Every tensor of a folder, from one file or from shards."""
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder, variant):
+    for file in weight_files(folder, variant):
         if file.suffix == ".safetensors":
             tensors |= load_file(file)
         else:
             tensors |= torch.load(file, map_location="cpu", weights_only=True)
     return tensors
+
+
+def is_tied(folder: Path, says_tied: bool) -> bool:
+    """Whether the output projection is the embedding: as the configuration says, unless the files hold two that differ.
+    Stock configurations say "tied" of every T5.
+    """
+    tables: dict[str, Tensor] = {}
+    for file in weight_files(folder) if says_tied else []:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                names = {"shared.weight", "lm_head.weight"} & set(opened.keys())
+                tables |= {name: opened.get_tensor(name) for name in names}
+        else:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+            tables |= {name: held[name] for name in ("shared.weight", "lm_head.weight") if name in held}
+    return says_tied and (len(tables) < 2 or torch.equal(*tables.values()))
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -198,7 +214,7 @@ def readable(where: Any) -> Iterator[None]:
         raise CheckpointFileError(f"damaged: {_binary(where)}: {_line(error)}", where=where, hint=_AGAIN) from error
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files that transformers reads: a whole one before shards, safetensors before pickles of tensors."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole = folder / (f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}")

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fat5.data import MixtureOfDenoisers
 
 MOST_WORKERS = 1024
+INIT_FROM = "init_from"
+"""The preset of a model that a checkpoint describes."""
 
 
 @dataclass
@@ -69,11 +71,13 @@ class ModelConfig:
 
     preset: str = "auto"
     """fat5-small (147M parameters), fat5-base (305M), fat5-large (973M) or fat5-demo (25M), at a vocabulary of 32,768;
-    auto is fat5-demo on a CPU, on a GPU fat5-small, or fat5-base for a billion tokens of text and more"""
-    position_encoding: Literal["t5", "alibi", "rope", "fire", "absolute", "none"] = "t5"
-    """How the model knows positions; a t5 model is a plain T5 checkpoint"""
+    auto is fat5-demo on a CPU, on a GPU fat5-small, or fat5-base for a billion tokens of text and more; init_from is
+    the model of the folder of that key"""
+    position_encoding: Literal["auto", "t5", "alibi", "rope", "fire", "absolute", "none"] = "auto"
+    """How the model knows positions; a t5 model is a plain T5 checkpoint; auto is t5, or what init_from has"""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Any key of the model's configuration: {d_model: 256, dropout_rate: 0.1, z_loss: 1e-4}"""
+    """Any key of the model's configuration: {d_model: 256, dropout_rate: 0.1, z_loss: 1e-4}; with init_from only those
+    that leave the weights as they are"""
 
 
 @dataclass
@@ -82,6 +86,11 @@ class PretrainConfig(RunConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to train"""
+    init_from: str | None = None
+    """Begin from the weights in this folder: a run, model or checkpoint of FAT5, or a T5, v1.1, FLAN-T5, mT5, umT5 or
+    ByT5 of transformers. The tokenizer is that of the data; tokens that both have keep their embeddings"""
+    init_tokenizer: str | None = None
+    """Folder of the tokenizer that init_from was trained with, if it is not beside it"""
     data: DataConfig = field(default_factory=DataConfig)
     """What it reads"""
     languages: list[str] = field(default_factory=list)

@@ -22,11 +22,13 @@ from fat5.data import (
     validation_batches,
 )
 from fat5.data.text.corpus import is_dataset
+from fat5.data.tokenizer.matching import TokenMatch
 from fat5.files import file_sha256
 from fat5.machine import free_memory
-from fat5.model import FAT5ForConditionalGeneration
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.card import CardFacts, training_section, usage_section
 from fat5.tasks.config import PretrainConfig
+from fat5.tasks.initial import InitialModel, find_initial
 from fat5.tasks.samples import PROMPTS, validation_samples
 from fat5.tasks.sizes import Text, configure_model, on_meta, settle
 from fat5.train.checkpoint.state import RunState
@@ -71,6 +73,9 @@ class Pretraining:
     """Of the denoisers"""
     manifests: list[Manifest]
     """Of each source"""
+    model_config: FAT5Config
+    initial: InitialModel | None = None
+    """What the run begins from, if not from random weights"""
 
     @classmethod
     def open(cls, config: PretrainConfig, world: World) -> "Pretraining":
@@ -86,6 +91,8 @@ class Pretraining:
         )
         tokenizer = sources[0][0] / "tokenizer"
         info = load_tokenizer(tokenizer).info
+        initial = find_initial(config)
+        model_config = configure_model(config, info, initial)
         mixture, batch = config.data.denoisers(), config.data.batch()
         rank, size, workers = world.rank, world.size, config.data.num_workers
         stream = PieceStream(train, mixture, info, batch.max_tokens, config.seed)
@@ -96,12 +103,13 @@ class Pretraining:
             held_out, mixture, info, batch, eval_tokens=config.eval_tokens, rank=rank, world_size=size
         )
         manifests = [source.shards.manifest for source in train]
-        return cls(config, info, tokenizer, loader, validation, mixture.names(), manifests)
+        names = mixture.names()
+        return cls(config, info, tokenizer, loader, validation, names, manifests, model_config, initial)
 
     def announce(self, device: torch.device) -> list[str]:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
         config, batch = self.config, self.config.data.batch()
-        model = on_meta(configure_model(config, self.info))
+        model = on_meta(self.model_config)
         plan, free = plan_memory(config, batch, model, device), free_memory(device)
         check_memory(plan, free)
         text = Text.of(self.loader.stream)
@@ -112,7 +120,7 @@ class Pretraining:
         tokens = batch.packs_per_step * (batch.encoder_tokens + batch.decoder_tokens)
         packs = f"{batch.packs_per_step} pack{'s' * (batch.packs_per_step > 1)}"
         lines = [
-            f"model   {config.model.preset}, {model.num_parameters():,} parameters, "
+            f"model   {name_model(config)}, {model.num_parameters():,} parameters, "
             f"{config.model.position_encoding} positions; {config.precision} on {where}",
             f"step    {tokens:,} tokens: {packs} of {batch.encoder_tokens:,} (encoder) + {batch.decoder_tokens:,} "
             "(decoder)",
@@ -120,13 +128,19 @@ class Pretraining:
             f"over {_short(text.tokens)} tokens of text",
             f"memory  about {plan.describe()}" + (f" of {free / GIB:.1f} GiB free" if free is not None else ""),
         ]
+        rows = self.beginning
+        if rows is not None:
+            counts = f"{rows['kept']:,} kept, {rows['averaged']:,} averaged, {rows['fresh']:,} fresh"
+            lines.insert(1, f"rows    {model.config.vocab_size:,} embeddings: {counts}")
         if free is not None and plan.total > TIGHT * free:
             lines.append("        that is tight: with less room, lower data.encoder_tokens and data.decoder_tokens")
         return lines
 
     def build_model(self) -> FAT5ForConditionalGeneration:
-        """A model with random weights."""
-        return FAT5ForConditionalGeneration(configure_model(self.config, self.info))
+        """A model with random weights, or those of `init_from`; a checkpoint of the run replaces either."""
+        if self.initial is None or self.match is None:
+            return FAT5ForConditionalGeneration(self.model_config)
+        return self.initial.build(self.model_config, self.match)
 
     def objective(self, model: Any) -> Any:
         """The model itself."""
@@ -136,7 +150,22 @@ class Pretraining:
         """Preset, size and positions."""
         parameters = model.num_parameters()
         size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters:,}"
-        return f"{self.config.model.preset}, {size} parameters, {self.config.model.position_encoding} positions"
+        return f"{name_model(self.config)}, {size} parameters, {self.config.model.position_encoding} positions"
+
+    @cached_property
+    def match(self) -> TokenMatch | None:
+        """Which embeddings of `init_from` those of the model start from; None where they start from elsewhere."""
+        if self.initial is None or self.initial.tokenizer is None:
+            return None
+        return self.initial.match(load_tokenizer(self.tokenizer), self.model_config.vocab_size)
+
+    @property
+    def beginning(self) -> dict[str, Any] | None:
+        """The folder of `init_from`, the hash of its weights, and how many rows were kept, averaged, fresh."""
+        if self.initial is None:
+            return None
+        rows = self.initial.rows if self.match is None else self.match.counts()
+        return {"folder": self.initial.given, "sha256": self.initial.sha256, **(rows or {})}
 
     @cached_property
     def reference(self) -> tuple[str, float]:
@@ -144,11 +173,12 @@ class Pretraining:
         return "unigram entropy", unigram_entropy(self.validation)
 
     def identity(self) -> dict[str, Any]:
-        """The configuration, with its sources named by their hashes instead of their paths, and the tokenizer."""
+        """The configuration, with sources and `init_from` named by hashes instead of paths, and the tokenizer."""
         plain: dict[str, Any] = json.loads(json.dumps(self.config.to_dict()))
         folders = [Path(source.path) for source in self.config.data.sources]
         plain["data"]["sources"] = [file_sha256(folder / "manifest.json") for folder in folders]
         weights = [source.weight for source in self.config.data.sources]
+        plain["init_from"] = self.beginning
         return plain | {"tokenizer": self.info.sha256, "vocab_size": self.info.vocab_size, "weights": weights}
 
     def evaluate(self, scorer: Scorer) -> dict[str, Any]:
@@ -160,8 +190,11 @@ class Pretraining:
         return float(scores["loss"])
 
     def summary(self, state: RunState) -> dict[str, Any]:
-        """Unigram entropy of the targets, and the tokens of documents too short to corrupt (below 2 tokens)."""
-        return {"unigram_entropy": self.reference[1], "tokens_dropped": sum(self.loader.stream.short_tokens)}
+        """Unigram entropy of the targets, and the tokens of documents too short to corrupt (below 2 tokens), and
+        what the run began from.
+        """
+        facts = {"unigram_entropy": self.reference[1], "tokens_dropped": sum(self.loader.stream.short_tokens)}
+        return facts if self.initial is None else facts | {"init_from": self.beginning}
 
     def finish(self, scorer: Scorer, run: RunDirectory, warn: Callable[[str], None]) -> dict[str, Any]:
         """`samples`: one validation example of each denoiser, completed greedily."""
@@ -197,6 +230,11 @@ class Pretraining:
         passes = sorted(taken * source.weight / whole / max(source.shards.num_tokens, 1) for source in sources)
         low, high = (f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (passes[0], passes[-1]))
         return f"{low} passes" if low == high else f"{low} to {high} passes"
+
+
+def name_model(config: PretrainConfig) -> str:
+    """The preset, or the folder that the run began from."""
+    return config.model.preset if config.init_from is None else f"continued from {config.init_from}"
 
 
 def score(scorer: Scorer, batches: list[PackedBatch], names: list[str]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from fat5.errors import ConfigurationError
 from fat5.machine import free_memory
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.configuration import MODEL_KEYS
-from fat5.tasks.config import DataConfig, PretrainConfig
+from fat5.tasks.config import INIT_FROM, DataConfig, PretrainConfig
+from fat5.tasks.initial import InitialModel, adopt, find_initial
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.cost.memory import plan_memory
@@ -64,6 +65,7 @@ SENTINELS = 256
 
 OPEN = (
     "model.preset",
+    "model.position_encoding",
     "data.max_tokens",
     "data.encoder_tokens",
     "data.decoder_tokens",
@@ -117,10 +119,17 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
     """
     config = config.resolved()
     config = replace(config, precision=resolve_precision(config.precision, device))
+    initial = find_initial(config)
+    if initial is not None:
+        config = adopt(config, initial)
     if open_keys(config):
         config = take_over(config, _earlier(config))
-
-    return choose_sizes(config, device, stand_in).resolved()
+    if initial is None and config.model.preset == INIT_FROM:
+        raise ConfigurationError(
+            f"model.preset is {INIT_FROM}, and init_from is not given",
+            hint="Give the folder that the run began from: --init_from FOLDER",
+        )
+    return choose_sizes(config, device, stand_in, initial).resolved()
 
 
 def open_keys(config: PretrainConfig) -> list[str]:
@@ -139,12 +148,18 @@ def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainCon
     return config
 
 
-def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
+def choose_sizes(
+    config: PretrainConfig,
+    device: torch.device,
+    stand_in: TokenizerInfo | None = None,
+    initial: InitialModel | None = None,
+) -> PretrainConfig:
     """A copy in which every size is a number.
 
     Args:
         config: its precision is resolved.
         stand_in: a tokenizer if the data is not prepared yet; the text is then taken to be WEB_PAGES.
+        initial: what the run begins from.
 
     Raises:
         DataError, TokenizerError, ConfigurationError: from the data, or numbers that do not go together.
@@ -157,6 +172,8 @@ def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: Tokeniz
     if config.model.preset == "auto":
         on_gpu = "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
         config = _with(config, "model.preset", on_gpu if gpu else "fat5-demo")
+    if config.model.position_encoding == "auto":
+        config = _with(config, "model.position_encoding", "t5")
     if config.data.num_workers == "auto":
         config = _with(config, "data.num_workers", 2 if gpu else 0)
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
@@ -164,12 +181,13 @@ def choose_sizes(config: PretrainConfig, device: torch.device, stand_in: Tokeniz
     text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
     config = replace(config, data=_rest(data, asked, text))
     if asked.encoder_tokens == "auto":
-        config = _fit_memory(config, asked, text, device, stand_in or _tokenizer(config))
+        info = stand_in or _tokenizer(config)
+        config = _fit_memory(config, asked, text, device, configure_model(config, info, initial))
     return _length(config, text)
 
 
-def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
-    """The model's configuration for the tokenizer's vocabulary.
+def configure_model(config: PretrainConfig, info: Any, initial: InitialModel | None = None) -> FAT5Config:
+    """The model's configuration for the tokenizer's vocabulary, from what the run begins from or from its preset.
 
     Raises:
         ConfigurationError: an override that the model's configuration does not have.
@@ -183,6 +201,8 @@ def configure_model(config: PretrainConfig, info: Any) -> FAT5Config:
             hint = f"Did you mean {near[0]}?" if near else "See docs/model.md for the keys"
             raise ConfigurationError(f"model.overrides has no key {key!r}", hint=hint)
     try:
+        if initial is not None:
+            return initial.configure(config.model.overrides, info)
         return FAT5Config.preset(
             config.model.preset,
             vocab_size=info.vocab_size,
@@ -244,11 +264,10 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
 
 
 def _fit_memory(
-    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, info: TokenizerInfo
+    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, model_config: FAT5Config
 ) -> PretrainConfig:
     """Halves the pack until the plan fits what is free, with as many more packs a step."""
-    free = free_memory(device)
-    model = on_meta(configure_model(config, info))
+    free, model = free_memory(device), on_meta(model_config)
     while free is not None and plan_memory(config, config.data.batch(), model, device).total > SHARE_OF_MEMORY * free:
         half = config.data.encoder_tokens // 2
         longest = min(1_024, half // 4) if asked.max_tokens == "auto" else asked.max_tokens

@@ -12,6 +12,8 @@ from fat5.errors import CheckpointError
 
 HARMLESS = (
     "output_dir",
+    "init_from.folder",
+    "init_tokenizer",
     "data.num_workers",
     "data.packs_per_micro_batch",
     "compile",
