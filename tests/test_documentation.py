@@ -4,6 +4,7 @@ The pages of tokenizer, prepare, ul2, packing, model and attention are run by th
 """
 
 import gzip
+import json
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/demo.md",
+    "docs/finetuning.md",
     "docs/generate.md",
     "docs/convert.md",
     "docs/compatibility.md",
@@ -56,6 +58,7 @@ SMALLER = {
     "tokenizer": {"vocab_size": "1024", "rows": "300"},
     "pretrain": PRETRAIN,
     "demo": {"tokenizer.vocab_size": "1024"} | {f"pretrain.{key}": value for key, value in PRETRAIN.items()},
+    "finetune": {"steps": "2", "data.max_examples": "400", "data.max_source_tokens": "64", "max_new_tokens": "3"},
     "audit": {"examples": "200"},
     "generate": {"max_new_tokens": "3"},
 }
@@ -75,10 +78,12 @@ def snippets(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the reader has it: nothing but a text of their own."""
+    """A folder as the reader has it: nothing but a text and examples of their own."""
     folder = tmp_path_factory.mktemp("desk")
     rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
     (folder / "my_text.jsonl").write_text("".join(rows), encoding="utf-8")
+    pairs = [json.dumps({"source": f"le nombre {n}", "target": f"the number {n}"}) for n in range(60)]
+    (folder / "my_pairs.jsonl").write_text("\n".join(pairs), encoding="utf-8")
     return folder
 
 
