@@ -181,6 +181,15 @@ def test_mixtures_come_by_name_as_lists_and_made():
     assert rows(half)[0][0].size == 30 + 2
 
 
+def test_spans_that_the_sentinels_limit_are_reported_once(caplog):
+    made = collator(max_tokens=1024)
+    made([{"input_ids": [5] * 1024}])
+    (message,) = caplog.messages
+    # 377 = round(754 / 2) hidden tokens want 126 spans.
+    assert message.startswith("denoiser [X] mu=3 r=0.5: the tokenizer's 125 sentinels make fewer, longer spans")
+    assert message.endswith("in pieces of 754 tokens and more")
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 127, 128, 129, 130, 256, 257, 300])
 def test_cutting_is_the_stream_s(tmp_path, length):
     document = documents([length])[0]
@@ -201,6 +210,8 @@ def test_map_cuts_documents_and_the_collator_takes_them(caplog):
     cut_up = data.map(made.pieces, batched=True, remove_columns=data.column_names)
     assert [len(row["input_ids"]) for row in cut_up] == [128, 128, 128, 16, 5]
     assert caplog.text.count("2 of 4 documents have fewer than 2 tokens") == 1
+    streamed = data.to_iterable_dataset().map(made.pieces, batched=True, remove_columns=data.column_names)
+    assert [list(row["input_ids"]) for row in streamed] == cut_up["input_ids"][:]
     joined = [token for row in list(cut_up)[:4] for token in row["input_ids"]]
     assert BYTES.decode(joined) == texts[0]
     again = Dataset.from_dict({"input_ids": [BYTES.encode(text) for text in texts]}).map(made.pieces, batched=True)

@@ -50,6 +50,11 @@ class DataCollatorForUL2:
         TokenizerError: a tokenizer without sentinels, or damaged.
     """
 
+    # How far this copy is; see __getstate__.
+    _place: tuple[int, int, int] | None
+    _collated: int
+    _warned: bool
+
     def __init__(
         self,
         tokenizer: Any,
@@ -66,6 +71,8 @@ class DataCollatorForUL2:
         self.max_tokens, self.seed, self.pad_to_multiple_of = max_tokens, seed, pad_to_multiple_of
         self._key = split_seed(seed)
         self._tables = self._make_tables()
+        for note in self.mixture.notes(max_tokens, self._tables.sentinels.size):
+            logger.warning(note)
         self._begin()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PaddedBatch:
@@ -120,7 +127,7 @@ class DataCollatorForUL2:
         self._begin()
 
     def _begin(self) -> None:
-        self._place: tuple[int, int, int] | None = None
+        self._place = None
         self._collated = 0
         self._warned = False
 

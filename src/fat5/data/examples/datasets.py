@@ -93,8 +93,8 @@ class UL2Examples(Dataset[Example]):
         """Pads examples to a batch: the `data_collator` of Trainer, the `collate_fn` of DataLoader."""
         if not features:
             raise DataError("no example to collate", hint="A batch has at least one")
-        sides = ([np.asarray(feature[name]) for feature in features] for name in ("input_ids", "labels"))
-        return pad(*sides, self.stream.info.pad_id)
+        inputs, targets = ([np.asarray(feature[name]) for feature in features] for name in ("input_ids", "labels"))
+        return pad(inputs, targets, self.stream.info.pad_id)
 
     def _one_pass(self) -> int:
         """Positions until every source has been passed over once."""

@@ -215,6 +215,20 @@ class MixtureOfDenoisers:
         encoder = mode + np.arange(max_tokens + 1) - noise + spans + 1
         return int(encoder[:, 2:].max()), int((noise + spans + 1)[:, 2:].max())
 
+    def notes(self, max_tokens: int, num_sentinels: int) -> list[str]:
+        """Warnings for the user: denoisers whose spans the sentinels limit, and from which length on."""
+        notes = []
+        lengths = np.arange(max_tokens + 1)
+        _, spans = self.tables(max_tokens, num_sentinels)
+        for name, denoiser, given in zip(self.names(), self.denoisers, spans):
+            limited = np.flatnonzero(denoiser.wanted_spans(lengths) > given)
+            if limited.size:
+                notes.append(
+                    f"denoiser {name}: the tokenizer's {num_sentinels} sentinels make fewer, longer spans "
+                    f"in pieces of {limited[0]:,} tokens and more"
+                )
+        return notes
+
     def __len__(self) -> int:
         return len(self.denoisers)
 

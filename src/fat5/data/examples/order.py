@@ -151,16 +151,7 @@ class PieceStream:
             if count:
                 share = f"{count:,} of {source.shards.num_documents:,} documents"
                 notes.append(f"{source.shards.folder}: {share} have fewer than 2 tokens and cannot be corrupted")
-        sentinels = self.tables.sentinels.size
-        lengths = np.arange(self.max_tokens + 1)
-        for name, denoiser, given in zip(self.mixture.names(), self.mixture.denoisers, self.tables.spans):
-            limited = np.flatnonzero(denoiser.wanted_spans(lengths) > given)
-            if limited.size:
-                notes.append(
-                    f"denoiser {name}: the tokenizer's {sentinels} sentinels make fewer, longer spans "
-                    f"in pieces of {limited[0]:,} tokens and more"
-                )
-        return notes
+        return notes + self.mixture.notes(self.max_tokens, self.tables.sentinels.size)
 
     def lengths(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encoder and decoder tokens of the examples at stream positions: two int64 arrays."""
