@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -24,7 +25,7 @@ from fat5.data import load_tokenizer
 from fat5.data.shards.prepare import PrepareConfig, prepare
 from fat5.data.tokenizer.json_file import ids_of
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
-from fat5.model import FAT5ForConditionalGeneration
+from fat5.model import FAT5ForConditionalGeneration, load_model
 from fat5.tasks import EvaluateConfig, ModelConfig, PretrainConfig, evaluate_model, pretrain
 from fat5.tasks.initial import find_initial, transfer_rows
 from fat5.train import read_rows
@@ -215,6 +216,38 @@ def test_an_untied_head_in_a_checkpoint_that_says_tied(prepared: Path, tmp_path:
     before, after, _ = started(continued(prepared, tmp_path / "run", folder))
     assert after.lm_head.weight is not after.shared.weight
     assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+
+
+@pytest.mark.parametrize("make", [t5_v1_0, t5_v1_1], ids=["tied", "untied"])
+def test_a_pickle_of_tensors_in_bfloat16(prepared: Path, tmp_path: Path, make: Any) -> None:
+    """As old checkpoints are; the weights are read in float32, and stay so."""
+    folder = stock_checkpoint(tmp_path / "stock", prepared / "tokenizer", make)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    config = continued(prepared, tmp_path / "run", folder, steps=2)
+    _, after, report = started(config)
+    assert report["kept"] == 1024
+    assert {weight.dtype for weight in after.parameters()} == {torch.float32}
+    assert torch.equal(after.lm_head.weight, model.lm_head.weight.float())
+    assert (after.lm_head.weight is after.shared.weight) is (make is t5_v1_0)
+    pretrain(config)
+    assert load_model(last_checkpoint(tmp_path / "run"), device="cpu").shared.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("positions", ["alibi", "rope", "absolute", "fire"])
+def test_positions_are_the_checkpoint_s(prepared: Path, other: Path, tmp_path: Path, positions: Any) -> None:
+    config = tiny(prepared, tmp_path / "one", steps=2)
+    one = pretrain(replace(config, model=replace(config.model, position_encoding=positions)))
+    two = pretrain(continued(prepared, tmp_path / "two", tmp_path / "one", steps=2))
+    assert two["val_loss_first"] == pytest.approx(one["val_loss_last"], abs=SAME_LOSS)
+    pretrain(continued(other, tmp_path / "three", tmp_path / "two", steps=1))
+    recipe = yaml.safe_load((tmp_path / "three" / "config.yaml").read_text())
+    assert recipe["model"] == {"preset": "init_from", "position_encoding": positions, "overrides": {}}
+    model = load_model(tmp_path / "three" / "model", device="cpu")
+    assert (model.config.position_encoding, model.config.vocab_size) == (positions, 1152)
 
 
 def test_kill_and_resume_are_the_same_run(prepared: Path, other: Path, first: Path, tmp_path: Path) -> None:

@@ -347,6 +347,7 @@ def _out_of_memory(batch: PackedBatch) -> FAT5Error:
 def _config_text(model: Any) -> str:
     """The model's config.json."""
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = None  # that of the files it was read from, which need not be the run's
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         return (Path(folder) / "config.json").read_text()
