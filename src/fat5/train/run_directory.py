@@ -59,7 +59,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
-        self._made = False
+        self._made: list[Path] = []
 
     @property
     def holds_run(self) -> bool:
@@ -83,7 +83,7 @@ class RunDirectory:
                         where=self.path,
                         hint="Choose an empty or new output_dir",
                     )
-            self._made = not self.path.exists()
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / MARKER, json.dumps({"format": "fat5-run", "version": FORMAT}) + "\n")
         except OSError as error:
@@ -107,6 +107,9 @@ class RunDirectory:
         refused = self._made and kind is not None and issubclass(kind, FAT5Error)
         if refused and {entry.name for entry in self.path.iterdir()} <= {MARKER, GUARD}:
             shutil.rmtree(self.path, ignore_errors=True)  # nothing of a run came to be
+            with contextlib.suppress(OSError):  # a parent that has other content stays
+                for parent in self._made[1:]:
+                    parent.rmdir()
 
     def _take_lock(self) -> None:
         lock = self.path / LOCK

@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ def extension_of(name: str) -> str | None:
     return next((extension for extension in EXTENSIONS if lowered.endswith(extension)), None)
 
 
-def sniff(path: str) -> None:
-    """Raises DataError if a file is empty or binary, or its first bytes belie its extension."""
-    extension = extension_of(path)
+def sniff(path: str, extension: str | None = None) -> None:
+    """Raises DataError if a file is empty or binary, or its first bytes belie its extension.
+
+    Args:
+        extension: that of the name, `.csv.gz`, if it is none of `EXTENSIONS`.
+    """
+    extension = extension or extension_of(path)
     if extension is None:
         raise DataError("unknown extension", where=path, hint=READ)
     try:
@@ -87,13 +92,11 @@ def read_rows(chunk: Chunk, options: CorpusOptions, columns: Sequence[str] = ())
     Raises:
         DataError: the file is damaged, or has no such column.
     """
-    import zstandard
-
     path = chunk.path
     extension = extension_of(path) or ""
     if chunk.start == chunk.stop:
         return
-    try:
+    with naming_damage(path):
         if extension == ".parquet":
             yield from _parquet(chunk, options.text_column, columns)
         elif extension.startswith(".csv"):
@@ -106,10 +109,20 @@ def read_rows(chunk: Chunk, options: CorpusOptions, columns: Sequence[str] = ())
             yield from _text_lines(chunk)
         else:
             yield _whole_file(path)
+
+
+@contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """Turns what decompression and the system raise on a file into a DataError that names it."""
+    import zstandard
+
+    try:
+        yield
     except gzip.BadGzipFile as error:
         raise DataError("gzip data is damaged", where=path, hint="Fetch it again") from error
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", where=path) from error
+        hint = "Fetch it again" if error.errno is None else None  # bz2 and pyarrow have no errno for damage
+        raise DataError(f"cannot be read ({error.strerror or error})", where=path, hint=hint) from error
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(
             f"compressed data is damaged or cut short ({error})", where=path, hint="Fetch it again"
@@ -214,7 +227,7 @@ def _whole_file(path: str) -> CorpusRow | DataError:
 
 def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[CorpusRow | DataError]:
     csv.field_size_limit(LARGEST_DOCUMENT)
-    lines = _CsvLines(path)
+    lines = CsvLines(path)
     reader = csv.reader(map(lines.text, lines), strict=True)
     try:
         names = next(reader, [])
@@ -239,7 +252,7 @@ def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[Corpus
         raise DataError(f"not CSV ({error})", where=lines.where(), hint="Quote fields that hold line breaks") from error
 
 
-class _CsvLines(Lines):
+class CsvLines(Lines):
     """Lines for the csv module. It needs every line to find the end of a row, so a fault is kept until the row ends."""
 
     fault: DataError | None = None
@@ -260,7 +273,7 @@ class _CsvLines(Lines):
 
 def _row_groups(path: str, target: int) -> Iterator[Chunk]:
     """Runs of row groups with about `target` bytes each."""
-    metadata = _open_parquet(path).metadata
+    metadata = open_parquet(path).metadata
     first, filled = 0, 0
     for group in range(metadata.num_row_groups):
         filled += metadata.row_group(group).total_byte_size
@@ -273,7 +286,7 @@ def _parquet(chunk: Chunk, text_column: str, columns: Sequence[str]) -> Iterator
     import pyarrow
 
     path = chunk.path
-    file = _open_parquet(path)
+    file = open_parquet(path)
     _check_parquet(file.schema_arrow, text_column, path)
     names = file.schema_arrow.names
     wanted = [text_column, *(name for name in columns if name in names and name != text_column)]
@@ -297,7 +310,8 @@ def _parquet(chunk: Chunk, text_column: str, columns: Sequence[str]) -> Iterator
         raise DataError("Parquet data is damaged", where=path, hint="Fetch it again") from error
 
 
-def _open_parquet(path: str) -> Any:
+def open_parquet(path: str) -> Any:
+    """The `ParquetFile`; DataError if it is damaged."""
     import pyarrow
     import pyarrow.parquet
 

@@ -109,7 +109,7 @@ class Lines:
 
     def __iter__(self) -> Iterator[bytes]:
         with open(self.path, "rb") as raw:
-            stream, tell = _decompressed(raw, self.path.lower())
+            stream, tell = decompressed(raw, self.path.lower())
             offset = self._start
             if offset:
                 # A line that began before `start` belongs to the previous part.
@@ -169,7 +169,7 @@ def _skip_line(stream: Any) -> int:
     return skipped
 
 
-def _decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
+def decompressed(raw: BinaryIO, name: str) -> tuple[Any, Callable[[], int] | None]:
     """A stream that decompresses no more than is read from it, and a function that gives its position in raw bytes."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw), raw.tell

@@ -8,7 +8,7 @@ from torch import Tensor
 from fat5.data import Tokenizer
 from fat5.errors import DataError
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.examples import ExampleSet, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
 
 LONGEST_ANSWER = 64
@@ -61,30 +61,47 @@ class Answers:
         targets: list[list[float]] = []
         rows: list[int] = []
         notes: list[Any] = []
+        long = []
         questions = self.tokenizer.encode_with_offsets(self.inputs(table))
-        for index, (question, context) in enumerate(
-            zip(questions, self.tokenizer.encode_with_offsets(contexts), strict=True)
-        ):
+        encoded = self.tokenizer.encode_with_offsets(contexts)
+        refuse_no_tokens([ids for ids, _ in questions], table.where, data.columns.question)
+        refuse_no_tokens([ids for ids, _ in encoded], table.where, data.columns.context)
+        for index, (question, context) in enumerate(zip(questions, encoded, strict=True)):
             head = [*question[0], eos]
             room = data.max_source_tokens - len(head) - 1
-            if room <= data.stride:
-                raise DataError(
-                    f"the question has {len(head):,} tokens and leaves {room:,} for the context",
-                    where=table.where(index),
-                    hint="Raise data.max_source_tokens, or lower data.stride",
-                )
             ids, offsets = context
-            wanted = _token_span(spans[index][0], offsets) if spans[index] else None
+            if room < 1 or (len(ids) > room and room <= data.stride):
+                raise DataError(
+                    f"the question has {len(question[0]):,} tokens and leaves {max(room, 0):,} for the context",
+                    where=table.where(index),
+                    hint="Raise data.max_source_tokens, lower data.stride, or shorten the question",
+                )
+            wanted = None
+            if spans[index]:
+                wanted = _token_span(spans[index][0], offsets)
+                if wanted is None:
+                    what = f"the tokenizer removes every character of the answer {spans[index][0][0]!r:.60}"
+                    raise DataError(what, where=table.where(index), hint="Remove the row")
+            found = False
             for start in _starts(len(ids), room, data.stride):
                 part = ids[start : start + room]
                 none = len(head) + len(part)  # the place of EOS
                 inside = wanted is not None and start <= wanted[0] and wanted[1] < start + len(part)
+                found = found or inside
                 target = [len(head) + place - start for place in wanted] if inside and wanted else [none, none]
                 inputs.append([*head, *part, eos])
                 targets.append(list(target))
                 rows.append(index)
                 notes.append((offsets[start : start + len(part)], len(head)))
-        return ExampleSet.of(inputs, targets, table.file, rows=rows, notes=notes)
+            if wanted is not None and not found:
+                long.append(index)
+        if long and data.too_long == "refuse":
+            raise DataError(
+                f"the answer is longer than a window of the context, the first of {len(long):,} such rows",
+                where=table.where(long[0]),
+                hint="Raise data.max_source_tokens, or set data.too_long to truncate to learn no answer there",
+            )
+        return ExampleSet.of(inputs, targets, table.parts, rows=rows, notes=notes, cut=len(long))
 
     def weights(self, table: Table) -> list[float] | None:
         """None: there are no classes."""
@@ -123,15 +140,23 @@ class Answers:
                 hint = "Give {text: [...], answer_start: [...]}, as SQuAD does"
                 raise DataError(f"column {columns.answers!r} holds {value!r:.60}", where=table.where(index), hint=hint)
             for text, start in zip(texts, starts, strict=True):
-                stands = isinstance(text, str) and type(start) is int and start >= 0 and text
+                stands = isinstance(text, str) and type(start) is int and start >= 0 and text.strip()
                 if not stands or contexts[index][start : start + len(text)] != text:
                     raise DataError(
-                        f"the answer {text!r:.60} does not stand at character {start!r} of the context",
+                        f"the answer {text!r:.60} does not stand at character {start!r:.20} of the context",
                         where=table.where(index),
-                        hint="Mend answer_start (it counts characters from 0)",
+                        hint=_where_it_stands(text, contexts[index]),
                     )
             found.append(list(zip(texts, starts, strict=True)))
         return found
+
+
+def _where_it_stands(text: Any, context: str) -> str:
+    """What to do about an answer that is not where its answer_start says."""
+    place = context.find(text) if isinstance(text, str) and text.strip() else -1
+    if place >= 0:
+        return f"It stands at {place}: answer_start counts characters from 0"
+    return "An answer is a text of the context, letter for letter; without any, text and answer_start are empty lists"
 
 
 def _token_span(span: tuple[str, int], offsets: list[tuple[int, int]]) -> tuple[int, int] | None:

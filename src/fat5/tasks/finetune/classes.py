@@ -1,6 +1,7 @@
 """A class or a number for each text, or pair of texts."""
 
 import math
+import re
 from collections import Counter
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -12,11 +13,15 @@ from torch import Tensor
 from fat5.data import Tokenizer
 from fat5.errors import DataError
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut
+from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
-from fat5.tasks.finetune.text import encode_all
+from fat5.tasks.finetune.text import check_prefix, encode_all
 
 MOST_CLASSES = 1 << 16
+LARGEST_NUMBER = 1e15
+"""Of a regression: the squares of larger errors, summed, overflow float32."""
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class Classification:
@@ -37,18 +42,14 @@ class Classification:
         """The classes: whole numbers in their order, names in alphabetical order.
 
         Raises:
-            DataError: fewer than two classes, or one for almost every example.
+            DataError: fewer than two classes, more than `MOST_CLASSES`, or a weight for a class that there is not.
         """
         found = set(self.references(table))
-        numbers = all(label.lstrip("-").isdecimal() for label in found)
-        names = sorted(found, key=int) if numbers else sorted(found)
-        if not 2 <= len(names) <= MOST_CLASSES:
-            raise DataError(
-                f"column {self.config.data.columns.label!r} has {len(names):,} different labels",
-                where=table.files[0],
-                hint="Classification needs at least two; numbers to predict are --task regression",
-            )
+        numbers = all(WHOLE_NUMBER.fullmatch(label) for label in found)
+        names = sorted(found, key=lambda label: (int(label), label)) if numbers else sorted(found)
+        check_classes(names, self.config.data.columns.label, "labels", table)
         self.label_names = names
+        self.weights(table)
 
     def keys(self, table: Table) -> list[str]:
         """What decides which rows stay together when some are held out."""
@@ -67,8 +68,8 @@ class Classification:
         column = self.config.data.columns.label
         labels = []
         for index, value in enumerate(table.column(column)):
-            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-                hint = "A label is a name or a whole number"
+            if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+                hint = "A label is a name or a whole number; other numbers are --task regression"
                 raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
             labels.append(str(value))
         return labels
@@ -82,19 +83,27 @@ class Classification:
         """
         labels = self._targets(table)
         columns, data, eos = self.config.data.columns, self.config.data, self.tokenizer.info.eos_id
+        check_prefix(self.config, self.tokenizer)
         first = encode_all(self.tokenizer, [data.prefix + text for text in table.texts(columns.text)])
-        pairs = encode_all(self.tokenizer, table.texts(columns.text_pair)) if columns.text_pair else None
+        refuse_no_tokens(first, table.where, columns.text)
+        pairs = None
+        if columns.text_pair is not None:
+            pairs = encode_all(self.tokenizer, table.texts(columns.text_pair))
+            refuse_no_tokens(pairs, table.where, columns.text_pair)
         rows, long = [], []
         for index, ids in enumerate(first):
-            end = [eos] if pairs is None else [eos, *pairs[index][: data.max_source_tokens // 2].tolist(), eos]
-            row, was_cut = cut_to(ids.tolist(), data.max_source_tokens, end)
-            if was_cut or (pairs is not None and len(pairs[index]) > data.max_source_tokens // 2):
+            end, most = [eos], data.max_source_tokens
+            if pairs is not None:
+                pair = pairs[index].tolist()
+                end = [eos, *pair[: max(most // 2, most - 2 - len(ids))], eos]  # half the room, or what the text leaves
+            row, was_cut = cut_to(ids.tolist(), most, end)
+            if was_cut or (pairs is not None and len(end) - 2 < len(pair)):
                 long.append(index)
             rows.append(row)
         if data.too_long == "refuse":
             refuse_cut([table.where(index) for index in long], data.max_source_tokens, "source")
         kind = np.float32 if self.kind == "regression" else np.int64
-        return ExampleSet.of(rows, [[label] for label in labels], table.file, dtype=kind, cut=len(long))
+        return ExampleSet.of(rows, [[label] for label in labels], table.parts, dtype=kind, cut=len(long))
 
     def weights(self, table: Table) -> list[float] | None:
         """The weight of each class, scaled so that the examples' mean weight is 1; None if all are equal."""
@@ -134,10 +143,10 @@ class Regression(Classification):
         for index, value in enumerate(table.column(column)):
             try:
                 number = float("nan" if isinstance(value, bool) or value is None else value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = math.nan
-            if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
-                hint = "Regression needs a finite number"
+            if not abs(number) <= LARGEST_NUMBER:
+                hint = f"Regression needs a number of at most {LARGEST_NUMBER:g}"
                 raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
             numbers.append(number)
         return numbers
@@ -160,8 +169,22 @@ def unseen_label(label: str, names: list[str], where: str) -> DataError:
     """The error for a label that the training examples do not have."""
     near = get_close_matches(label, names, n=1)
     shown = ", ".join(names[:10]) + ", …" * (len(names) > 10)
-    hint = f"Did you mean {near[0]!r}?" if near else f"The labels are {shown}"
-    return DataError(f"label {label!r} is not among the training examples'", where=where, hint=hint)
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    return DataError(
+        f"label {label!r:.60} is not among the training examples', which are {shown}",
+        where=where,
+        hint=f"{meant}Mend or remove it, or add training examples with it",
+    )
+
+
+def check_classes(names: list[str], column: str, what: str, table: Table) -> None:
+    """Raises DataError unless there are from 2 to `MOST_CLASSES` labels or tags."""
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise DataError(
+            f"column {column!r} has {len(names):,} different {what} in {len(table):,} training examples",
+            where=table.where(0).rpartition(", row ")[0],
+            hint=f"Give examples of at least two, or name another column; {MOST_CLASSES:,} is the most",
+        )
 
 
 def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float] | None:
@@ -175,6 +198,7 @@ def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float
     if given == "balanced":
         weights = [1.0 / max(count, 1) for count in counts]
     else:
+        given = {str(label): weight for label, weight in given.items()}
         for label, weight in given.items():
             if label not in names:
                 raise unseen_label(label, names, "class_weights")

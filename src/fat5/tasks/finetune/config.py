@@ -27,6 +27,8 @@ METRICS = {
 """Task → its metrics; each task has loss and accuracy as well."""
 
 MOST_SEEDS, LARGEST_RANK = 100, 4096
+FEWEST_TOKENS = 8
+"""Least room for an input: two texts with EOS after each need more than 2."""
 
 
 @dataclass
@@ -183,7 +185,8 @@ class FinetuneConfig(RunConfig):
             raise ConfigurationError(f"metric is {self.metric!r}", hint=hint)
         data = self.data
         for key in ("max_source_tokens", "max_target_tokens", "batch_size", "encoder_tokens"):
-            check_count(f"data.{key}", getattr(data, key), most=LARGEST_SIZE)
+            least = FEWEST_TOKENS if key == "max_source_tokens" else 2 if key == "max_target_tokens" else 1
+            check_count(f"data.{key}", getattr(data, key), least, LARGEST_SIZE)
         for key in ("predict_batch", "eval_examples", "num_beams"):
             check_whole(getattr(self, key), key)
         check_whole(self.seeds, "seeds", most=MOST_SEEDS)
@@ -205,6 +208,11 @@ class FinetuneConfig(RunConfig):
         classifies = self.task in ("sequence-classification", "token-classification")
         if self.class_weights is not None and not classifies:
             raise ConfigurationError(f"class_weights is set, and {self.task} has no classes", hint="Remove it")
+        if self.label_smoothing and self.task in ("regression", "question-answering"):
+            what = f"label_smoothing is {self.label_smoothing:g}, and {self.task} has no classes"
+            raise ConfigurationError(what, hint="Remove it")
+        if data.prefix and self.task in ("token-classification", "question-answering"):
+            raise ConfigurationError(f"data.prefix is set, and {self.task} has no place for it", hint="Remove it")
         if self.head == "encoder-decoder" and self.task not in (
             "sequence-classification", "regression", "question-answering",
         ):  # fmt: skip

@@ -6,7 +6,7 @@ the first and last token of an answer. `PackedBatch.labels` holds the targets on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -197,11 +197,18 @@ def cut_to(ids: Sequence[int], most: int, end: Sequence[int]) -> tuple[list[int]
     return [*ids[:kept], *end], len(ids) > kept
 
 
+def refuse_no_tokens(inputs: Sequence[Sequence[int]], where: Callable[[int], str], column: str) -> None:
+    """Raises DataError for the first text without a token: its characters are all removed by the tokenizer."""
+    for index, ids in enumerate(inputs):
+        if not len(ids):
+            raise DataError(f"column {column!r} encodes to no tokens", where=where(index), hint="Remove the row")
+
+
 def refuse_cut(wheres: Sequence[str], most: int, side: str) -> None:
     """Raises DataError for the first of the examples that are too long."""
     if wheres:
         raise DataError(
-            f"the {side} has more than {most:,} tokens, as {len(wheres):,} examples have",
+            f"the {side} has more than {most:,} tokens (the first of {len(wheres):,} such rows)",
             where=wheres[0],
             hint=f"Raise data.max_{side}_tokens, shorten it, or set data.too_long to truncate",
         )

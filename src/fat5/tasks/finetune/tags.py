@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fat5.data import Tokenizer
 from fat5.errors import DataError
-from fat5.tasks.finetune.classes import class_weights, unseen_label
+from fat5.tasks.finetune.classes import check_classes, class_weights, unseen_label
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.examples import ExampleSet, refuse_cut
 from fat5.tasks.finetune.table import Table
 
 
@@ -32,10 +32,9 @@ class Tagging:
     def learn(self, table: Table) -> None:
         """The tags, O first, then in alphabetical order."""
         found = {tag for tags in self.references(table) for tag in tags}
-        if len(found) < 2:
-            column = self.config.data.columns.tags
-            raise DataError(f"column {column!r} has {len(found)} different tags", where=table.files[0])
         self.label_names = sorted(found, key=lambda tag: (tag != "O", tag))
+        check_classes(self.label_names, self.config.data.columns.tags, "tags", table)
+        self.weights(table)
 
     def keys(self, table: Table) -> list[str]:
         """What decides which rows stay together when some are held out."""
@@ -69,11 +68,17 @@ class Tagging:
         targets: list[list[float]] = []
         rows: list[int] = []
         notes: list[Any] = []
+        long = []
         for index, (words, tags) in enumerate(zip(all_words, all_tags, strict=True)):
             for tag in tags:
                 if tag not in number:
                     raise unseen_label(tag, self.label_names or [], table.where(index))
-            for first, pieces in self._windows(words, most):
+            encoded = self._pieces(words)
+            if not any(encoded):
+                raise DataError("the tokens encode to none of the model's", where=table.where(index), hint="Remove it")
+            if any(len(piece) > most for piece in encoded):
+                long.append(index)
+            for first, pieces in _windows(encoded, most):
                 ids: list[int] = []
                 labels: list[float] = []
                 places = []
@@ -86,7 +91,9 @@ class Tagging:
                 targets.append([*labels, -100])
                 rows.append(index)
                 notes.append(places)
-        return ExampleSet.of(inputs, targets, table.file, rows=rows, notes=notes)
+        if self.config.data.too_long == "refuse":
+            refuse_cut([table.where(index) for index in long], most, "source")
+        return ExampleSet.of(inputs, targets, table.parts, rows=rows, notes=notes, cut=len(long))
 
     def weights(self, table: Table) -> list[float] | None:
         """The weight of each tag, scaled so that the words' mean weight is 1; None if all are equal."""
@@ -102,8 +109,8 @@ class Tagging:
         tags = [(word, names[indices[place]]) for word, place in places]
         return tags, min((shares[place] for _, place in places), default=1.0)
 
-    def _windows(self, words: list[str], most: int) -> list[tuple[int, list[list[int]]]]:
-        """(first word, token ids of each word) of runs of words with at most `most` tokens together."""
+    def _pieces(self, words: list[str]) -> list[list[int]]:
+        """The token ids of each word; none for a word that the tokenizer removes."""
         text = " ".join(words)
         ends, at = [], 0
         for word in words:
@@ -117,21 +124,33 @@ class Tagging:
             while place < len(words) - 1 and max(begin, end - 1) >= ends[place]:
                 place += 1
             pieces[place].append(token)
-        windows: list[tuple[int, list[list[int]]]] = []
-        filled = most + 1
-        for index, piece in enumerate(pieces):
-            piece = piece[:most]
-            if filled + len(piece) > most:
-                windows.append((index, []))
-                filled = 0
-            windows[-1][1].append(piece)
-            filled += len(piece)
-        return windows
+        return pieces
 
     def _lists(self, table: Table, column: str) -> list[list[str]]:
         values = table.column(column)
         for index, value in enumerate(values):
-            if not isinstance(value, list) or not value or not all(isinstance(one, str | int) for one in value):
+            fits = (
+                isinstance(value, list)
+                and value
+                and all(isinstance(one, str | int) and not isinstance(one, bool) for one in value)
+            )
+            if not fits or (column == self.config.data.columns.tags and "" in value):
                 hint = "Give a list of words (tokens) and one of tags"
                 raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
         return [[str(one) for one in value] for value in values]
+
+
+def _windows(pieces: list[list[int]], most: int) -> list[tuple[int, list[list[int]]]]:
+    """(first word, token ids of each word) of runs of words with at most `most` tokens together; a word alone has its
+    end cut off.
+    """
+    windows: list[tuple[int, list[list[int]]]] = []
+    filled = most + 1
+    for index, piece in enumerate(pieces):
+        piece = piece[:most]
+        if filled + len(piece) > most:
+            windows.append((index, []))
+            filled = 0
+        windows[-1][1].append(piece)
+        filled += len(piece)
+    return windows

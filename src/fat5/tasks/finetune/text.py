@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fat5.data import Tokenizer
-from fat5.errors import DataError
+from fat5.errors import ConfigurationError, DataError
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut
+from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
 
 ENCODED_AT_ONCE = 1024
@@ -39,6 +39,12 @@ class TextToText:
         """What it should write, as the metrics compare it."""
         return self.targets(table)
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of source and target."""
+        columns = self.config.data.columns
+        return {"source": columns.source, "target": columns.target}
+
     def targets(self, table: Table) -> list[str]:
         """The text that is learned."""
         return table.texts(self.config.data.columns.target)
@@ -51,17 +57,20 @@ class TextToText:
         """
         data, eos = self.config.data, self.tokenizer.info.eos_id
         sides, cut_rows = [], set()
+        check_prefix(self.config, self.tokenizer)
         for side, texts, most in (
             ("source", self.inputs(table), data.max_source_tokens),
             ("target", self.targets(table), data.max_target_tokens),
         ):
-            rows = [cut_to(ids.tolist(), most, [eos]) for ids in encode_all(self.tokenizer, texts)]
+            encoded = encode_all(self.tokenizer, texts)
+            refuse_no_tokens(encoded, table.where, self.columns[side])
+            rows = [cut_to(ids.tolist(), most, [eos]) for ids in encoded]
             long = [index for index, (_, was_cut) in enumerate(rows) if was_cut]
             if data.too_long == "refuse":
                 refuse_cut([table.where(index) for index in long], most, side)
             cut_rows.update(long)
             sides.append([ids for ids, _ in rows])
-        return ExampleSet.of(sides[0], sides[1], table.file, cut=len(cut_rows))
+        return ExampleSet.of(sides[0], sides[1], table.parts, cut=len(cut_rows))
 
 
 class Instructions(TextToText):
@@ -77,6 +86,12 @@ class Instructions(TextToText):
             parts = [definition, *shown, f"Input: {text} Output:"]
             texts.append(self.config.data.prefix + "\n\n".join(parts))
         return texts
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that source and target end with."""
+        columns = self.config.data.columns
+        return {"source": columns.input, "target": columns.output}
 
     def references(self, table: Table) -> list[Any]:
         """The right outputs of each row, a list of texts."""
@@ -96,14 +111,30 @@ class Instructions(TextToText):
 
     def _examples(self, table: Table, index: int) -> list[tuple[str, str]]:
         column = self.config.data.columns.examples
-        given = table.rows[index].get(column) if column else None
-        pairs = []
-        for example in given or []:
-            if not isinstance(example, dict) or not {"input", "output"} <= example.keys():
-                hint = "An example is {input: …, output: …}"
-                raise DataError(f"column {column!r} holds {example!r:.60}", where=table.where(index), hint=hint)
-            pairs.append((str(example["input"]), str(example["output"])))
+        if column is None or column.split(".")[0] not in table.rows[index]:
+            return []
+        given = table.value(index, column)
+        if given is None:
+            return []
+        pairs = [
+            (example.get("input"), example.get("output")) if isinstance(example, dict) else (None, None)
+            for example in (given if isinstance(given, list) else [given])
+        ]
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            hint = "Give a list of {input: text, output: text}"
+            raise DataError(f"column {column!r} holds {given!r:.60}", where=table.where(index), hint=hint)
         return pairs
+
+
+def check_prefix(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+    """Raises ConfigurationError if `data.prefix` leaves no room for a text."""
+    data = config.data
+    if data.prefix and (length := len(tokenizer.encode(data.prefix))) >= data.max_source_tokens - 1:
+        raise ConfigurationError(
+            f"has {length:,} tokens, and data.max_source_tokens is {data.max_source_tokens:,}",
+            where="data.prefix",
+            hint="Raise data.max_source_tokens, or shorten the prefix",
+        )
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
