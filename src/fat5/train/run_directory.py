@@ -104,7 +104,7 @@ class RunDirectory:
             self._heart.join()
         if (_read_lock(self.path / LOCK) or {}).get("pid") == os.getpid():
             (self.path / LOCK).unlink(missing_ok=True)
-        refused = self._made and kind is not None and issubclass(kind, FAT5Error)
+        refused = bool(self._made) and kind is not None and issubclass(kind, FAT5Error)
         if refused and {entry.name for entry in self.path.iterdir()} <= {MARKER, GUARD}:
             shutil.rmtree(self.path, ignore_errors=True)  # nothing of a run came to be
             with contextlib.suppress(OSError):  # a parent that has other content stays

@@ -171,7 +171,7 @@ def unseen_label(label: str, names: list[str], where: str) -> DataError:
     shown = ", ".join(names[:10]) + ", …" * (len(names) > 10)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     return DataError(
-        f"label {label!r:.60} is not among the training examples', which are {shown}",
+        f"label {label!r:.60} is not one that the model learned, which are {shown}",
         where=where,
         hint=f"{meant}Mend or remove it, or add training examples with it",
     )

@@ -52,14 +52,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if config.seeds == 1:
         return run(Finetuning.open(config, world), world)
     config.resolved()
-    folder = RunDirectory(config.output_dir)
-    folder.mark()
     summaries, found = [], []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = folder.path / f"seed-{seed}"
-        own = replace(config, seed=seed, seeds=1, output_dir=str(one))
-        summaries.append(run(Finetuning.open(own, world), world))
-        found.append(json.loads((one / RESULTS).read_text()))
+    with RunDirectory(config.output_dir) as folder:
+        for seed in range(config.seed, config.seed + config.seeds):
+            one = folder.path / f"seed-{seed}"
+            own = replace(config, seed=seed, seeds=1, output_dir=str(one))
+            summaries.append(run(Finetuning.open(own, world), world))
+            found.append(json.loads((one / RESULTS).read_text()))
     summary = {"seeds": list(range(config.seed, config.seed + config.seeds)), "results": aggregate(found)}
     head = {key: found[0][key] for key in ("task", "model", "split", "examples")}
     content = {**head, "seeds": summary["seeds"], "metrics": summary["results"]}
@@ -173,7 +172,7 @@ class Finetuning:
 
     def evaluate(self, scorer: Scorer) -> dict[str, Any]:
         """Loss and accuracy of the validation targets, and the task's metrics (of texts only if `metric` is one)."""
-        split, names = self.validation, self.validation.table.files
+        split, names = self.validation, self.validation.table.part_names
         batches = split.examples.batches(self.batch, self.tokenizer.info.pad_id, scorer.world.rank, scorer.world.size)
         row = evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names, self.part)
         if self.form.kind == "text" and self.config.metric == "loss":

@@ -39,6 +39,11 @@ def choose_sizes(
             f"must be a multiple of {BUDGET_MULTIPLE}, not {encoder}", where="data.encoder_tokens",
             hint=f"Try {rounded(encoder)}",
         )  # fmt: skip
+    elif longest > encoder:
+        raise ConfigurationError(
+            f"a pack of {encoder:,} tokens has no room for the longest example, which has {longest:,}",
+            where="data.encoder_tokens", hint=f"Raise it to {rounded(longest)}, or lower data.max_source_tokens",
+        )  # fmt: skip
     packs = max(1, round(wanted / encoder))
     batch = batch_config(form, train.examples, [split.examples for split in others], encoder, packs)
     a_step = examples_a_step(batch, train.examples)
