@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fat5.data import Tokenizer
-from fat5.errors import TokenizerError
+from fat5.errors import ConfigurationError, TokenizerError
 from fat5.model import FAT5Config, quiet
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.train.checkpoint.state import unique_weights
@@ -49,11 +49,17 @@ def copy_tokenizer(tokenizer: Tokenizer, source: Path, target: Path) -> None:
 def configure_model(
     config: FinetuneConfig, form: Any, base: Path | None, tokenizer: Tokenizer, where: Path
 ) -> FAT5Config:
-    """The configuration of the model that is trained, with its labels."""
+    """The configuration of the model that is trained, with its labels.
+
+    Raises:
+        ConfigurationError: as `check_head`. TokenizerError: it has more tokens than the model.
+    """
     info = tokenizer.info
     if base is not None or (where / "config.json").is_file():
         with quiet():
             found = FAT5Config.from_pretrained(base or where)
+        if base is not None:
+            check_head(found, base, config, form)
     else:
         found = FAT5Config.preset(
             config.preset, vocab_size=info.vocab_size, pad_token_id=info.pad_id, eos_token_id=info.eos_id,
@@ -75,6 +81,29 @@ def configure_model(
     if config.dropout is not None:
         found.dropout_rate = found.classifier_dropout = config.dropout
     return found
+
+
+def check_head(found: FAT5Config, base: Path, config: FinetuneConfig, form: Any) -> None:
+    """Refuses a model whose head was made for something else, or that lacks the decoder of the task.
+
+    Raises:
+        ConfigurationError: the head has another number of labels, or there is no decoder.
+    """
+    own = (found.architectures or [""])[0]
+    headed = own.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"))
+    encoder_only = own.startswith("FAT5") and headed and found.head_form != "encoder-decoder"
+    if (encoder_only or own.endswith("EncoderModel")) and (form.kind == "text" or config.head == "encoder-decoder"):
+        what = config.task if form.kind == "text" else "head encoder-decoder"
+        raise ConfigurationError(
+            f"{own} has no decoder, which {what} needs", where=base, hint="Give the model that it was made from"
+        )
+    wanted = {"regression": 1, "answers": 2}.get(form.kind, len(form.label_names or []))
+    if own.endswith(form.model) and headed and found.num_labels != wanted:
+        raise ConfigurationError(
+            f"its head gives {found.num_labels:,} numbers, and these examples need {wanted:,}",
+            where=base,
+            hint="Give the model that it was made from, or examples with its labels",
+        )
 
 
 def weights_sha256(model: Any) -> str:
