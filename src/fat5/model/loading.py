@@ -135,6 +135,18 @@ def weight_source(where: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"state_dict": tensors, "config": kwargs.get("config") or str(where)}
 
 
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that transformers reads: a whole one before shards, safetensors before pickles of tensors."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole = folder / (f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}")
+        index = folder / f"{stem}.{suffix}.index.{f'{variant}.' if variant else ''}json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return [folder / name for name in sorted(set(_index(index).values()))]
+    return []
+
+
 def read_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Every tensor of a folder, from one file or from shards."""
     tensors: dict[str, Tensor] = {}
@@ -212,18 +224,6 @@ def readable(where: Any) -> Iterator[None]:
         if not any(part in str(error) for part in ("PytorchStreamReader", "unexpected EOF")):
             raise
         raise CheckpointFileError(f"damaged: {_binary(where)}: {_line(error)}", where=where, hint=_AGAIN) from error
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files that transformers reads: a whole one before shards, safetensors before pickles of tensors."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        whole = folder / (f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}")
-        index = folder / f"{stem}.{suffix}.index.{f'{variant}.' if variant else ''}json"
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            return [folder / name for name in sorted(set(_index(index).values()))]
-    return []
 
 
 def _check_settings(folder: Path) -> None:
