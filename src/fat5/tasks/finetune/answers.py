@@ -1,5 +1,6 @@
 """Answers to questions, as spans of a context (SQuAD's form)."""
 
+import unicodedata
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +70,7 @@ class Answers:
         for index, (question, context) in enumerate(zip(questions, encoded, strict=True)):
             head = [*question[0], eos]
             room = data.max_source_tokens - len(head) - 1
-            ids, offsets = context
+            ids, offsets = context[0], _with_marks(context[1], contexts[index])
             if room < 1 or (len(ids) > room and room <= data.stride):
                 raise DataError(
                     f"the question has {len(question[0]):,} tokens and leaves {max(room, 0):,} for the context",
@@ -164,6 +165,15 @@ def _token_span(span: tuple[str, int], offsets: list[tuple[int, int]]) -> tuple[
     begin, end = span[1], span[1] + len(span[0])
     touched = [index for index, (one, other) in enumerate(offsets) if one < end and other > begin]
     return (touched[0], touched[-1]) if touched else None
+
+
+def _with_marks(offsets: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Characters of tokens, with the combining marks that a normalizer composed with their last letter, or removed."""
+    ends = [end for _, end in offsets]
+    for index, (begin, _) in enumerate([*offsets[1:], (len(text), 0)]):
+        while ends[index] < begin and unicodedata.combining(text[ends[index]]):
+            ends[index] += 1
+    return [(begin, end) for (begin, _), end in zip(offsets, ends, strict=True)]
 
 
 def _starts(length: int, room: int, stride: int) -> list[int]:

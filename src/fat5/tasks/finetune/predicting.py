@@ -149,7 +149,7 @@ def of_rows(found: list[Any], examples: ExampleSet, form: Any, lengths: list[int
         lengths: words of each row, for tags.
     """
     if form.kind == "entities":
-        tags = [["O"] * length for length in lengths]
+        tags = [[form.label_names[0]] * length for length in lengths]  # O if there is one, for a word without tokens
         least = [1.0] * len(lengths)
         for index, some, score in found:
             row = int(examples.rows[index])
