@@ -12,23 +12,22 @@ from matplotlib.image import imread
 from fat5.tasks.metrics import measure, measure_with_intervals
 from fat5.tasks.metrics.by_class import measure_by_class
 from fat5.tasks.metrics.labels import confusion
-from fat5.tasks.results import aggregate, draw_classes, draw_confusion, write_results
+from fat5.tasks.results import aggregate, draw_classes, draw_confusion, results_of, results_text
 
 HEAD = {"examples": 3, "split": "test", "model": "runs/m", "task": "regression"}
 
 
-def test_the_file_says_what_was_measured(tmp_path):
+def test_the_file_says_what_was_measured():
     said, right = [1.0, 2.0, 3.5], [1.0, 2.0, 3.0]
     scores = measure_with_intervals("regression", said, right, resamples=20)
-    content = write_results(tmp_path, scores, **HEAD, seed=7)
+    content = results_of(scores, **HEAD, seed=7)
     assert content == {**HEAD, "metrics": scores, "seed": 7}
-    assert json.loads((tmp_path / "results.json").read_text()) == content
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert json.loads(results_text(content)) == content
 
 
-def test_what_is_not_defined_is_null(tmp_path):
-    content = write_results(tmp_path, measure("regression", [1.0, 1.0], [1.0, 2.0]), **HEAD, more=[math.inf])
-    assert json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail) == content
+def test_what_is_not_defined_is_null():
+    content = results_of(measure("regression", [1.0, 1.0], [1.0, 2.0]), **HEAD, more=[math.inf])
+    assert json.loads(results_text(content), parse_constant=pytest.fail) == content
     assert content["metrics"]["pearson"] == {"value": None, "low": None, "high": None}
     assert content["metrics"]["mean_squared_error"]["value"] == 0.5
     assert content["more"] == [None]

@@ -14,7 +14,7 @@ VERBS = {
     "prepare": "turn text into verified token shards",
     "pretrain": "pretrain an encoder-decoder on token shards with the UL2 mixture",
     "finetune": "teach a model a task: translation, summarisation, classification, tagging, answers",
-    "evaluate": "loss and accuracy of a model, by denoiser",
+    "evaluate": "scores of a model on a task, or its loss by denoiser",
     "generate": "infill, continue or transform text with a model",
     "convert": "to stock transformers, CTranslate2 or ONNX, with proof that the copy computes the same",
     "plot": "draw and compare runs",

@@ -39,7 +39,7 @@ FIRST_KEYS = {
         "output_dir", "model", "task", "data.train", "data.test", "data.columns.source", "data.columns.target",
         "data.prefix", "epochs", "optimizer.lr", "lora.rank",
     ),
-    "evaluate": ("model", "data", "mixture", "eval_tokens", "output"),
+    "evaluate": ("model", "task", "data", "split", "predictions", "output", "mixture", "eval_tokens"),
     "generate": (
         "model", "prompts", "input", "output", "mode", "max_new_tokens", "num_beams", "sample", "temperature",
     ),

@@ -1,10 +1,12 @@
 """The keys of `fat5 pretrain` and `fat5 evaluate`; imports no torch, so that their --help answers at once."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fat5.data.examples.config import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
+from fat5.tasks.finetune.config import TaskName
 from fat5.train.config import AUTO, PrecisionName, RunConfig, Size, check_count
 
 if TYPE_CHECKING:
@@ -121,27 +123,67 @@ class PretrainConfig(RunConfig):
 
 @dataclass
 class EvaluateConfig:
-    """Loss and token accuracy of a model, by denoiser, on a validation split with fixed noise."""
+    """Scores of a model: of a task on examples, with intervals; or loss and accuracy by denoiser on prepared text."""
 
     model: str = ""
-    """Folder of a run, of a model (config.json and model.safetensors), or of a checkpoint. A run, its model/ and its
-    checkpoints are scored as the run was, unless a key below says otherwise"""
+    """Folder of a run, of a model (config.json and model.safetensors), of a checkpoint or of an adapter. A run, its
+    model/, adapter/ and checkpoints are scored as the run was, unless a key below says otherwise"""
     data: list[str] = field(default_factory=list)
-    """Folders made by `fat5 prepare`; for a run those it was trained on, with their weights"""
+    """Task: files of examples, folders of them, hf:NAME or sample:LANGUAGE; for a run its test or validation examples.
+    Denoisers: folders made by `fat5 prepare`; for a run those it was trained on, with their weights"""
+    split: str | None = None
+    """train, validation or test: of the run, of a dataset on the hub, or of a prepared folder. For a run its test split
+    if it has one, for a dataset test, else validation"""
+    task: TaskName | None = None
+    """The form of the examples and of the model; for a run its own. Without it, and on prepared folders, denoisers"""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Task: names of the columns, as data.columns of `fat5 finetune`: {text: body, label: topic}; for a run its own"""
+    prefix: str | None = None
+    """Task: text put before each input; for a run its own"""
+    tokenizer: str | None = None
+    """Task: folder of the tokenizer if the model's has none"""
+    subset: str | None = None
+    """Task: configuration of a dataset on the hub"""
+    languages: list[str] = field(default_factory=list)
+    """Task: codes of the languages; answers are compared without the articles of the first; for a run its own"""
+    max_examples: int | None = None
+    """Task: take at most this many examples, the first ones; for a run's own data as many as it took"""
+    max_source_tokens: int | None = None
+    """Task: longest input; for a run its own, else 1024"""
+    max_target_tokens: int | None = None
+    """Task: longest target; for a run its own, else 256"""
+    too_long: Literal["truncate", "refuse"] | None = None
+    """Task: cut the end of a longer one off and count it, or refuse the file; for a run its own, else truncate"""
+    stride: int | None = None
+    """question-answering: tokens that two windows of a long context share; for a run its own, else 128"""
+    num_beams: int | None = None
+    """Task: beams of the predictions; for a run its own, else 1"""
+    max_new_tokens: int | None = None
+    """Task: longest prediction; for a run its own, else max_target_tokens"""
+    predict_batch: int | None = None
+    """Task: texts predicted at once; for a run its own, else 32"""
+    predictions: str | None = None
+    """Task: write a line for each example to this file: input, target, prediction, score. Texts are kept in
+    FILE.partial as they come, and the same command goes on there"""
     weights: list[float] = field(default_factory=list)
-    """Relative share of the tokens of each folder in data; all equal if empty"""
+    """Denoisers: relative share of the tokens of each folder in data; all equal if empty"""
     mixture: str | None = None
-    """fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
+    """Denoisers: fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
     eval_tokens: int | None = None
-    """Validation text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
+    """Denoisers: text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
     max_tokens: int | None = None
-    """Raw tokens of one example; for a run its own, else 1024"""
-    encoder_tokens: int | None = None
-    """Encoder tokens of a batch; for a run its own, else 16384"""
+    """Denoisers: raw tokens of one example; for a run its own, else 1024"""
     decoder_tokens: int | None = None
-    """Decoder tokens of a batch; for a run its own, else 8192"""
+    """Denoisers: decoder tokens of a batch; for a run its own, else 8192"""
+    encoder_tokens: int | None = None
+    """Encoder tokens of a batch; for a run its own, else 16384, for a task on a CPU 4096"""
     precision: PrecisionName | None = None
     """fp32, bf16 or fp16 (autocast), bf16-pure, or auto: bf16 on a GPU that has it, fp32 on a CPU; for a run its own,
     else auto"""
     output: str | None = None
     """Write the scores to this JSON file as well"""
+
+    def given(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Those of some keys that have a value."""
+        values = {key: getattr(self, key) for key in keys}
+        return {key: value for key, value in values.items() if value not in (None, [], {})}

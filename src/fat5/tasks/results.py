@@ -1,6 +1,6 @@
 """results.json and its drawings: what a fine-tuned model scores, by metric, by class, and over several seeds.
 
-write_results    results.json          aggregate       mean and interval over seeds
+results_of       its content           aggregate       mean and interval over seeds
 draw_confusion   confusion.png         draw_classes    classes.png
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fat5.files import write_atomically
 from fat5.train.log.plots import COLOURS, FAINT, INK, PAPER, new_figure, save_figure, style_axes
 
 COUNTED_CLASSES = 15
@@ -28,20 +27,12 @@ LONGEST_LABEL = 24
 CONFIDENCE = 0.95
 
 
-def write_results(
-    folder: str | Path,
-    metrics: Mapping[str, float | Mapping[str, Any]],
-    *,
-    examples: int,
-    split: str,
-    model: str,
-    task: str,
-    **more: Any,
+def results_of(
+    metrics: Mapping[str, float | Mapping[str, Any]], *, examples: int, split: str, model: str, task: str, **more: Any
 ) -> dict[str, Any]:
-    """Writes results.json into a folder, whole or not at all.
+    """The content of results.json.
 
     Args:
-        folder: it exists.
         metrics: of `measure`, `measure_with_intervals` or `aggregate`.
         examples: how many were scored.
         split: validation, test, or a file.
@@ -50,8 +41,8 @@ def write_results(
         more: further keys of the file, such as by_class.
 
     Returns:
-        The content: task, model, split, examples, metrics (name → value, low, high), and the further keys. A number
-        that is not finite is null, and so is a bound that was not measured.
+        task, model, split, examples, metrics (name → value, low, high), and the further keys. A number that is not
+        finite is null, and so is a bound that was not measured.
     """
     scores = {
         name: dict(score) if isinstance(score, Mapping) else {"value": score, "low": None, "high": None}
@@ -59,9 +50,12 @@ def write_results(
     }
     head = {"task": task, "model": model, "split": split, "examples": examples}
     content: dict[str, Any] = _finite({**head, "metrics": scores, **more})
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(Path(folder) / "results.json", text + "\n")
     return content
+
+
+def results_text(content: Mapping[str, Any]) -> str:
+    """The content as the file has it."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -5,13 +5,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fat5.errors import ConfigurationError
-from fat5.files import whole_folder
+import torch
+
+from fat5.errors import CheckpointError, CheckpointFileError, ConfigurationError
+from fat5.files import read_object, whole_folder
 from fat5.model import quiet
+from fat5.model.loading import check_finite, readable
 from fat5.tasks.finetune.config import LoraConfig
+from fat5.train.checkpoint.store import model_folder
 
 HEADS = ("classification_head", "classifier", "qa_outputs")
 """Layers that a task adds; they begin at random, so they train whole beside the adapters."""
+
+TASK_TYPES = {
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""Class of a model → PEFT's name for its task."""
+
+ADAPTER = "adapter_config.json"
 
 
 def add_adapters(model: Any, config: LoraConfig, task: str) -> Any:
@@ -21,8 +35,6 @@ def add_adapters(model: Any, config: LoraConfig, task: str) -> Any:
         ConfigurationError: PEFT is missing, or no layer has one of these names.
     """
     peft = _peft()
-    kinds = {"ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForSequenceClassification": "SEQ_CLS"}
-    kinds |= {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = [name for name in config.targets if name in names]
     if not targets:
@@ -32,7 +44,7 @@ def add_adapters(model: Any, config: LoraConfig, task: str) -> Any:
             hint="Name some of q, k, v, o, wi, wi_0, wi_1, wo",
         )
     chosen = peft.LoraConfig(
-        task_type=kinds[task],
+        task_type=TASK_TYPES[task],
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
         lora_dropout=config.dropout,
@@ -61,10 +73,55 @@ def write_adapter(model: Any, folder: Path, base: str) -> None:
     """Writes the adapters alone as PEFT reads them, with the name of the model they belong to."""
     with whole_folder(folder) as target, quiet():
         model.save_pretrained(target, save_embedding_layers=False)
-        path = target / "adapter_config.json"
+        path = target / ADAPTER
         content = json.loads(path.read_text())
         content["base_model_name_or_path"] = base
         path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model that an adapter belongs to.
+
+    Raises:
+        CheckpointError: the adapter names none, or one that is not there.
+    """
+    base = read_object(folder / ADAPTER, CheckpointFileError, "Restore it").get("base_model_name_or_path")
+    if base == "none":
+        raise CheckpointError(
+            "the adapter's base are random weights, which no folder holds", where=folder, hint="Give the run's model/"
+        )
+    if not isinstance(base, str) or not Path(base).is_dir():
+        raise CheckpointError(
+            f"the adapter's base {base!r} is no folder here", where=folder,
+            hint=f"Put it there, or mend base_model_name_or_path in {ADAPTER}",
+        )  # fmt: skip
+    return model_folder(Path(base))
+
+
+def load_adapted(cls: Any, config: Any, folder: Path, task: str) -> Any:
+    """A plain model with an adapter merged into its base.
+
+    Args:
+        cls: the model's class, `FAT5{task}`.
+        config: of the model, with the labels that the adapter's head was trained for.
+        folder: as `write_adapter`, or PEFT, wrote it.
+
+    Raises:
+        CheckpointError: the base is missing, or the adapter is damaged or of another task.
+        ConfigurationError: PEFT is missing.
+    """
+    peft = _peft()
+    base = base_folder(folder)
+    kind = read_object(folder / ADAPTER, CheckpointFileError, "Restore it").get("task_type")
+    if kind not in (None, TASK_TYPES[task]):
+        raise CheckpointError(f"holds an adapter of {kind}, not {TASK_TYPES[task]}", where=folder, hint="Mend --task")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise CheckpointFileError("holds no adapter_model.safetensors", where=folder, hint="Restore it")
+    with readable(folder), quiet():
+        model = cls.from_pretrained(base, config=config, dtype=torch.float32)
+        plain = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    check_finite(plain, folder)
+    return plain
 
 
 def _peft() -> Any:

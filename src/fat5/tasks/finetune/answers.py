@@ -75,7 +75,7 @@ class Answers:
                 raise DataError(
                     f"the question has {len(question[0]):,} tokens and leaves {max(room, 0):,} for the context",
                     where=table.where(index),
-                    hint="Raise data.max_source_tokens, lower data.stride, or shorten the question",
+                    hint="Raise max_source_tokens, lower stride, or shorten the question",
                 )
             wanted = None
             if spans[index]:
@@ -100,7 +100,7 @@ class Answers:
             raise DataError(
                 f"the answer is longer than a window of the context, the first of {len(long):,} such rows",
                 where=table.where(long[0]),
-                hint="Raise data.max_source_tokens, or set data.too_long to truncate to learn no answer there",
+                hint="Raise max_source_tokens, or set too_long to truncate to learn no answer there",
             )
         return ExampleSet.of(inputs, targets, table.parts, rows=rows, notes=notes, cut=len(long))
 

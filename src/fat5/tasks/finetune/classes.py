@@ -78,7 +78,7 @@ class Classification:
         """One example a row: the text and EOS, or two texts with EOS after each.
 
         Raises:
-            DataError: an empty text, a label that the training examples do not have, or a text that is too long and
+            DataError: an empty text, a label that the model does not have, or a text that is too long and
                 `too_long` says refuse.
         """
         labels = self._targets(table)
@@ -166,7 +166,7 @@ class Regression(Classification):
 
 
 def unseen_label(label: str, names: list[str], where: str) -> DataError:
-    """The error for a label that the training examples do not have."""
+    """The error for a label that the model does not have."""
     near = get_close_matches(label, names, n=1)
     shown = ", ".join(names[:10]) + ", …" * (len(names) > 10)
     meant = f"Did you mean {near[0]!r}? " if near else ""

@@ -184,17 +184,11 @@ class FinetuneConfig(RunConfig):
             hint = f"Did you mean {near[0]}?" if near else f"{self.task} has {', '.join(metrics)}"
             raise ConfigurationError(f"metric is {self.metric!r}", hint=hint)
         data = self.data
-        for key in ("max_source_tokens", "max_target_tokens", "batch_size", "encoder_tokens"):
-            least = FEWEST_TOKENS if key == "max_source_tokens" else 2 if key == "max_target_tokens" else 1
-            check_count(f"data.{key}", getattr(data, key), least, LARGEST_SIZE)
-        for key in ("predict_batch", "eval_examples", "num_beams"):
-            check_whole(getattr(self, key), key)
+        self.check_reading("data.")
+        check_count("data.batch_size", data.batch_size, most=LARGEST_SIZE)
+        check_whole(self.eval_examples, "eval_examples")
         check_whole(self.seeds, "seeds", most=MOST_SEEDS)
-        check_whole(data.stride, "data.stride", least=0)
         check_whole(self.lora.rank, "lora.rank", least=0, most=LARGEST_RANK)
-        for key, count in (("data.max_examples", data.max_examples), ("max_new_tokens", self.max_new_tokens)):
-            if count is not None:
-                check_whole(count, key, most=LARGEST_COUNT)
         for name, value, most in (
             ("data.validation_fraction", data.validation_fraction, 1.0),
             ("label_smoothing", self.label_smoothing, 1.0),
@@ -217,12 +211,31 @@ class FinetuneConfig(RunConfig):
             "sequence-classification", "regression", "question-answering",
         ):  # fmt: skip
             raise ConfigurationError(f"head is encoder-decoder, and {self.task} has no such head", hint="Remove it")
+        return config
+
+    def check_reading(self, section: str) -> None:
+        """Refuses lengths and counts by which no example can be read or predicted.
+
+        Args:
+            section: put before the names of the keys of `data` in messages.
+
+        Raises:
+            ConfigurationError: one of them is out of its bounds.
+        """
+        data = self.data
+        for key, least in (("max_source_tokens", FEWEST_TOKENS), ("max_target_tokens", 2), ("encoder_tokens", 1)):
+            check_count(f"{section}{key}", getattr(data, key), least, LARGEST_SIZE)
+        for key in ("predict_batch", "num_beams"):
+            check_whole(getattr(self, key), key)
+        check_whole(data.stride, f"{section}stride", least=0)
+        for key, count in ((f"{section}max_examples", data.max_examples), ("max_new_tokens", self.max_new_tokens)):
+            if count is not None:
+                check_whole(count, key, most=LARGEST_COUNT)
         if self.task == "question-answering" and data.stride >= data.max_source_tokens:
             raise ConfigurationError(
-                f"data.stride is {data.stride}, and an input has {data.max_source_tokens:,} tokens",
-                hint="Give a stride below data.max_source_tokens",
+                f"{section}stride is {data.stride}, and an input has {data.max_source_tokens:,} tokens",
+                hint=f"Give a stride below {section}max_source_tokens",
             )
-        return config
 
 
 def _default_optimizer(name: str, lora: bool) -> dict[str, Any]:

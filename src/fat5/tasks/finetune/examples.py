@@ -210,5 +210,5 @@ def refuse_cut(wheres: Sequence[str], most: int, side: str) -> None:
         raise DataError(
             f"the {side} has more than {most:,} tokens (the first of {len(wheres):,} such rows)",
             where=wheres[0],
-            hint=f"Raise data.max_{side}_tokens, shorten it, or set data.too_long to truncate",
+            hint=f"Raise max_{side}_tokens, shorten it, or set too_long to truncate",
         )

@@ -203,7 +203,7 @@ class Finetuning:
         partial = run.path / "predictions.partial.jsonl"
         file = predicting.PredictionFile(partial, f"{split.table.sha256()} {weights_sha256(scorer.model)}")
         predictions = self.predict(scorer, split, file=file)
-        found = write_outcome(run.path, self.config, self.form, split.name, split.table, predictions)
+        found = write_outcome(run.path, self.config, self.form, split, predictions)
         partial.unlink(missing_ok=True)
         return {"results": {name: value["value"] for name, value in found["metrics"].items()}}
 

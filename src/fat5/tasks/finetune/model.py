@@ -65,16 +65,14 @@ def configure_model(
             config.preset, vocab_size=info.vocab_size, pad_token_id=info.pad_id, eos_token_id=info.eos_id,
             decoder_start_token_id=info.pad_id,
         )  # fmt: skip
-    if tokenizer.own_size > found.vocab_size:
-        raise TokenizerError(
-            f"it has {tokenizer.own_size:,} tokens, and the model {found.vocab_size:,} rows for them", where=where,
-            hint="Give the model's own tokenizer",
-        )  # fmt: skip
+    check_vocabulary(tokenizer, found, where)
     if form.label_names is not None:
         found.id2label = dict(enumerate(form.label_names))
         found.label2id = {name: index for index, name in enumerate(form.label_names)}
     elif form.kind in ("regression", "answers"):
         found.num_labels = 1 if form.kind == "regression" else 2
+    if form.kind == "answers":
+        found.task_specific_params = {"question-answering": {"handle_impossible_answer": form.may_be_missing}}
     if form.kind in ("classification", "regression"):
         found.problem_type = "regression" if form.kind == "regression" else "single_label_classification"
     found.head_form = None if form.kind in ("text", "entities") else config.head
@@ -104,6 +102,15 @@ def check_head(found: FAT5Config, base: Path, config: FinetuneConfig, form: Any)
             where=base,
             hint="Give the model that it was made from, or examples with its labels",
         )
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: FAT5Config, where: object) -> None:
+    """Raises TokenizerError for a tokenizer with more tokens than the model has rows."""
+    if tokenizer.own_size > config.vocab_size:
+        raise TokenizerError(
+            f"it has {tokenizer.own_size:,} tokens, and the model {config.vocab_size:,} rows for them", where=where,
+            hint="Give the model's own tokenizer",
+        )  # fmt: skip
 
 
 def weights_sha256(model: Any) -> str:

@@ -1,14 +1,15 @@
 """What a fine-tuned model says and scores on a split: predictions.jsonl, results.json and their drawings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fat5.files import whole_file
+from fat5.files import whole_file, write_atomically
 from fat5.tasks import results
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.predicting import Prediction
+from fat5.tasks.finetune.splits import Split
 from fat5.tasks.finetune.table import Table
 from fat5.tasks.metrics import measure, measure_with_intervals
 from fat5.tasks.metrics.by_class import measure_by_class
@@ -32,38 +33,47 @@ def articles(config: FinetuneConfig) -> str | None:
     return language if language in ("en", "fr") else None
 
 
-def write_predictions(path: Path, form: Any, table: Table, predictions: Sequence[Prediction]) -> None:
-    """Writes a line for each row: input, target, prediction, and the score if there is one."""
+def prediction_lines(form: Any, table: Table, predictions: Sequence[Prediction]) -> Iterator[str]:
+    """A JSON line for each row: input, target, prediction, and the score if there is one."""
     inputs, references = form.inputs(table), form.references(table)
-    with whole_file(path) as file:
-        for row, value, number in predictions:
-            line = {"input": inputs[row], "target": references[row], "prediction": value}
-            if number is not None:
-                line["score"] = number
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+    for row, value, number in predictions:
+        line = {"input": inputs[row], "target": references[row], "prediction": value}
+        if number is not None:
+            line["score"] = number
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def outcome(config: FinetuneConfig, form: Any, split: Split, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The content of results.json: metrics with their intervals, and by class where there are classes."""
+    references = form.references(split.table)
+    values = [value for _, value, _ in predictions]
+    more: dict[str, Any] = {"examples_cut": split.examples.cut, "metric": config.metric}
+    if form.kind in ("classification", "entities"):
+        more["by_class"] = measure_by_class(form.kind, values, references)
+    if form.kind == "classification" and len(form.label_names) <= MOST_DRAWN_CLASSES:
+        more["labels"] = form.label_names
+        more["confusion"] = confusion(values, references, form.label_names).tolist()
+    found = measure_with_intervals(form.kind, values, references, METRICS[config.task], articles=articles(config))
+    return results.results_of(
+        found, examples=len(split.table), split=split.name, model=config.model, task=config.task, **more
+    )
 
 
 def write_outcome(
-    folder: Path, config: FinetuneConfig, form: Any, split: str, table: Table, predictions: Sequence[Prediction]
+    folder: Path, config: FinetuneConfig, form: Any, split: Split, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     """Writes predictions.jsonl, results.json and, for classes, confusion.png and classes.png.
 
     Returns:
         The content of results.json.
     """
-    write_predictions(folder / PREDICTIONS, form, table, predictions)
-    references = form.references(table)
-    values = [value for _, value, _ in predictions]
-    more: dict[str, Any] = {"metric": config.metric}
-    if form.kind in ("classification", "entities"):
-        more["by_class"] = measure_by_class(form.kind, values, references)
-        if more["by_class"]:
-            results.draw_classes(more["by_class"], folder / CLASSES)
-    if form.kind == "classification" and len(form.label_names) <= MOST_DRAWN_CLASSES:
-        matrix = confusion(values, references, form.label_names)
-        more["labels"], more["confusion"] = form.label_names, matrix.tolist()
-        results.draw_confusion(form.label_names, matrix, folder / CONFUSION)
-    found = measure_with_intervals(form.kind, values, references, METRICS[config.task], articles=articles(config))
-    return results.write_results(
-        folder, found, examples=len(table), split=split, model=config.model, task=config.task, **more
-    )
+    with whole_file(folder / PREDICTIONS) as file:
+        for line in prediction_lines(form, split.table, predictions):
+            file.write(line.encode())
+    content = outcome(config, form, split, predictions)
+    if content.get("by_class"):
+        results.draw_classes(content["by_class"], folder / CLASSES)
+    if "confusion" in content:
+        results.draw_confusion(content["labels"], content["confusion"], folder / CONFUSION)
+    write_atomically(folder / RESULTS, results.results_text(content))
+    return content

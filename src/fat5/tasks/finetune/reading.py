@@ -248,7 +248,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[int, 
         raise DataError(
             f"split {split} of this dataset cannot be opened ({reason})",
             where=name,
-            hint="Check its name, data.subset and splits, and the network",
+            hint="Check its name, subset and splits, and the network",
         ) from error
     for number, row in enumerate(dataset, 1):
         yield number, {key: _named(value, dataset.features[key]) for key, value in row.items()}

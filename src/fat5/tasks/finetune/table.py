@@ -160,7 +160,7 @@ def missing_column(name: str, row: Any, where: object) -> DataError:
     near = _close_columns(name, columns)
     shown = ", ".join(columns[:20]) + ", …" * (len(columns) > 20) if columns else "none"
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
-    return DataError(f"no column {name!r}; it has {shown}", where=where, hint=f"{meant}Name it with --data.columns")
+    return DataError(f"no column {name!r}; it has {shown}", where=where, hint=f"{meant}Name it in `columns`")
 
 
 def _paths(row: Any, before: str = "") -> Iterator[str]:

@@ -59,7 +59,7 @@ class Tagging:
         """Windows of whole words. An example's note is the (word, place) of each word in it.
 
         Raises:
-            DataError: lists of different lengths, or a tag that the training examples do not have.
+            DataError: lists of different lengths, or a tag that the model does not have.
         """
         number = {name: index for index, name in enumerate(self.label_names or [])}
         all_words, all_tags = self._lists(table, self.config.data.columns.tokens), self.references(table)

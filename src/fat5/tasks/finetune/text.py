@@ -131,9 +131,9 @@ def check_prefix(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
     data = config.data
     if data.prefix and (length := len(tokenizer.encode(data.prefix))) >= data.max_source_tokens - 1:
         raise ConfigurationError(
-            f"has {length:,} tokens, and data.max_source_tokens is {data.max_source_tokens:,}",
-            where="data.prefix",
-            hint="Raise data.max_source_tokens, or shorten the prefix",
+            f"has {length:,} tokens, and max_source_tokens is {data.max_source_tokens:,}",
+            where="prefix",
+            hint="Raise max_source_tokens, or shorten the prefix",
         )
 
 
