@@ -147,7 +147,7 @@ class EvaluateConfig:
     languages: list[str] = field(default_factory=list)
     """Task: codes of the languages; answers are compared without the articles of the first; for a run its own"""
     max_examples: int | None = None
-    """Task: take at most this many examples, the first ones; for a run's own data as many as it took"""
+    """Task: take at most this many examples, the first ones"""
     max_source_tokens: int | None = None
     """Task: longest input; for a run its own, else 1024"""
     max_target_tokens: int | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import config, predictions
+from test_runs import LEARNING, config, predictions
 from transformers import T5Config, T5ForConditionalGeneration, T5ForSequenceClassification
 
 import fat5
@@ -80,6 +80,10 @@ def test_parts_of_a_run_and_its_splits(runs, files, tmp_path, capsys):
     evaluate(capsys, "--model", run, "--data", files["sequence-classification"], "--max_examples", 7, "--output", out)
     some = json.loads(out.read_text())
     assert (some["split"], some["examples"]) == (files["sequence-classification"], 7)
+    evaluate(capsys, "--model", run, "--max_examples", 3, "--predictions", tmp_path / "said.jsonl")
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert said == predictions(run)[:3]
+    assert "max_examples: must be a whole number" in refused(capsys, "--model", run, "--max_examples", 0)
     assert "and the run has train, validation" in refused(capsys, "--model", run, "--split", "test")
 
 
@@ -242,3 +246,23 @@ def test_logits_that_are_no_numbers_are_refused(stock, base, files, tmp_path, ca
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
     words = ["--model", tmp_path / "model", "--task", "sequence-classification", "--data", tmp_path / "rows.jsonl"]
     assert "its logits on these examples are nan" in refused(capsys, *words, "--tokenizer", base / "model")
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_whether_a_question_may_have_no_answer_is_the_models(base, files, tmp_path, capsys, learned):
+    """The training examples decide it, whatever the examples that are scored."""
+    rows = [json.loads(line) for line in Path(files["question-answering"]).read_text().splitlines()]
+    empty = {"answers": {"text": [], "answer_start": []}}
+    kinds = {"with": [row | empty if index % 2 else row for index, row in enumerate(rows)], "without": rows}
+    for name, some in kinds.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    train, test = ("with", "without") if learned else ("without", "with")
+    run, shape = tmp_path / "run", {"test": [str(tmp_path / f"{test}.jsonl")]}
+    made = {"question-answering": str(tmp_path / f"{train}.jsonl")}
+    finetune(config(base, made, run, "question-answering", data=shape, steps=40, eval_every=40, optimizer=LEARNING))
+    said, out = tmp_path / "said.jsonl", tmp_path / "scores.json"
+    evaluate(capsys, "--model", run, "--predictions", said, "--output", out)
+    assert said.read_bytes() == (run / "predictions.jsonl").read_bytes()
+    same_results(out, run / "results.json")
+    some_are_empty = any(row["prediction"] == "" and row["score"] < 0 for row in predictions(run))
+    assert some_are_empty == learned

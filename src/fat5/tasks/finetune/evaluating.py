@@ -14,7 +14,7 @@ import torch
 from fat5 import model as fat5_model
 from fat5.data import load_tokenizer
 from fat5.data.text.corpus import is_dataset
-from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
+from fat5.errors import CheckpointError, ConfigurationError, TokenizerError, check_whole
 from fat5.files import write_output
 from fat5.model import FAT5Config, load_model, quiet
 from fat5.model.loading import check_finite
@@ -32,14 +32,12 @@ from fat5.tasks.finetune.table import Table, read_table
 from fat5.tasks.metrics import measure
 from fat5.train.checkpoint.files import MANIFEST
 from fat5.train.checkpoint.store import model_folder
+from fat5.train.config import LARGEST_COUNT
 from fat5.train.evaluation import Scorer
 from fat5.train.precision import Precision, resolve_precision
 from fat5.train.world import World, training_device
 
-OF_DATA = (
-    "prefix", "subset", "max_examples", "max_source_tokens", "max_target_tokens", "too_long", "stride",
-    "encoder_tokens",
-)  # fmt: skip
+OF_DATA = ("prefix", "subset", "max_source_tokens", "max_target_tokens", "too_long", "stride", "encoder_tokens")
 """Keys that `fat5 finetune` has under data."""
 
 OF_RUN = ("languages", "num_beams", "max_new_tokens", "predict_batch", "precision")
@@ -124,13 +122,13 @@ def _settings(config: EvaluateConfig, run: FinetuneConfig | None, recipe: Mappin
             raise ConfigurationError("null is no value here", where=f"columns.{name}", hint="Name the column")
     base = run or FinetuneConfig(output_dir="", precision=recipe.get("precision", "auto"))
     data = replace(base.data, columns=replace(base.data.columns, **config.columns), **config.given(OF_DATA))
-    if config.data:
-        data = replace(data, max_examples=config.max_examples)
     task = config.task or base.task
     metric = base.metric if task == base.task else "loss"
     changes = config.given(OF_RUN) | {"task": task, "metric": metric, "tokenizer": config.tokenizer}
     settings = replace(base, model=config.model, data=data, **changes)
     settings.check_reading("")
+    if config.max_examples is not None:
+        check_whole(config.max_examples, "max_examples", most=LARGEST_COUNT)
     return settings
 
 
@@ -197,7 +195,7 @@ def _read(config: EvaluateConfig, settings: FinetuneConfig, run: FinetuneConfig 
                 f"split is {config.split}, and a file is read whole", hint="Remove it, or give hf:NAME as data"
             )
         split = config.split or "test"
-        table = read_table(config.data, split, settings.data.subset, settings.data.max_examples)
+        table = read_table(config.data, split, settings.data.subset, config.max_examples)
         return ", ".join(f"{name} ({split})" if is_dataset(name) else name for name in config.data), table
     if run is None:
         raise ConfigurationError("data is not given", hint="Give the examples: --data FILE")
@@ -205,7 +203,8 @@ def _read(config: EvaluateConfig, settings: FinetuneConfig, run: FinetuneConfig 
     if split not in SPLITS or (split == "test" and not settings.data.test):
         has = "train, validation" + ", test" * bool(settings.data.test)
         raise ConfigurationError(f"split is {split}, and the run has {has}", hint="Choose one of them, or give --data")
-    return split, read_splits(settings.data, form, (split,))[split]
+    table = read_splits(settings.data, form, (split,))[split]
+    return split, table.select(range(min(len(table), config.max_examples or len(table))))
 
 
 def _learn(form: Any, table: Table, config: FAT5Config, where: Path) -> None:
