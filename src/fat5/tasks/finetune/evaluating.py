@@ -113,7 +113,8 @@ def read_run(recipe: Mapping[str, Any], where: object) -> FinetuneConfig:
 def _settings(config: EvaluateConfig, run: FinetuneConfig | None, recipe: Mapping[str, Any]) -> FinetuneConfig:
     """The run's configuration with the keys that are given; the defaults where there is no run."""
     known = {item.name: type(None) in get_args(item.type) for item in fields(Columns)}
-    for name, column in config.columns.items():
+    columns: dict[str, Any] = dict(config.columns)
+    for name, column in columns.items():
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}"
@@ -121,7 +122,7 @@ def _settings(config: EvaluateConfig, run: FinetuneConfig | None, recipe: Mappin
         if column is None and not known[name]:
             raise ConfigurationError("null is no value here", where=f"columns.{name}", hint="Name the column")
     base = run or FinetuneConfig(output_dir="", precision=recipe.get("precision", "auto"))
-    data = replace(base.data, columns=replace(base.data.columns, **config.columns), **config.given(OF_DATA))
+    data = replace(base.data, columns=replace(base.data.columns, **columns), **config.given(OF_DATA))
     task = config.task or base.task
     metric = base.metric if task == base.task else "loss"
     changes = config.given(OF_RUN) | {"task": task, "metric": metric, "tokenizer": config.tokenizer}
