@@ -1,6 +1,8 @@
 """How every benchmark here measures: providers interleaved (A B A B) in one run, medians with p20 and p80, one CSV."""
 
 import csv
+import fcntl
+import os
 import platform
 import subprocess
 import sys
@@ -67,17 +69,11 @@ def save(question: str, rows: list[dict[str, object]]) -> Path:
     """Writes bench/QUESTION.csv (replacing it) with machine, versions, commit and command, and prints a table."""
     path = RESULTS / f"{question}.csv"
     path.parent.mkdir(exist_ok=True)
-    stamp = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    stamped = stamp()
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(row | stamp for row in rows)
+        writer.writerows(row | stamped for row in rows)
     for line in rows:
         name = f"{line['case']!s:32} {line['provider']!s:28} {line['metric']!s:20}"
         print(f"{name} {line['p50']:>12,} {line['unit']} (p20 {line['p20']:,}, p80 {line['p80']:,})")
@@ -85,10 +81,31 @@ def save(question: str, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Appends rows to a CSV, stamped as `save` does; processes that run side by side may share the file."""
+    stamped = stamp()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, FIELDS)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+        writer.writerows(row | stamped for row in rows)
+
+
+def stamp() -> dict[str, str]:
+    """Where a row comes from: machine, versions, commit, date, command."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
 def machine() -> str:
     """Processor or GPU name and core count."""
-    import os
-
     import torch
 
     if torch.cuda.is_available():
