@@ -297,7 +297,7 @@ def test_registered_as_torch_expects(case: Case, device: torch.device) -> None:
     if call.packed:
         starts, (rows, _, width) = call.cu_seqlens_q, call.q.shape
         torch.library.opcheck(
-            host.work_lists, (starts, starts, rows, rows, width, call.q.dtype, call.causal, True, True)
+            host.work_lists, (starts, starts, rows, rows, width, call.q.dtype, call.causal, True, True, True)
         )
 
 

@@ -65,8 +65,7 @@ def tune(deadline: float, measured: Measured | None = None, note: Callable[[str]
     precompile(candidate_jobs(), arch, deadline)
     counts = {"tuned": 0, "left": 0}
     for (kernel, width), candidates in CANDIDATES.items():
-        block_m, block_n, num_warps, num_stages = configuration(kernel, torch.device("cuda"), width, TYPE)
-        before: Row = (block_m, block_n, num_warps, num_stages)
+        before: Row = tuple(configuration(kernel, torch.device("cuda"), width, TYPE))  # type: ignore[assignment]
         times = _times(kernel, width, list(dict.fromkeys([before, *candidates])), deadline, measured, note)
         if not times:
             counts["left"] += 1
@@ -108,7 +107,7 @@ def _compile(item: tuple[Job, int]) -> None:
     with assumed_architecture(arch):
         recorded = launches(job.problem, **job.launches)
     for one in recorded:
-        if job.kernel in ("", one.kernel.fn.__name__.removesuffix("_kernel")):
+        if job.kernel in ("", one.name):
             try:
                 compile_for(arch, one)
             except Exception:  # The measurement will meet it again, and say so.
@@ -164,7 +163,7 @@ def kernel_seconds(kernel: str, width: int, launch: Launch, length: int, causal:
         gradients = torch.autograd.grad(out, (q, k, v, vector), grad_out)
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise ArithmeticError("gradients are not finite")
-    return seconds(next(one.run for one in recorded if one.kernel.fn.__name__ == f"{kernel}_kernel"))
+    return seconds(next(one.run for one in recorded if one.name == kernel))
 
 
 def inputs(width: int, length: int, key_length: int | None = None) -> tuple[torch.Tensor, ...]:

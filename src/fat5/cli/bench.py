@@ -2,12 +2,16 @@
 GPU."""
 
 import os
+import sys
 import time
 from importlib.util import find_spec
 from typing import Any
 
 from fat5.errors import ConfigurationError
 from fat5.files import naming
+
+# Between two lines of progress, in a run that takes minutes.
+TELL_SECONDS = 30.0
 
 
 def bench(
@@ -16,6 +20,7 @@ def bench(
     autotune: bool = False,
     architectures: list[int] | None = None,
     quick: bool = False,
+    only: list[str] | None = None,
     workers: int = 0,
     seconds: float = 300.0,
 ) -> int:
@@ -28,6 +33,7 @@ def bench(
             ($FAT5_CACHE, else ~/.cache/fat5), which later runs read.
         architectures: for static: 10 * major + minor of the compute capabilities; all known ones when left out.
         quick: for static: attention with a learned bias in bfloat16, and the fused kernels at the sizes of base.
+        only: for static: compile the lines that have all of these words, such as `query_gradient 128 float32 dense`.
         workers: for static: processes; one a core when 0.
         seconds: for autotune: no measurement starts after this long.
     """
@@ -39,10 +45,10 @@ def bench(
         raise ConfigurationError("the triton package is not installed", hint="pip install 'fat5[gpu]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigurationError("TRITON_INTERPRET=1 is set, which compiles nothing", hint="Unset it")
-    return _static(architectures, quick, workers) if static else _autotune(seconds)
+    return _static(architectures, quick, only or [], workers) if static else _autotune(seconds)
 
 
-def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
+def _static(architectures: list[int] | None, quick: bool, only: list[str], workers: int) -> int:
     from fat5.bench.static_report.report import LIMITS, report
 
     architectures = architectures or list(LIMITS)
@@ -55,33 +61,40 @@ def _static(architectures: list[int] | None, quick: bool, workers: int) -> int:
         f"arch   {'kernel':17}{'width':>8} {'dtype':9}{'problem':44} tile, warps, stages  registers  spill "
         " shared KB (limit)  occupancy  matrix instructions  GFLOP    MB  roofline us"
     )
-    count, faults = 0, []
-    for row in report(architectures, quick, workers=workers):
-        count += 1
-        print(_line(row), flush=True)
-        if row.fault:
-            faults.append(row)
-    print(f"{count} kernels compiled in {time.perf_counter() - start:.0f} s, {len(faults)} at fault")
+    rows, told = [], start
+    for share, found in report(architectures, quick, workers, only):
+        rows += found
+        for row in found:
+            print(_line(row), flush=True)
+        now = time.perf_counter()
+        if now - told > TELL_SECONDS and share < 1:
+            told = now
+            left = (now - start) * (1 - share) / share / 60
+            print(f"{share:.0%} done, {left:,.0f} min left", file=sys.stderr, flush=True)
+    if not rows:
+        raise ConfigurationError(
+            f"no kernel has all of the words {' '.join(only)}", where="only", hint="Those of a line of the report"
+        )
+    faults = sum(bool(row.fault) for row in rows)
+    print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s, {faults} at fault")
     return 1 if faults else 0
 
 
 def _line(row: Any) -> str:
     from fat5.bench.static_report.report import LIMITS
 
-    dtype = str(row.problem.dtype).removeprefix("torch.")
-    launch = "-"
-    if row.launch is not None:
-        launch = f"{row.launch.block_m}x{row.launch.block_n}, {row.launch.num_warps}, {row.launch.num_stages}"
-    head = f"sm_{row.arch:<4}{row.kernel:17}{row.problem.width:8} {dtype:9}{row.label():44} {launch:>19}"
+    kernel, width, dtype, *label = row.words()
+    launch = "-" if row.launch is None else "{}x{}, {}, {}".format(*row.launch)
+    head = f"sm_{row.arch:<4}{kernel:17}{width:>8} {dtype:9}{' '.join(label):44} {launch:>19}"
     tail = f"  <- {row.fault}" if row.fault else ""
     if row.found is None:
         return head + tail
     found = row.found
-    used = next((f"{n} {name}" for n, name in ((found.wgmma, "wgmma"), (found.tcgen05, "tcgen05")) if n), "")
+    used = next((f"{n} {name}" for name in ("wgmma", "tcgen05", "mma") if (n := getattr(found, name))), "-")
     shared = f"{found.shared_bytes / 1024:.0f} ({LIMITS[row.arch].shared_a_block >> 10})"
     return (
         f"{head} {found.registers:10} {found.stack_bytes:6} {shared:>18} {row.occupancy():10.0%} "
-        f"{used or (f'{found.mma} mma' if found.mma else '-'):>20} {row.flops() / 1e9:6.0f} {row.bytes() / 1e6:5.0f} "
+        f"{used:>20} {row.flops() / 1e9:6.0f} {row.bytes() / 1e6:5.0f} "
         f"{row.roofline() * 1e6:12.0f}{tail}"
     )
 

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -15,22 +14,18 @@ from fat5.ops.triton.launch import Recorded
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel needs of a multiprocessor."""
+    """What one compiled kernel needs of a multiprocessor: a thread's registers and local memory (0 bytes: nothing
+    spilled), a program's shared memory and threads; the matrix instructions in its PTX, of Hopper (wgmma), Ampere (mma)
+    and Blackwell (tcgen05); and the instructions inside its loops that touch local memory."""
 
     registers: int
-    """A thread."""
     stack_bytes: int
-    """A thread's local memory: 0 means that nothing spilled."""
     shared_bytes: int
-    """A program."""
     threads: int
-    """A program."""
     wgmma: int
-    """Hopper's asynchronous matrix instructions in the PTX."""
     mma: int
-    """Ampere's matrix instructions in the PTX."""
     tcgen05: int
-    """Blackwell's matrix instructions in the PTX."""
+    spills_in_loops: int
 
 
 class _AheadOfTime:
@@ -48,12 +43,6 @@ class _AheadOfTime:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.arch, 10)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
 
 def compile_for(arch: int, recorded: Recorded) -> Any:
     """Triton's compiled kernel for `arch` (10 * major + minor), the one that the launch would use there.
@@ -61,13 +50,12 @@ def compile_for(arch: int, recorded: Recorded) -> Any:
     Raises:
         triton.compiler.errors.CompilationError, triton.runtime.errors.PTXASError: it does not compile.
     """
-    before = driver._active if hasattr(driver, "_active") else None
+    before = getattr(driver, "_active", None)
     driver.set_active(_AheadOfTime(arch))
     try:
         return recorded.kernel.warmup(**recorded.arguments, grid=recorded.grid, **recorded.options())
     finally:
-        if before is not None:
-            driver.set_active(before)
+        driver.set_active(before)
 
 
 def resources(compiled: Any) -> Resources:
@@ -75,12 +63,11 @@ def resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:200]}")
+        usage = _cuobjdump("-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:200]}")
+        in_loops = spills_in_loops(_cuobjdump("-sass", file.name)) if found[2] != "0" else 0
     ptx = compiled.asm["ptx"]
     return Resources(
         registers=int(found[1]),
@@ -90,9 +77,20 @@ def resources(compiled: Any) -> Resources:
         wgmma=ptx.count("wgmma.mma_async"),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         tcgen05=ptx.count("tcgen05.mma"),
+        spills_in_loops=in_loops,
     )
 
 
-def tool(name: str) -> str:
-    """Path of a binary in Triton's wheel."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _cuobjdump(option: str, cubin: str) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads from and stores to local memory between a branch back and where it leads."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?);", sass, re.MULTILINE)
+    code = [(int(address, 16), words) for address, words in lines]
+    branches = [(int(at[1], 16), here) for here, words in code if (at := re.search(r"BRA\b.*0x([0-9a-f]+)", words))]
+    loops = [(target, here) for target, here in branches if target < here]
+    local = [here for here, words in code if re.search(r"\b(LDL|STL)\b", words)]
+    return sum(any(first <= here <= last for first, last in loops) for here in local)

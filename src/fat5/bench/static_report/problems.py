@@ -19,7 +19,8 @@ from fat5.ops.triton.launch import Launch, Recorded, recording
 class Problem(NamedTuple):
     """The compile-time side of an attention call; its sizes are small and its strides those of real use."""
 
-    head_dim: int
+    width: int
+    """Head dimension."""
     dtype: torch.dtype
     bias: str
     """relative, dense or none."""
@@ -32,11 +33,6 @@ class Problem(NamedTuple):
         words = [self.bias, "causal" if self.causal else "", "packed" if self.packed else "padded"]
         words += ["key-mask" if self.key_mask else "", "dropout" if self.dropout_p else ""]
         return " ".join(word for word in words if word)
-
-    @property
-    def width(self) -> int:
-        """What the table lists a kernel by."""
-        return self.head_dim
 
 
 class FusedProblem(NamedTuple):
@@ -70,7 +66,7 @@ def launches(problem: Problem | FusedProblem, **launch: Launch) -> list[Recorded
 
 def _attend(problem: Problem) -> None:
     heads, length = 16, 256
-    shape = (2 * length, heads, problem.head_dim) if problem.packed else (2, length, heads, problem.head_dim)
+    shape = (2 * length, heads, problem.width) if problem.packed else (2, length, heads, problem.width)
     q, k, v = (torch.zeros(shape, dtype=problem.dtype).requires_grad_() for _ in range(3))
     if not problem.packed:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -27,6 +27,11 @@ class Recorded(NamedTuple):
     constants: Mapping[str, Any]
     launch: Launch | None
 
+    @property
+    def name(self) -> str:
+        """Of the kernel, without `_kernel`."""
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch: compile-time constants and compiler options."""
         # Triton 3.10 no longer fuses multiplications and additions unless told to.

@@ -69,22 +69,21 @@ class _Tasks:
         self.dense_dtype = None if call.dense is None else call.dense.dtype
         self.visible = None
         if self.packed:
-            starts_q, starts_k = call.cu_seqlens_q.numpy(), call.cu_seqlens_k.numpy()  # type: ignore[union-attr]
-            self.batch = np.zeros(len(starts_q) - 1, np.int64)
-            self.start_q, self.start_k = starts_q[:-1].astype(np.int64), starts_k[:-1].astype(np.int64)
-            self.length_q, self.length_k = np.diff(starts_q).astype(np.int64), np.diff(starts_k).astype(np.int64)
-            self.key_start = np.zeros_like(self.batch)
+            starts_q = call.cu_seqlens_q.numpy().astype(np.int64)  # type: ignore[union-attr]
+            starts_k = call.cu_seqlens_k.numpy().astype(np.int64)  # type: ignore[union-attr]
+            self.start_q, self.start_k = starts_q[:-1], starts_k[:-1]
+            self.length_q, self.length_k = np.diff(starts_q), np.diff(starts_k)
+            self.batch = self.key_start = np.zeros_like(self.start_q)
         else:
-            rows, length_k = self.q.shape[0], self.k.shape[1]
-            self.batch, self.start_q = np.arange(rows), np.zeros(rows, np.int64)
-            self.length_q, self.length_k = np.full(rows, self.q.shape[1]), np.full(rows, length_k)
-            self.start_k = np.zeros(rows, np.int64)
+            (rows, length_q), length_k = self.q.shape[:2], self.k.shape[1]
+            self.batch, self.length_q, self.length_k = np.arange(rows), np.full(rows, length_q), np.full(rows, length_k)
+            self.start_q = self.start_k = np.zeros(rows, np.int64)
             if call.key_padding_mask is not None and length_k > 0:
                 visible = call.key_padding_mask.numpy()
-                some = visible.any(axis=1)
-                self.start_k = np.where(some, visible.argmax(axis=1), 0)
-                end = np.where(some, length_k - visible[:, ::-1].argmax(axis=1), 0)
-                self.length_k = end - self.start_k
+                # From the first visible key to the last.
+                self.start_k = visible.argmax(axis=1)
+                end = length_k - visible[:, ::-1].argmax(axis=1)
+                self.length_k = np.where(visible.any(axis=1), end - self.start_k, 0)
                 if (visible.sum(axis=1) != self.length_k).any():
                     self.visible = np.ascontiguousarray(visible)
                     # The holes may hold NaN, and 0 * NaN would spread it.
@@ -165,8 +164,7 @@ class _Tasks:
 
     def _items(self) -> np.ndarray:
         """A record for each head of each document with queries and keys, head by head."""
-        self.documents = np.flatnonzero((self.length_q > 0) & (self.length_k > 0))
-        documents = self.documents
+        documents = self.documents = np.flatnonzero((self.length_q > 0) & (self.length_k > 0))
         items = np.zeros(self.heads * len(documents), self.kernels.ITEM)
         grid = items.reshape(self.heads, len(documents))
         grid["head"] = np.arange(self.heads)[:, None]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fat5.files import is_count, parse_json
-from fat5.ops.attention.triton.launch_table import DEFAULTS, DROPOUT, TUNED, Row
+from fat5.ops.attention.triton.launch_table import DEFAULTS, DENSE, DROPOUT, TUNED, Row
 from fat5.ops.triton.launch import Launch, architecture
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "band", "dense_gradient")
@@ -28,22 +28,22 @@ _assumed_architecture: int | None = None
 
 
 def configuration(
-    kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, dropout: bool = False
+    kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, dropout: bool = False, dense: bool = False
 ) -> Launch:
-    """The table's row for this device."""
+    """The table's row for this device, with dropout and beside a dense bias."""
     arch = _assumed_architecture or architecture(device)
-    return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize, dropout)
+    return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize, dropout, dense)
 
 
-def table_row(kernel: str, arch: int, head_dim: int, element_size: int, dropout: bool = False) -> Launch:
+def table_row(
+    kernel: str, arch: int, head_dim: int, element_size: int, dropout: bool = False, dense: bool = False
+) -> Launch:
     """`arch` is 10 * major + minor of the compute capability; one without rows of its own gets those that fit
     everywhere."""
-    width, size = 64 if head_dim <= 64 else 128, 4 if element_size > 2 else 2
-    if dropout:
-        row = DROPOUT.get((kernel, arch, width, size)) or DROPOUT.get((kernel, 0, width, size))
-        if row is not None:
-            return Launch(*row)
-    return Launch(*tuned().get((kernel, arch, width, size), DEFAULTS[(kernel, width, size)]))
+    size = (64 if head_dim <= 64 else 128), (4 if element_size > 2 else 2)
+    special = (DROPOUT.get((kernel, arch, *size)) or DROPOUT.get((kernel, 0, *size))) if dropout else None
+    general = DENSE.get((kernel, *size)) if dense else None
+    return Launch(*(special or tuned().get((kernel, arch, *size)) or general or DEFAULTS[kernel, *size]))
 
 
 def user_table() -> Path:
@@ -75,14 +75,12 @@ def read_table(path: Path) -> dict[tuple[str, int, int, int], Row]:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or set(row) != {*KEY, *ROW}:
         return False
-    if row["kernel"] not in KERNELS or not all(is_count(row[name]) for name in (*KEY[1:], *ROW)):
-        return False
     sides = (16, 32, 64, 128)
-    return (
-        (row["head_dim"], row["element_size"]) in ((64, 2), (64, 4), (128, 2), (128, 4))
-        and (row["block_m"] in sides and row["block_n"] in sides)
-        and (row["num_warps"] in (1, 2, 4, 8, 16) and 1 <= row["num_stages"] <= 8)
-    )
+    allowed = {
+        "kernel": KERNELS, "head_dim": (64, 128), "element_size": (2, 4), "block_m": sides, "block_n": sides,
+        "num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9),
+    }  # fmt: skip
+    return all(is_count(row[name]) for name in (*KEY[1:], *ROW)) and all(row[name] in allowed[name] for name in allowed)
 
 
 def band_configuration(

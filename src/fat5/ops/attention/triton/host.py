@@ -41,7 +41,7 @@ def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
         return padded, None, None, None, None
     return padded, *work_lists(
         call.cu_seqlens_q, call.cu_seqlens_k, call.q.shape[0], call.k.shape[0], call.head_dim, call.q.dtype,
-        call.causal, call.dropout_p > 0.0, call.needs_grad,
+        call.causal, call.dropout_p > 0.0, call.dense is not None, call.needs_grad,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     "fat5::triton_work_lists",
     mutates_args=(),
     schema="(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt query_rows, SymInt key_rows, int head_dim, "
-    "ScalarType dtype, bool causal, bool dropout, bool needs_grad) "
+    "ScalarType dtype, bool causal, bool dropout, bool dense, bool needs_grad) "
     "-> (Tensor forward, Tensor query_gradient, Tensor key_gradient, Tensor band)",
 )
 def work_lists(*arguments):  # type: ignore[no-untyped-def]
@@ -84,11 +84,12 @@ def _empty_lists(
     dtype: torch.dtype,
     causal: bool,
     dropout: bool,
+    dense: bool,
     needs_grad: bool,
 ) -> list[tuple[Tensor, Tensor, int, int, bool]]:
     """The four lists, not yet filled, each with its boundaries, rows, tile side, and whether its last tile is first."""
     forward, rows, columns = (
-        configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout)
+        configuration(kernel, cu_seqlens_q.device, head_dim, dtype, dropout, dense)
         for kernel in ("forward", "query_gradient", "key_gradient")
     )
     band = band_configuration(cu_seqlens_q.device, head_dim, dtype, rows, dropout)
@@ -312,8 +313,8 @@ class _Kernels:
         run(kernel, programs, {**self.arguments, **tiles, **arguments}, own, launch)
 
     def configuration(self, kernel: str) -> Launch:
-        q = self.call.q
-        return configuration(kernel, q.device, q.shape[-1], q.dtype, self.call.dropout)
+        call, q = self.call, self.call.q
+        return configuration(kernel, q.device, call.head_dim, q.dtype, call.dropout, call.dense is not None)
 
     def strides(self, x: Tensor) -> tuple[int, int, int, int]:
         """(batch, head, row, dimension), in elements."""
