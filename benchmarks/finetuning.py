@@ -22,24 +22,23 @@ from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5ForConditionalGeneration
 
+import fat5.tasks.finetune.finetuning
 import measure
 from fat5.data import load_tokenizer, sample_path
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, quiet
 from fat5.optim import OptimizerConfig
 from fat5.tasks.finetune import adapter
 from fat5.tasks.finetune.config import FinetuneConfig, LoraConfig, TaskData
-from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
-from fat5.tasks.finetune.finetuning import Finetuning, Split, choose_sizes
+from fat5.tasks.finetune.finetuning import Finetuning
 from fat5.tasks.finetune.predicting import write_texts
-from fat5.tasks.finetune.table import hold_out, read_table
-from fat5.tasks.finetune.text import TextToText
 from fat5.train.evaluation import Scorer
-from fat5.train.precision import Precision, resolve_precision
+from fat5.train.precision import Precision
 from fat5.train.world import World
 from finetuning_turns import GPU, WARM_UP, Ours, fresh_peak, in_turns
 from gpu_step import DEVICE, free, going_on, say, synchronize, turn
@@ -133,25 +132,17 @@ class Bench:
         return Ours(self.task(rank=0))
 
     def task(self, rank: int) -> Finetuning:
-        """The task of `fat5 finetune`, as `Finetuning.open` makes it, but without the libraries of its metrics."""
+        """The task of `fat5 finetune`."""
         data = TaskData(train=[self.data], batch_size=self.options.batch_size)
         if self.options.toy:
             data.max_examples, data.max_source_tokens, data.max_target_tokens = 120, 48, 32
         config = FinetuneConfig(
             output_dir="none", model=str(self.weights), tokenizer=str(self.tokenizer), data=data,
             optimizer=OptimizerConfig(name="adamw"), lora=LoraConfig(rank=rank),
-            precision=resolve_precision("auto", DEVICE),
-        ).resolved()  # fmt: skip
-        tokenizer = load_tokenizer(self.tokenizer)
-        form = TextToText(config, tokenizer)
-        table = read_table(data.train, "train", limit=data.max_examples)
-        parts = zip(("train", "validation"), hold_out(table, form.keys(table), data.validation_fraction), strict=True)
-        train, validation = (Split(name, rows, form.encode(rows)) for name, rows in parts)
-        config, batch = choose_sizes(config, form, train, validation, DEVICE)
-        stream = ExampleStream(train.examples, config.seed, tokenizer.info.pad_id, train.table.sha256())
-        loader = ExampleLoader(stream, batch, num_workers=int(config.data.num_workers))
-        shape = FAT5Config.from_pretrained(self.weights)
-        return Finetuning(config, form, tokenizer, self.tokenizer, shape, batch, loader, train, validation, None)
+        )  # fmt: skip
+        # The metrics' libraries, which nothing here needs, may be missing.
+        with patch.object(fat5.tasks.finetune.finetuning, "measure"):
+            return Finetuning.open(config, World(DEVICE))
 
     def stock(self, lora: LoraConfig | None = None) -> Any:
         """Stock T5 with the same weights; with the same adapters if asked for."""
