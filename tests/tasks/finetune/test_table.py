@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pickle
+import random
 import zipfile
 
 import pyarrow
@@ -185,7 +186,7 @@ def test_damaged_and_hostile_files_are_refused(tmp_path, name):
 @pytest.mark.parametrize("form", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("codec", PACKERS)
 def test_compressed_files_that_are_cut_or_damaged_are_refused(tmp_path, form, codec):
-    content = os.urandom(3000).hex()
+    content = random.Random(0).randbytes(3000).hex()
     row = {".jsonl": '{"a": "%s"}', ".json": '[{"a": "%s"}]', ".csv": 'a\n"%s"\n'}[form] % content
     packed = PACKERS[codec](row.encode())
     middle = len(packed) // 2
@@ -209,6 +210,27 @@ def test_other_sources_that_cannot_be_read(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             rows_of(name)
+
+
+def test_classes_of_a_dataset_appear_by_name(monkeypatch):
+    import datasets
+
+    classes = datasets.ClassLabel(names=["O", "B-X"])
+    kinds = {
+        "label": classes,
+        "tags": datasets.List(classes),
+        "deep": {"label": classes},
+        "text": datasets.Value("string"),
+    }
+    columns = {"label": [1, -1], "tags": [[0, 1], []], "deep": [{"label": 0}, {"label": 1}], "text": ["a", None]}
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or made)
+    assert rows_of("hf:some/set", subset="fr") == [
+        {"label": "B-X", "tags": ["O", "B-X"], "deep": {"label": "O"}, "text": "a"},
+        {"label": -1, "tags": [], "deep": {"label": "B-X"}, "text": None},
+    ]
+    assert asked == [(("some/set", "fr"), {"split": "train"})]
 
 
 def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
