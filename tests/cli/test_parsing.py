@@ -222,6 +222,16 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path) -> None:
     assert (values["seed"], values["inputs"], values["note"]) == (4, ["b"], "kept")
 
 
+@pytest.mark.parametrize("words", [["--text", "# a"], ["--text=#"], ["--count", " #1"]])
+def test_a_value_that_yaml_takes_for_a_comment_is_not_dropped(words: list[str]) -> None:
+    def verb(text: str | None = None, count: int | None = None) -> None:
+        """A verb."""
+
+    with pytest.raises(ConfigurationError, match="begins with #, a comment"):
+        parse(verb, words, "verb")
+    assert parse(verb, ["--text", "a # b"], "verb")["text"] == "a # b"
+
+
 @pytest.mark.parametrize("key", ["strict", "compile", "note", "inputs"])
 def test_null_is_refused_where_the_key_does_not_allow_it(key: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"

@@ -81,6 +81,9 @@ def _tied(flag: str, values: list[str], action: Action | None) -> list[str]:
     if action is None:
         return [flag, *values]
     item = None if flag.endswith("+") else _item(_kinds(action))
+    optional = item is None and NoneType in get_args(getattr(action, "_typehint", None))
+    if optional and values[0].lstrip().startswith("#"):  # YAML reads a comment there, and the parser null
+        raise ConfigurationError(f"{values[0]!r} begins with #, a comment", where=flag.lstrip("-"), hint="Give another")
     if item is None or (len(values) == 1 and (_is_list(values[0]) or values[0] == "null")):
         return [f"{flag}={values[0]}"]
     return [f"{flag}={as_yaml(values) if item is str else '[' + ', '.join(values) + ']'}"]
