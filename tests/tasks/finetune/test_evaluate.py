@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_runs import LEARNING, config, predictions
-from transformers import T5Config, T5ForConditionalGeneration, T5ForSequenceClassification
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+)
 
 import fat5
 from fat5.cli.main import main
@@ -157,6 +163,8 @@ def stock(base, tmp_path_factory):
     torch.manual_seed(0)
     T5ForSequenceClassification(T5Config(**sizes, num_labels=3)).eval().save_pretrained(folder / "head")
     T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(folder / "seq2seq")
+    T5ForTokenClassification(T5Config(**sizes, id2label={0: "O", 1: "B-UP"})).save_pretrained(folder / "tags")
+    T5ForQuestionAnswering(T5Config(**sizes)).save_pretrained(folder / "answers")
     return folder
 
 
@@ -179,6 +187,22 @@ def test_a_stock_head_is_scored(stock, base, files, tmp_path, capsys):
     assert [json.loads(line)["prediction"] for line in said.read_text().splitlines()] == right
     data.write_text(json.dumps({"text": "Le noyau", "label": 3}) + "\n")
     assert "label '3' is not one that the model learned" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("tags", "token-classification"), ("answers", "question-answering")])
+def test_stock_heads_of_tags_and_answers_are_scored(stock, base, files, tmp_path, capsys, kind, task):
+    out, said = tmp_path / "scores.json", tmp_path / "said.jsonl"
+    words = ["--model", stock / kind, "--task", task, "--data", files[task], "--tokenizer", base / "model"]
+    words += ["--max_examples", 5, "--max_source_tokens", 128, "--stride", 16]
+    evaluate(capsys, *words, "--output", out, "--predictions", said)
+    scores, rows = (json.loads(out.read_text()), [json.loads(line) for line in said.read_text().splitlines()])
+    assert scores["examples"] == len(rows) == 5
+    if kind == "tags":
+        assert all(set(row["prediction"]) <= {"O", "B-UP"} for row in rows)
+        right = [one == other for row in rows for one, other in zip(row["prediction"], row["target"], strict=True)]
+        assert scores["metrics"]["accuracy"]["value"] == sum(right) / len(right)
+    else:
+        assert all(row["prediction"] for row in rows)  # each question has an answer, so the model must give one
 
 
 def test_a_stock_seq2seq_is_scored(stock, base, files, capsys):
@@ -211,6 +235,7 @@ def test_what_does_not_go_together(base, runs, files, tmp_path, capsys):
     assert "a file is read whole" in refused(capsys, "--model", runs(task), "--data", file, "--split", "test")
     assert "num_beams: must be a whole number" in refused(capsys, "--model", runs(task), "--num_beams", "0")
     assert "max_source_tokens: must be" in refused(capsys, "--model", runs(task), "--max_source_tokens", "0")
+    assert "nowhere" in refused(capsys, "--model", runs(task), "--predictions", tmp_path / "nowhere" / "said.jsonl")
     copy = tmp_path / "run"
     shutil.copytree(runs(task), copy)
     recipe = (copy / "config.yaml").read_text()
