@@ -17,16 +17,16 @@ from torch import Tensor
 from fat5.convert.source import read_source
 from fat5.data import Tokenizer, TokenizerInfo, load_tokenizer
 from fat5.data.tokenizer.matching import TokenMatch, match_tokens
-from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
+from fat5.errors import CheckpointError, ConfigurationError, FAT5Error
 from fat5.files import is_count
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, load_model
 from fat5.model.configuration import PRESETS
 from fat5.model.loading import is_tied, readable, weight_files
+from fat5.tasks.checkpoint_tokenizer import find_tokenizer
 from fat5.tasks.config import INIT_FROM, PretrainConfig
-from fat5.train.checkpoint.state import TRAINER, read_trainer_state
+from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.checkpoint.store import CheckpointStore
 from fat5.train.run_directory import RunDirectory
-from fat5.yaml_text import read_yaml
 
 CHANGEABLE = (
     "dropout_rate",
@@ -135,8 +135,9 @@ def find_initial(config: PretrainConfig) -> InitialModel | None:
     with readable(source.folder):
         initial.config.tie_word_embeddings = is_tied(source.folder, bool(source.config.tie_word_embeddings))
     if held is None:
-        initial.tokenizer = (
-            load_tokenizer(source.tokenizer) if source.tokenizer else _of_checkpoint(source.folder, config)
+        prepared = [one.path for one in config.data.sources[:1]]
+        initial.tokenizer = load_tokenizer(
+            source.tokenizer or find_tokenizer(source.folder, prepared, "init_tokenizer")
         )
         return initial
     for key in CHANGEABLE:
@@ -221,28 +222,3 @@ def _fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - SAMPLE_BYTES))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _of_checkpoint(folder: Path, config: PretrainConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint, which holds its hash alone: that of the data, or of the checkpoint's run."""
-    if (folder / TRAINER).is_file():
-        wanted, run = read_trainer_state(folder)["configuration"].get("tokenizer"), folder.absolute().parent.parent
-        recipe = read_yaml(run / "config.yaml", run / "config.yaml") if (run / "config.yaml").is_file() else {}
-        data = recipe.get("data")
-        sources = data.get("sources") if isinstance(data, dict) else None
-        own = [one["path"] for one in sources or [] if isinstance(one, dict) and isinstance(one.get("path"), str)]
-        prepared = [*(source.path for source in config.data.sources[:1]), *own[:1]]
-        for place in [*(Path(path) / "tokenizer" for path in prepared), run / "model"]:
-            tokenizer = _try(place)
-            if tokenizer is not None and tokenizer.info.sha256 == wanted:
-                return tokenizer
-    raise TokenizerError(
-        "holds no tokenizer", where=folder, hint="Give the one that the model was trained with: --init_tokenizer DIR"
-    )
-
-
-def _try(folder: Path) -> Tokenizer | None:
-    try:
-        return load_tokenizer(folder) if folder.is_dir() else None
-    except TokenizerError:
-        return None

@@ -1,6 +1,7 @@
 """`fat5 finetune`, each task from end to end at the smallest size."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,12 @@ def test_a_test_example_longer_than_all_others_has_room(base, files, tmp_path):
     shape = {"test": [str(test)], "max_source_tokens": 512, "batch_size": 2}
     finetune(config(base, {"regression": str(train)}, tmp_path / "run", "regression", data=shape))
     assert len(predictions(tmp_path / "run")) == 1
+
+
+def test_a_checkpoint_of_an_unfinished_run_has_the_tokenizer_of_its_data(base, files, tmp_path):
+    run = tmp_path / "unfinished"
+    shutil.copytree(base, run)
+    shutil.rmtree(run / "model")
+    finetune(config(run, files, tmp_path / "run", "text-to-text", steps=1))
+    own = load_tokenizer(tmp_path / "run" / "model").info
+    assert own.sha256 == load_tokenizer(base / "model").info.sha256

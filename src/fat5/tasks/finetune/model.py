@@ -10,6 +10,7 @@ import torch
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, TokenizerError
 from fat5.model import FAT5Config, quiet
+from fat5.tasks.checkpoint_tokenizer import find_tokenizer
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.train.checkpoint.state import unique_weights
 from fat5.train.checkpoint.store import model_folder
@@ -30,11 +31,9 @@ def base_and_tokenizer(config: FinetuneConfig) -> tuple[Path | None, Path]:
     if config.tokenizer is not None:
         return base, Path(config.tokenizer)
     assert base is not None, "resolved() asks for a tokenizer"
-    near = [base, base.parent.parent / "model"]  # a checkpoint has none, the run's model has
-    for folder in near:
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
-            return base, folder
-    raise TokenizerError("holds no tokenizer", where=base, hint="Give its folder: --tokenizer DIR")
+    if any((base / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+        return base, base
+    return base, find_tokenizer(base)
 
 
 def copy_tokenizer(tokenizer: Tokenizer, source: Path, target: Path) -> None:
