@@ -146,7 +146,7 @@ KEYS = {
         ["--data.too_long", "refuse", "--data.max_target_tokens", "2"],
         "the target has more than 2 tokens (the first of",
     ),
-    "prefix": (TEXT, ["--data.prefix", "le " * 20, "--data.max_source_tokens", "16"], "data.prefix: has 2"),
+    "prefix": (TEXT, ["--data.prefix", "le " * 20, "--data.max_source_tokens", "16"], "prefix: has 2"),
     "no room": (CLASSES, ["--data.max_source_tokens", "2"], "data.max_source_tokens: must be a whole number from 8"),
     "small pack": (
         CLASSES,
