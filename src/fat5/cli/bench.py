@@ -67,7 +67,7 @@ def _static(architectures: list[int] | None, quick: bool, only: list[str], worke
         for row in found:
             print(_line(row), flush=True)
         now = time.perf_counter()
-        if now - told > TELL_SECONDS and share < 1:
+        if now - told > TELL_SECONDS and share < 1 and not only:  # a part is short, and unevenly spread
             told = now
             left = (now - start) * (1 - share) / share / 60
             print(f"{share:.0%} done, {left:,.0f} min left", file=sys.stderr, flush=True)

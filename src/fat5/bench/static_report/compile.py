@@ -87,10 +87,10 @@ def _cuobjdump(option: str, cubin: str) -> str:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Loads from and stores to local memory between a branch back and where it leads."""
+    """Loads from and stores to local memory between a branch back and where it leads; all, if none leads back."""
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?);", sass, re.MULTILINE)
     code = [(int(address, 16), words) for address, words in lines]
     branches = [(int(at[1], 16), here) for here, words in code if (at := re.search(r"BRA\b.*0x([0-9a-f]+)", words))]
     loops = [(target, here) for target, here in branches if target < here]
     local = [here for here, words in code if re.search(r"\b(LDL|STL)\b", words)]
-    return sum(any(first <= here <= last for first, last in loops) for here in local)
+    return sum(any(first <= here <= last for first, last in loops) for here in local) if loops else len(local)

@@ -41,9 +41,12 @@ def table_row(
     """`arch` is 10 * major + minor of the compute capability; one without rows of its own gets those that fit
     everywhere."""
     size = (64 if head_dim <= 64 else 128), (4 if element_size > 2 else 2)
-    special = (DROPOUT.get((kernel, arch, *size)) or DROPOUT.get((kernel, 0, *size))) if dropout else None
-    general = DENSE.get((kernel, *size)) if dense else None
-    return Launch(*(special or tuned().get((kernel, arch, *size)) or general or DEFAULTS[kernel, *size]))
+    own, any_other = (kernel, arch, *size), (kernel, 0, *size)
+    row = (DROPOUT.get(own) or DROPOUT.get(any_other)) if dropout else None
+    row = row or tuned().get(own)
+    if dense:
+        row = row or DENSE.get(own) or DENSE.get(any_other)
+    return Launch(*(row or DEFAULTS[kernel, *size]))
 
 
 def user_table() -> Path:

@@ -27,13 +27,6 @@ DEFAULTS: dict[tuple[str, int, int], Row] = {
     ("dense_gradient", 128, 4): (16, 16, 4, 1),
 }
 
-# As DEFAULTS, beside a dense bias, whose pointers take registers: where the row without one spills.
-DENSE: dict[tuple[str, int, int], Row] = {
-    ("query_gradient", 64, 2): (64, 16, 4, 2),
-    ("key_gradient", 64, 2): (16, 128, 8, 2),
-    ("query_gradient", 128, 2): (64, 32, 8, 1),
-}
-
 # (kernel, architecture or 0 for all, head dimension up to, bytes an element): with dropout, whose mask is made in
 # registers (the band also with a key mask), where the row without it spills. Compiled for, not timed.
 DROPOUT: dict[tuple[str, int, int, int], Row] = {
@@ -47,6 +40,14 @@ DROPOUT: dict[tuple[str, int, int, int], Row] = {
     ("key_gradient", 0, 128, 4): (16, 16, 8, 1),
     ("query_gradient", 0, 128, 4): (16, 16, 8, 1),
     ("query_gradient", 90, 128, 4): (16, 16, 4, 1),
+}
+
+# The same beside a dense bias, whose pointers take registers: where the row without one spills, and none is tuned.
+DENSE: dict[tuple[str, int, int, int], Row] = {
+    ("query_gradient", 0, 64, 2): (64, 16, 4, 2),
+    ("key_gradient", 0, 64, 2): (16, 128, 8, 2),
+    ("query_gradient", 0, 128, 2): (64, 32, 8, 1),
+    ("key_gradient", 100, 64, 4): (16, 32, 8, 1),
 }
 
 # (kernel, architecture, head dimension up to, bytes an element): measured, 16,384 tokens, relative bias; the dense
