@@ -23,7 +23,7 @@ from fat5.train.world import World
 from gpu_step import DEVICE, free, synchronize, turn
 
 GPU = DEVICE.type == "cuda"
-WARM_UP = 4
+WARM_UP = 4 if GPU else 2
 """Steps of each side before the first round; a compiled stock model makes as many in a row that compile nothing."""
 FEWEST_ROUNDS = 3
 
@@ -118,8 +118,10 @@ def in_turns(
         dataloader_persistent_workers=workers > 0, save_strategy="no", report_to="none", disable_tqdm=True,
         **({"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}),
     )  # fmt: skip
-    # The stock sampler sorts as many batches at once by length: a round has long batches and short ones.
-    rounds = Rounds(ours, max(1, min(len(rows) // (size * 4), 50)), measured, left, lock)
+    # The stock sampler sorts this many batches at once, from long to short: a round has them all, and on a CPU, where
+    # that takes a minute, the fewest rounds together do.
+    steps = max(1, min(len(rows) // (size * 4), 50))
+    rounds = Rounds(ours, steps if GPU else -(-steps // FEWEST_ROUNDS), measured, left, lock)
     rounds.trainer = CountingTrainer(
         model=stock, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[rounds],
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=stock, pad_to_multiple_of=8 if GPU else None),
