@@ -6,7 +6,7 @@ the first and last token of an answer. `PackedBatch.labels` holds the targets on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -197,7 +197,7 @@ def cut_to(ids: Sequence[int], most: int, end: Sequence[int]) -> tuple[list[int]
     return [*ids[:kept], *end], len(ids) > kept
 
 
-def refuse_no_tokens(inputs: Sequence[Sequence[int]], where: Callable[[int], str], column: str) -> None:
+def refuse_no_tokens(inputs: Sequence[Sized], where: Callable[[int], str], column: str) -> None:
     """Raises DataError for the first text without a token: its characters are all removed by the tokenizer."""
     for index, ids in enumerate(inputs):
         if not len(ids):

@@ -116,13 +116,13 @@ class Instructions(TextToText):
         given = table.value(index, column)
         if given is None:
             return []
-        pairs = [
-            (example.get("input"), example.get("output")) if isinstance(example, dict) else (None, None)
-            for example in (given if isinstance(given, list) else [given])
-        ]
-        if not all(isinstance(text, str) for pair in pairs for text in pair):
-            hint = "Give a list of {input: text, output: text}"
-            raise DataError(f"column {column!r} holds {given!r:.60}", where=table.where(index), hint=hint)
+        pairs = []
+        for example in given if isinstance(given, list) else [given]:
+            one, other = (example.get(key) if isinstance(example, dict) else None for key in ("input", "output"))
+            if not isinstance(one, str) or not isinstance(other, str):
+                hint = "Give a list of {input: text, output: text}"
+                raise DataError(f"column {column!r} holds {given!r:.60}", where=table.where(index), hint=hint)
+            pairs.append((one, other))
         return pairs
 
 
