@@ -174,7 +174,9 @@ def test_a_stock_head_is_scored(stock, base, files, tmp_path, capsys):
     data.write_text("".join(json.dumps(row | {"label": index % 3}) + "\n" for index, row in enumerate(rows)))
     said = tmp_path / "said.jsonl"
     words = ["--model", stock / "head", "--task", "sequence-classification", "--data", data, "--predictions", said]
-    assert "holds no tokenizer. Give its folder: --tokenizer DIR" in refused(capsys, *words)
+    assert "holds no tokenizer. Give the one that the model was trained with: --tokenizer DIR" in refused(
+        capsys, *words
+    )
     words += ["--tokenizer", base / "model"]
     assert "accuracy" in evaluate(capsys, *words)
     model = T5ForSequenceClassification.from_pretrained(stock / "head").eval()
