@@ -174,7 +174,7 @@ def test_texts_and_targets_decode_to_what_was_written(base):
     assert len(examples.input(1)) == 20
     assert examples.input(1)[-1] == tokenizer.info.eos_id
     assert examples.cut == 1
-    with pytest.raises(ConfigurationError, match=r"data\.prefix: has \d+ tokens"):
+    with pytest.raises(ConfigurationError, match=r"prefix: has \d+ tokens"):
         form_of("text-to-text", tokenizer, prefix="mot " * 9, max_source_tokens=8).encode(
             table_of([{"source": "a", "target": "b"}])
         )
