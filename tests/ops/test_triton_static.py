@@ -156,6 +156,9 @@ def test_every_architecture_and_size_has_a_row() -> None:
     assert table_row("query_gradient", 80, 64, 2, dense=True) == DENSE["query_gradient", 0, 64, 2]
     assert table_row("query_gradient", 90, 64, 2, dense=True) == TUNED["query_gradient", 90, 64, 2]
     assert table_row("forward", 80, 64, 2, dropout=True, dense=True) == DROPOUT["forward", 0, 64, 2]
+    # A row of its own for sm_90 comes before the tuned one, dropout's before both.
+    assert table_row("query_gradient", 90, 128, 2, dense=True) == DENSE["query_gradient", 90, 128, 2]
+    assert table_row("query_gradient", 90, 128, 2, True, dense=True) == DROPOUT["query_gradient", 90, 128, 2]
     assert table_row("key_gradient", 100, 64, 4, dense=True) == DENSE["key_gradient", 100, 64, 4]
     assert table_row("key_gradient", 80, 64, 4, dense=True) == DEFAULTS["key_gradient", 64, 4]
     assert table_row("band", 80, 64, 2, dense=True) == DEFAULTS["band", 64, 2]

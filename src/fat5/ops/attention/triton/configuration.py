@@ -42,11 +42,9 @@ def table_row(
     everywhere."""
     size = (64 if head_dim <= 64 else 128), (4 if element_size > 2 else 2)
     own, any_other = (kernel, arch, *size), (kernel, 0, *size)
-    row = (DROPOUT.get(own) or DROPOUT.get(any_other)) if dropout else None
-    row = row or tuned().get(own)
-    if dense:
-        row = row or DENSE.get(own) or DENSE.get(any_other)
-    return Launch(*(row or DEFAULTS[kernel, *size]))
+    dropped, dense_too = DROPOUT if dropout else {}, DENSE if dense else {}
+    row = dropped.get(own) or dropped.get(any_other) or dense_too.get(own) or tuned().get(own)
+    return Launch(*(row or dense_too.get(any_other) or DEFAULTS[kernel, *size]))
 
 
 def user_table() -> Path:

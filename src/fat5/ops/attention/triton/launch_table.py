@@ -39,15 +39,16 @@ DROPOUT: dict[tuple[str, int, int, int], Row] = {
     ("dense_gradient", 0, 128, 2): (64, 16, 8, 1),
     ("key_gradient", 0, 128, 4): (16, 16, 8, 1),
     ("query_gradient", 0, 128, 4): (16, 16, 8, 1),
-    ("query_gradient", 90, 128, 4): (16, 16, 4, 1),
 }
 
-# The same beside a dense bias, whose pointers take registers: where the row without one spills, and none is tuned.
+# The same beside a dense bias, whose pointers take registers: where the row without one spills. Those for all
+# architectures (0) come after TUNED.
 DENSE: dict[tuple[str, int, int, int], Row] = {
     ("query_gradient", 0, 64, 2): (64, 16, 4, 2),
     ("key_gradient", 0, 64, 2): (16, 128, 8, 2),
     ("query_gradient", 0, 128, 2): (64, 32, 8, 1),
     ("key_gradient", 100, 64, 4): (16, 32, 8, 1),
+    ("query_gradient", 90, 128, 2): (128, 32, 8, 3),
 }
 
 # (kernel, architecture, head dimension up to, bytes an element): measured, 16,384 tokens, relative bias; the dense
