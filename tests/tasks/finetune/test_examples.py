@@ -30,7 +30,7 @@ def config(**changes):
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32])
 def test_a_batch_lays_out_what_a_packed_batch_promises(dtype):
-    examples, chosen = made(dtype=dtype), np.array([7, 0, 49])
+    examples, chosen = made(dtype=dtype), np.array([7, 0, 48])
     batch = examples.batch(chosen, config(packs_per_micro_batch=2), PAD)
     assert batch.input_ids.shape == batch.labels.shape == (256,)
     assert batch.cu_seqlens.shape == batch.decoder_cu_seqlens.shape == (batch.piece.numel() + 1,)
@@ -47,8 +47,8 @@ def test_a_batch_lays_out_what_a_packed_batch_promises(dtype):
     assert (batch.input_ids[batch.tokens :] == PAD).all()
     assert (batch.labels[batch.num_items :] == -100).all()
     assert (batch.max_seqlen, batch.decoder_max_seqlen) == (examples.input_lengths.max(), examples.target_lengths.max())
-    assert batch.piece.tolist() == [7, 0, 49] + [-1] * (batch.piece.numel() - 3)
-    assert batch.denoiser.tolist() == [1, 0, 1] + [-1] * (batch.piece.numel() - 3)
+    assert batch.piece.tolist() == [7, 0, 48] + [-1] * (batch.piece.numel() - 3)
+    assert batch.denoiser.tolist() == [1, 0, 0] + [-1] * (batch.piece.numel() - 3)
     assert batch.num_examples == 3
 
 
