@@ -19,6 +19,7 @@ from fat5.optim import build_optimizer
 from fat5.tasks import PretrainConfig
 from fat5.tasks.demo_config import DemoConfig
 from fat5.tasks.sizes import configure_model, settle
+from fat5.train import World
 
 RECIPES = [find_recipe(name) for name in recipe_names()]
 INFO = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
@@ -42,7 +43,7 @@ def test_each_section_is_read_by_its_verb(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_makes_a_model_an_optimizer_and_a_mixture(path: Path) -> None:
     config = PretrainConfig(**parse(PretrainConfig, ["--config", str(path)], "pretrain"))
-    config = settle(config, torch.device("cpu"), stand_in=INFO)
+    config = settle(config, World(torch.device("cpu")), stand_in=INFO)
     with torch.device("meta"):
         whole = FAT5ForConditionalGeneration(configure_model(config, INFO))
     if path.stem in PARAMETERS:

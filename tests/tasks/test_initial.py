@@ -92,7 +92,7 @@ def started(config: PretrainConfig) -> tuple[Any, Any, dict[str, Any]]:
     from fat5.train.world import World
 
     cpu = torch.device("cpu")
-    task = Pretraining.open(settle(config, cpu), World(cpu))
+    task = Pretraining.open(settle(config, World(cpu)), World(cpu))
     assert task.initial is not None
     assert task.beginning is not None
     before = FAT5ForConditionalGeneration.from_pretrained(task.initial.folder, dtype=torch.float32)

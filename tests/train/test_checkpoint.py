@@ -9,7 +9,7 @@ from torch import nn
 
 from fat5.errors import CheckpointError
 from fat5.optim import OptimizerConfig, build_optimizer
-from fat5.train.checkpoint import state
+from fat5.train.checkpoint import generators, state
 from fat5.train.checkpoint.files import write_checkpoint
 from fat5.train.checkpoint.state import to_text
 from fat5.train.checkpoint.store import CheckpointStore, Saver, Snapshot
@@ -135,9 +135,9 @@ def test_random_generators_come_back(tmp_path):
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist(), random.random()
 
     draw()  # leaves the second half of a Gaussian pair behind in Python and NumPy
-    tensors, facts = state.capture_random_state()
-    write_checkpoint(tmp_path / "step-1", {state.RNG: tensors}, {state.RNG_FACTS: to_text(facts)}, {})
+    tensors, facts = generators.capture_random_state()
+    write_checkpoint(tmp_path / "step-1", {"rng.safetensors": tensors}, {"rng.json": to_text(facts)}, {})
     expected = draw()
     draw()
-    state.restore_random_state(tmp_path / "step-1")
+    generators.restore_random_state(tmp_path / "step-1")
     assert draw() == expected

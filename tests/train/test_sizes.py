@@ -12,7 +12,7 @@ from fat5.data import TokenizerInfo, suggest_budgets
 from fat5.errors import ConfigurationError
 from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, sizes
 from fat5.tasks.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys, settle
-from fat5.train import read_rows
+from fat5.train import World, read_rows
 from fat5.train.cost.memory import GIB
 from made_run import TINY, kill_at_row
 
@@ -25,7 +25,7 @@ def chosen(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(sizes, "free_memory", lambda device: free)
     config = PretrainConfig("x", data=DataConfig([SourceConfig("nowhere")], **data), precision="bf16")
     info = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
-    return choose_sizes(config, device, info)
+    return choose_sizes(config, World(device), info)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
@@ -67,7 +67,9 @@ def test_what_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_decoder_s_budget_is_the_one_the_audit_suggests(prepared: Path) -> None:
-    config = settle(PretrainConfig("x", data=DataConfig([SourceConfig(str(prepared))], encoder_tokens=16384)), CPU)
+    config = settle(
+        PretrainConfig("x", data=DataConfig([SourceConfig(str(prepared))], encoder_tokens=16384)), World(CPU)
+    )
     text = Text.of(sizes._stream(config))
     assert config.data.decoder_tokens == suggest_budgets(text.encoder, text.decoder, 16384)[1]
     assert 8_000 < config.data.decoder_tokens < 16_384
@@ -107,7 +109,7 @@ def test_a_checkpoint_elsewhere_brings_its_sizes(
     pretrain(open_run(prepared, tmp_path / "one", steps=3))
     monkeypatch.setattr(sizes, "SMALLEST_PACK", 4096)
     again = open_run(prepared, tmp_path / "two", steps=3, resume=str(tmp_path / "one" / "checkpoints" / "step-3"))
-    assert settle(again, CPU).data.encoder_tokens == 1024
+    assert settle(again, World(CPU)).data.encoder_tokens == 1024
 
 
 def test_auto_is_a_word_for_sizes_alone(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

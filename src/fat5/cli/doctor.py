@@ -117,7 +117,7 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     findings: list[Finding] = []
     config.output_dir = config.output_dir or "runs/doctor"
     try:
-        run = settle(config, device)
+        run = settle(config, World(device))
         info = Pretraining.open(run, World(device)).info
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
@@ -125,7 +125,7 @@ def recipe(config: DoctorConfig) -> list[Finding]:
         config.data.sources = config.data.sources or [SourceConfig("not given")]
         try:
             info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
-            run = settle(config, device, info)
+            run = settle(config, World(device), info)
         except FAT5Error:
             return findings  # shapes that cannot be have no plan
     try:

@@ -3,6 +3,8 @@
 import json
 import sys
 
+from fat5.launch import is_main
+
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
@@ -16,7 +18,9 @@ def main(argv: list[str]) -> int:
     try:
         summary = finetune(config)
     except RunStopped as stopped:
-        print(f"fat5 finetune: {stopped}", file=sys.stderr)
+        if is_main():
+            print(f"fat5 finetune: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    if is_main():
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
     return 0

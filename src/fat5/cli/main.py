@@ -24,6 +24,11 @@ VERBS = {
 }
 
 
+UNDER_TORCHRUN = ("pretrain", "finetune")
+
+LISTENING_SECONDS = 1.0
+
+
 def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items())
@@ -124,14 +129,17 @@ def _run(argv: list[str]) -> int:
             print(f"fat5 {verb}: {word!r}: not UTF-8. Rename it, or set a UTF-8 locale", file=sys.stderr)
             return 2
     from fat5.errors import FAT5Error
+    from fat5.launch import refuse_many_processes
 
     # Waiting OpenMP threads spin by default, and starve each other on a busy machine; a short spin costs nothing on an
     # idle one (docs/lab-log.md). This must be set before torch loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
+        if verb not in UNDER_TORCHRUN and "LOCAL_RANK" in os.environ:
+            refuse_many_processes(verb)
         return import_module(f"fat5.cli.{verb}").main(rest) or 0
     except FAT5Error as error:
-        print(f"fat5 {verb}: {error}", file=sys.stderr)
+        _tell(verb, error)
         return 2
     except KeyboardInterrupt:
         print(f"fat5 {verb}: interrupted", file=sys.stderr)
@@ -144,6 +152,23 @@ def _run(argv: list[str]) -> int:
             error.filename = "standard output"
         print(f"fat5 {verb}: {_describe(error)}", file=sys.stderr)
         return 2
+
+
+def _tell(verb: str, error: Exception) -> None:
+    """Prints an error as one line. Of many processes, the first speaks; another one only about what is its own.
+
+    A fault that all have, such as a wrong key, ends the first process at once, and the launcher then ends the others
+    while they wait here.
+    """
+    from fat5.launch import is_main
+
+    who = f"fat5 {verb}"
+    if not is_main():
+        import time
+
+        time.sleep(LISTENING_SECONDS)
+        who += f", rank {os.environ.get('RANK')}"
+    print(f"{who}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import sys
 
 from fat5.cli.parsing import parse
+from fat5.launch import is_main
 from fat5.tasks.config import PretrainConfig
 
 
@@ -16,7 +17,9 @@ def main(argv: list[str]) -> int:
     try:
         summary = pretrain(config)
     except RunStopped as stopped:
-        print(f"fat5 pretrain: {stopped}", file=sys.stderr)
+        if is_main():
+            print(f"fat5 pretrain: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    if is_main():
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
     return 0

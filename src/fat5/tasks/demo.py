@@ -13,12 +13,12 @@ from fat5.data.text.corpus import SAMPLE
 from fat5.data.tokenizer.training import train_tokenizer
 from fat5.files import write_atomically
 from fat5.generate import Decoding, complete
+from fat5.launch import refuse_many_processes
 from fat5.tasks.config import SourceConfig
 from fat5.tasks.demo_config import DemoConfig
 from fat5.tasks.pretraining import pretrain
 from fat5.tasks.samples import PROMPTS
 from fat5.train.run_directory import RunDirectory
-from fat5.train.world import refuse_many_processes
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     Raises:
         FAT5Error: from a stage; RunDirectoryError if `output_dir` contains something else.
     """
-    refuse_many_processes()
+    refuse_many_processes("the demo")
     began = time.perf_counter()
     folder = Path(config.output_dir)
     run = RunDirectory(folder)

@@ -52,8 +52,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FAT5Error: something that the user can mend; nothing half-written is left behind.
         RunStopped: a signal stopped the run after its state was saved.
     """
-    world = World.here()
-    return run(Pretraining.open(settle(config, world.device), world), world)
+    with World.here() as world:
+        return run(Pretraining.open(settle(config, world), world), world)
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Pretraining:
     manifests: list[Manifest]
     """Of each source"""
     model_config: FAT5Config
+    world: World
     initial: InitialModel | None = None
     """What the run begins from, if not from random weights"""
 
@@ -104,7 +105,7 @@ class Pretraining:
         )
         manifests = [source.shards.manifest for source in train]
         names = mixture.names()
-        return cls(config, info, tokenizer, loader, validation, names, manifests, model_config, initial)
+        return cls(config, info, tokenizer, loader, validation, names, manifests, model_config, world, initial)
 
     def announce(self, device: torch.device) -> list[str]:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
@@ -170,7 +171,7 @@ class Pretraining:
     @cached_property
     def reference(self) -> tuple[str, float]:
         """The entropy of the validation targets' own frequencies."""
-        return "unigram entropy", unigram_entropy(self.validation)
+        return "unigram entropy", unigram_entropy(self.validation, self.world)
 
     def identity(self) -> dict[str, Any]:
         """The configuration, with sources and `init_from` named by hashes instead of paths, and the tokenizer."""

@@ -38,6 +38,7 @@ from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.cost.memory import plan_memory
 from fat5.train.precision import resolve_precision
 from fat5.train.run_directory import RunDirectory
+from fat5.train.world import World
 from fat5.yaml_text import read_yaml
 
 PASSES = 4
@@ -107,7 +108,7 @@ WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0)
 """Assumed if the data is not prepared yet: French web pages under the mixture fat5."""
 
 
-def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
+def settle(config: PretrainConfig, world: World, stand_in: TokenizerInfo | None = None) -> PretrainConfig:
     """The configuration of a run: defaults filled in, precision resolved, sizes chosen, or taken from the run that is
     already in the folder.
 
@@ -118,7 +119,7 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
         FAT5Error: what cannot work.
     """
     config = config.resolved()
-    config = replace(config, precision=resolve_precision(config.precision, device))
+    config = replace(config, precision=resolve_precision(config.precision, world.device))
     initial = find_initial(config)
     if initial is not None:
         config = adopt(config, initial)
@@ -129,7 +130,10 @@ def settle(config: PretrainConfig, device: torch.device, stand_in: TokenizerInfo
             f"model.preset is {INIT_FROM}, and init_from is not given",
             hint="Give the folder that the run began from: --init_from FOLDER",
         )
-    return choose_sizes(config, device, stand_in, initial).resolved()
+    if open_keys(config):  # from the memory of one device: the main process chooses for all
+        chosen = choose_sizes(config, world, stand_in, initial).to_dict() if world.is_main else {}
+        config = take_over(config, world.broadcast(chosen))
+    return choose_sizes(config, world, stand_in, initial).resolved()
 
 
 def open_keys(config: PretrainConfig) -> list[str]:
@@ -150,7 +154,7 @@ def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainCon
 
 def choose_sizes(
     config: PretrainConfig,
-    device: torch.device,
+    world: World,
     stand_in: TokenizerInfo | None = None,
     initial: InitialModel | None = None,
 ) -> PretrainConfig:
@@ -158,13 +162,14 @@ def choose_sizes(
 
     Args:
         config: its precision is resolved.
+        world: the memory of its device, and the processes that share a step.
         stand_in: a tokenizer if the data is not prepared yet; the text is then taken to be WEB_PAGES.
         initial: what the run begins from.
 
     Raises:
         DataError, TokenizerError, ConfigurationError: from the data, or numbers that do not go together.
     """
-    gpu = device.type == "cuda"
+    gpu = world.device.type == "cuda"
     if not open_keys(config):
         return config
     prepared = stand_in is None
@@ -179,10 +184,10 @@ def choose_sizes(
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
     asked = config.data
     text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
-    config = replace(config, data=_rest(data, asked, text))
+    config = replace(config, data=_rest(data, asked, text, world.size))
     if asked.encoder_tokens == "auto":
         info = stand_in or _tokenizer(config)
-        config = _fit_memory(config, asked, text, device, configure_model(config, info, initial))
+        config = _fit_memory(config, asked, text, world, configure_model(config, info, initial))
     return _length(config, text)
 
 
@@ -248,8 +253,8 @@ def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
     return replace(data, encoder_tokens=encoder, max_tokens=longest)
 
 
-def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
-    """decoder_tokens in the ratio of the lengths, and packs_per_step."""
+def _rest(data: DataConfig, asked: DataConfig, text: Text, processes: int) -> DataConfig:
+    """decoder_tokens in the ratio of the lengths, and packs_per_step, which the processes share."""
     decoder, packs = asked.decoder_tokens, asked.packs_per_step
     if decoder == "auto":
         longest = max(data.denoisers().max_lengths(data.max_tokens, SENTINELS)[1], 1)
@@ -258,15 +263,16 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text) -> DataConfig:
     if packs == "auto":
         most = MOST_PACKS * LARGEST_PACK // data.encoder_tokens
         wanted = PASSES * text.tokens // STEPS_WANTED // data.encoder_tokens
-        at_once = max(1, data.packs_per_micro_batch)
+        at_once = max(1, data.packs_per_micro_batch) * processes
         packs = max(1, min(most, wanted) // at_once) * at_once
     return replace(data, decoder_tokens=decoder, packs_per_step=packs)
 
 
 def _fit_memory(
-    config: PretrainConfig, asked: DataConfig, text: Text, device: torch.device, model_config: FAT5Config
+    config: PretrainConfig, asked: DataConfig, text: Text, world: World, model_config: FAT5Config
 ) -> PretrainConfig:
     """Halves the pack until the plan fits what is free, with as many more packs a step."""
+    device = world.device
     free, model = free_memory(device), on_meta(model_config)
     while free is not None and plan_memory(config, config.data.batch(), model, device).total > SHARE_OF_MEMORY * free:
         half = config.data.encoder_tokens // 2
@@ -274,7 +280,7 @@ def _fit_memory(
         if half < max(SMALLEST_PACK, 2 * longest) or half % BUDGET_MULTIPLE:
             break
         smaller = replace(config.data, encoder_tokens=half, max_tokens=longest)
-        config = replace(config, data=_rest(smaller, asked, text))
+        config = replace(config, data=_rest(smaller, asked, text, world.size))
     return config
 
 

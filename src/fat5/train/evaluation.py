@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fat5.data import PackedBatch
 from fat5.train.precision import Precision
+from fat5.train.signals import StopAsked
 from fat5.train.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,33 @@ class Scorer:
     forward: Callable[..., Any]
     """The model, or its compiled form"""
     before_batch: Callable[[], None] = lambda: None
-    """Called before each batch; an exception from it ends the evaluation"""
+    """Called before each batch, by all processes; an exception from it ends the evaluation"""
+    is_asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether a signal asked this process to stop"""
+
+    def alone(self) -> "Scorer":
+        """The same for work of this process alone; before a batch it raises StopAsked after a stop signal."""
+        if self.world.size == 1:
+            return self
+        return replace(self, world=self.world.alone(), before_batch=self._stop_if_asked)
+
+    def on_main(self, work: Callable[["Scorer"], T]) -> T:
+        """What `work` makes in the main process, as JSON, for all of them: the others wait. A stop signal ends it."""
+        if self.world.size == 1:
+            return work(self)
+        made: list[T] | None = None
+        if self.world.is_main:
+            with suppress(StopAsked):
+                made = [work(self.alone())]
+        made = self.world.broadcast(made)
+        if made is None:
+            self.before_batch()  # where all leave together
+            raise RuntimeError("a stop signal was not taken up")
+        return made[0]
+
+    def _stop_if_asked(self) -> None:
+        if self.is_asked_to_stop():
+            raise StopAsked
 
 
 @torch.no_grad()
@@ -72,13 +102,16 @@ def part_of_tokens(batch: PackedBatch, index: Tensor) -> Tensor:
     return nn.functional.pad(of_tokens, (0, batch.labels.numel() - of_tokens.numel()))
 
 
-def unigram_entropy(batches: Iterable[PackedBatch]) -> float:
-    """Entropy of the target tokens' own frequencies, in nats a token.
+def unigram_entropy(batches: Iterable[PackedBatch], world: World | None = None) -> float:
+    """Entropy of the target tokens' own frequencies, in nats a token, over the batches of all processes of a world.
 
     The loss of the best model that knows no context; a model that reads should end well below it.
     """
     targets = torch.cat([batch.labels[batch.labels != -100] for batch in batches])
-    counts = torch.bincount(targets).double()
+    counts = torch.bincount(targets)
+    if world is not None:
+        counts = world.all_sum(nn.functional.pad(counts, (0, max(world.gather(len(counts))) - len(counts))))
+    counts = counts.double()
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * shares.log()).sum())
 

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fat5.errors import CheckpointError, RunDirectoryError
 from fat5.files import write_atomically
 from fat5.train.checkpoint.compare import check_changes
 from fat5.train.checkpoint.files import verify_checkpoint
+from fat5.train.checkpoint.generators import count_processes, seed_generators
 from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.checkpoint.store import Choice
 from fat5.train.log.metrics import parts
@@ -41,11 +42,15 @@ def run(task: Task, world: World) -> dict[str, Any]:
     config, device = task.config, world.device
     check_trackers(config.trackers())
     lines = task.announce(device)
-    with RunDirectory(config.output_dir) as folder, _determinism(config.deterministic and device.type == "cuda"):
+    folder = RunDirectory(config.output_dir)
+    held = folder if world.is_main else nullcontext()
+    with held, _determinism(config.deterministic and device.type == "cuda"):
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         trainer = new_trainer(task, folder, world)
+        if not world.is_main:
+            seed_generators(config.seed, 0, world.rank)  # dropout differs from process to process
         for line in lines:
             trainer.display.say(line)
         _continue(trainer)
@@ -65,10 +70,11 @@ def new_trainer(task: Task, folder: RunDirectory, world: World) -> Trainer:
 
 def _continue(trainer: Trainer) -> None:
     """Restores the checkpoint that `config.resume` asks for, says which and why, and cuts the log to fit."""
-    leftovers = trainer.store.sweep()
+    world = trainer.world
+    leftovers = trainer.store.sweep() if world.is_main else []
     if leftovers:
         trainer.events.write("swept", leftovers=leftovers)
-    choice = _choose(trainer)
+    choice = Choice.of_main(lambda: _choose(trainer), world)
     if choice is None:
         trainer.cut_log(-1)
         trainer.events.write("started", pid=os.getpid())
@@ -81,6 +87,13 @@ def _continue(trainer: Trainer) -> None:
         trainer.display.warn(f"checkpoint passed over: {refused}")
     for warning in warnings:
         trainer.display.warn(warning)
+    saved = count_processes(choice.folder)
+    if saved != world.size:
+        warnings.append(
+            f"{saved} process{'es' * (saved > 1)} made the checkpoint, and {world.size} continue: the examples are "
+            "the same, and losses equal but for rounding and dropout"
+        )
+        trainer.display.warn(warnings[-1])
     why = "named by resume" if trainer.config.resume != "auto" else "the newest that verifies"
     trainer.display.say(f"continuing from {choice.folder} ({why})")
     trainer.events.write(
@@ -139,7 +152,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         trainer.take_best()
     if trainer.world.is_main:
         trainer.plot.finish()
-        summary |= task.finish(trainer.scorer(), folder, trainer.display.warn)
+        summary |= task.finish(trainer.scorer().alone(), folder, trainer.display.warn)
         task.export(trainer.model, folder, summary)
         write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         trainer.events.write("finished", step=state.step)

@@ -3,10 +3,19 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+LAUNCHER_ECHO = 2.0
+"""Seconds for torchrun to pass a signal on."""
+
+
+class StopAsked(Exception):  # noqa: N818 - nothing went wrong
+    """A stop signal came while this process worked alone."""
 
 
 class RunStopped(KeyboardInterrupt):
@@ -21,14 +30,23 @@ class RunStopped(KeyboardInterrupt):
 class StopRequest:
     """Context manager that turns the stop signals into a flag while training runs.
 
+    Args:
+        echo: seconds in which the same signal may come again and is not a second one: a launcher passes on what its
+            whole group was sent.
+
     `received` is None or the number of the signal. Only the process that entered reacts: a forked child inherits the
     handler, and a signal sent to the whole group must not end a data worker before it ignores signals by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, echo: float = 0.0) -> None:
         self.received: int | None = None
+        self._echo, self._first = echo, 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
+
+    def is_asked(self) -> bool:
+        """True after a signal."""
+        return self.received is not None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -42,10 +60,12 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
+        if self.received == number and time.monotonic() < self._first + self._echo:
+            return
         if self.received is not None:
             os.write(2, b"\nfat5: second signal, leaving without saving\n")
             os._exit(128 + number)
-        self.received = number
+        self.received, self._first = number, time.monotonic()
         name = signal.Signals(number).name
         # A handler may interrupt a print: write to the descriptor itself.
         os.write(2, f"\nfat5: {name} received; finishing the step, then saving (again to leave at once)\n".encode())

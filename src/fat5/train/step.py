@@ -1,7 +1,8 @@
 """One optimizer step: accumulate the gradient of the global batch, clip it, guard it, update.
 
 The loss is the mean over all target tokens of the step, however they are divided into micro-batches and processes: they
-are counted first, and each micro-batch adds its sum over that count. On a GPU nothing here waits for the
+are counted first, and each micro-batch adds its sum over that count. Gradients are summed over the processes once,
+with the last micro-batch (replicas.py). On a GPU nothing here waits for the
 device, except where an optimizer cannot skip a step by itself or where the loss is scaled.
 """
 
@@ -19,6 +20,7 @@ from fat5.optim import build_optimizer, skips_on_device
 from fat5.train.config import RunConfig
 from fat5.train.cuda_graph import GraphedBackward
 from fat5.train.precision import LEAST_LOSS_SCALE, Precision
+from fat5.train.replicas import Replicas
 from fat5.train.world import World
 
 
@@ -69,15 +71,18 @@ class StepRunner:
         # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
         self.deferred = on_gpu and skips_on_device(self.optimizer) and self.precision.scaler is None
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
+        recorded = False
         possible = compiled and on_gpu and self.precision.scaler is None
         if possible and config.cuda_graphs:
             self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
+            recorded = True
         elif config.cuda_graphs is True:
             how = "compiled" if compiled else "not compiled"
             raise ConfigurationError(
                 f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}",
                 hint="CUDA graphs need a GPU and a compiled model, and do not work with fp16: say auto",
             )
+        self.replicas = Replicas(model, self.weights, world, overlap=not recorded)
 
     def run(self, batches: Sequence[PackedBatch], rate: float) -> StepResult:
         """Makes a step at `rate` times the peak learning rate.
@@ -88,7 +93,9 @@ class StepRunner:
             group["lr"] = group["peak_lr"] * rate
         count = torch.full((), float(sum(batch.num_items for batch in batches)), device=self.device)
         self.world.all_sum(count)
-        losses = [self._backward(batch, count) for batch in batches]
+        losses = [self._backward(batch, count) for batch in batches[:-1]]
+        with self.replicas.summing():
+            losses.append(self._backward(batches[-1], count))
         scaler = self.precision.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)

@@ -20,6 +20,7 @@ import torch
 from fat5.data import PackedBatch
 from fat5.errors import FAT5Error
 from fat5.optim import learning_rate
+from fat5.train.checkpoint.generators import gather_random_states, restore_generators
 from fat5.train.checkpoint.state import (
     TRAINER,
     RunState,
@@ -29,7 +30,7 @@ from fat5.train.checkpoint.state import (
     restore_weights,
     to_text,
 )
-from fat5.train.checkpoint.store import CheckpointStore, Saver, Snapshot
+from fat5.train.checkpoint.store import CheckpointStore, Choice, Saver, Snapshot
 from fat5.train.cost.flops import peak_flops, training_flops
 from fat5.train.evaluation import Scorer
 from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, dump_examples
@@ -38,7 +39,7 @@ from fat5.train.log.metrics import EventLog, MetricsLog, name_lines
 from fat5.train.log.plots import LivePlot
 from fat5.train.log.trackers import Trackers
 from fat5.train.run_directory import RunDirectory
-from fat5.train.signals import RunStopped, StopRequest
+from fat5.train.signals import LAUNCHER_ECHO, RunStopped, StopRequest
 from fat5.train.step import StepResult, StepRunner
 from fat5.train.task import Task
 
@@ -63,15 +64,15 @@ class Trainer:
         self.identity = task.identity()
         self.model_config = _config_text(model)
         self.state = RunState()
-        mfu = runner.device.type == "cuda"
-        self.display = RunDisplay(task.verb, config.steps, config.log_every, config.eval_every, mfu)
-        self.events = EventLog(folder.events)
+        mfu, main = runner.device.type == "cuda", self.world.is_main
+        self.display = RunDisplay(task.verb, config.steps, config.log_every, config.eval_every, mfu, silent=not main)
+        self.events = EventLog(folder.events if main else None)
         self.metrics = MetricsLog(folder.metrics, on_failure=self._warn)
         self.store = CheckpointStore(folder.checkpoints, config.keep_last, config.keep_best, config.keep_every)
-        self.saver = Saver(self.store, self._snapshot, self._warn)
-        self.stop = StopRequest()
+        self.saver = Saver(self.store, self._snapshot, self._warn, self.world.broadcast)
+        self.stop = StopRequest(LAUNCHER_ECHO if self.world.size > 1 else 0.0)
         self.trackers: Trackers | None = None
-        self.peak = peak_flops(runner.device, runner.precision.name)
+        self.peak = peak_flops(runner.device, runner.precision.name) if main else None
         self._pending: deque[Pending] = deque()
         self._batches: Iterator[PackedBatch] = iter(())
         self._rewinds = 0
@@ -101,7 +102,8 @@ class Trainer:
                     self._leave_if_asked()
                     self._evaluate_if_due()
                     self._save_if_due()
-                    self.plot.poke()
+                    if self.world.is_main:
+                        self.plot.poke()
                 self.saver.finish()
             finally:
                 close = getattr(self._batches, "close", None)
@@ -115,6 +117,7 @@ class Trainer:
         """Loads a verified checkpoint; `keep_data` leaves the position in the data as it is."""
         content = read_trainer_state(folder)
         restore(self.model, self.runner.optimizer, folder)
+        restore_generators(folder, self.world.rank, self.config.seed, content["progress"].get("step", 0))
         self.runner.precision.load_state_dict(content["loss_scale"])
         if not keep_data:
             self.loader.load_state_dict(content["data"])
@@ -128,7 +131,7 @@ class Trainer:
     def take_best(self) -> None:
         """Gives the model the weights of the best checkpoint that is kept; of the last step if none has a rank."""
         self.saver.settle()
-        step = self.store.best()
+        step = self.world.broadcast(self.store.best() if self.world.is_main else None)
         if step is not None and step != self.state.step:
             restore_weights(self.model, self.store.path(step))
             self.display.say(f"the model takes the weights of step {step}, the best evaluation")
@@ -218,7 +221,7 @@ class Trainer:
     def _broken(self, pending: Pending, loss: float, norm: float, losses: list[float]) -> None:
         """What `on_nan` says, for a step whose update was not made."""
         step = pending.row["step"]
-        dump = dump_examples(self.folder.path, step, pending.pieces, losses, norm)
+        dump = dump_examples(self.folder.path, step, pending.pieces, losses, norm, self.world)
         what = f"loss {loss} and gradient norm {norm} at step {step}"
         self.events.write("nonfinite", step=step, action=self.config.on_nan, examples=dump.name)
         self.state.broken_in_a_row += 1
@@ -237,7 +240,7 @@ class Trainer:
     def _rewind(self, what: str, dump: str) -> None:
         """Back to the last checkpoint's weights, on with the data that follows."""
         self.saver.settle()
-        choice = self.store.choose(self.config.strict)
+        choice = Choice.of_main(lambda: self.store.choose(self.config.strict), self.world)
         self._rewinds += 1
         if choice is None or self._rewinds > MOST_IN_A_ROW:
             reason = (
@@ -275,7 +278,8 @@ class Trainer:
 
     def scorer(self) -> Scorer:
         """The model for an evaluation; a stop signal ends the evaluation between two batches."""
-        return Scorer(self.model, self.runner.precision, self.world, self.runner.forward, self._leave_if_asked)
+        forward, precision = self.runner.forward, self.runner.precision
+        return Scorer(self.model, precision, self.world, forward, self._leave_if_asked, self.stop.is_asked)
 
     def _record(self, row: dict[str, Any], seconds: float = 0.0) -> None:
         """Writes and shows a row; `seconds` is how long an evaluation took."""
@@ -289,14 +293,15 @@ class Trainer:
     def _save_if_due(self) -> None:
         step = self.state.step
         scheduled = step % self.config.save_every == 0 or self.is_over
-        if not scheduled and not self.saver.retry_due():
+        if not scheduled and not self.world.agree(True if self.saver.retry_due() else None):
             return
         self._settle_all()
         if self.state.step == step:
             self._save()
 
     def _save(self) -> None:
-        self.metrics.flush_to_disk()
+        if self.world.is_main:
+            self.metrics.flush_to_disk()
         self.saver.save()
         self._rewinds = 0
 
@@ -312,9 +317,13 @@ class Trainer:
         self.events.write("stopped", step=self.state.step, signal=stopped.signal.name)
         raise stopped
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Snapshot | None:
         state = self.state
-        tensors, documents = capture(self.model, self.runner.optimizer)
+        self.runner.replicas.check()
+        random_states = gather_random_states(self.world)
+        if not self.world.is_main:
+            return None
+        tensors, documents = capture(self.model, self.runner.optimizer, random_states)
         content = {
             "progress": asdict(state),
             "data": self.loader.state_dict(),

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,12 +49,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         FAT5Error: something that the user can mend; nothing half-written is left behind.
         RunStopped: a signal stopped the run after its state was saved.
     """
-    world = World.here()
-    if config.seeds == 1:
-        return run(Finetuning.open(config, world), world)
+    with World.here() as world:
+        if config.seeds == 1:
+            return run(Finetuning.open(config, world), world)
+        return _every_seed(config, world)
+
+
+def _every_seed(config: FinetuneConfig, world: World) -> dict[str, Any]:
+    """A run for each seed, in `seed-N`, and their results together."""
     config.resolved()
+    folder = RunDirectory(config.output_dir)
     summaries, found = [], []
-    with RunDirectory(config.output_dir) as folder:
+    with folder if world.is_main else nullcontext():
         for seed in range(config.seed, config.seed + config.seeds):
             one = folder.path / f"seed-{seed}"
             own = replace(config, seed=seed, seeds=1, output_dir=str(one))
@@ -62,9 +69,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     summary = {"seeds": list(range(config.seed, config.seed + config.seeds)), "results": aggregate(found)}
     head = {key: found[0][key] for key in ("task", "model", "split", "examples")}
     content = {**head, "seeds": summary["seeds"], "metrics": summary["results"]}
-    write_atomically(folder.path / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     summary |= {"runs": summaries}
-    write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if world.is_main:
+        write_atomically(folder.path / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary
 
 
@@ -105,7 +113,7 @@ class Finetuning:
         form.learn(tables["train"])
         train, validation, *tests = (Split(name, tables[name], form.encode(tables[name])) for name in names)
         packed = [validation] if form.kind == "text" else [validation, *tests]  # texts are written from rows
-        config, batch = choose_sizes(config, form, train, packed, world.device)
+        config, batch = choose_sizes(config, form, train, packed, world)
         model = configure_model(config, form, base, tokenizer, where)
         stream = ExampleStream(train.examples, config.seed, tokenizer.info.pad_id, train.table.sha256())
         workers = int(config.data.num_workers)
@@ -171,15 +179,22 @@ class Finetuning:
         return plain | {"tokenizer": self.tokenizer.info.sha256, "labels": self.form.label_names}
 
     def evaluate(self, scorer: Scorer) -> dict[str, Any]:
-        """Loss and accuracy of the validation targets, and the task's metrics (of texts only if `metric` is one)."""
+        """Loss and accuracy of the validation targets, and the task's metrics (of texts only if `metric` is one).
+
+        Predictions are those of the main process, for which the others wait.
+        """
         split, names = self.validation, self.validation.table.part_names
         batches = split.examples.batches(self.batch, self.tokenizer.info.pad_id, scorer.world.rank, scorer.world.size)
         row = evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names, self.part)
         if self.form.kind == "text" and self.config.metric == "loss":
             return row
         most = self.config.eval_examples if self.form.kind == "text" else None
-        predictions = self.predict(scorer, split, most=most)
-        return row | score(self.config, self.form, split.table, predictions)
+
+        def measured(alone: Scorer) -> dict[str, Any]:
+            predictions = self.predict(alone, split, most=most)
+            return score(self.config, self.form, split.table, predictions)
+
+        return row | scorer.on_main(measured)
 
     def rank(self, scores: dict[str, Any]) -> float:
         """The number by which the best checkpoint is chosen; lower is better."""

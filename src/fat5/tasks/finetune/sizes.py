@@ -5,14 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from fat5.data import BatchConfig
 from fat5.data.examples.packing import BUDGET_MULTIPLE
 from fat5.errors import ConfigurationError
+from fat5.files import is_count
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
 from fat5.tasks.finetune.splits import Split
+from fat5.train.run_directory import RunDirectory
+from fat5.train.world import World
+from fat5.yaml_text import read_yaml
 
 LARGEST_PACK, LARGEST_PACK_CPU = 16_384, 4_096
 """Encoder tokens of a pack; a larger step has several."""
@@ -24,16 +27,25 @@ TYPICAL_FILL = 0.95
 
 
 def choose_sizes(
-    config: FinetuneConfig, form: Any, train: Split, others: Sequence[Split], device: torch.device
+    config: FinetuneConfig, form: Any, train: Split, others: Sequence[Split], world: World
 ) -> tuple[FinetuneConfig, BatchConfig]:
-    """The configuration without `auto`, and the shapes of a batch."""
-    data, gpu = config.data, device.type == "cuda"
+    """The configuration without `auto`, and the shapes of a batch, whose packs the processes of a world share.
+
+    Raises:
+        ConfigurationError: encoder_tokens is no multiple of 128, or a step has too few packs for the processes.
+    """
+    data, gpu = config.data, world.device.type == "cuda"
     lengths = train.examples.input_lengths
     longest = max(int(split.examples.input_lengths.max()) for split in (train, *others))
     wanted = data.batch_size * float(lengths.mean()) / TYPICAL_FILL
     encoder = data.encoder_tokens
     if encoder == "auto":
-        encoder = rounded(max(longest, min(wanted, LARGEST_PACK if gpu else LARGEST_PACK_CPU)))
+        encoder = _earlier(config)
+    if encoder == "auto":
+        largest = LARGEST_PACK if gpu else LARGEST_PACK_CPU
+        encoder = rounded(max(longest, min(wanted / world.size, largest)))
+        while _packs(wanted, encoder) % world.size and encoder - BUDGET_MULTIPLE >= longest:
+            encoder -= BUDGET_MULTIPLE
     elif encoder % BUDGET_MULTIPLE:
         raise ConfigurationError(
             f"must be a multiple of {BUDGET_MULTIPLE}, not {encoder}", where="data.encoder_tokens",
@@ -44,7 +56,15 @@ def choose_sizes(
             f"a pack of {encoder:,} tokens has no room for the longest example, which has {longest:,}",
             where="data.encoder_tokens", hint=f"Raise it to {rounded(longest)}, or lower data.max_source_tokens",
         )  # fmt: skip
-    packs = max(1, round(wanted / encoder))
+    packs = _packs(wanted, encoder)
+    if packs % world.size:
+        least = int(np.ceil(data.batch_size * encoder * world.size * -(-packs // world.size) / wanted))
+        raise ConfigurationError(
+            f"{data.batch_size} examples make {packs} pack{'s' * (packs > 1)} of {encoder:,} tokens, which "
+            f"{world.size} processes cannot share",
+            where="data.batch_size",
+            hint=f"Try {least}, or start another number of processes",
+        )
     batch = batch_config(form, train.examples, [split.examples for split in others], encoder, packs)
     a_step = examples_a_step(batch, train.examples)
     steps = config.steps
@@ -58,6 +78,21 @@ def choose_sizes(
     data = replace(data, encoder_tokens=encoder, num_workers=workers)
     config = replace(config, data=data, steps=steps, eval_every=every, save_every=save)
     return replace(config, schedule=config.schedule.resolved(steps)), batch
+
+
+def _packs(wanted: float, encoder: int) -> int:
+    """Packs of a step of `wanted` encoder tokens."""
+    return max(1, round(wanted / encoder))
+
+
+def _earlier(config: FinetuneConfig) -> Any:
+    """encoder_tokens of the run that is continued, perhaps under another number of processes; else auto."""
+    run = RunDirectory(config.output_dir)
+    if config.resume != "auto" or not run.holds_run or not run.config.exists():
+        return "auto"
+    data = read_yaml(run.config, run.config).get("data")
+    given = data.get("encoder_tokens") if isinstance(data, dict) else None
+    return given if is_count(given) and given > 0 and given % BUDGET_MULTIPLE == 0 else "auto"
 
 
 def batch_config(form: Any, train: ExampleSet, others: Sequence[ExampleSet], encoder: int, packs: int) -> BatchConfig:

@@ -1,13 +1,11 @@
 """A run's state as plain tensors and JSON, and back: counts, weights, optimizer, random generators."""
 
 import json
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,19 +13,15 @@ from fat5.errors import CheckpointError
 from fat5.files import is_count, is_number, read_object
 from fat5.optim import skips_on_device
 from fat5.train.checkpoint.files import read_tensors
+from fat5.train.checkpoint.generators import RandomState, rng_files
 from fat5.train.log.metrics import is_row
 
-WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, RNG, RNG_FACTS, TRAINER = (
+WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, TRAINER = (
     "model.safetensors",
     "optimizer.safetensors",
     "optimizer.json",
-    "rng.safetensors",
-    "rng.json",
     "trainer.json",
 )
-
-_MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
-
 
 LATER = ("best_rank", "best_step", "worse_in_a_row", "stopped_early")
 """Of the progress; checkpoints of earlier versions lack them."""
@@ -93,23 +87,30 @@ class RunState:
             setattr(self, item.name, value)
 
 
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """The state of model, optimizer and random generators: file name → tensors, and file name → text."""
+def capture(
+    model: nn.Module, optimizer: torch.optim.Optimizer, random_states: Sequence[RandomState]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The state of model, optimizer and random generators: file name → tensors, and file name → text.
+
+    Args:
+        random_states: of every process, by rank.
+    """
     moments, numbers = capture_optimizer(optimizer, model)
-    random_words, random_facts = capture_random_state()
-    tensors = {WEIGHTS: capture_weights(model), OPTIMIZER: moments, RNG: random_words}
-    return tensors, {OPTIMIZER_FACTS: to_text(numbers), RNG_FACTS: to_text(random_facts)}
+    tensors, texts = {WEIGHTS: capture_weights(model), OPTIMIZER: moments}, {OPTIMIZER_FACTS: to_text(numbers)}
+    for rank, (words, facts) in enumerate(random_states):
+        tensor_file, fact_file = rng_files(rank)
+        tensors[tensor_file], texts[fact_file] = words, to_text(facts)
+    return tensors, texts
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Puts a captured state back.
+    """Puts captured weights and optimizer back.
 
     Raises:
-        CheckpointError: it is of another model, or not a state at all.
+        CheckpointError: they are of another model, or not a state at all.
     """
     restore_weights(model, folder)
     restore_optimizer(optimizer, model, folder)
-    restore_random_state(folder)
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -233,50 +234,6 @@ def _read_facts(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, A
         ):
             return numbers, groups
     raise CheckpointError("is not the state of an optimizer", where=path)
-
-
-def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The generators of torch (host and devices), NumPy and Python, as tensors and JSON."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {
-        "torch": torch.get_rng_state().clone(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": state.clone() for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    facts = {
-        "python": {"version": version, "gauss": gauss},
-        "numpy": {"kind": kind, "position": position, "has_gauss": has_gauss, "cached": cached},
-    }
-    return tensors, facts
-
-
-def restore_random_state(folder: Path) -> None:
-    """Puts every generator back to where the checkpoint found it.
-
-    Raises:
-        CheckpointError: a state that a generator does not take.
-    """
-    tensors, facts = read_tensors(folder / RNG), read_object(folder / RNG_FACTS, CheckpointError)
-    try:
-        torch.set_rng_state(tensors["torch"])
-        devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
-        if devices and torch.cuda.device_count() == len(devices):
-            torch.cuda.set_rng_state_all(devices)
-        python, numpy = facts["python"], facts["numpy"]
-        if (
-            not (python["gauss"] is None or is_number(python["gauss"]))
-            or not is_count(numpy["position"])
-            or numpy["position"] > _MT19937_WORDS
-        ):
-            raise ValueError("not the state of a Mersenne twister")
-        random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
-        keys = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError("does not hold the state of the random generators", where=folder / RNG_FACTS) from error
 
 
 def _copy(tensor: Tensor) -> Tensor:

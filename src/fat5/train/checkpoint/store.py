@@ -15,6 +15,7 @@ from fat5.errors import CheckpointError
 from fat5.files import REMOVING, WRITING
 from fat5.model.loading import refuse_adapter
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
+from fat5.train.world import World
 
 PREFIX = "step-"
 
@@ -48,6 +49,16 @@ class Choice:
     folder: Path
     refused: list[str] = field(default_factory=list)
     """Why each newer checkpoint was not taken"""
+
+    @classmethod
+    def of_main(cls, choose: Callable[[], "Choice | None"], world: World) -> "Choice | None":
+        """What the main process chooses, for all: each of the others verifies the folder that it will read."""
+        own = choose() if world.is_main else None
+        told = world.broadcast([str(own.folder), own.refused] if own is not None else None)
+        if own is not None or told is None:
+            return own
+        verify_checkpoint(Path(told[0]))
+        return cls(Path(told[0]), told[1])
 
 
 class CheckpointStore:
@@ -144,10 +155,22 @@ class CheckpointStore:
 
 
 class Saver:
-    """Saves snapshots of the current state in the background, and tries again when that fails."""
+    """Saves snapshots of the current state in the background, and tries again when that fails.
 
-    def __init__(self, store: CheckpointStore, snapshot: Callable[[], Snapshot], warn: Callable[[str], None]) -> None:
-        self.store = store
+    Args:
+        snapshot: called by all processes at once; None in those that write nothing.
+        warn: gets a line.
+        decide: the main process's answer to a question, for all; the others wait for it.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        snapshot: Callable[[], Snapshot | None],
+        warn: Callable[[str], None],
+        decide: Callable[[bool], bool] = bool,
+    ) -> None:
+        self.store, self._decide = store, decide
         self._snapshot, self._warn = snapshot, warn
         self._thread = ThreadPoolExecutor(1, "fat5-save")
         self._saving: Future[None] | None = None
@@ -165,7 +188,7 @@ class Saver:
             CheckpointError: ATTEMPTS saves failed in a row.
         """
         self.settle()
-        if not self._failures or time.monotonic() >= self._retry_at:
+        if self._decide(not self._failures or time.monotonic() >= self._retry_at):
             self._start()
 
     def wait(self) -> None:
@@ -181,7 +204,7 @@ class Saver:
             self._confirm(error, RETRY_SECONDS if pause is None else pause)
 
     def retry_due(self) -> bool:
-        """True if a save failed and its pause is over. Warns of a failure; never waits."""
+        """True if a save of this process failed and its pause is over. Warns of a failure; never waits."""
         if self._saving is not None and not self._saving.done():
             return False
         self.settle()
@@ -194,14 +217,16 @@ class Saver:
             CheckpointError: it could not be written.
         """
         self.settle()
-        while self._failures:
+        while self._decide(self._failures > 0):
             self._start()
             self.settle(LEAVING_SECONDS)
             if self._failures:
                 time.sleep(max(0.0, self._retry_at - time.monotonic()))
 
     def _start(self) -> None:
-        self._saving = self._thread.submit(self.store.save, self._snapshot())
+        snapshot = self._snapshot()
+        if snapshot is not None:
+            self._saving = self._thread.submit(self.store.save, snapshot)
 
     def _confirm(self, error: BaseException | None, pause: float) -> None:
         """Notes how the last save ended; plans the next attempt if it failed."""

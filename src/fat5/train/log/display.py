@@ -24,9 +24,10 @@ class RunDisplay:
         every: steps between two lines where stderr is not a terminal.
         eval_every: steps between two evaluations, whose time counts too.
         mfu: show it; a CPU's is measured against a product of matrices, which says little.
+        silent: show nothing, in a process that another one speaks for.
     """
 
-    def __init__(self, verb: str, steps: int, every: int, eval_every: int, mfu: bool) -> None:
+    def __init__(self, verb: str, steps: int, every: int, eval_every: int, mfu: bool, silent: bool = False) -> None:
         self.steps, self.every, self.eval_every, self.mfu = steps, every, eval_every, mfu
         self._validation: float | None = None
         self._step_seconds: list[float] = []
@@ -34,7 +35,7 @@ class RunDisplay:
         self._told = False
         self._last_line = time.perf_counter()
         self._console = Console(stderr=True, highlight=False)
-        self._live = os.isatty(2)
+        self._live, self._silent = os.isatty(2) and not silent, silent
         self._bar = _Bar(self._console, live=self._live)
         self._task = self._bar.add_task(verb, total=steps, left="")
 
@@ -65,6 +66,8 @@ class RunDisplay:
     def say(self, line: str, style: str | None = None) -> None:
         """Prints a line."""
         self._last_line = time.perf_counter()
+        if self._silent:
+            return
         if self._live:
             self._console.print(line, style=style, markup=False)
         else:

@@ -100,14 +100,19 @@ class MetricsLog:
 
 
 class EventLog:
-    """events.jsonl: what happened to a run (starts, resumes, faults), with the time; never cut, never compared."""
+    """events.jsonl: what happened to a run (starts, resumes, faults), with the time; never cut, never compared.
 
-    def __init__(self, path: Path) -> None:
-        self._log = MetricsLog(path)
+    Args:
+        path: None for a process that writes nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._log = None if path is None else MetricsLog(path)
 
     def write(self, event: str, **details: Any) -> None:
         """Appends one event."""
-        self._log.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
+        if self._log is not None:
+            self._log.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
