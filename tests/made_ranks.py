@@ -1,0 +1,88 @@
+"""Runs of two processes on the CPU: started by torchrun, as a user does, or forked with torchrun's environment."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WATCHED = Path(__file__).parent / "watched_rank.py"
+
+
+def torchrun(*words: str, watch: Path | None = None, processes: int = 2, options: tuple[str, ...] = ()):
+    """Starts `fat5 WORDS` under torchrun; with `watch`, each rank leaves there what it trained on (watched_rank.py)."""
+    entry = ["-m", "fat5"] if watch is None else [str(WATCHED)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"WATCH": str(watch)} if watch is not None else {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *launcher, *entry, *words], env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, seconds: float = 240.0) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process that ends by itself."""
+    try:
+        output, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, output, error
+
+
+def forked(work: Callable[[], object], processes: int = 2, seconds: int = 120) -> list[int]:
+    """Runs `work` in forked ranks: no launcher ends one when another has died.
+
+    Returns:
+        Exit codes by rank: 0, 1 for an exception, or minus the signal's number, SIGALRM's after `seconds`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ.update({name: str(number) for name, number in places.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            _in_rank(work, seconds)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def _in_rank(work: Callable[[], object], seconds: int) -> None:
+    try:
+        signal.alarm(seconds)
+        work()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def watched(folder: Path, processes: int = 2) -> list[dict]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def pid_of_rank(launcher: int, number: int, seconds: float = 60.0) -> int:
+    """The process of a rank, among the children of torchrun."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            try:
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"RANK={number}".encode() in environment:
+                return int(child)
+        time.sleep(0.05)
+    raise AssertionError(f"torchrun started no rank {number}")
