@@ -86,3 +86,26 @@ def pid_of_rank(launcher: int, number: int, seconds: float = 60.0) -> int:
                 return int(child)
         time.sleep(0.05)
     raise AssertionError(f"torchrun started no rank {number}")
+
+
+def stop_at(step: int, work: Callable[[], object]) -> None:
+    """Runs `work`, a run of this process or of several, up to a step: a signal to the first process stops it there."""
+    from fat5.train import RunStopped
+    from fat5.train.step import StepRunner
+
+    step_of, made = StepRunner.run, []
+
+    def run(self, batches, rate):
+        made.append(1)
+        if len(made) == step and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(self, batches, rate)
+
+    StepRunner.run = run  # type: ignore[method-assign]
+    try:
+        work()
+    except RunStopped:
+        return
+    finally:
+        StepRunner.run = step_of  # type: ignore[method-assign]
+    raise AssertionError(f"the run was not stopped at step {step}")

@@ -17,11 +17,11 @@ from fat5.errors import ConfigurationError, FAT5Error
 from fat5.launch import Launch
 from fat5.tasks import Pretraining, pretrain
 from fat5.tasks.sizes import settle
-from fat5.train import NonFiniteError, RunStopped, World, read_rows
+from fat5.train import NonFiniteError, World, read_rows
 from fat5.train import world as world_module
 from fat5.train.checkpoint.generators import count_processes
 from fat5.train.step import StepRunner
-from made_ranks import finish, forked, rank, torchrun, watched
+from made_ranks import finish, forked, rank, stop_at, torchrun, watched
 from made_run import events, last_checkpoint, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="waits for torch.distributed")
@@ -73,7 +73,7 @@ def test_a_checkpoint_continues_under_another_number_of_processes(prepared, tmp_
 
     def part(name, steps):
         config = tiny(prepared, tmp_path / name, **settings)
-        return lambda: pretrain(config) if steps is None else stop_at(steps, config)
+        return lambda: pretrain(config) if steps is None else stop_at(steps, lambda: pretrain(config))
 
     part("one-two", 6)()
     assert forked(part("one-two", None)) == [0, 0]
@@ -86,24 +86,6 @@ def test_a_checkpoint_continues_under_another_number_of_processes(prepared, tmp_
         resumed = next(event for event in events(tmp_path / name) if event["event"] == "resumed")
         assert resumed["checkpoint"] == "step-6"
         assert told in resumed["warnings"][0]
-
-
-def stop_at(step, config):
-    """Runs up to a step, as a run does that a signal stops there."""
-    step_of, made = StepRunner.run, []
-
-    def run(self, batches, rate):
-        made.append(1)
-        if len(made) == step and os.environ.get("RANK", "0") == "0":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(self, batches, rate)
-
-    StepRunner.run = run
-    try:
-        with pytest.raises(RunStopped, match=f"after step {step}"):
-            pretrain(config)
-    finally:
-        StepRunner.run = step_of
 
 
 def test_dropout_differs_and_a_lost_process_ends_the_run_which_then_continues_exactly(prepared, tmp_path):
