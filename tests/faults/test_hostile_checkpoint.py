@@ -97,14 +97,15 @@ def trainer(prepared, tmp_path_factory):
     """The trainer of the run `begun`, and its folder."""
 
     from fat5.tasks import Pretraining
+    from fat5.tasks.sizes import settle
     from fat5.train import RunDirectory, World
     from fat5.train.run import new_trainer
 
-    config = tiny(prepared, tmp_path_factory.mktemp("trainer") / "run", precision="fp16").resolved()
+    config = tiny(prepared, tmp_path_factory.mktemp("trainer") / "run", precision="fp16")
     world = World(torch.device("cpu"))
     run = RunDirectory(config.output_dir)
     run.mark()
-    return new_trainer(Pretraining.open(config, world), run, world)
+    return new_trainer(Pretraining.open(settle(config, world), world), run, world)
 
 
 @pytest.mark.parametrize("name", ["trainer.json", "optimizer.json", "rng.json"])

@@ -13,6 +13,7 @@ from torch import nn
 from fat5.errors import DataError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.tasks import Pretraining
+from fat5.tasks.sizes import settle
 from fat5.train import Scorer, World, evaluate, read_rows, unigram_entropy
 from fat5.train.cost.flops import peak_flops, training_flops
 from fat5.train.log.display import RunDisplay
@@ -25,7 +26,8 @@ from made_run import tiny
 @pytest.fixture(scope="module")
 def scored(prepared, tmp_path_factory):
     config = tiny(prepared, tmp_path_factory.mktemp("none"))
-    data = Pretraining.open(config, World(torch.device("cpu")))
+    alone = World(torch.device("cpu"))
+    data = Pretraining.open(settle(config, alone), alone)
     torch.manual_seed(0)
     return data.build_model(), data
 
