@@ -192,6 +192,20 @@ def test_instructions_show_definition_and_examples(base):
     assert tokenizer.decode(form.encode(table).target(0)[:-1]) == "b"
 
 
+def test_worked_examples_make_room_for_the_input(base):
+    tokenizer = load_tokenizer(base / "model")
+    shown = [{"input": f"mot {n}", "output": "y"} for n in range(30)]
+    row = {"definition": "Fais.", "input": "la fin", "output": "b", "examples": shown}
+    form = form_of("instructions", tokenizer, max_source_tokens=64)
+    [text] = form.inputs(table_of([row]))
+    assert text.startswith("Fais.\n\nInput: mot 0 Output: y")
+    assert text.endswith("Input: la fin Output:")
+    kept = text.count("mot ")
+    assert 0 < kept < 30
+    assert len(tokenizer.encode(text)) < 64 <= len(tokenizer.encode(form.inputs(table_of([row]))[0])) + 20
+    assert form.encode(table_of([row])).cut == 0
+
+
 @pytest.mark.parametrize(
     ("first", "second", "kept", "cut"),
     [(3, 3, (3, 3), 0), (2, 40, (2, 28), 1), (40, 40, (14, 16), 1), (40, 2, (28, 2), 1)],

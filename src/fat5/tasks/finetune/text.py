@@ -77,14 +77,23 @@ class Instructions(TextToText):
     """Columns `definition`, `examples` (optional), `input` and `output`, as in Super-NaturalInstructions."""
 
     def inputs(self, table: Table) -> list[str]:
-        """Definition, worked examples, then the input."""
+        """Definition, worked examples, then the input. Examples that would push the input out are left out, the last
+        one first.
+        """
         columns = self.config.data.columns
         definitions, inputs = table.texts(columns.definition), table.texts(columns.input, required=False)
-        texts = []
-        for index, (definition, text) in enumerate(zip(definitions, inputs, strict=True)):
-            shown = [f"Input: {one} Output: {other}" for one, other in self._examples(table, index)]
-            parts = [definition, *shown, f"Input: {text} Output:"]
-            texts.append(self.config.data.prefix + "\n\n".join(parts))
+        shown = [
+            [f"Input: {one} Output: {other}" for one, other in self._examples(table, index)]
+            for index in range(len(table))
+        ]
+        texts = [self._join(*parts) for parts in zip(definitions, shown, inputs, strict=True)]
+        room = self.config.data.max_source_tokens - 1
+        for index, ids in enumerate(encode_all(self.tokenizer, texts)):
+            length = len(ids)
+            while length > room and shown[index]:
+                shown[index].pop()
+                texts[index] = self._join(definitions[index], shown[index], inputs[index])
+                length = len(self.tokenizer.encode(texts[index]))
         return texts
 
     @property
@@ -92,6 +101,9 @@ class Instructions(TextToText):
         """The columns that source and target end with."""
         columns = self.config.data.columns
         return {"source": columns.input, "target": columns.output}
+
+    def _join(self, definition: str, shown: list[str], text: str) -> str:
+        return self.config.data.prefix + "\n\n".join([definition, *shown, f"Input: {text} Output:"])
 
     def references(self, table: Table) -> list[Any]:
         """The right outputs of each row, a list of texts."""
