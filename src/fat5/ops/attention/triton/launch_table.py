@@ -47,6 +47,8 @@ DENSE: dict[tuple[str, int, int, int], Row] = {
     ("query_gradient", 0, 64, 2): (64, 16, 4, 2),
     ("key_gradient", 0, 64, 2): (16, 128, 8, 2),
     ("query_gradient", 0, 128, 2): (64, 32, 8, 1),
+    ("forward", 86, 128, 2): (64, 32, 4, 2),
+    ("forward", 89, 128, 2): (64, 32, 4, 2),
     ("key_gradient", 100, 64, 4): (16, 32, 8, 1),
     ("query_gradient", 90, 128, 2): (128, 32, 8, 3),
 }
