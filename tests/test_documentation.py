@@ -33,6 +33,7 @@ PAGES = [
     "docs/another-language.md",
     "docs/continued-pretraining.md",
     "docs/training.md",
+    "docs/many-devices.md",
     "docs/checkpoints.md",
     "docs/optimizers.md",
     "docs/audit.md",
@@ -102,6 +103,9 @@ def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
                 code = main([words[0], *words[1:], *smaller(words)])
                 # The doctor of a recipe whose data is elsewhere says so with 2.
                 assert code == 0 or (code == 2 and words[0] == "doctor"), f"{page}: {line}: exit code {code}"
+        elif line.startswith("torchrun "):  # tests/train/test_many_devices.py and others start it
+            words = shlex.split(line)
+            assert_parses(words[words.index("fat5") + 1 :], monkeypatch)
         elif line.startswith("make "):
             target = line.split()[1]
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(), line

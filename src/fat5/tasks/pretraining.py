@@ -111,7 +111,7 @@ class Pretraining:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
         config, batch = self.config, self.config.data.batch()
         model = on_meta(self.model_config)
-        plan, free = plan_memory(config, batch, model, device), free_memory(device)
+        plan, free = plan_memory(config, batch, model, device, self.loader.world_size), free_memory(device)
         check_memory(plan, free)
         text = Text.of(self.loader.stream)
         threads = torch.get_num_threads()

@@ -5,15 +5,18 @@ decision waits for a GPU.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.files import parse_json
@@ -27,6 +30,9 @@ SILENCE = timedelta(minutes=10)
 
 PATIENCE = timedelta(hours=24)
 """The same while the main process predicts, exports or writes its last checkpoint."""
+
+
+POLL_SECONDS = 0.02
 
 
 class LostProcessError(FAT5Error):
@@ -68,7 +74,9 @@ class World:
             return
         device = _own_device(launch)
         with together():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store = _meet(launch)
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=SILENCE)
             patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         world = cls(device, launch.rank, launch.size, patient)
         try:
@@ -158,6 +166,31 @@ class World:
         dist.destroy_process_group()
 
 
+def _meet(launch: Launch) -> dist.Store:
+    """A store of the processes that run now.
+
+    torchrun keeps one store for a job, in which a restart would find the addresses of the processes before it. So each
+    process leaves a word of its own, and goes by the answer of the first process that repeats it.
+    """
+    shared, _, _ = next(rendezvous("env://", timeout=SILENCE))
+    word = uuid4().hex
+    shared.set(f"fat5/word/{launch.rank}", word)
+    deadline = time.monotonic() + SILENCE.total_seconds()
+    while time.monotonic() < deadline:
+        if launch.rank == 0:
+            words = [shared.get(f"fat5/word/{rank}").decode() for rank in range(launch.size)]
+            shared.set("fat5/answer", " ".join(words))
+        answer = shared.get("fat5/answer").decode().split()
+        if word in answer:
+            first = answer[0]
+            shared.set(f"fat5/taken/{launch.rank}", first)
+            others = range(launch.size) if launch.rank == 0 else ()
+            if all(shared.get(f"fat5/taken/{rank}").decode() == first for rank in others):
+                return dist.PrefixStore(f"fat5/{first}", shared)
+        time.sleep(POLL_SECONDS)
+    raise RuntimeError("the processes did not meet")
+
+
 def _own_device(launch: Launch) -> torch.device:
     """The GPU of this process's number on its node, made the current one; the CPU where there is no GPU."""
     if not torch.cuda.is_available():
@@ -179,7 +212,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
         raise LostProcessError(
             f"another process of this run has ended, or has not answered in time ({reason})",
             hint="Its own message says why; the same command continues from the last checkpoint",

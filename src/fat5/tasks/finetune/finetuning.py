@@ -125,7 +125,7 @@ class Finetuning:
         config, batch = self.config, self.batch
         with torch.device("meta"), quiet():
             model = self._model_class()(self.model_config)
-        plan, free = plan_memory(config, batch, model, device), free_memory(device)
+        plan, free = plan_memory(config, batch, model, device, self.loader.world_size), free_memory(device)
         check_memory(plan, free)
         counts = [f"{len(split.table):,} {split.name}" for split in self._splits()]
         cut = sum(split.examples.cut for split in self._splits())

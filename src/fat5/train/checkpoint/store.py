@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class Choice:
     def of_main(cls, choose: Callable[[], "Choice | None"], world: World) -> "Choice | None":
         """What the main process chooses, for all: each of the others verifies the folder that it will read."""
         own = choose() if world.is_main else None
-        told = world.broadcast([str(own.folder), own.refused] if own is not None else None)
+        told: Any = world.broadcast([str(own.folder), own.refused] if own is not None else None)
         if own is not None or told is None:
             return own
         verify_checkpoint(Path(told[0]))

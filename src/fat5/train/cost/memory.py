@@ -79,11 +79,14 @@ def check_memory(plan: MemoryPlan, free: int | None) -> None:
         )
 
 
-def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, device: torch.device) -> MemoryPlan:
+def plan_memory(
+    config: RunConfig, batch: BatchConfig, model: Any, device: torch.device, processes: int = 1
+) -> MemoryPlan:
     """The plan for a resolved configuration.
 
     Args:
         model: a model of that configuration; it may be on the meta device.
+        processes: that train together; several sum their gradients in a copy.
     """
     stand_in = torch.empty(model.config.vocab_size, 0, device="cpu" if device.type == "cpu" else "meta")
     logits_rows = default_chunk_size(stand_in)
@@ -102,7 +105,7 @@ def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, device: torch
     return MemoryPlan(
         device=device.type,
         weights=weight_bytes * parameters + casts,
-        gradients=weight_bytes * parameters,
+        gradients=weight_bytes * parameters * (2 if processes > 1 else 1),
         optimizer=state * parameters,
         activations=activations(
             model.config,

@@ -1,0 +1,227 @@
+"""Two GPUs of one host against one: tokens/s, losses of the same global batch, and a run whose second rank is killed.
+
+    python benchmarks/gpu_shards.py SHARDS                     (on any machine, before)
+    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling kill] [--preset fat5-base]
+
+Runs unattended, one run after another, each by the command that a user types. `scaling` trains one recipe in bf16,
+compiled, with CUDA graphs: on one card; on all cards with the same global batch, whose losses must be those of one
+card; and on all cards with as much work a card as one card had. `kill` trains a smaller preset with dropout twice:
+undisturbed, and with SIGKILL of the last rank after the first checkpoint and the same command again; weights, optimizer
+and generators are compared byte by byte. `--tiny` runs the same without a GPU. Every figure is printed, and written to
+OUTPUT_DIR/ddp.csv at once.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from fat5.train import read_rows
+from gpu_measure import Results
+from gpu_step import say
+
+STATE = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "rng-{last}.safetensors")
+BUDGETS = (16384, 11776)
+"""Encoder and decoder tokens of a pack."""
+PACKS = 4
+"""Of a step on one card."""
+WARM = 0.3
+"""Share of a run's first steps that does not count: compilation, recording, a clock that still rises."""
+LOSS = {"bf16": 5e-3, "fp32": 1e-5}
+"""Largest relative difference of a step's loss: sums in another order, rounded to the precision's matrix products."""
+SECONDS_TO_END = 60.0
+TINY = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--preset", default="fat5-base")
+    parser.add_argument("--kill_preset", default="fat5-demo")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seconds", type=float, default=570.0, help="a run that lasts longer than what is left ends")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/fat5-ddp"), help="runs")
+    parser.add_argument("--no_cuda_graphs", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU")
+    options = parser.parse_args()
+    results = Results(options.output_dir, "ddp")
+    good = [SECTIONS[name](options, results) for name in options.sections]
+    results.write()
+    sys.exit(0 if all(good) else 1)
+
+
+class Run:
+    """One run of the command in processes of its own, on some cards."""
+
+    def __init__(
+        self, options: argparse.Namespace, results: Results, name: str, devices: int, **changes: object
+    ) -> None:
+        self.options, self.results, self.name, self.devices = options, results, name, devices
+        folder = options.work / name.replace(" ", "-")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.run, self.log, self.recipe = folder / "run", folder / "log.txt", folder / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)}))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Run":
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.devices)]
+        command = [sys.executable, *(many if self.devices > 1 else []), "-m", "fat5", "pretrain", "--config"]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment.setdefault("OMP_NUM_THREADS", "1" if self.options.tiny else "4")
+        if self.devices == 1:
+            environment["CUDA_VISIBLE_DEVICES"] = "0"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([*command, str(self.recipe)], env=environment, stdout=log, stderr=log)
+        return self
+
+    def wait(self) -> int:
+        """The exit code; a run that is late is stopped."""
+        assert self.process is not None
+        try:
+            code = self.process.wait(max(1.0, self.options.seconds - self.results.elapsed()))
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGTERM)
+            code = self.process.wait()
+            say(f"{self.name}: out of time")
+        if code:
+            say(f"{self.name}: exit code {code}\n" + self.log.read_text()[-3000:])
+        return code
+
+    def kill_last_rank(self, step: int) -> tuple[int, float]:
+        """SIGKILL of the last rank behind a step; the launcher's exit code, and seconds until all had ended."""
+        assert self.process is not None
+        while self.step() < step and self.process.poll() is None:
+            time.sleep(0.02)
+        victims = [pid for pid in _children(self.process.pid) if f"RANK={self.devices - 1}" in _environment(pid)]
+        everyone = _children(self.process.pid)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        killed = time.perf_counter()
+        code = self.process.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in everyone) and time.perf_counter() < killed + 120:
+            time.sleep(0.05)
+        return code, time.perf_counter() - killed
+
+    def step(self) -> int:
+        log = self.run / "metrics.jsonl"
+        return max((row["step"] for row in read_rows(log)), default=0) if log.exists() else 0
+
+    def steps(self) -> list[dict]:
+        return [row for row in read_rows(self.run / "metrics.jsonl") if row["kind"] == "train"]
+
+    def digests(self) -> dict[str, str]:
+        folder = self.run / "checkpoints" / f"step-{self.options.steps}"
+        names = [name.format(last=self.devices - 1) for name in STATE]
+        return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+    def report(self) -> float:
+        """Median tokens/s after the first steps, printed and kept with MFU and the share of waiting for data."""
+        later = self.steps()[int(WARM * self.options.steps) :]
+        for key, unit in (("tokens_per_second", "tokens/s"), ("mfu", "ratio"), ("data_wait_fraction", "ratio")):
+            values = np.array([row[key] for row in later if row.get(key) is not None])
+            if values.size:
+                self.results.add(self.name, "fat5 pretrain", key, values, unit)
+                say(f"{self.name} {key}: median {np.median(values):,.4g}")
+        self.results.write()
+        return float(np.median([row["tokens_per_second"] for row in later]))
+
+
+def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: float) -> dict:
+    encoder, decoder = (256, 256) if options.tiny else BUDGETS
+    overrides = {"dropout_rate": dropout, "z_loss": 1e-4} | (TINY if options.tiny else {})
+    gpu = torch.cuda.is_available()
+    return {
+        "model": {"preset": preset, "overrides": overrides},
+        "data": {
+            "sources": [{"path": str(options.shards)}],
+            "max_tokens": 64 if options.tiny else 1024,
+            "encoder_tokens": encoder,
+            "decoder_tokens": decoder,
+            "packs_per_step": packs,
+            "packs_per_micro_batch": 1,
+            "num_workers": 4 if gpu else 0,
+        },
+        "schedule": {"name": "cosine", "warmup_steps": max(1, options.steps // 10)},
+        "steps": options.steps,
+        "precision": "bf16" if gpu else "fp32",
+        "compile": gpu,
+        "cuda_graphs": "auto" if gpu and not options.no_cuda_graphs else False,
+        "eval_every": options.steps,
+        "eval_tokens": 256 if options.tiny else 13000,
+        "save_every": max(1, options.steps // 4),
+        "keep_last": 1,
+    }
+
+
+def scaling(options: argparse.Namespace, results: Results) -> bool:
+    """Whether all cards learn what one does; how much faster they are is printed."""
+    cards, preset = options.devices, "fat5-demo" if options.tiny else options.preset
+    plans = {
+        "one card": (1, PACKS),
+        f"{cards} cards, same batch": (cards, PACKS),
+        f"{cards} cards, same work a card": (cards, PACKS * cards),
+    }
+    rates: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    for name, (devices, packs) in plans.items():
+        run = Run(options, results, f"{preset} {name}", devices, preset=preset, packs=packs, dropout=0.0).start()
+        if run.wait():
+            return False
+        rates[name], losses[name] = run.report(), [row["loss"] for row in run.steps()]
+    one, same, more = plans
+    for name in (same, more):
+        results.add(
+            f"{preset} {name}", "fat5 pretrain", "times the tokens/s of one card", rates[name] / rates[one], "ratio"
+        )
+        say(f"{name}: {rates[name] / rates[one]:.3f} times the tokens/s of one card")
+    apart = np.abs(np.array(losses[same]) / np.array(losses[one]) - 1)
+    results.add(f"{preset} {same}", "fat5 pretrain", "relative difference of the losses", apart, "ratio")
+    say(f"{same}: losses differ by {apart.max():.2g} at most, relative (median {np.median(apart):.2g})")
+    results.write()
+    return bool(apart.max() <= LOSS["bf16" if torch.cuda.is_available() else "fp32"])
+
+
+def kill(options: argparse.Namespace, results: Results) -> bool:
+    """Whether all ranks end when one is killed, and the continued run has the bytes of the undisturbed one."""
+    keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "dropout": 0.1}
+    clean, killed = (Run(options, results, f"kill {name}", options.devices, **keys) for name in ("clean", "killed"))
+    if clean.start().wait():
+        return False
+    code, seconds = killed.start().kill_last_rank(options.steps // 4 + options.steps // 8)
+    say(f"killed at step {killed.step()}: exit code {code}, all processes had ended after {seconds:.1f} s")
+    results.add("kill of the last rank", "fat5 pretrain", "until all have ended", seconds, "s")
+    if killed.start().wait():
+        return False
+    first, second = clean.digests(), killed.digests()
+    equal = [name for name in first if first[name] == second[name]]
+    results.add("kill of the last rank", "fat5 pretrain", "parts of the state equal", len(equal), f"of {len(first)}")
+    say(f"continued: equal to the undisturbed run in {', '.join(equal) or 'nothing'} ({len(equal)} of {len(first)})")
+    return code != 0 and seconds < SECONDS_TO_END and len(equal) == len(first)
+
+
+SECTIONS = {"scaling": scaling, "kill": kill}
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+
+
+if __name__ == "__main__":
+    main()
