@@ -139,7 +139,7 @@ class Run:
         return float(np.median([row["tokens_per_second"] for row in later]))
 
 
-def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: float) -> dict:
+def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: float, saves: int) -> dict:
     encoder, decoder = (256, 256) if options.tiny else BUDGETS
     overrides = {"dropout_rate": dropout, "z_loss": 1e-4} | (TINY if options.tiny else {})
     gpu = torch.cuda.is_available()
@@ -161,7 +161,7 @@ def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: 
         "cuda_graphs": "auto" if gpu and not options.no_cuda_graphs else False,
         "eval_every": options.steps,
         "eval_tokens": 256 if options.tiny else 13000,
-        "save_every": max(1, options.steps // 4),
+        "save_every": max(1, options.steps // saves),
         "keep_last": 1,
     }
 
@@ -177,7 +177,9 @@ def scaling(options: argparse.Namespace, results: Results) -> bool:
     rates: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
     for name, (devices, packs) in plans.items():
-        run = Run(options, results, f"{preset} {name}", devices, preset=preset, packs=packs, dropout=0.0).start()
+        run = Run(
+            options, results, f"{preset} {name}", devices, preset=preset, packs=packs, dropout=0.0, saves=1
+        ).start()
         if run.wait():
             return False
         rates[name], losses[name] = run.report(), [row["loss"] for row in run.steps()]
@@ -196,7 +198,7 @@ def scaling(options: argparse.Namespace, results: Results) -> bool:
 
 def kill(options: argparse.Namespace, results: Results) -> bool:
     """Whether all ranks end when one is killed, and the continued run has the bytes of the undisturbed one."""
-    keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "dropout": 0.1}
+    keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "dropout": 0.1, "saves": 4}
     clean, killed = (Run(options, results, f"kill {name}", options.devices, **keys) for name in ("clean", "killed"))
     if clean.start().wait():
         return False

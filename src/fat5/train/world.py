@@ -5,6 +5,7 @@ decision waits for a GPU.
 """
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.files import parse_json
@@ -31,6 +31,9 @@ SILENCE = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)
 """The same while the main process predicts, exports or writes its last checkpoint."""
 
+
+ENDING_SECONDS = 15
+"""After an error a process that has not ended by itself is ended by SIGALRM."""
 
 POLL_SECONDS = 0.02
 
@@ -84,7 +87,10 @@ class World:
         except RunStopped:
             world._leave()
             raise
-        # After an error the others are gone, or wait in vain: this process ends, and the launcher ends them.
+        except BaseException:
+            # The others are gone, or wait in vain. A GPU that waits for one of them must not keep this process alive.
+            signal.alarm(ENDING_SECONDS)
+            raise
         world._leave()
 
     @property
@@ -166,12 +172,14 @@ class World:
         dist.destroy_process_group()
 
 
-def _meet(launch: Launch) -> dist.Store:
+def _meet(launch: Launch) -> "dist.Store":
     """A store of the processes that run now.
 
     torchrun keeps one store for a job, in which a restart would find the addresses of the processes before it. So each
     process leaves a word of its own, and goes by the answer of the first process that repeats it.
     """
+    from torch.distributed.rendezvous import rendezvous  # a PyTorch without torch.distributed has no such module
+
     shared, _, _ = next(rendezvous("env://", timeout=SILENCE))
     word = uuid4().hex
     shared.set(f"fat5/word/{launch.rank}", word)
