@@ -11,7 +11,9 @@ from fat5.data import Tokenizer, load_tokenizer
 from fat5.data.tokenizer.json_file import added_token, byte_tokenizer
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
-from fat5.generate import Decoding, complete
+from fat5.generate import Decoding, complete, completion
+from fat5.generate.decoding import Decoder
+from fat5.generate.step import Step
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from made_tokenizers import KINDS, byte_level, sentencepiece
 
@@ -128,6 +130,29 @@ def test_both_loops_write_the_same(
     stock = complete(model, tokenizer, prompts, decoding=Decoding(loop="stock", **settings))
     monkeypatch.setattr(model, "generate", None)
     assert complete(model, tokenizer, prompts, decoding=Decoding(**settings)) == stock
+
+
+def test_batches_share_a_step_where_recording_pays(
+    model: FAT5ForConditionalGeneration, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"Le noyau ___ est libre{', et gratuit' * n}." for n in range(7)]
+    asked = []
+
+    class Watched(Decoder):
+        def generate(self, *given: Any, cuda_graph: bool, **how: Any) -> torch.Tensor:
+            asked.append(cuda_graph)
+            return super().generate(*given, **how)
+
+        def _step(self, *shape: Any, shared: bool) -> Step:
+            return super()._step(*shape, shared=asked[-1])
+
+    monkeypatch.setattr(completion, "Decoder", Watched)
+    answers = []
+    for least in (5, 4):
+        monkeypatch.setattr(completion, "pays", lambda device, batches: batches >= least)  # noqa: B023
+        answers.append(complete(model, tokenizer, prompts, decoding=Decoding(batch_size=2, max_new_tokens=6)))
+    assert asked == [False] * 4 + [True] * 4
+    assert answers[0] == answers[1]
 
 
 def test_sampling_among_beams_goes_to_stock(model: FAT5ForConditionalGeneration, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -13,6 +14,7 @@ from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
 from fat5.generate.config import Decoding
 from fat5.generate.decoding import Decoder
+from fat5.generate.replay import pays
 from fat5.generate.settings import left_to_stock, settings
 from fat5.generate.step import Models
 from fat5.machine import GIB, free_memory
@@ -79,7 +81,8 @@ def complete(
     answers: dict[int, Completion] = {}
     device = next(model.parameters()).device
     how = decoding.fields(model, tokenizer)
-    write, config = _writer(model, decoding.loop, how)
+    replays = pays(device, -(-len(order) // decoding.batch_size))
+    write, config = _writer(model, decoding.loop, how, replays)
     _check_memory(model, min(decoding.batch_size, len(prompts)), config)
     ends = config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends)
@@ -107,7 +110,7 @@ def complete(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., torch.Tensor], Any]:
+def _writer(model: Any, loop: str, how: dict[str, Any], replays: bool) -> tuple[Callable[..., torch.Tensor], Any]:
     """The `generate` of our decoding loop or the model's own, and the generation configuration for it."""
     config = settings(model, how)
     serves = isinstance(model, Models) and not any(parameter.is_meta for parameter in model.parameters())
@@ -117,7 +120,7 @@ def _writer(model: Any, loop: str, how: dict[str, Any]) -> tuple[Callable[..., t
         raise ConfigurationError(f"our decoding loop does not {what}", where="loop", hint="Use --loop stock")
     if loop == "stock" or beyond or not serves:
         return model.generate, config
-    return Decoder(model).generate, config
+    return partial(Decoder(model).generate, cuda_graph=replays), config
 
 
 def _check_memory(model: Any, rows: int, config: Any) -> None:

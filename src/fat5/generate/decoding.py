@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from fat5.generate.replay import SharedStep, bucket
 from fat5.generate.settings import left_to_stock, processors, settings
 from fat5.generate.step import DecoderWeights, Step
 
@@ -32,6 +33,9 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.weights = model, DecoderWeights(model)
+        self._cast: dict[torch.dtype | None, DecoderWeights] = {None: self.weights}
+        self._shared: tuple[Any, SharedStep] | None = None
+        self._replays = True
 
     @torch.inference_mode()
     def generate(
@@ -49,7 +53,8 @@ class Decoder:
         Args:
             input_ids: (B, L) int64. attention_mask: (B, L), non-zero = a token.
             generator: of the draws; the global one where None.
-            cuda_graph: on CUDA, replay each step as a graph.
+            cuda_graph: on CUDA, replay each step as a graph, recorded once for batches of a shape (replay.py). Give
+                the largest batch first.
             how: fields of `GenerationConfig` (`num_beams`, `do_sample`, `top_p`, …). The model's `generation_config`
                 supplies the others; docs/generate.md says which fields have an effect.
 
@@ -75,14 +80,34 @@ class Decoder:
         starts = (config.decoder_start_token_id, config.bos_token_id, self.model.config.decoder_start_token_id, pad)
         start = next(token for token in starts if token is not None)
         memory = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        step = Step(self.weights, memory, attention_mask, max_new_tokens, beams)
-        following = step.graphed() if cuda_graph else step
+        step = self._step(memory, attention_mask, max_new_tokens, beams, shared=cuda_graph)
         first = torch.full((len(input_ids),), start, device=input_ids.device)
         stop = torch.tensor(ends, device=input_ids.device, dtype=torch.long)
         chosen = processors(self.model, config, max_new_tokens, input_ids, stop)
         if beams > 1:
-            return _beam_search(following, step.reorder, first, max_new_tokens, beams, chosen, stop, pad)
-        return _one_by_one(following, first, max_new_tokens, sample, chosen, stop, pad, generator)
+            return _beam_search(step, step.reorder, first, max_new_tokens, beams, chosen, stop, pad)
+        return _one_by_one(step, first, max_new_tokens, sample, chosen, stop, pad, generator)
+
+    def _step(self, memory: Tensor, mask: Tensor | None, capacity: int, beams: int, *, shared: bool) -> Step:
+        """A new step, or that of the batch before if it is to be shared and fits."""
+        if self._shared is not None and self._shared[1].failed:
+            self._shared, self._replays = None, False
+        if shared and self._replays:
+            device = memory.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            shape = bucket(memory.shape[1]), capacity, beams, memory.dtype, dtype
+            try:
+                if self._shared is None or self._shared[0] != shape or self._shared[1].items < len(memory):
+                    self._shared = None  # its memory is for the next one
+                    if dtype not in self._cast:
+                        self._cast[dtype] = DecoderWeights(self.model, dtype)
+                    self._shared = shape, SharedStep(self._cast[dtype], memory, capacity, beams)
+                step = self._shared[1]
+                step.load(memory, mask)
+                return step
+            except torch.OutOfMemoryError:
+                self._shared = None  # a new step has no padding
+        return Step(self.weights, memory, mask, capacity, beams)
 
 
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:

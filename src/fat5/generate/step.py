@@ -10,7 +10,7 @@ Decoding spends its time on reading weights and calling functions. A step saves 
 - Beams never copy the cache: each beam remembers where its ancestor wrote, and the other places are hidden.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,18 +44,28 @@ NORMS = (RMSNorm, T5LayerNorm, MT5LayerNorm, UMT5LayerNorm)
 class Projection:
     """One or more bias-free linear layers over the same input, their outputs side by side.
 
-    Anything but a plain `nn.Linear` (LoRA, quantised) is called as it is, and so is everything where `packs` is False.
+    Args:
+        layers: anything but a plain `nn.Linear` (LoRA, quantised) is called as it is.
+        packs: lay plain layers out as oneDNN does.
+        dtype: of autocast, if plain layers are to be cast once and not at each call.
     """
 
-    def __init__(self, *layers: Any, packs: bool) -> None:
+    def __init__(self, *layers: Any, packs: bool, dtype: torch.dtype | None = None) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        if packs and all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+        self.cast: Tensor | None = None
+        if not all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
+            return
+        weights = [layer.weight.detach() for layer in layers]
+        if packs:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), TYPICAL_ROWS)
+        elif dtype is not None and all(weight.dtype != torch.float64 for weight in weights):  # autocast leaves float64
+            self.cast = torch.cat([weight.to(dtype) for weight in weights])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, d) to (rows, outputs)."""
+        if self.cast is not None:
+            return F.linear(x.to(self.cast.dtype), self.cast)
         if self.packed is None:
             # As T5 does it: an output layer kept in float32 gets its input in float32.
             return torch.cat([layer(_cast(x, layer)) for layer in self.layers], dim=-1)
@@ -81,9 +91,13 @@ class Projection:
 
 
 class DecoderWeights:
-    """A model's decoder with its projections laid out for few rows; raises TypeError for what a step cannot serve."""
+    """A model's decoder with its projections laid out for few rows, or cast to `dtype`, in which autocast runs them.
 
-    def __init__(self, model: Any) -> None:
+    Raises:
+        TypeError: a model that a step cannot serve.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         if not isinstance(model, Models):
             raise TypeError(
                 f"model: expected a FAT5 or T5 model for conditional generation, got {type(model).__name__}"
@@ -102,9 +116,9 @@ class DecoderWeights:
         # oneDNN's layout is for float32; a float16 model has a float32 wo, but hidden states of float16.
         weights = [x for part in (model.decoder, model.lm_head) for x in part.parameters() if x.is_floating_point()]
         on_cpu = {(x.dtype, x.device.type) for x in weights} == {(torch.float32, "cpu")}
-        packs = on_cpu and torch.backends.mkldnn.is_available()
-        self.layers = [LayerWeights(block.layer, config, packs) for block in model.decoder.block]
-        self.lm_head = Projection(model.lm_head, packs=packs)
+        packs = on_cpu and dtype is None and torch.backends.mkldnn.is_available()
+        self.layers = [LayerWeights(block.layer, config, packs, dtype) for block in model.decoder.block]
+        self.lm_head = Projection(model.lm_head, packs=packs, dtype=dtype)
 
     def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The biases of layer i, or None if it shares those of the layer before.
@@ -134,17 +148,18 @@ class DecoderWeights:
 class LayerWeights:
     """One block's weights."""
 
-    def __init__(self, layer: Any, config: Any, packs: bool) -> None:
+    def __init__(self, layer: Any, config: Any, packs: bool, dtype: torch.dtype | None) -> None:
         own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
+        projection = partial(Projection, packs=packs, dtype=dtype)
         self.norms = [part.layer_norm for part in layer]
-        self.query_key_value, self.output = Projection(own.q, own.k, own.v, packs=packs), Projection(own.o, packs=packs)
-        self.memory_query, self.memory_output = Projection(across.q, packs=packs), Projection(across.o, packs=packs)
+        self.query_key_value, self.output = projection(own.q, own.k, own.v), projection(own.o)
+        self.memory_query, self.memory_output = projection(across.q), projection(across.o)
         # Called once, on many rows, so they need no special layout.
         self.memory_key, self.memory_value = across.k, across.v
         self.gated = hasattr(dense, "wi_0")
-        self.inner = Projection(dense.wi_0 if self.gated else dense.wi, packs=packs)
-        self.gate = Projection(dense.wi_1, packs=packs) if self.gated else None
-        self.outer = Projection(dense.wo, packs=packs)
+        self.inner = projection(dense.wi_0 if self.gated else dense.wi)
+        self.gate = projection(dense.wi_1) if self.gated else None
+        self.outer = projection(dense.wo)
         self.activation = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def feed_forward(self, normed: Tensor, hidden: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ class Step:
         return min(self.capacity, (position // WINDOW + 1) * WINDOW)
 
     def run(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
-        """The same with the position as a (1,) int64 tensor on the device, so that a graph can be replayed."""
+        """The same with the position as a (1,) int64 tensor on the device, so that a graph can replay it."""
         weights = self.weights
         hidden = weights.decoder.embed_tokens(tokens)
         rotation = None
@@ -219,35 +234,8 @@ class Step:
 
     def reorder(self, sources: Tensor) -> None:
         """Beam j continues beam `sources[:, j]`, (B, n)."""
-        self.ancestors.copy_(self.ancestors.gather(1, sources[..., None].expand_as(self.ancestors)))
-
-    def graphed(self) -> Callable[[Tensor, int], Tensor]:
-        """The step as a CUDA graph for each window, replayed with tokens and position copied in."""
-        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        device = self.times.device
-        token_buffer = torch.zeros(self.items * self.beams, dtype=torch.long, device=device)
-        position_buffer = torch.zeros(1, dtype=torch.long, device=device)
-
-        def step(tokens: Tensor, position: int) -> Tensor:
-            token_buffer.copy_(tokens)
-            position_buffer.fill_(position)
-            window = self.window(position)
-            if window not in graphs:
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    # Warm-up; it writes what the replay will write again.
-                    self.run(token_buffer, position_buffer, window)
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    logits = self.run(token_buffer, position_buffer, window)
-                graphs[window] = (graph, logits)
-            graph, logits = graphs[window]
-            graph.replay()
-            return logits.clone()
-
-        return step
+        ancestors = self.ancestors[: len(sources)]
+        ancestors.copy_(ancestors.gather(1, sources[..., None].expand_as(ancestors)))
 
     def _attend_self(
         self,

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fat5.data import BatchConfig, Tokenizer
 from fat5.files import parse_json, write_atomically
 from fat5.generate.decoding import Decoder
+from fat5.generate.replay import pays
 from fat5.tasks.finetune.adapter import merged
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
@@ -87,7 +88,7 @@ def write_texts(
     info, device = tokenizer.info, scorer.precision.device
     chosen = np.arange(len(examples)) if rows is None else rows
     order = chosen[np.argsort(-examples.input_lengths[chosen], kind="stable")]
-    loop = Decoder(scorer.model)
+    loop, replays = Decoder(scorer.model), pays(device, -(-len(order) // batch_size))
     for start in range(0, len(order), batch_size):
         scorer.before_batch()
         indices = order[start : start + batch_size].tolist()
@@ -97,7 +98,7 @@ def write_texts(
         with scorer.precision.autocast():
             answers = loop.generate(
                 ids, mask, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False,
-                eos_token_id=info.eos_id, pad_token_id=info.pad_id,
+                eos_token_id=info.eos_id, pad_token_id=info.pad_id, cuda_graph=replays,
             ).tolist()  # fmt: skip
         found: list[Prediction] = []
         for index, answer in zip(indices, answers, strict=True):
