@@ -9,9 +9,8 @@ pytest.importorskip("triton")
 
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.triton import backend
-from fat5.ops.attention.triton.configuration import assumed_architecture
 from fat5.ops.attention.triton.host import BAND_PROGRAMS
-from fat5.ops.triton.launch import recording
+from fat5.ops.triton.launch import assumed_architecture, recording
 
 HEADS, HEAD_DIM, REACH = 12, 64, 91
 

@@ -24,7 +24,7 @@ from fat5.ops.triton import cross_entropy as triton_cross_entropy
 from fat5.ops.triton import geglu as triton_geglu
 from fat5.ops.triton import rms_norm as triton_rms_norm
 from fat5.ops.triton import rotary as triton_rotary
-from fat5.ops.triton.launch import Launch
+from fat5.ops.triton.launch import Launch, assumed_architecture
 
 FUSED_MODULES = (triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary)
 ATTENTION = ("work_list", "forward", "query_gradient", "key_gradient", "band", "diagonal", "bins")
@@ -164,6 +164,26 @@ def test_every_architecture_and_size_has_a_row() -> None:
     assert table_row("band", 80, 64, 2, dense=True) == DEFAULTS["band", 64, 2]
     sides = [side for table in (DEFAULTS, DENSE, DROPOUT, TUNED) for row in table.values() for side in row[:2]]
     assert all(side & (side - 1) == 0 for side in sides), "tiles have sides that are powers of two"
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "launch"),
+    [
+        (86, 1024, Launch(1, 1024, 4, 1)),
+        (89, 1024, Launch(1, 1024, 4, 1)),
+        (90, 1024, Launch(2, 1024, 4, 1)),
+        (120, 1024, Launch(2, 1024, 4, 1)),
+        (86, 512, Launch(2, 512, 4, 1)),
+        (86, 4096, Launch(1, 4096, 16, 1)),
+        (90, 4096, Launch(1, 4096, 16, 1)),
+    ],
+)
+def test_norms_backward_takes_half_the_tile_on_sm_86_and_sm_89(arch: int, width: int, launch: Launch) -> None:
+    with assumed_architecture(arch):
+        forward, backward = launches(FusedProblem("rms_norm", width, torch.bfloat16))
+    assert backward.launch == launch
+    with assumed_architecture(90):
+        assert launches(FusedProblem("rms_norm", width, torch.bfloat16))[0].launch == forward.launch
 
 
 def test_band_tile_is_cut_to_the_query_gradient_tile() -> None:

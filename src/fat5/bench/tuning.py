@@ -20,13 +20,12 @@ from fat5.ops.attention.bias import RelativeBias
 from fat5.ops.attention.triton.configuration import (
     KEY,
     ROW,
-    assumed_architecture,
     configuration,
     overridden,
     tuned,
 )
 from fat5.ops.attention.triton.launch_table import TUNED, Row
-from fat5.ops.triton.launch import Launch, architecture, recording
+from fat5.ops.triton.launch import Launch, architecture, assumed_architecture, recording
 
 TOKENS, WIDTH, REACH = 16384, 2048, 91
 TYPE = torch.bfloat16

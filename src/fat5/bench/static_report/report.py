@@ -10,8 +10,8 @@ import torch
 from fat5.bench.static_report.compile import Resources, compile_for, resources
 from fat5.bench.static_report.problems import FUSED, FusedProblem, Problem, launches
 from fat5.machine import available_cores
-from fat5.ops.attention.triton.configuration import ARCHITECTURES, KERNELS, assumed_architecture
-from fat5.ops.triton.launch import Launch, Recorded
+from fat5.ops.attention.triton.configuration import ARCHITECTURES, KERNELS
+from fat5.ops.triton.launch import Launch, Recorded, assumed_architecture
 
 
 class Architecture(NamedTuple):

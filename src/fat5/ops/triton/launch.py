@@ -47,11 +47,16 @@ class Recorded(NamedTuple):
 
 _recorder: list[Recorded] | None = None
 _recorder_runs = False
+_assumed_architecture: int | None = None
+
+
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of the compute capability; 0 without CUDA (the interpreter)."""
+    return _assumed_architecture or _capability(device)
 
 
 @lru_cache(maxsize=16)
-def architecture(device: torch.device) -> int:
-    """10 * major + minor of the compute capability; 0 without CUDA (the interpreter)."""
+def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -92,3 +97,14 @@ def recording(run: bool = False) -> Iterator[list[Recorded]]:
         yield _recorder
     finally:
         _recorder, _recorder_runs = before
+
+
+@contextmanager
+def assumed_architecture(arch: int) -> Iterator[None]:
+    """Inside, kernels are launched as on `arch`, whatever the device: for compiling ahead of time."""
+    global _assumed_architecture
+    before, _assumed_architecture = _assumed_architecture, arch
+    try:
+        yield
+    finally:
+        _assumed_architecture = before

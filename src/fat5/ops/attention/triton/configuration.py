@@ -24,14 +24,13 @@ KEY, ROW = ("kernel", "architecture", "head_dim", "element_size"), Launch._field
 logger = logging.getLogger(__name__)
 
 _overrides: dict[str, Launch] = {}
-_assumed_architecture: int | None = None
 
 
 def configuration(
     kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype, dropout: bool = False, dense: bool = False
 ) -> Launch:
     """The table's row for this device, with dropout and beside a dense bias."""
-    arch = _assumed_architecture or architecture(device)
+    arch = architecture(device)
     return _overrides.get(kernel) or table_row(kernel, arch, head_dim, dtype.itemsize, dropout, dense)
 
 
@@ -106,14 +105,3 @@ def overridden(**launches: Launch) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
-
-
-@contextmanager
-def assumed_architecture(arch: int) -> Iterator[None]:
-    """Inside, the table's rows for `arch` are used on any device: for compiling ahead of time."""
-    global _assumed_architecture
-    before, _assumed_architecture = _assumed_architecture, arch
-    try:
-        yield
-    finally:
-        _assumed_architecture = before
