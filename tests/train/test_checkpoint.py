@@ -141,3 +141,19 @@ def test_random_generators_come_back(tmp_path):
     draw()
     generators.restore_random_state(tmp_path / "step-1")
     assert draw() == expected
+
+
+def test_generators_that_the_manifest_does_not_name_do_not_count(tmp_path):
+    tensors, facts = generators.capture_random_state()
+    pairs = [generators.rng_files(rank) for rank in range(3)]
+    folder = tmp_path / "step-1"
+    write_checkpoint(
+        folder, {name: tensors for name, _ in pairs[:2]}, {name: to_text(facts) for _, name in pairs[:2]}, {"step": 1}
+    )
+    for old, new in zip(pairs[0], pairs[2], strict=True):
+        (folder / new).write_bytes((folder / old).read_bytes())
+    assert generators.count_processes(folder) == 2
+    generators.restore_generators(folder, 2, seed=5, step=1)
+    drawn = torch.rand(1)
+    generators.seed_generators(5, 1, 2)
+    assert torch.equal(torch.rand(1), drawn), "rank 2 starts from a hash of seed, step and rank"

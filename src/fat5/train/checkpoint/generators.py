@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fat5.errors import CheckpointError
 from fat5.files import is_count, is_number, read_object
-from fat5.train.checkpoint.files import read_tensors
+from fat5.train.checkpoint.files import read_manifest, read_tensors
 from fat5.train.world import World
 
 _MT19937_WORDS = 624  # NumPy does not check the position, and would read behind the words
@@ -51,8 +51,8 @@ def gather_random_states(world: World) -> list[RandomState]:
 
 def count_processes(folder: Path) -> int:
     """How many processes' generators a checkpoint has."""
-    count = 1
-    while (folder / rng_files(count)[0]).is_file():
+    files, count = read_manifest(folder)["files"], 1  # what the manifest does not name is not verified
+    while rng_files(count)[0] in files:
         count += 1
     return count
 
