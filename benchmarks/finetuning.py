@@ -2,11 +2,13 @@
 
     python benchmarks/finetuning.py [--preset fat5-demo] [--sections training,predict,lora] [--seconds 280]
 
-Sections: `tokenizer` (no more than the preparation), `training`, `compiled` (stock with torch_compile), `predict`
-(greedy, 4 beams), `lora` (rank 16), `lora_compiled`. Both sides have the same weights, examples, precision (fp32 on a
-CPU, bf16 autocast on a GPU), fused AdamW, constant rate, clipping and, on average, examples a step. Ours is the loader
-and the StepRunner of `fat5 finetune`. Stock has sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches
-grouped by length. Whole loops are timed, data included; between rounds of the stock loop ours has its turn. A useful
+Sections: `tokenizer` (no more than the preparation), `training`, `predict` (greedy, 4 beams), `lora` (rank 16). With a
+compiled stock model: `compiled`, `lora_compiled`, best run alone, since on a GPU both sides of a base model compile for
+minutes (`--sections compiled --seconds 560`; if that is too short, with `--compile_stock plain`, `--static_first`).
+Both sides have the same weights, examples, precision (fp32 on a CPU, bf16 autocast on a GPU), fused AdamW, constant
+rate, clipping and, on average, examples a step. Ours is the loader and the StepRunner of `fat5 finetune`. Stock has
+sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches grouped by length. Whole loops are timed, data
+included; between rounds of the stock loop ours has its turn. A useful
 token is an encoder or a target token that is no padding. Rows are appended to OUTPUT_DIR/finetuning.csv. A GPU machine
 can do without orjson if the cache folder comes along, prepared elsewhere by `--sections tokenizer`.
 """
@@ -54,10 +56,9 @@ Texts = dict[int, str]
 
 
 def main() -> None:
-    sections = "training,predict,compiled,lora" if GPU else "training,predict,lora"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="fat5-demo", help="fat5-demo, fat5-small or fat5-base")
-    parser.add_argument("--sections", default=sections, help="which, in order")
+    parser.add_argument("--sections", default="training,predict,lora", help="which, in order")
     parser.add_argument("--seconds", type=float, default=280.0, help="nothing new starts, and rounds end, after this")
     parser.add_argument("--measured", type=float, default=12.0 if GPU else 50.0, help="seconds of rounds a comparison")
     parser.add_argument("--output_dir", type=Path, default=measure.RESULTS)
@@ -67,7 +68,11 @@ def main() -> None:
     parser.add_argument("--data", help="JSONL of columns source and target; else the English and French sample")
     parser.add_argument("--batch_size", type=int, default=32, help="examples a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of both models; 0.1 as in every T5 checkpoint")
-    parser.add_argument("--examples", type=int, default=64, help="predict: how many inputs")
+    parser.add_argument("--compile_stock", choices=("blocks", "whole", "plain"), default="blocks", help=(
+        "blocks and whole: by the trainer, block by block or all at once; plain: torch.compile of the model's forward"
+    ))  # fmt: skip
+    parser.add_argument("--static_first", action="store_true", help="stock compiles dynamic shapes once lengths change")
+    parser.add_argument("--examples", type=int, default=128 if GPU else 64, help="predict: how many inputs")
     parser.add_argument("--new_tokens", type=int, default=64, help="predict: most tokens of a text")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--turn", type=Path, help="a file to lock while rounds are timed: others may compile meanwhile")
@@ -226,10 +231,11 @@ def compare(bench: Bench, case: str, make: Callable[[], Ours], stock: Any, compi
         if GPU:
             bench.add(case, OURS, "peak memory", (torch.cuda.max_memory_reserved() - base) / 2**30, "GiB")
     found = in_turns(
-        ours, stock, bench.stock_tokenizer, bench.folder / "trainer", compiled=compiled, measured=options.measured,
-        left=bench.left, lock=options.turn,
+        ours, stock, bench.stock_tokenizer, bench.folder / "trainer",
+        compiled=options.compile_stock if compiled else "", dynamic=not options.static_first,
+        measured=options.measured, left=bench.left, lock=options.turn,
     )  # fmt: skip
-    theirs = "Seq2SeqTrainer sdpa" + (", torch_compile" if compiled else "")
+    theirs = "Seq2SeqTrainer sdpa" + (f", torch_compile {options.compile_stock}" if compiled else "")
     bench.add(case, OURS, "useful tokens/s", found.ours, "tokens/s")
     bench.add(case, theirs, "useful tokens/s", found.stock, "tokens/s")
     bench.add(case, f"fat5 / {theirs}", "speed-up", np.divide(found.ours, found.stock), "ratio")

@@ -20,7 +20,7 @@ from transformers import (
 from fat5.tasks.finetune.finetuning import Finetuning
 from fat5.train.step import StepResult, StepRunner
 from fat5.train.world import World
-from gpu_step import DEVICE, free, synchronize, turn
+from gpu_step import DEVICE, free, say, synchronize, turn
 
 GPU = DEVICE.type == "cuda"
 WARM_UP = 4 if GPU else 2
@@ -85,7 +85,8 @@ def in_turns(
     tokenizer: Any,
     folder: Path,
     *,
-    compiled: bool,
+    compiled: str,
+    dynamic: bool,
     measured: float,
     left: Callable[[], float],
     lock: Path | None,
@@ -95,6 +96,9 @@ def in_turns(
     Args:
         stock: on the CPU; its weights on a GPU count in `Comparison.memory`.
         folder: Seq2SeqTrainer wants one; nothing is saved.
+        compiled: "" or what of the stock model is: "blocks", one by one, "whole", both by the trainer, or "plain", by
+            torch.compile without the trainer's knowledge.
+        dynamic: lengths are symbols from the first graph on; else torch.compile finds out that they change.
         measured: seconds after which no further pair of rounds begins. left: the same for the whole program.
         lock: a file that is locked in the meantime, or None.
     """
@@ -105,23 +109,27 @@ def in_turns(
         {"input_ids": examples.input(index).tolist(), "labels": examples.target(index).tolist()}
         for index in range(len(examples))
     ]
-    if compiled:
-        # Lengths differ from batch to batch. Block by block, since all of a base model compiles for many minutes.
-        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
-        os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    if compiled == "plain":
+        stock.forward = torch.compile(stock.forward, dynamic=dynamic or None)
+    elif compiled:
+        # What a user has set stays.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(compiled == "blocks"))
+        if dynamic:
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+    by_trainer = compiled in ("blocks", "whole")
     named = "train_sampling_strategy" in {field.name for field in fields(Seq2SeqTrainingArguments)}
     workers = int(config.data.num_workers)
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=size, max_steps=10**6, bf16=config.precision == "bf16",
         learning_rate=float(config.optimizer.lr or 0), lr_scheduler_type="constant", optim="adamw_torch_fused",
-        max_grad_norm=config.gradient_clip, use_cpu=not GPU, torch_compile=compiled, dataloader_num_workers=workers,
+        max_grad_norm=config.gradient_clip, use_cpu=not GPU, torch_compile=by_trainer, dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0, save_strategy="no", report_to="none", disable_tqdm=True,
         **({"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}),
     )  # fmt: skip
     # The stock sampler sorts this many batches at once, from long to short: a round has them all, and on a CPU, where
     # that takes a minute, the fewest rounds together do.
     steps = max(1, min(len(rows) // (size * 4), 50))
-    rounds = Rounds(ours, steps if GPU else -(-steps // FEWEST_ROUNDS), measured, left, lock)
+    rounds = Rounds(ours, steps if GPU else -(-steps // FEWEST_ROUNDS), measured, left, lock, bool(compiled))
     rounds.trainer = CountingTrainer(
         model=stock, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[rounds],
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=stock, pad_to_multiple_of=8 if GPU else None),
@@ -158,8 +166,11 @@ class Rounds(TrainerCallback):
 
     trainer: CountingTrainer
 
-    def __init__(self, ours: Ours, steps: int, measured: float, left: Callable[[], float], lock: Path | None) -> None:
+    def __init__(
+        self, ours: Ours, steps: int, measured: float, left: Callable[[], float], lock: Path | None, compiled: bool
+    ) -> None:
         self.ours, self.steps, self.measured, self.left, self.file = ours, steps, measured, left, lock
+        self.compiled = compiled
         self.found, self.lock = Comparison(), ExitStack()
         self.made, self.graphs, self.compiled_at = 0, 0, 0
         self.begun, self.started = 0.0, 0.0
@@ -183,8 +194,12 @@ class Rounds(TrainerCallback):
         graphs = graphs_compiled() - self.graphs_before
         if graphs != self.graphs:
             self.graphs, self.compiled_at = graphs, self.made
-        if self.made < self.compiled_at + WARM_UP and self.left() > 0:
-            return
+            say(f"stock: {graphs} graphs by step {self.made}, {time.perf_counter() - self.begun:.0f} s")
+        if self.made < self.compiled_at + WARM_UP:
+            if self.left() > 0:
+                return
+            if self.compiled:
+                raise RuntimeError("out of time while the stock model compiles; see --compile_stock, --static_first")
         synchronize()
         self.found.first_steps = time.perf_counter() - self.begun
         self.found.memory = torch.cuda.max_memory_reserved() if GPU else 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fat5.data import BatchConfig
-from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.data.examples.packing import BUDGET_MULTIPLE, pack
 from fat5.errors import ConfigurationError
 from fat5.files import is_count
 from fat5.tasks.finetune.config import FinetuneConfig
@@ -23,7 +23,8 @@ LARGEST_PACK, LARGEST_PACK_CPU = 16_384, 4_096
 FEWEST_TOKENS_AN_EXAMPLE = 16
 """A pack has room for one example a this many tokens."""
 
-TYPICAL_FILL = 0.95
+SAMPLE = 4096
+"""Examples that are packed to see how full packs become; fewer are repeated."""
 
 
 def choose_sizes(
@@ -37,15 +38,26 @@ def choose_sizes(
     data, gpu = config.data, world.device.type == "cuda"
     lengths = train.examples.input_lengths
     longest = max(int(split.examples.input_lengths.max()) for split in (train, *others))
-    wanted = data.batch_size * float(lengths.mean()) / TYPICAL_FILL
+    rest = [split.examples for split in others]
+
+    def tokens_wanted(encoder: int) -> float:
+        """Encoder tokens of a step in packs of this size."""
+        room = encoder / examples_a_step(batch_config(form, train.examples, rest, encoder, 1), train.examples)
+        return data.batch_size * room
+
     encoder = data.encoder_tokens
     if encoder == "auto":
         encoder = _earlier(config)
     if encoder == "auto":
         largest = LARGEST_PACK if gpu else LARGEST_PACK_CPU
-        encoder = rounded(max(longest, min(wanted / world.size, largest)))
+        wanted = data.batch_size * float(lengths.mean())
+        for _ in range(2):  # how full packs become depends on their size
+            packs = world.size * max(1, int(np.ceil(wanted / (world.size * largest))))
+            encoder = max(rounded(longest), BUDGET_MULTIPLE * round(wanted / packs / BUDGET_MULTIPLE))
+            wanted = tokens_wanted(encoder)
         while _packs(wanted, encoder) % world.size and encoder - BUDGET_MULTIPLE >= longest:
             encoder -= BUDGET_MULTIPLE
+            wanted = tokens_wanted(encoder)
     elif encoder % BUDGET_MULTIPLE:
         raise ConfigurationError(
             f"must be a multiple of {BUDGET_MULTIPLE}, not {encoder}", where="data.encoder_tokens",
@@ -56,6 +68,7 @@ def choose_sizes(
             f"a pack of {encoder:,} tokens has no room for the longest example, which has {longest:,}",
             where="data.encoder_tokens", hint=f"Raise it to {rounded(longest)}, or lower data.max_source_tokens",
         )  # fmt: skip
+    wanted = tokens_wanted(encoder)
     packs = _packs(wanted, encoder)
     if packs % world.size:
         least = int(np.ceil(data.batch_size * encoder * world.size * -(-packs // world.size) / wanted))
@@ -65,7 +78,7 @@ def choose_sizes(
             where="data.batch_size",
             hint=f"Try {least}, or start another number of processes",
         )
-    batch = batch_config(form, train.examples, [split.examples for split in others], encoder, packs)
+    batch = batch_config(form, train.examples, rest, encoder, packs)
     a_step = examples_a_step(batch, train.examples)
     steps = config.steps
     if steps == "auto":
@@ -112,11 +125,16 @@ def batch_config(form: Any, train: ExampleSet, others: Sequence[ExampleSet], enc
 
 
 def examples_a_step(batch: BatchConfig, examples: ExampleSet) -> float:
-    """Examples that a step takes in, on average."""
-    room = min(
-        batch.encoder_tokens / examples.input_lengths.mean(), batch.decoder_tokens / examples.target_lengths.mean()
-    )
-    return float(min(TYPICAL_FILL * room, batch.examples_per_pack, len(examples)) * batch.packs_per_step)
+    """Examples that a step takes in, on average, from packing a sample."""
+    size, chosen = len(examples), np.random.default_rng(0)
+    order = np.concatenate([chosen.permutation(size) for _ in range(-(-SAMPLE // size))])[:SAMPLE]
+    packs = pack(
+        examples.input_lengths[order], examples.target_lengths[order], batch.encoder_tokens, batch.decoder_tokens,
+        window=batch.window, max_examples=batch.examples_per_pack,
+    )  # fmt: skip
+    # The last pack has what was left.
+    a_pack = len(order) if len(packs) == 1 else (len(order) - len(packs[-1])) / (len(packs) - 1)
+    return float(min(a_pack, size) * batch.packs_per_step)
 
 
 def rounded(tokens: float) -> int:
