@@ -8,9 +8,9 @@ minutes (`--sections compiled --seconds 560`; if that is too short, with `--comp
 Both sides have the same weights, examples, precision (fp32 on a CPU, bf16 autocast on a GPU), fused AdamW, constant
 rate, clipping and, on average, examples a step. Ours is the loader and the StepRunner of `fat5 finetune`. Stock has
 sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches grouped by length. Whole loops are timed, data
-included; between rounds of the stock loop ours has its turn. A useful
-token is an encoder or a target token that is no padding. Rows are appended to OUTPUT_DIR/finetuning.csv. A GPU machine
-can do without orjson if the cache folder comes along, prepared elsewhere by `--sections tokenizer`.
+included; between rounds of the stock loop ours has its turn. A useful token is an encoder or a target token that is no
+padding. Rows are appended to OUTPUT_DIR/finetuning.csv. A GPU machine can do without orjson if the cache folder comes
+along, prepared elsewhere by `--sections tokenizer`.
 """
 
 import argparse
