@@ -33,6 +33,7 @@ def made(tmp_path_factory):
     (commands / "fat5").chmod(0o755)
     search = f"{commands}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": search, "VOCAB_SIZE": "1024", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment |= {"EPOCHS": "0.05"}
     script = ["sh", str(EXAMPLES / "command_line.sh"), "my_text.jsonl", "made", *TINY]
     ran = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -49,7 +50,10 @@ def run(script, arguments, monkeypatch, capsys):
 def test_command_line(made):
     folder, printed = made
     assert json.loads((folder / "run" / "summary.json").read_text())["steps"] == 2
-    assert "Le paquet est installé" in printed.splitlines()[-1]
+    assert "\nLe paquet est installé" in printed
+    results = json.loads((folder / "task" / "results.json").read_text())
+    said = json.loads(printed[printed.rindex("\n{\n") :])["results"]
+    assert said == {name: score["value"] for name, score in results["metrics"].items()}
 
 
 def test_plain_pytorch(made, tmp_path, monkeypatch, capsys):

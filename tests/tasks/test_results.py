@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from fat5.tasks.metrics import measure, measure_with_intervals
 from fat5.tasks.metrics.by_class import measure_by_class
 from fat5.tasks.metrics.labels import confusion
-from fat5.tasks.results import aggregate, draw_classes, draw_confusion, results_of, results_text
+from fat5.tasks.results import aggregate, draw_classes, draw_confusion, results_of, results_table, results_text
 
 HEAD = {"examples": 3, "split": "test", "model": "runs/m", "task": "regression"}
 
@@ -117,3 +117,25 @@ def test_confusion_shows_shares_of_rows(tmp_path):
     share = (np.abs(picture - dark).max(-1) < 0.015).mean()
     one_cell = (np.abs(picture - (1 - 0.1 * (1 - np.array([0x17, 0x69, 0xAA]) / 255))).max(-1) < 0.015).mean()
     assert share == pytest.approx(one_cell, rel=0.2), "two dark cells and two light ones"
+
+
+def test_table_of_a_run_and_of_its_seeds():
+    score = {"value": 0.5, "low": 0.25, "high": 0.75}
+    content = results_of({"f1": score, "mean_squared_error": 2.0}, examples=1200, split="test", model="m", task="t")
+    lines = results_table(content | {"examples_cut": 3}).splitlines()
+    assert lines[0] == "t, 1,200 examples of test, 3 of them cut"
+    assert lines[3].split() == ["f1", "0.5000", "0.2500", "to", "0.7500"]
+    assert lines[4].split() == ["mean_squared_error", "2.0000", "–"]
+    seeds = {"metrics": aggregate([content, content]), "seeds": [0, 1]}
+    lines = results_table(content | seeds).splitlines()
+    assert lines[0].endswith("2 seeds")
+    assert lines[2].split() == ["metric", "mean", "95%", "interval"]
+    assert lines[3].split() == ["f1", "0.5000", "0.5000", "to", "0.5000"]
+
+
+def test_table_leaves_many_classes_to_the_file():
+    by_class = {f"c{index}": {"precision": 1.0, "recall": 0.5, "f1": 0.6667, "support": 4} for index in range(21)}
+    content = results_of({"f1": 0.5}, examples=84, split="test", model="m", task="t", by_class=by_class)
+    assert "c20" not in results_table(content)
+    del content["by_class"]["c20"]
+    assert results_table(content).splitlines()[-1].split() == ["c19", "1.0000", "0.5000", "0.6667", "4"]

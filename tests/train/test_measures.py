@@ -16,9 +16,9 @@ from fat5.tasks import Pretraining
 from fat5.tasks.sizes import settle
 from fat5.train import Scorer, World, evaluate, read_rows, unigram_entropy
 from fat5.train.cost.flops import peak_flops, training_flops
-from fat5.train.log.display import RunDisplay
+from fat5.train.log.display import CountDisplay, RunDisplay
 from fat5.train.log.metrics import MetricsLog
-from fat5.train.log.plots import LivePlot, draw_comparison, draw_run, smooth
+from fat5.train.log.plots import LivePlot, draw_comparison, draw_evaluations, draw_run, new_figure, smooth
 from fat5.train.precision import Precision
 from made_run import tiny
 
@@ -199,3 +199,58 @@ def test_the_bar_takes_the_width_and_shows_every_number(monkeypatch, columns):
     assert bar.count("━") > (columns - 48) * row["step"] / 50_000, "without colours the rest of the bar is blank"
     assert re.search(r"12345/50000 .* 6:\d\d:\d\d left", bar)
     assert numbers.rstrip() == "loss 6.1234  validation 6.5432  lr 0.0123  1,234,567 tokens/s  MFU 40%"
+
+
+def task_row(step, **scores):
+    return {"kind": "eval", "step": step, "loss": 3.0, "tokens": 9, "by_source": {"a.jsonl": {"loss": 3.0}}} | scores
+
+
+@pytest.mark.parametrize(
+    ("evals", "title", "curves"),
+    [
+        ([task_row(0, accuracy=0.5, macro_f1=0.25)], "validation scores", {"accuracy": 0.5, "macro_f1": 0.25}),
+        ([task_row(0, accuracy=0.5)], "validation accuracy", {"accuracy": 0.5}),
+        ([task_row(0, accuracy=None, pearson=0.1, mean_squared_error=9.0)], "validation pearson", {"pearson": 0.1}),
+        (
+            [task_row(0, accuracy=0.5) | {"by_source": {"a": {"loss": 1.0}, "b": {"loss": 2.0}}}],
+            "validation loss by source",
+            {"a": 1.0, "b": 2.0},
+        ),
+    ],
+    ids=["scores", "accuracy", "regression", "two-sources"],
+)
+def test_what_is_drawn_beside_the_loss(evals, title, curves):
+    axes = new_figure(4, 4).add_subplot()
+    draw_evaluations(axes, evals)
+    assert axes.get_title(loc="left") == title
+    assert {line.get_label(): float(line.get_ydata()[0]) for line in axes.get_lines()} == curves
+
+
+def test_a_line_for_an_evaluation_has_the_scores_of_its_task(capsys):
+    display = RunDisplay("finetune", 10, every=10, eval_every=5, mfu=False)
+    display.show(task_row(5, accuracy=0.5, macro_f1=0.25))
+    display.show(task_row(10, accuracy=None, pearson=-0.125, spearman=None))
+    assert capsys.readouterr().err.splitlines() == [
+        "step 5: validation loss 3.0000, accuracy 50.0%, macro_f1 0.25",
+        "step 10: validation loss 3.0000, pearson -0.125",
+    ]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_count_is_shown_with_its_rate_and_the_time_left(monkeypatch, capsys, live):
+    from fat5.train.log import display
+
+    now = iter([0.0, 10.0, 20.0, 60.0])
+    monkeypatch.setattr(display.os, "isatty", lambda descriptor: live)
+    monkeypatch.setattr(display.time, "perf_counter", lambda: next(now))
+    with CountDisplay("predict", "examples") as count:
+        count.show(100, 1100)  # of an earlier attempt: not part of the rate
+        count.show(110, 1100)
+        count.show(200, 1100)
+    last = "predict 200 of 1,100 examples  2 a second  7:30 left"
+    written = capsys.readouterr().err
+    if live:
+        assert [line.strip() for line in written.split("\r\x1b[K")][3:] == [last, ""]
+        assert "\n" not in written
+    else:
+        assert written == last + "\n"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from fat5.launch import is_main
 
@@ -13,6 +14,8 @@ def main(argv: list[str]) -> int:
 
     config = FinetuneConfig(**parse(FinetuneConfig, argv, "finetune"))
     from fat5.tasks.finetune.finetuning import finetune
+    from fat5.tasks.finetune.outcome import RESULTS
+    from fat5.tasks.results import results_table
     from fat5.train import RunStopped
 
     try:
@@ -22,5 +25,8 @@ def main(argv: list[str]) -> int:
             print(f"fat5 finetune: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     if is_main():
+        # For a person; standard output is for programs.
+        table = results_table(json.loads((Path(config.output_dir) / RESULTS).read_text()))
+        print(f"\n{table}\n\nmore in {config.output_dir}", file=sys.stderr, flush=True)
         print(json.dumps(summary, indent=1, ensure_ascii=False))
     return 0

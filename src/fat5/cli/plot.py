@@ -7,7 +7,7 @@ def plot(runs: list[str] | None = None, x: Literal["step", "tokens", "hours"] = 
     """Draw the curves of one run, or compare those of several.
 
     Args:
-        runs: folders of runs.
+        runs: folders of runs; one of several seeds stands for its runs.
         x: what to compare over: step, tokens or hours.
         output: the PNG; loss.png in the folder of a single run, comparison.png here for several.
     """
@@ -15,10 +15,11 @@ def plot(runs: list[str] | None = None, x: Literal["step", "tokens", "hours"] = 
 
     from fat5.errors import ConfigurationError, DataError, check_writable
     from fat5.train import draw_comparison, draw_run
+    from fat5.train.run_directory import runs_of_seeds
 
     if not runs:
         raise ConfigurationError("no run is given", hint="fat5 plot RUN…, with folders that hold a metrics.jsonl")
-    folders = [Path(run) for run in runs]
+    folders = [one for run in runs for one in runs_of_seeds(Path(run)) or [Path(run)]]
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
             raise DataError("holds no metrics.jsonl", where=folder, hint="Give the folder of a run")

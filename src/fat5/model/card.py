@@ -28,7 +28,7 @@ class CardFacts:
         target: how it is loaded: hf (by stock transformers), fat5, ctranslate2 or onnx.
         license: an identifier that the hub knows; languages: their codes; datasets: names on the hub.
         training: the section from `training_section`.
-        pipeline: the hub's name of the task; examples: texts for its widget.
+        pipeline: the hub's name of the task; examples: for its widget, field (text, context) → text.
         conversion: lines of a conversion's report; converted_from: the source's name.
         source_card: whether the source's own card, which FAT5 did not write, is kept beside this one.
         tokenizer: whether the folder holds one.
@@ -45,7 +45,7 @@ class CardFacts:
     datasets: list[str] = field(default_factory=list)
     conversion: list[str] = field(default_factory=list)
     pipeline: str = ""
-    examples: list[str] = field(default_factory=list)
+    examples: list[dict[str, str]] = field(default_factory=list)
     converted_from: str = ""
     source_card: bool = False
     tokenizer: bool = True
@@ -62,17 +62,19 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     if facts.pipeline or (facts.kind == "ForConditionalGeneration" and facts.target != "onnx"):
         front["pipeline_tag"] = facts.pipeline or "text2text-generation"
     if facts.examples:
-        front["widget"] = [{"text": text[:LONGEST_EXAMPLE]} for text in facts.examples]
+        front["widget"] = [
+            {field: text[:LONGEST_EXAMPLE] for field, text in example.items()} for example in facts.examples
+        ]
     if facts.languages:
         front["language"] = facts.languages
     if facts.datasets:
         front["datasets"] = facts.datasets
-    layers = f"{config.num_layers} encoder layers"
+    layers = counted(config.num_layers, "encoder layer")
     if facts.kind != "EncoderModel":
-        layers += f", {config.num_decoder_layers} decoder layers"
+        layers += f", {counted(config.num_decoder_layers, 'decoder layer')}"
     tied = "tied to" if config.tie_word_embeddings else "apart from"
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {facts.name}",
         f"A T5-family model of {facts.parameters:,} parameters, written by {_AUTHOR}.",
         "## How to load it",
@@ -210,6 +212,12 @@ def _loading(facts: CardFacts) -> str:
         f"{needs}\n\n```python\n{extra}from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
     )
+
+
+def counted(count: float, noun: str) -> str:
+    """A number and its noun, in the plural if need be."""
+    shown = f"{count:,.0f}"
+    return f"{shown} {noun}" + "s" * (shown != "1")
 
 
 def _names(value: object) -> list[str]:

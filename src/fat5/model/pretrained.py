@@ -226,22 +226,31 @@ class FAT5PreTrainedModel(PreTrainedModel):
         model._weight_conversions = [one for one in renamings if one.source_patterns != list(_TABLE)]
         if given is None and where is not None and model.can_generate() and "generation_config" not in kwargs:
             model.generation_config = generation_settings(where, kwargs) or model.generation_config
-        cls._check_tensors(info, where, allows_mismatch)
+        cls._check_tensors(info, where, allows_mismatch, model.config.architectures, warns=not wants_info)
         # A stock T5 that was saved again always says "tied", so the weights decide.
         if hasattr(model, "lm_head") and model.lm_head.weight is not model.shared.weight:
             model.config.tie_word_embeddings = False
         return (model, info) if wants_info else model
 
     @classmethod
-    def _check_tensors(cls, info: dict[str, Any], where: Any, allows_mismatch: bool) -> None:
-        """Raises CheckpointError unless the tensors are those of this class; warns of newly initialised weights."""
+    def _check_tensors(
+        cls, info: dict[str, Any], where: Any, allows_mismatch: bool, named: list[str] | None, warns: bool
+    ) -> None:
+        """Raises CheckpointError unless the tensors are those of this class.
+
+        Args:
+            named: the classes that the checkpoint's configuration names.
+            warns: of newly initialised weights; a caller that asks for the loading's information reads them there.
+        """
         fresh = {name for name in info["missing_keys"] if name.startswith(cls._head_weights)}
         missing = sorted(set(info["missing_keys"]) - fresh)
         if missing:
             raise CheckpointError(
                 f"lacks {len(missing)} tensors, {missing[0]} among them",
                 where=where,
-                hint="the checkpoint is incomplete or of another architecture",
+                hint=f"it holds a {named[0]}, read here as {cls.__name__}"
+                if named and not named[0].endswith(cls.__name__.removeprefix("FAT5"))
+                else "the checkpoint is incomplete or of another architecture",
             )
         mismatched = sorted(info["mismatched_keys"])
         if mismatched and not allows_mismatch:
@@ -263,7 +272,7 @@ class FAT5PreTrainedModel(PreTrainedModel):
         told = sorted(fresh) + [
             f"{name} ({tuple(wanted)} here, {tuple(found)} in the checkpoint)" for name, found, wanted in mismatched
         ]
-        if told:
+        if told and warns:
             logger.warning("%s: %s are newly initialised; train them before use", cls.__name__, ", ".join(told))
 
 

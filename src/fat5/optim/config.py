@@ -36,7 +36,8 @@ class OptimizerConfig:
     """adamw_scale (AdamW scaled by the RMS of each matrix), adamw (torch, fused), adafactor (torch), muon (torch, for
     hidden matrices; AdamWScale for the rest), lamb (package pytorch-optimizer)"""
     lr: float | None = None
-    """Peak learning rate; each optimizer has its own default (0.02 for adamw_scale, where it is relative to the RMS)"""
+    """Peak learning rate; each optimizer has its own default (adamw_scale, where it is relative to the RMS: 0.02, in
+    fine-tuning 0.002; adamw: 0.001, in fine-tuning 0.0001)"""
     betas: tuple[float, float] | None = None
     """Decay of the first and second moment; (0.9, 0.999) for adamw_scale"""
     eps: float | None = None

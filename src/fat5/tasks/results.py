@@ -1,6 +1,7 @@
 """results.json and its drawings: what a fine-tuned model scores, by metric, by class, and over several seeds.
 
 results_of       its content           aggregate       mean and interval over seeds
+results_table    its content as a table for a terminal
 draw_confusion   confusion.png         draw_classes    classes.png
 """
 
@@ -25,6 +26,9 @@ DRAWN_CLASSES = 30
 LONGEST_LABEL = 24
 
 CONFIDENCE = 0.95
+
+LISTED_CLASSES = 20
+"""With more classes, the table leaves them to the file."""
 
 
 def results_of(
@@ -56,6 +60,27 @@ def results_of(
 def results_text(content: Mapping[str, Any]) -> str:
     """The content as the file has it."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def results_table(content: Mapping[str, Any]) -> str:
+    """The content as a table: each metric with its interval, then each class; over seeds, the mean and its interval."""
+    seeds, metrics, classes = content.get("seeds"), content["metrics"], content.get("by_class", {})
+    cut = f", {content['examples_cut']:,} of them cut" if content.get("examples_cut") else ""
+    over = f", {len(seeds)} seeds" if seeds else ""
+    what = "mean" if seeds else "value"
+    width = max(6, *(len(name) for name in metrics))
+    lines = [f"{content['task']}, {content['examples']:,} examples of {content['split']}{cut}{over}", ""]
+    lines.append(f"{'metric':{width}}  {what:>8}  95% interval")
+    for name, score in metrics.items():
+        interval = "–" if score["low"] is None else f"{_number(score['low'])} to {_number(score['high'])}"
+        lines.append(f"{name:{width}}  {_number(score[what]):>8}  {interval}")
+    if 0 < len(classes) <= LISTED_CLASSES:
+        width = max(5, *(len(name) for name in classes))
+        lines += ["", f"{'class':{width}}  precision    recall        f1   targets"]
+        for name, score in classes.items():
+            shares = "  ".join(f"{score[key]:8.4f}" for key in ("precision", "recall", "f1"))
+            lines.append(f"{name:{width}}   {shares}  {score['support']:8,}")
+    return "\n".join(lines)
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -147,6 +172,10 @@ def _summarise(values: list[float | None]) -> dict[str, Any]:
     quantile = float(eval_library("scipy.stats", "scipy").t.ppf((1 + CONFIDENCE) / 2, len(known) - 1))
     half = quantile * deviation / math.sqrt(len(known))
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": values}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from fat5.tasks.pretraining import score
 from fat5.train.checkpoint.store import model_folder
 from fat5.train.evaluation import Scorer, unigram_entropy
 from fat5.train.precision import Precision, resolve_precision
+from fat5.train.run_directory import runs_of_seeds
 from fat5.train.world import World, training_device
 from fat5.yaml_text import read_yaml
 
@@ -44,6 +45,8 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, Any]:
     folder = Path(config.model)
     if not folder.exists():
         raise CheckpointError("does not exist", where=folder, hint="Give the folder of a run, a model or a checkpoint")
+    if runs_of_seeds(folder):
+        model_folder(folder)  # says which one to give
     recipe = _recipe(folder)
     if _is_of_a_task(config, recipe):
         from fat5.tasks.finetune.evaluating import evaluate_task

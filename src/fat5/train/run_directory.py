@@ -38,6 +38,12 @@ STALE_SECONDS = 60.0
 """A lock of another host without a touch for this long is stale: six heartbeats, to outlast a slow file server."""
 
 
+def runs_of_seeds(folder: Path) -> list[Path]:
+    """The runs in a folder that `fat5 finetune --seeds N` wrote; none in any other folder."""
+    found = [path.parent for path in folder.glob("seed-*/metrics.jsonl") if path.parent.name[5:].isdecimal()]
+    return [] if (folder / "metrics.jsonl").is_file() else sorted(found, key=lambda run: int(run.name[5:]))
+
+
 class RunDirectory:
     """Paths of a run's files, and the right to write them.
 

@@ -105,6 +105,8 @@ class Trainer:
                     if self.world.is_main:
                         self.plot.poke()
                 self.saver.finish()
+                if state.stopped_early:
+                    self.display.say(f"stopped early: no evaluation since that of step {state.best_step} was better")
             finally:
                 close = getattr(self._batches, "close", None)
                 if close is not None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from fat5.cli.main import main
 from fat5.data import load_tokenizer
 from fat5.generate import Decoding, complete
 from fat5.model import load_model
@@ -49,7 +51,10 @@ def test_every_task(base, files, tmp_path, task):
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "## Fine-tuning" in card
     assert "pipeline_tag" in card
-    assert "widget" in card
+    widget = yaml.safe_load(card.split("---")[1])["widget"][0]
+    first = predictions(tmp_path / "run")[0]
+    assert widget["text"] == first["input"]
+    assert ("context" in widget) == (task == "question-answering")
     drawn = {path.name for path in (tmp_path / "run").glob("*.png")} - {"loss.png"}
     wanted = {"sequence-classification": {"confusion.png", "classes.png"}, "token-classification": {"classes.png"}}
     assert drawn == wanted.get(task, set())
@@ -139,6 +144,34 @@ def test_seeds(base, files, tmp_path):
     assert results["metrics"]["accuracy"]["values"] == values
     assert summary["results"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
     assert not same_models(tmp_path / "run" / "seed-0", tmp_path / "run" / "seed-1")
+
+
+def test_a_folder_of_seeds_names_its_runs(base, files, tmp_path, capsys):
+    finetune(config(base, files, tmp_path / "runs", "regression", seeds=2, steps=2))
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(tmp_path / "runs")]) == 2
+    assert f"Give one of its runs: {tmp_path}/runs/seed-0" in capsys.readouterr().err
+    assert main(["plot", str(tmp_path / "runs"), "--output", str(tmp_path / "seeds.png")]) == 0
+    assert (tmp_path / "seeds.png").is_file()
+
+
+def test_the_command_ends_with_a_table_and_a_summary(base, files, tmp_path, capsys):
+    folder = tmp_path / "run"
+    task = "sequence-classification"
+    words = ["--model", str(base), "--task", task, "--data.train", files[task]]
+    more = ["--data.max_source_tokens", "64", "--steps", "4", "--eval_every", "1", "--patience", "1"]
+    # At a rate of 0 no evaluation beats the first, so that the run stops after one more.
+    rate = ["--optimizer.lr", "0", "--output_dir", str(folder)]
+    assert main(["finetune", *words, *more, *rate]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["stopped_early"]
+    assert "stopped early: no evaluation since that of step 0 was better" in told.err
+    assert "newly initialised" not in told.err
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    lines = {line.split()[0]: line.split()[1] for line in told.err.splitlines() if line.split()}
+    assert {name: lines[name] for name in metrics} == {name: f"{one['value']:.4f}" for name, one in metrics.items()}
+    assert main(["generate", "--model", str(folder), "Un"]) == 2
+    assert "it holds a FAT5ForSequenceClassification" in capsys.readouterr().err
 
 
 def test_random_weights_have_the_form_of_a_given_model(base, files, tmp_path):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ def add_adapters(model: Any, config: LoraConfig, task: str) -> Any:
         target_modules=targets,
         modules_to_save=[name for name in HEADS if name in names] or None,
     )
-    with quiet():
+    with _quiet():
         return peft.get_peft_model(model, chosen)
 
 
@@ -117,11 +120,20 @@ def load_adapted(cls: Any, config: Any, folder: Path, task: str) -> Any:
         raise CheckpointError(f"holds an adapter of {kind}, not {TASK_TYPES[task]}", where=folder, hint="Mend --task")
     if not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointFileError("holds no adapter_model.safetensors", where=folder, hint="Restore it")
-    with readable(folder), quiet():
-        model = cls.from_pretrained(base, config=config, dtype=torch.float32)
+    with readable(folder), _quiet():
+        # The adapter has the head, so that no warning of a new one is due.
+        model, _ = cls.from_pretrained(base, config=config, dtype=torch.float32, output_loading_info=True)
         plain = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     check_finite(plain, folder)
     return plain
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """As `quiet`, and PEFT's use of a property that transformers 5 renames is no news to a user."""
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _peft() -> Any:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fat5.model.card import PLOT
+from fat5.model.card import PLOT, counted
 from fat5.tasks.finetune.config import FinetuneConfig
 
 PIPELINES = {
@@ -27,11 +27,14 @@ def results_section(config: FinetuneConfig, summary: dict[str, Any], run: Path, 
     lines = [
         "## Fine-tuning",
         f"Fine-tuned from {base} on `{config.task}` by `fat5 finetune` ({how}): {counts} examples, "
-        f"{summary['steps']:,} steps of about {config.data.batch_size} examples, {optimizer.name} at {optimizer.lr:g}, "
-        f"seed {config.seed}, {summary['seconds']:,.0f} seconds on {summary['device']} ({summary['precision']}).",
+        f"{counted(summary['steps'], 'step')} of about {counted(config.data.batch_size, 'example')}, "
+        f"{optimizer.name} at {optimizer.lr:g}, "
+        f"seed {config.seed}, {counted(summary['seconds'], 'second')} on {summary['device']} ({summary['precision']}).",
     ]
     if config.data.prefix:
         lines.append(f"Each input begins with `{config.data.prefix.strip()}`.")
+    if config.task == "token-classification":
+        lines.append("The words of a text stand with spaces between them; the first token of a word gives its tag.")
     path = run / "results.json"
     if path.is_file():
         found = json.loads(path.read_text())

@@ -133,6 +133,13 @@ class FinetuneConfig(RunConfig):
     """The examples"""
     epochs: float = 3.0
     """Passes over the training examples, from which auto steps follow"""
+    steps: Size = AUTO
+    """Optimizer steps of the whole run; auto makes as many as epochs takes"""
+    eval_every: Size = AUTO
+    """Steps between two evaluations; there is one before the first and one after the last step in any case; auto is
+    about a pass over the training examples"""
+    keep_best: int = 1
+    """Checkpoints with the best metric to keep, among those saved right after an evaluation"""
     save_every: Size = AUTO  # type: ignore[assignment]
     """Steps between two checkpoints; auto saves after each evaluation"""
     metric: str = "loss"

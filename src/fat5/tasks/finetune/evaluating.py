@@ -34,6 +34,7 @@ from fat5.train.checkpoint.files import MANIFEST
 from fat5.train.checkpoint.store import model_folder
 from fat5.train.config import LARGEST_COUNT
 from fat5.train.evaluation import Scorer
+from fat5.train.log.display import CountDisplay
 from fat5.train.precision import Precision, resolve_precision
 from fat5.train.world import World, training_device
 
@@ -80,7 +81,8 @@ def evaluate_task(config: EvaluateConfig, recipe: Mapping[str, Any]) -> dict[str
     file = None
     if config.predictions and form.kind == "text" and not _is_special(config.predictions):
         file = PredictionFile(Path(f"{config.predictions}.partial"), _key(settings, split, model, tokenizer, precision))
-    found = predict(settings, form, tokenizer, batch, scorer, split, file=file)
+    with CountDisplay("predict", "examples") as display:
+        found = predict(settings, form, tokenizer, batch, scorer, split, file=file, show=display.show)
     _check_numbers(found, precision, weights)
     content = outcome(replace(settings, model=str(weights)), form, split, found)
     if config.predictions:

@@ -26,12 +26,14 @@ from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import RESULTS, score, write_outcome
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
+from fat5.tasks.finetune.table import Table
 from fat5.tasks.metrics import LOWER_IS_BETTER, measure
 from fat5.tasks.results import aggregate
 from fat5.train.checkpoint.state import RunState
 from fat5.train.cost.memory import GIB, check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate
 from fat5.train.export import export
+from fat5.train.log.display import CountDisplay
 from fat5.train.precision import resolve_precision
 from fat5.train.run import run
 from fat5.train.run_directory import RunDirectory
@@ -129,12 +131,12 @@ class Finetuning:
         check_memory(plan, free)
         counts = [f"{len(split.table):,} {split.name}" for split in self._splits()]
         cut = sum(split.examples.cut for split in self._splits())
-        what = f"{len(self.form.label_names):,} labels" if self.form.label_names else self.form.kind
+        what = f" ({len(self.form.label_names):,} labels)" if self.form.label_names else ""
         packs = f"{batch.packs_per_step} pack{'s' * (batch.packs_per_step > 1)} of {batch.encoder_tokens:,} tokens"
         lines = [
             f"model   {config.model}, {model.num_parameters():,} parameters"
             + (f", adapters of rank {config.lora.rank} train" if config.lora.rank else ""),
-            f"task    {config.task} ({what}): {', '.join(counts)} examples",
+            f"task    {config.task}{what}: {', '.join(counts)} examples",
             f"step    about {self._examples_a_step():.0f} examples: {packs}; {config.optimizer.name} at "
             f"{config.optimizer.lr:g}",
             f"run     {config.steps:,} steps, {self._examples_a_step() * config.steps / len(self.train.examples):.2g} "
@@ -153,7 +155,10 @@ class Finetuning:
                 model = cls(self.model_config)
             else:
                 folder = base_and_tokenizer(config)[0]
-                model = cls.from_pretrained(folder, config=self.model_config, dtype=torch.float32)
+                # The run trains a new head, so that no warning of one is due.
+                model, _ = cls.from_pretrained(
+                    folder, config=self.model_config, dtype=torch.float32, output_loading_info=True
+                )
                 check_finite(model, folder)
         return adapter.add_adapters(model, config.lora, self.form.model) if config.lora.rank else model
 
@@ -186,6 +191,9 @@ class Finetuning:
         split, names = self.validation, self.validation.table.part_names
         batches = split.examples.batches(self.batch, self.tokenizer.info.pad_id, scorer.world.rank, scorer.world.size)
         row = evaluate(scorer, ((batch, batch.denoiser) for batch in batches), names, self.part)
+        if self.form.kind == "regression":
+            for score_of_part in (row, *row[f"by_{self.part}"].values()):
+                score_of_part["accuracy"] = None  # a number is not right or wrong
         if self.form.kind == "text" and self.config.metric == "loss":
             return row
         most = self.config.eval_examples if self.form.kind == "text" else None
@@ -217,7 +225,8 @@ class Finetuning:
         split = self.test or self.validation
         partial = run.path / "predictions.partial.jsonl"
         file = predicting.PredictionFile(partial, f"{split.table.sha256()} {weights_sha256(scorer.model)}")
-        predictions = self.predict(scorer, split, file=file)
+        with CountDisplay("predict", f"{split.name} examples") as display:
+            predictions = self.predict(scorer, split, file=file, show=display.show)
         found = write_outcome(run.path, self.config, self.form, split, predictions)
         partial.unlink(missing_ok=True)
         return {"results": {name: value["value"] for name, value in found["metrics"].items()}}
@@ -238,7 +247,7 @@ class Finetuning:
             training=results_section(self.config, summary, run.path, plot is not None),
             languages=self.config.languages,
             pipeline=PIPELINES[self.config.task],
-            examples=[self.form.inputs(split.table.select([0]))[0]],
+            examples=[self._widget(split.table.select([0]))],
         )
         with tempfile.TemporaryDirectory() as place:
             copy_tokenizer(self.tokenizer, self.tokenizer_folder, Path(place))
@@ -251,16 +260,25 @@ class Finetuning:
         *,
         most: int | None = None,
         file: predicting.PredictionFile | None = None,
+        show: Callable[[int, int], None] | None = None,
     ) -> list[predicting.Prediction]:
         """What the model says of a split's rows, in their order.
 
         Args:
             most: take at most this many rows, the first ones.
             file: keeps predictions as they come, and has those of an earlier attempt.
+            show: gets the number of examples that are done, and of all.
         """
         return predicting.predict(
-            self.config, self.form, self.tokenizer, self.batch, scorer, split, most=most, file=file
+            self.config, self.form, self.tokenizer, self.batch, scorer, split, most=most, file=file, show=show
         )
+
+    def _widget(self, row: Table) -> dict[str, str]:
+        """A row as the hub's widget of the task takes it."""
+        example: dict[str, str] = {"text": self.form.inputs(row)[0]}
+        if self.form.kind == "answers":
+            example["context"] = row.texts(self.config.data.columns.context)[0]
+        return example
 
     def _model_class(self) -> Any:
         return getattr(fat5_model, f"FAT5{self.form.model}")

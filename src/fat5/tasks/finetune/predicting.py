@@ -1,7 +1,7 @@
 """Predictions for a split, in batches by length, kept in a file as they come: a run that is killed goes on there."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def predict(
     *,
     most: int | None = None,
     file: "PredictionFile | None" = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
     """What a model says of a split's rows, in their order.
 
@@ -41,7 +42,9 @@ def predict(
         scorer: its forward is a `HeadObjective`, or its compiled form, if the task is not one of texts.
         most: of texts, take at most this many rows, the first ones.
         file: of texts, keeps predictions as they come, and has those of an earlier attempt.
+        show: gets the number of examples that are done, and of all, after each batch.
     """
+    show = show or (lambda done, total: None)
     model, examples = scorer.model, split.examples
     training = model.training
     model.eval()
@@ -49,20 +52,26 @@ def predict(
         if form.kind != "text":
             contexts = split.table.texts(config.data.columns.context) if form.kind == "answers" else None
             pad = tokenizer.info.pad_id
-            found = [one for some in read_logits(scorer, examples, batch, pad, form, contexts) for one in some]
+            found: list[Any] = []
+            show(0, len(examples))
+            for some in read_logits(scorer, examples, batch, pad, form, contexts):
+                found += some
+                show(len(found), len(examples))
             lengths = [len(tags) for tags in form.references(split.table)] if form.kind == "entities" else []
             return sorted(of_rows(found, examples, form, lengths), key=lambda one: one[0])
         total = len(examples) if most is None else min(most, len(examples))
         rows = np.arange(total) if file is None else file.rest(total)
         plain = replace(scorer, model=merged(model).eval())
         made: list[Prediction] = []
-        for some in write_texts(
+        show(total - len(rows), total)
+        for written in write_texts(
             plain, examples, tokenizer, rows=rows, batch_size=config.predict_batch, num_beams=config.num_beams,
             max_new_tokens=config.max_new_tokens or config.data.max_target_tokens,
         ):  # fmt: skip
-            made += some
+            made += written
             if file is not None:
-                file.add(some)
+                file.add(written)
+            show(total - len(rows) + len(made), total)
         return sorted(made if file is None else file.found.values(), key=lambda one: one[0])
     finally:
         model.train(training)

@@ -1,5 +1,6 @@
 """Sizes that `fat5 finetune` leaves open, and the shapes of a batch, from the lengths of the examples."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,7 +86,8 @@ def choose_sizes(
         steps = max(1, round(config.epochs * len(lengths) / a_step))
     every = config.eval_every
     if every == "auto":
-        every = max(1, min(steps, round(len(lengths) / a_step)))
+        passes = max(1, round(steps * a_step / len(lengths)))
+        every = math.ceil(steps / passes)  # no evaluation shortly before the last one
     save = every if config.save_every == "auto" else config.save_every
     workers = (2 if gpu else 0) if data.num_workers == "auto" else data.num_workers
     data = replace(data, encoder_tokens=encoder, num_workers=workers)

@@ -16,6 +16,7 @@ from fat5.errors import CheckpointError
 from fat5.files import REMOVING, WRITING
 from fat5.model.loading import refuse_adapter
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
+from fat5.train.run_directory import runs_of_seeds
 from fat5.train.world import World
 
 PREFIX = "step-"
@@ -269,7 +270,9 @@ def model_folder(folder: Path) -> Path:
         return folder / "model"
     choice = CheckpointStore(folder / "checkpoints").choose()
     if choice is None:
-        raise CheckpointError("holds no model and no checkpoint", where=folder, hint="Give a run or model folder")
+        runs = runs_of_seeds(folder)
+        hint = f"Give one of its runs: {runs[0]}" if runs else "Give a run or model folder"
+        raise CheckpointError("holds no model and no checkpoint", where=folder, hint=hint)
     return choice.folder
 
 

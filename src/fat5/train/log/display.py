@@ -10,8 +10,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fat5.train.log.metrics import scores_of
+
 TIMED_STEPS = 4
 """Steps from which the duration is estimated, after the first, which compiles; fewer if they are slow."""
+
+CLEAR = "\r\x1b[K"
 
 LINE_SECONDS = 30.0
 """With slow steps, a log gets a line at least this often."""
@@ -55,7 +59,10 @@ class RunDisplay:
         """Shows a row of metrics.jsonl; `seconds` is how long an evaluation took."""
         if row["kind"] == "eval":
             self._validation, self._evaluation_seconds = row["loss"], seconds
-            self.say(f"step {row['step']}: validation loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}")
+            told = [f"validation loss {row['loss']:.4f}"]
+            told += [] if row["accuracy"] is None else [f"accuracy {row['accuracy']:.1%}"]
+            told += [f"{name} {value:.4g}" for name, value in scores_of(row).items()]
+            self.say(f"step {row['step']}: {', '.join(told)}")
         else:
             self._train(row)
 
@@ -101,6 +108,46 @@ class RunDisplay:
         lately = self._step_seconds[1:][-max(TIMED_STEPS, self.every) :] or self._step_seconds
         evaluations = self.steps // self.eval_every - step // self.eval_every + (self.steps % self.eval_every > 0)
         return (self.steps - step) * sum(lately) / len(lately) + evaluations * self._evaluation_seconds
+
+
+class CountDisplay:
+    """Shows on stderr how many of some things are done, the rate and the time left: a live line on a terminal, else a
+    line at times. A context manager.
+
+    Args:
+        verb: what is done to them; noun: what they are, in the plural.
+    """
+
+    def __init__(self, verb: str, noun: str) -> None:
+        self.verb, self.noun = verb, noun
+        self._live = os.isatty(2)
+        self._began = self._last_line = time.perf_counter()
+        self._before: int | None = None
+
+    def __enter__(self) -> "CountDisplay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live and self._before is not None:
+            self._write(CLEAR)
+
+    def show(self, done: int, total: int) -> None:
+        """Shows a count; the first one is what an earlier attempt had done."""
+        now = time.perf_counter()
+        if self._before is None:
+            self._before, self._began = done, now
+        if not self._live and now - self._last_line < LINE_SECONDS:
+            return
+        self._last_line = now
+        line = f"{self.verb} {done:,} of {total:,} {self.noun}"
+        made, took = done - self._before, now - self._began
+        if made:
+            line += f"  {made / took:,.3g} a second  {_clock((total - done) * took / made)} left"
+        self._write(f"{CLEAR}{line}" if self._live else f"{line}\n")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class _Bar(Progress):

@@ -99,6 +99,12 @@ class MetricsLog:
         self._failing = True
 
 
+def scores_of(row: dict[str, Any]) -> dict[str, float]:
+    """The scores of an evaluation that only its task has, such as macro_f1; those that are not defined are left out."""
+    common = ("step", "loss", "accuracy", "tokens")
+    return {name: value for name, value in row.items() if name not in common and is_number(value)}
+
+
 class EventLog:
     """events.jsonl: what happened to a run (starts, resumes, faults), with the time; never cut, never compared.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fat5.errors import DataError, FAT5Error
 from fat5.files import whole_file
-from fat5.train.log.metrics import parts, read_rows
+from fat5.train.log.metrics import parts, read_rows, scores_of
 
 Axis = Literal["step", "tokens", "hours"]
 Rows = list[dict[str, Any]]
@@ -40,12 +40,8 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str,
     _mark(loss, [row["step"] for row in evals], [row["loss"] for row in evals], COLOURS[1], "validation")
     if reference is not None:
         loss.axhline(reference[1], color=INK, linewidth=1, linestyle=":", label=reference[0])
-    style_axes(loss, f"loss{_named(span)}", "nats a token")
-    part = next((parts(row)[0] for row in evals), "part")
-    for index, name in enumerate(dict.fromkeys(name for row in evals for name in parts(row)[1])):
-        held = {row["step"]: parts(row)[1][name]["loss"] for row in evals if name in parts(row)[1]}
-        _mark(divided, list(held), list(held.values()), COLOURS[index % len(COLOURS)], name)
-    style_axes(divided, f"validation loss by {part}", "nats a token")
+    style_axes(loss, f"loss{_named(span)}", _unit(evals))
+    draw_evaluations(divided, evals)
     rate.plot(steps, [row["lr"] for row in train], color=COLOURS[3], linewidth=1.6)
     style_axes(rate, "learning rate", "")
     norms = [_number(row["grad_norm"]) for row in train]
@@ -81,7 +77,8 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
         _curve(axes[0], list(places.values()), [_number(row["loss"]) for row in train], span, colour, name)
         held = [row for row in evals if row["step"] in places or row["step"] == 0]
         _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
-    style_axes(axes[0], f"training loss{_named(span)}", "nats a token")
+    units = {_unit(evals) for _, evals in logs}
+    style_axes(axes[0], f"training loss{_named(span)}", units.pop() if len(units) == 1 else "")
     style_axes(axes[1], "validation loss", "")
     for axis in axes:
         axis.set_xlabel(x, color=INK, fontsize=9)
@@ -97,6 +94,37 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         smoothed.append(mean / weight if weight else math.nan)
     return smoothed
+
+
+def draw_evaluations(axes: Any, evals: Rows) -> None:
+    """The loss by part; where there is one part, which repeats the loss, the scores of the task, else the accuracy."""
+    part = next((parts(row)[0] for row in evals), "part")
+    names = list(dict.fromkeys(name for row in evals for name in parts(row)[1]))
+    scores = [name for name in dict.fromkeys(name for row in evals for name in scores_of(row)) if not _is_error(name)]
+    if len(names) != 1 or part == "denoiser":
+        curves = {name: {row["step"]: parts(row)[1].get(name, {}).get("loss") for row in evals} for name in names}
+        title, unit = f"validation loss by {part}", _unit(evals)
+    else:
+        curves = {name: {row["step"]: row.get(name) for row in evals} for name in ("accuracy", *scores)}
+        title, unit = "validation scores", ""
+    for index, (name, values) in enumerate(curves.items()):
+        held = {step: value for step, value in values.items() if value is not None}
+        if held:
+            _mark(axes, list(held), list(held.values()), COLOURS[index % len(COLOURS)], name)
+    style_axes(axes, title, unit)
+    shown = axes.get_legend_handles_labels()[1]
+    if len(shown) == 1:
+        axes.set_title(f"validation {shown[0]}", loc="left", fontsize=11, color=INK, fontweight="bold")
+
+
+def _is_error(name: str) -> bool:
+    """Whether a score is one of errors, which has another scale than those between 0 and 1."""
+    return name.endswith("_error")
+
+
+def _unit(evals: Rows) -> str:
+    """The unit of a run's loss: a task's may be of a class, a span or a number."""
+    return "nats a token" if all(parts(row)[0] == "denoiser" for row in evals) else ""
 
 
 def _window(steps: int) -> int:
