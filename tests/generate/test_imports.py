@@ -26,3 +26,10 @@ print(*sorted(name for name in sys.modules if name.startswith(("fat5", "numba"))
     loaded = done.stderr.split()
     assert "fat5.generate.decoding" in loaded
     assert not [name for name in loaded if name.startswith(("fat5.optim", "fat5.train.trainer", "fat5.data.examples"))]
+
+
+def test_a_room_can_be_imported_first() -> None:
+    """Importing transformers registers our models and attention, so a room that needs it must not need itself."""
+    for name in ("fat5.generate.replay", "fat5.generate.decoding", "fat5.stock"):
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

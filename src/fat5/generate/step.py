@@ -24,7 +24,7 @@ from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from transformers.utils import output_capturing
 
 from fat5.model.layers import RMSNorm, bias_table
-from fat5.model.seq2seq import FAT5ForConditionalGeneration
+from fat5.model.seq2seq import FAT5ForConditionalGeneration, scales_output
 from fat5.ops import RelativeBias, is_hooked, is_plain, rotary
 
 # Keys attended are a multiple of this.
@@ -321,12 +321,3 @@ def _finite(hidden: Tensor) -> Tensor:
         return hidden
     limit = torch.finfo(torch.float16).max - 1000
     return hidden.clamp(-limit, limit)
-
-
-def scales_output(model: Any) -> bool:
-    """Whether hidden states are divided by the root of their width before the output projection."""
-    if isinstance(model, MT5ForConditionalGeneration):
-        return False
-    if isinstance(model, UMT5ForConditionalGeneration):
-        return bool(model.config.tie_word_embeddings)
-    return bool(model.config.scale_decoder_outputs)

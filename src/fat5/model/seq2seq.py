@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, MT5ForConditionalGeneration, UMT5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
@@ -155,3 +155,12 @@ class FAT5ForConditionalGeneration(EncoderDecoder, GenerationMixin):
 
 def _items(labels: Tensor, items: Tensor | int | None) -> Tensor | int:
     return (labels != -100).sum().clamp(min=1) if items is None else items
+
+
+def scales_output(model: Any) -> bool:
+    """Whether a T5 of any family divides hidden states by the root of their width before the output projection."""
+    if isinstance(model, MT5ForConditionalGeneration):
+        return False
+    if isinstance(model, UMT5ForConditionalGeneration):
+        return bool(model.config.tie_word_embeddings)
+    return bool(model.config.scale_decoder_outputs)

@@ -24,9 +24,9 @@ from transformers.utils import output_capturing
 
 from fat5 import ops
 from fat5.errors import UnsupportedModelError
-from fat5.generate.step import scales_output
 from fat5.model.layers import bias_table
 from fat5.model.padding import Padding
+from fat5.model.seq2seq import scales_output
 from fat5.ops import RelativeBias
 
 
