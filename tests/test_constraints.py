@@ -72,3 +72,9 @@ def test_the_pins_meet_each_other() -> None:
             broken[name] = unmet(among, pins)
     assert {name: faults for name, faults in broken.items() if faults} == {}
     assert len(broken) > 50
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone, and refuses the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
