@@ -57,6 +57,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.slow
 def test_every_way_is_beside_stock(tmp_path, monkeypatch, capsys, script):
     tests = tmp_path / "sources" / "tests"
     tests.mkdir(parents=True)

@@ -55,10 +55,10 @@ def test_other_positions_stay_fat5(positions: str, folder: Any) -> None:
 
 
 # Seconds each; FIRE's bias is made by a network, the others differ less.
-LESS = [pytest.param(name, marks=pytest.mark.slow) for name in ("alibi", "rope", "absolute", "none")]
+LESS = [pytest.param(name, marks=pytest.mark.slow) for name in ("umT5", "alibi", "rope", "absolute", "none")]
 
 
-@pytest.mark.parametrize("family", ["v1.1", "umT5", "encoder", "fire", *LESS])
+@pytest.mark.parametrize("family", ["v1.1", "encoder", "fire", *LESS])
 def test_onnx(family: str, folder: Any) -> None:
     import onnxruntime
 

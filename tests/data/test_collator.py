@@ -136,7 +136,7 @@ def epochs(num_workers, persistent=False, seed=0, context=None) -> list[list[lis
 
 @pytest.mark.parametrize(
     ("num_workers", "persistent", "context"),
-    [(0, False, None), (2, False, "fork"), (2, True, "fork"), (1, False, "spawn")],
+    [(0, False, None), (2, False, "fork"), (2, True, "fork"), pytest.param(1, False, "spawn", marks=pytest.mark.slow)],
 )
 def test_workers_and_epochs_never_repeat_noise_and_a_seed_repeats_all(num_workers, persistent, context):
     first = epochs(num_workers, persistent, context=context)

@@ -107,7 +107,7 @@ def test_nothing_at_all_has_gradients(packed, backend):
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("bias", ["none", "vector", "dense"])
+@pytest.mark.parametrize("bias", ["none", "vector", pytest.param("dense", marks=pytest.mark.slow)])
 def test_under_activation_checkpointing(bias, backend):
     """Recomputed in backward, with the same dropout."""
     leaves = [x.requires_grad_() for x in rows(20, 30)]

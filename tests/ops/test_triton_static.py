@@ -191,6 +191,7 @@ def test_band_tile_is_cut_to_the_query_gradient_tile() -> None:
     assert (cut.block_m, cut.block_n) == (16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ptxas comes in Triton's Linux wheel")
 def test_a_part_of_the_report() -> None:
     words = ("kernels", "--static", "--quick", "--architectures", "80", "90", "--only")
