@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from fat5.optim import ScheduleConfig
-from fat5.tasks import pretrain
 from fat5.train import verify_checkpoint
 from made_run import assert_same_run, last_checkpoint, start, tiny, wait_for_step
 
@@ -124,6 +123,9 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_resume_is_exact(prepared, 
     assert survivors(process.pid) == []
     at = verify_checkpoint(last_checkpoint(tmp_path / "run"))["step"]
     assert at >= 2
+    # Each part in a process of its own, as the command runs: this one has run other tests (lab log, 2026-11-28).
     for name in ("clean", "run"):
-        pretrain(tiny(prepared, tmp_path / name, steps=at + 3, **settings))
+        process = start(tiny(prepared, tmp_path / name, steps=at + 3, **settings))
+        _, error = process.communicate(timeout=100)
+        assert process.returncode == 0, error
     assert_same_run(tmp_path / "clean", tmp_path / "run")
