@@ -5,7 +5,6 @@ adopt          the keys of a configuration that follow from it
 """
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from fat5.errors import CheckpointError, ConfigurationError, FAT5Error
 from fat5.files import is_count
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, load_model
 from fat5.model.configuration import PRESETS
-from fat5.model.loading import is_tied, readable, weight_files
-from fat5.tasks.checkpoint_tokenizer import find_tokenizer
+from fat5.model.loading import is_tied, readable
+from fat5.tasks.base_model import find_tokenizer, fingerprint
 from fat5.tasks.config import INIT_FROM, PretrainConfig
 from fat5.train.checkpoint.state import read_trainer_state
 from fat5.train.checkpoint.store import CheckpointStore
@@ -38,9 +37,6 @@ CHANGEABLE = (
     "relative_attention_max_distance",
 )
 """The model's keys that may differ from the checkpoint's: its weights keep their shapes and their meaning."""
-
-SAMPLE_BYTES = 1 << 20
-"""Of each end of a file of weights: two states of a training differ in every tensor."""
 
 COUNTS = ("kept", "averaged", "fresh")
 
@@ -131,7 +127,7 @@ def find_initial(config: PretrainConfig) -> InitialModel | None:
             where=source.folder,
             hint="Give the checkpoint that it was made from",
         )
-    initial = InitialModel(given, source.folder, _fingerprint(source.folder), source.config)
+    initial = InitialModel(given, source.folder, fingerprint(source.folder), source.config)
     with readable(source.folder):
         initial.config.tie_word_embeddings = is_tied(source.folder, bool(source.config.tie_word_embeddings))
     if held is None:
@@ -209,16 +205,3 @@ def _held(config: PretrainConfig) -> InitialModel | None:
         if isinstance(given, str) and isinstance(sha256, str) and all(is_count(count) for count in rows):
             return InitialModel(given, None, sha256, found, rows=dict(zip(COUNTS, rows)))  # type: ignore[arg-type]
     return None
-
-
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 of config.json, and of the size and both ends of each file of weights: quick for any size."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    with readable(folder):
-        for path in weight_files(folder):
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(f"{size}\n".encode() + file.read(SAMPLE_BYTES))
-                file.seek(max(0, size - SAMPLE_BYTES))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

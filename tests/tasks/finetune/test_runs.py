@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fat5.cli.main import main
 from fat5.data import load_tokenizer
+from fat5.errors import CheckpointError
 from fat5.generate import Decoding, complete
 from fat5.model import load_model
 from fat5.optim import OptimizerConfig
@@ -208,3 +209,30 @@ def test_a_checkpoint_of_an_unfinished_run_has_the_tokenizer_of_its_data(base, f
     finetune(config(run, files, tmp_path / "run", "text-to-text", steps=1))
     own = load_tokenizer(tmp_path / "run" / "model").info
     assert own.sha256 == load_tokenizer(base / "model").info.sha256
+
+
+def test_another_model_of_the_same_form_is_not_continued(base, files, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    finetune(config(base, files, tmp_path / "run", "text-to-text", steps=1))
+    with pytest.raises(CheckpointError, match="model was"):
+        finetune(config(other, files, tmp_path / "run", "text-to-text", steps=1))
+
+
+def test_kept_predictions_of_other_settings_are_not_taken_over(base, files, tmp_path, monkeypatch):
+    add = predicting.PredictionFile.add
+
+    def add_and_fail(self, some):
+        add(self, some)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting.PredictionFile, "add", add_and_fail)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config(base, files, tmp_path / "run", "text-to-text", predict_batch=4))
+    finetune(config(base, files, tmp_path / "run", "text-to-text", predict_batch=4, max_new_tokens=3))
+    finetune(config(base, files, tmp_path / "whole", "text-to-text", predict_batch=4, max_new_tokens=3))
+    kept, made = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("run", "whole"))
+    assert kept == made

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fat5.data import Tokenizer
 from fat5.errors import DataError
-from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet, refuse_no_tokens
+from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.table import Table
 
 LONGEST_ANSWER = 64
@@ -19,18 +18,16 @@ CANDIDATES = 20
 """Likeliest starts and ends that are combined."""
 
 
-class Answers:
+class Answers(Form):
     """Columns `question`, `context` and `answers` ({text, answer_start}). A context longer than the room becomes
     several windows; EOS stands for "no answer here".
     """
 
     kind: ClassVar = "answers"
     model: ClassVar = "ForQuestionAnswering"
-    label_names: ClassVar[list[str] | None] = None
 
-    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.may_be_missing = False
+    may_be_missing = False
+    """Whether a question may have no answer; learned from the training rows"""
 
     def learn(self, table: Table) -> None:
         """Whether some questions have no answer; if so, the model may give none."""
@@ -103,10 +100,6 @@ class Answers:
                 hint="Raise max_source_tokens, or set too_long to truncate to learn no answer there",
             )
         return ExampleSet.of(inputs, targets, table.parts, rows=rows, notes=notes, cut=len(long))
-
-    def weights(self, table: Table) -> list[float] | None:
-        """None: there are no classes."""
-        return None
 
     def predictions(self, start: Tensor, end: Tensor, note: Any, context: str) -> tuple[str, float, float]:
         """The likeliest span of one window, and the log-probabilities of it and of no answer.

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fat5.data import Tokenizer
 from fat5.errors import DataError
-from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
+from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.table import Table
 from fat5.tasks.finetune.text import check_prefix, encode_all
 
@@ -24,19 +23,11 @@ LARGEST_NUMBER = 1e15
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
-class Classification:
-    """Columns `text`, `text_pair` (optional) and `label`, a name or a whole number.
-
-    Attributes:
-        label_names: the classes in the order of the model's outputs; learned from the training examples.
-    """
+class Classification(Form):
+    """Columns `text`, `text_pair` (optional) and `label`, a name or a whole number."""
 
     kind: ClassVar = "classification"
     model: ClassVar = "ForSequenceClassification"
-    label_names: list[str] | None
-
-    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
-        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
 
     def learn(self, table: Table) -> None:
         """The classes: whole numbers in their order, names in alphabetical order.
@@ -50,10 +41,6 @@ class Classification:
         check_classes(names, self.config.data.columns.label, "labels", table)
         self.label_names = names
         self.weights(table)
-
-    def keys(self, table: Table) -> list[str]:
-        """What decides which rows stay together when some are held out."""
-        return self.inputs(table)
 
     def inputs(self, table: Table) -> list[str]:
         """The text, and its pair after a tab."""

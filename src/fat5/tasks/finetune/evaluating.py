@@ -1,10 +1,9 @@
 """`fat5 evaluate` for a task: any model of the T5 family on any examples, with the results of a fine-tuning run."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -22,10 +21,10 @@ from fat5.tasks.config import EvaluateConfig
 from fat5.tasks.finetune import adapter
 from fat5.tasks.finetune.config import METRICS, Columns, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
-from fat5.tasks.finetune.model import base_and_tokenizer, check_vocabulary, weights_sha256
+from fat5.tasks.finetune.model import base_and_tokenizer, check_vocabulary
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import outcome, prediction_lines
-from fat5.tasks.finetune.predicting import Prediction, PredictionFile, predict
+from fat5.tasks.finetune.predicting import Prediction, PredictionFile, predict, prediction_key
 from fat5.tasks.finetune.sizes import LARGEST_PACK, LARGEST_PACK_CPU, batch_config, rounded
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
 from fat5.tasks.finetune.table import Table, read_table
@@ -80,7 +79,9 @@ def evaluate_task(config: EvaluateConfig, recipe: Mapping[str, Any]) -> dict[str
     batch = batch_config(form, split.examples, [], _room(settings, split.examples, device), 1)
     file = None
     if config.predictions and form.kind == "text" and not _is_special(config.predictions):
-        file = PredictionFile(Path(f"{config.predictions}.partial"), _key(settings, split, model, tokenizer, precision))
+        file = PredictionFile(
+            Path(f"{config.predictions}.partial"), prediction_key(settings, split, model, tokenizer, precision)
+        )
     with CountDisplay("predict", "examples") as display:
         found = predict(settings, form, tokenizer, batch, scorer, split, file=file, show=display.show)
     _check_numbers(found, precision, weights)
@@ -255,14 +256,6 @@ def _room(settings: FinetuneConfig, examples: ExampleSet, device: torch.device) 
     largest = LARGEST_PACK if device.type == "cuda" else LARGEST_PACK_CPU
     wanted = min(largest, int(examples.input_lengths.sum())) if given == "auto" else given
     return rounded(max(wanted, int(examples.input_lengths.max())))
-
-
-def _key(settings: FinetuneConfig, split: Split, model: Any, tokenizer: Any, precision: Precision) -> str:
-    """All that predictions depend on: those of another key are not taken over."""
-    data = settings.data
-    how = [data.prefix, data.max_source_tokens, data.max_target_tokens, settings.num_beams, settings.max_new_tokens]
-    what = [split.table.sha256(), weights_sha256(model), tokenizer.info.sha256, settings.task, asdict(data.columns)]
-    return json.dumps([*what, *how, precision.name])
 
 
 def _check_numbers(found: Sequence[Prediction], precision: Precision, where: Path) -> None:

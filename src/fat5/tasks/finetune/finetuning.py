@@ -12,16 +12,18 @@ import torch
 
 from fat5 import model as fat5_model
 from fat5.data import BatchConfig, Tokenizer, load_tokenizer
-from fat5.files import file_sha256, write_atomically
+from fat5.files import write_atomically
 from fat5.machine import free_memory
 from fat5.model import FAT5Config, quiet
 from fat5.model.card import CardFacts
 from fat5.model.loading import check_finite
+from fat5.tasks.base_model import fingerprint
 from fat5.tasks.finetune import adapter, predicting
 from fat5.tasks.finetune.card import PIPELINES, results_section
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
-from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, weights_sha256
+from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import RESULTS, score, write_outcome
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
@@ -87,7 +89,7 @@ class Finetuning:
     reference: ClassVar[None] = None
 
     config: FinetuneConfig
-    form: Any
+    form: Form
     tokenizer: Tokenizer
     tokenizer_folder: Path
     model_config: FAT5Config
@@ -180,7 +182,7 @@ class Finetuning:
             found = getattr(self, split)
             plain["data"][split] = None if found is None else found.table.sha256()
         base = base_and_tokenizer(self.config)[0]
-        plain["model"] = "none" if base is None else file_sha256(base / "config.json")
+        plain["model"] = "none" if base is None else fingerprint(base)
         return plain | {"tokenizer": self.tokenizer.info.sha256, "labels": self.form.label_names}
 
     def evaluate(self, scorer: Scorer) -> dict[str, Any]:
@@ -224,7 +226,8 @@ class Finetuning:
         """Writes predictions.jsonl, results.json and their plots, for the test examples or those of validation."""
         split = self.test or self.validation
         partial = run.path / "predictions.partial.jsonl"
-        file = predicting.PredictionFile(partial, f"{split.table.sha256()} {weights_sha256(scorer.model)}")
+        key = predicting.prediction_key(self.config, split, scorer.model, self.tokenizer, scorer.precision)
+        file = predicting.PredictionFile(partial, key)
         with CountDisplay("predict", f"{split.name} examples") as display:
             predictions = self.predict(scorer, split, file=file, show=display.show)
         found = write_outcome(run.path, self.config, self.form, split, predictions)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from fat5.generate.replay import pays
 from fat5.tasks.finetune.adapter import merged
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.model import weights_sha256
 from fat5.tasks.finetune.splits import Split
 from fat5.train.evaluation import Scorer
+from fat5.train.precision import Precision
 
 Prediction = tuple[int, Any, float | None]
 """Row of the table, what was predicted for it, and its score (None if there is none)."""
@@ -26,7 +29,7 @@ Prediction = tuple[int, Any, float | None]
 
 def predict(
     config: FinetuneConfig,
-    form: Any,
+    form: Form,
     tokenizer: Tokenizer,
     batch: BatchConfig,
     scorer: Scorer,
@@ -182,6 +185,16 @@ def of_rows(found: list[Any], examples: ExampleSet, form: Any, lengths: list[int
     return [(int(examples.rows[index]), value, score) for index, value, score in found]
 
 
+def prediction_key(
+    settings: FinetuneConfig, split: Split, model: Any, tokenizer: Tokenizer, precision: Precision
+) -> str:
+    """All that predictions depend on: those of another key are not taken over."""
+    data = settings.data
+    how = [data.prefix, data.max_source_tokens, data.max_target_tokens, settings.num_beams, settings.max_new_tokens]
+    what = [split.table.sha256(), weights_sha256(model), tokenizer.info.sha256, settings.task, asdict(data.columns)]
+    return json.dumps([*what, *how, precision.name])
+
+
 class PredictionFile:
     """Predictions as they come, a line a row, under a key that says what they belong to.
 
@@ -201,7 +214,7 @@ class PredictionFile:
         return np.array([row for row in range(total) if row not in self.found], np.int64)
 
     def add(self, some: list[Prediction]) -> None:
-        """Appends predictions; what is written is on the disk when this returns."""
+        """Appends predictions; a kill loses none of them when this has returned."""
         new = not self.path.is_file()
         with open(self.path, "a", encoding="utf-8") as file:
             if new:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fat5.tasks.finetune.answers import Answers
 from fat5.tasks.finetune.classes import Classification, Regression
 from fat5.tasks.finetune.config import TaskData
 from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.table import Table, hold_out, read_table
 from fat5.tasks.finetune.tags import Tagging
 from fat5.tasks.finetune.text import Instructions, TextToText
 
-FORMS: dict[str, Any] = {
+FORMS: dict[str, type[Form]] = {
     "text-to-text": TextToText,
     "instructions": Instructions,
     "sequence-classification": Classification,
@@ -31,7 +31,7 @@ class Split:
     examples: ExampleSet
 
 
-def read_splits(data: TaskData, form: Any, names: Sequence[str]) -> dict[str, Table]:
+def read_splits(data: TaskData, form: Form, names: Sequence[str]) -> dict[str, Table]:
     """The rows of some splits of a run; those of validation are held out of train if no file is given for them.
 
     Raises:

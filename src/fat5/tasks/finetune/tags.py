@@ -6,28 +6,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fat5.data import Tokenizer
 from fat5.errors import DataError
 from fat5.tasks.finetune.classes import check_classes, class_weights, unseen_label
-from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet, refuse_cut
+from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.table import Table
 
 
-class Tagging:
+class Tagging(Form):
     """Columns `tokens` and `tags`, lists of equal length. The first token of a word carries its tag; a text longer than
     `max_source_tokens` becomes several examples, so that no word is lost.
-
-    Attributes:
-        label_names: the tags in the order of the model's outputs; learned from the training examples.
     """
 
     kind: ClassVar = "entities"
     model: ClassVar = "ForTokenClassification"
-    label_names: list[str] | None
-
-    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
-        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
 
     def learn(self, table: Table) -> None:
         """The tags, O first, then in alphabetical order."""
@@ -35,10 +27,6 @@ class Tagging:
         self.label_names = sorted(found, key=lambda tag: (tag != "O", tag))
         check_classes(self.label_names, self.config.data.columns.tags, "tags", table)
         self.weights(table)
-
-    def keys(self, table: Table) -> list[str]:
-        """What decides which rows stay together when some are held out."""
-        return self.inputs(table)
 
     def inputs(self, table: Table) -> list[str]:
         """The words with spaces between them."""

@@ -9,27 +9,17 @@ from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, DataError
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
+from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.table import Table
 
 ENCODED_AT_ONCE = 1024
 
 
-class TextToText:
+class TextToText(Form):
     """Columns `source` and `target`, with an optional prefix."""
 
     kind: ClassVar = "text"
     model: ClassVar = "ForConditionalGeneration"
-    label_names: ClassVar[list[str] | None] = None
-
-    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
-
-    def learn(self, table: Table) -> None:
-        """Nothing: the targets are texts."""
-
-    def keys(self, table: Table) -> list[str]:
-        """What decides which rows stay together when some are held out."""
-        return self.inputs(table)
 
     def inputs(self, table: Table) -> list[str]:
         """What the model reads."""

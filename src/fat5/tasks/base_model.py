@@ -1,12 +1,30 @@
-"""The tokenizer of a checkpoint, which holds its hash alone."""
+"""The model that a run begins from: a hash of its weights, and the tokenizer that a checkpoint was trained with."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from fat5.data import load_tokenizer
 from fat5.errors import TokenizerError
+from fat5.model.loading import readable, weight_files
 from fat5.train.checkpoint.state import TRAINER, read_trainer_state
 from fat5.yaml_text import read_yaml
+
+SAMPLE_BYTES = 1 << 20
+"""Of each end of a file of weights: two states of a training differ in every tensor."""
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of config.json, and of the size and both ends of each file of weights: quick for any size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    with readable(folder):
+        for path in weight_files(folder):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(f"{size}\n".encode() + file.read(SAMPLE_BYTES))
+                file.seek(max(0, size - SAMPLE_BYTES))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def find_tokenizer(checkpoint: Path, prepared: Sequence[str] = (), key: str = "tokenizer") -> Path:
