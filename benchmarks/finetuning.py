@@ -275,7 +275,7 @@ def write(bench: Bench, beams: int, new_tokens: int) -> Texts:
     scorer = Scorer(model, Precision(task.config.precision, DEVICE), World(DEVICE), model)
     written = write_texts(
         scorer, task.validation.examples, task.tokenizer, rows=asked(bench), batch_size=task.config.predict_batch,
-        max_new_tokens=new_tokens, num_beams=beams,
+        max_new_tokens=new_tokens, num_beams=beams, cuda_graphs=True,
     )  # fmt: skip
     return {row: text for some in written for row, text, _ in some}
 

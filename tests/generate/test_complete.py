@@ -150,7 +150,9 @@ def test_batches_share_a_step_where_recording_pays(
     answers = []
     for least in (5, 4):
         monkeypatch.setattr(completion, "pays", lambda device, batches: batches >= least)  # noqa: B023
-        answers.append(complete(model, tokenizer, prompts, decoding=Decoding(batch_size=2, max_new_tokens=6)))
+        answers.append(
+            complete(model, tokenizer, prompts, decoding=Decoding(batch_size=2, max_new_tokens=6, cuda_graphs=True))
+        )
     assert asked == [False] * 4 + [True] * 4
     assert answers[0] == answers[1]
 

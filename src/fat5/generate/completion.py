@@ -81,7 +81,7 @@ def complete(
     answers: dict[int, Completion] = {}
     device = next(model.parameters()).device
     how = decoding.fields(model, tokenizer)
-    replays = pays(device, -(-len(order) // decoding.batch_size))
+    replays = decoding.cuda_graphs and pays(device, -(-len(order) // decoding.batch_size))
     write, config = _writer(model, decoding.loop, how, replays)
     _check_memory(model, min(decoding.batch_size, len(prompts)), config)
     ends = config.eos_token_id

@@ -42,7 +42,8 @@ class RunConfig:
     """torch.compile the model, full graph; auto does on a GPU"""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Record the launches of a micro-batch once and replay them, so that the GPU never waits for Python; auto does
-    where the model is compiled on a GPU, but for fp16"""
+    where the model is compiled on a GPU, but for fp16. True also replays the decoding steps of fine-tuning's
+    predictions, which has not been proved on a card"""
     gradient_checkpointing: bool = False
     """Keep the activations of block boundaries only, and compute the rest again in the backward pass"""
     gradient_clip: float | None = 1.0

@@ -53,7 +53,9 @@ def test_shared_steps_write_the_same_texts(tmp_path, monkeypatch):
         written = []
         for least in (5, 4):
             monkeypatch.setattr(predicting, "pays", lambda device, batches: batches >= least)  # noqa: B023
-            found = write_texts(scorer, examples, tokenizer, batch_size=4, max_new_tokens=8, num_beams=beams)
+            found = write_texts(
+                scorer, examples, tokenizer, batch_size=4, max_new_tokens=8, num_beams=beams, cuda_graphs=True
+            )
             written.append([one for some in found for one in some])
         assert written[0] == written[1]
         assert sorted(row for row, *_ in written[0]) == list(range(13))

@@ -70,6 +70,7 @@ def predict(
         for written in write_texts(
             plain, examples, tokenizer, rows=rows, batch_size=config.predict_batch, num_beams=config.num_beams,
             max_new_tokens=config.max_new_tokens or config.data.max_target_tokens,
+            cuda_graphs=config.cuda_graphs is True,
         ):  # fmt: skip
             made += written
             if file is not None:
@@ -90,17 +91,19 @@ def write_texts(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int,
+    cuda_graphs: bool = False,
 ) -> Iterator[list[Prediction]]:
     """Generated texts, a batch at a time, long inputs first.
 
     Args:
         scorer: its model is a plain `FAT5ForConditionalGeneration` in evaluation mode.
         rows: examples to write; all if None.
+        cuda_graphs: on a GPU, replay recorded decoding steps.
     """
     info, device = tokenizer.info, scorer.precision.device
     chosen = np.arange(len(examples)) if rows is None else rows
     order = chosen[np.argsort(-examples.input_lengths[chosen], kind="stable")]
-    loop, replays = Decoder(scorer.model), pays(device, -(-len(order) // batch_size))
+    loop, replays = Decoder(scorer.model), cuda_graphs and pays(device, -(-len(order) // batch_size))
     for start in range(0, len(order), batch_size):
         scorer.before_batch()
         indices = order[start : start + batch_size].tolist()
