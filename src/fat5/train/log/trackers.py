@@ -15,6 +15,7 @@ import secrets
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -63,7 +64,7 @@ WANDB_DEFAULTS = {
 Say = Callable[[str], None]
 
 
-class Tracker:
+class Tracker(ABC):
     """One tracker of one run. All methods are called in a thread of their own, and may raise or hang.
 
     Args:
@@ -81,17 +82,17 @@ class Tracker:
         self.folder, self.run, self.step, self.config = folder, run, step, config
         self.title = folder.resolve().name
 
+    @abstractmethod
     def open(self) -> str | None:
         """Starts or continues the tracker's run; says where to see it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Adds the numbers of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Ends it; returns when all is written."""
-        raise NotImplementedError
 
 
 class TensorBoard(Tracker):
