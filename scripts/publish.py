@@ -27,6 +27,7 @@ PAGES = {
     "docs/demo.md": ("denoisers",),
     "docs/performance.md": ("benchmarks",),
     "docs/generate.md": ("decoding",),
+    "docs/prepare.md": ("prepare-scale",),
     "docs/compatibility.md": ("parity", "generation", "accelerate", "accelerate-memory"),
 }
 """Page → its generated parts."""
@@ -44,6 +45,17 @@ TABLES = {
             ("tokens a second", "fat5 loop", "speed"),
             ("**times faster**", "stock / fat5", "speed-up"),
             ("rows with the same tokens", "stock = fat5", "rows with the same tokens"),
+        ],
+    ),
+    "prepare-scale": (
+        "prepare_scale",
+        "text",
+        [
+            ("largest process", "fat5 prepare", "peak memory of a process"),
+            ("all processes", "fat5 prepare", "peak memory of all"),
+            ("main process killed", "fat5 prepare", "main killed"),
+            ("a worker killed", "fat5 prepare", "worker killed"),
+            ("files equal to the undisturbed run's", "fat5 prepare", "equal files"),
         ],
     ),
     "parity": ("parity", "check", [(family, family, "largest difference") for family in [*FAMILIES, *ENCODERS]]),

@@ -17,6 +17,7 @@ def test_the_machine_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert lines["torch"]["status"] == "ok"
     assert "fr/base" in lines["recipes"]["found"]
+    assert "slurm.sh" in lines["launch files"]["found"]
     assert "memory plan" not in lines
 
 

@@ -1,7 +1,7 @@
-"""Preparing on a cluster: Slurm's scripts as text and as they run, Ray, and machines that have neither."""
+"""Preparing on a cluster: on a Slurm made of scripts, on Ray, and machines that have neither."""
 
-import os
-import stat
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,74 +12,102 @@ from preparing import config, manifest, write_jsonl
 from fat5.data.shards.plan import read_plan
 from fat5.data.shards.prepare import SlurmOptions, finish, prepare
 from fat5.errors import ConfigurationError, DataError
+from made_slurm import FakeSlurm
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands of Slurm that only write down what they were given."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, body in {
-        "sbatch": f'echo "$@" >> {tmp_path}/calls; cp "${{@: -1}}" {tmp_path}/script.$(wc -l < {tmp_path}/calls); '
-        f'echo "Submitted batch job $(wc -l < {tmp_path}/calls)"',
-        "scontrol": "echo localhost",
-    }.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755 | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    return tmp_path
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    made = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", made.path)
+    return made
 
 
 @pytest.mark.usefixtures("small_tasks")
-def test_slurm_submits_an_array_and_a_last_job(cluster: Path, tokenizer: str, texts: list[str]) -> None:
+def test_slurm_submits_an_array_and_a_last_job(
+    slurm: FakeSlurm, tmp_path: Path, tokenizer: str, texts: list[str]
+) -> None:
+    folder = tmp_path / "a folder; with signs"
+    folder.mkdir()
     keys = config(
-        cluster,
+        folder,
         tokenizer,
-        write_jsonl(cluster / "a.jsonl", texts),
+        write_jsonl(tmp_path / "a.jsonl", texts),
         executor="slurm",
         workers=4,
         slurm=SlurmOptions(partition="cpu", time="01:00:00", memory_gb=8, environment="source env.sh"),
     )
     assert prepare(keys) is None
-    tasks = len(read_plan(cluster / "out").tasks)
-    calls = (cluster / "calls").read_text().splitlines()
-    array, last = ((cluster / f"script.{index}").read_text() for index in (1, 2))
-    for line in (
-        "#SBATCH --partition=cpu",
-        "#SBATCH --time=01:00:00",
-        "#SBATCH --mem-per-cpu=8G",
-        f"#SBATCH --array=0-{tasks - 1}%4",
-        "#SBATCH --job-name=fat5-tokens",
-        "source env.sh",
-        f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {cluster / 'out'} tokens",
-    ):
-        assert line in array.splitlines()
-    assert "--dependency=afterok:1" in calls[1]
-    assert f"{sys.executable} -m fat5.data.shards.executors {cluster / 'out'} finish" in last.splitlines()
-    assert "--array" not in last
-    assert not list((cluster / "out").rglob("*.pik")), "nothing is pickled"
+    tasks = len(read_plan(folder / "out").tasks)
+    array, last = slurm.jobs
+    wanted = {
+        "partition": "cpu",
+        "time": "01:00:00",
+        "mem-per-cpu": "8G",
+        "array": f"0-{tasks - 1}%4",
+        "job-name": "fat5-tokens",
+        "output": f"{folder}/out/logs/tokens/slurm_logs/%A_%a.out",
+    }
+    assert wanted.items() <= array["options"].items()
+    assert last["options"]["dependency"] == "afterok:1"
+    assert "array" not in last["options"]
+    run = [sys.executable, "-m", "fat5.data.shards.executors", str(folder / "out")]
+    scripts = [(slurm.folder / f"script-{job['id']}").read_text().splitlines() for job in slurm.jobs]
+    assert "source env.sh" in scripts[0]
+    assert [shlex.split(script[-1]) for script in scripts] == [
+        ["srun", "-l", "-n", "1", *run, "tokens"],
+        [*run, "finish"],
+    ]
+    for job in slurm.jobs:
+        subprocess.run(["bash", "-n", slurm.folder / f"script-{job['id']}"], check=True)
+    assert not list((folder / "out").rglob("*.pik")), "nothing is pickled"
 
 
 @pytest.mark.usefixtures("small_tasks")
 def test_what_slurm_runs_makes_the_same_shards(
-    cluster: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, tmp_path: Path, tokenizer: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fat5.data.shards.executors import main
 
-    corpus = write_jsonl(cluster / "a.jsonl", texts[:150])
-    keys = config(cluster, tokenizer, corpus)
-    prepare(replace(keys, output_dir=str(cluster / "local")))
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts[:150])
+    keys = config(tmp_path, tokenizer, corpus)
+    prepare(replace(keys, output_dir=str(tmp_path / "local")))
     prepare(replace(keys, executor="slurm", slurm=SlurmOptions(partition="cpu")))
-    tasks = len(read_plan(cluster / "out").tasks)
+    tasks = len(read_plan(tmp_path / "out").tasks)
     with pytest.raises(DataError, match="is not done"):
-        finish(cluster / "out")
+        finish(tmp_path / "out")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", str(tasks - 1))
     monkeypatch.setenv("SLURM_NODELIST", "localhost")
     for index in range(tasks):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index))
-        assert main([str(cluster / "out"), "tokens"]) == 0
-    assert main([str(cluster / "out"), "finish"]) == 0
-    assert manifest(cluster / "out") == manifest(cluster / "local")
+        assert main([str(tmp_path / "out"), "tokens"]) == 0
+    assert main([str(tmp_path / "out"), "finish"]) == 0
+    assert manifest(tmp_path / "out") == manifest(tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tasks")
+def test_slurms_jobs_run_and_the_unfinished_tasks_are_submitted_again(
+    slurm: FakeSlurm, tmp_path: Path, tokenizer: str, texts: list[str]
+) -> None:
+    """The scripts as they were submitted; one task of the array is lost with its node."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    keys = config(folder, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts[:150]))
+    prepare(replace(keys, output_dir=str(tmp_path / "local")))
+    on_slurm = replace(keys, executor="slurm", slurm=SlurmOptions(partition="cpu"))
+    prepare(on_slurm)
+    tasks = len(read_plan(folder / "out").tasks)
+    array, last = slurm.jobs
+    lost = 1
+    assert [slurm.start(array, array=index).wait(120) for index in range(tasks) if index != lost] == [0] * (tasks - 1)
+    assert slurm.start(last).wait(120) != 0
+    assert not (folder / "out" / "manifest.json").exists()
+    prepare(on_slurm)
+    again, last = slurm.jobs[2:]
+    assert again["options"]["array"] == "0-0"
+    assert slurm.start(again, array=0).wait(120) == 0
+    assert slurm.start(last).wait(120) == 0
+    assert manifest(folder / "out") == manifest(tmp_path / "local")
 
 
 def test_without_slurm_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

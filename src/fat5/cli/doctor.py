@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fat5.cli.parsing import parse
-from fat5.cli.recipes import FOLDER, recipe_names
+from fat5.cli.recipes import FOLDER, LAUNCH, launch_files, recipe_names
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.machine import available_cores, available_memory
 from fat5.tasks import PretrainConfig, SourceConfig
@@ -64,6 +64,7 @@ def machine() -> list[Finding]:
         Finding("Python", OK if python >= (3, 11) else BAD, platform.python_version(), "FAT5 needs 3.11 or newer"),
         Finding("FAT5", OK, version("fat5")),
         Finding("recipes", OK, f"{', '.join(recipe_names())}; to edit one, copy it from {FOLDER}"),
+        Finding("launch files", OK, f"{', '.join(launch_files())}; copy one from {LAUNCH}"),
     ]
     for name, least in (("torch", (2, 11)), ("transformers", (5, 17)), ("tokenizers", (0, 22)), ("datatrove", (0, 9))):
         found = _version(name)

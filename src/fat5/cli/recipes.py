@@ -6,11 +6,18 @@ from pathlib import Path
 from fat5.errors import ConfigurationError
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+LAUNCH = FOLDER / "launch"
+"""Scripts to copy, for several nodes, Slurm and spot instances"""
 
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, as `--config` takes them."""
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+
+
+def launch_files() -> list[str]:
+    """Names of the files in `LAUNCH`."""
+    return sorted(path.name for path in LAUNCH.iterdir())
 
 
 def find_recipe(name: str) -> Path:

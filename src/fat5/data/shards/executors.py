@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,11 @@ class SlurmStage(SlurmPipelineExecutor):
         )
         self.folder, self.stage = folder, stage
 
+    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        """datatrove's directives, with paths quoted: Slurm divides them at spaces."""
+        arguments = super().get_sbatch_args(max_array)
+        return arguments | {key: shlex.quote(arguments[key]) for key in ("output", "error")}
+
     def submit(self, after: str | None) -> str | None:
         """Submits the unfinished tasks after job `after`; returns the last job's id (`after` if all are finished)."""
         ranks = self.get_incomplete_ranks()
@@ -109,7 +115,7 @@ class SlurmStage(SlurmPipelineExecutor):
             return after
         with self.logging_dir.open("ranks_to_run.json", "w") as file:
             json.dump(ranks, file)
-        command = f"srun -l -n 1 {sys.executable} -m fat5.data.shards.executors {self.folder} {self.stage.name}"
+        command = f"srun -l -n 1 {_command(self.folder, self.stage.name)}"
         arguments = self.get_sbatch_args(min(len(ranks), self.max_array_size))
         text = self.get_launch_file_contents(arguments, command)
         with self.logging_dir.open("launch_script.slurm", "w") as file:
@@ -131,9 +137,8 @@ def submit_slurm(folder: str, workers: int, options: SlurmOptions) -> str:
                 after = SlurmStage(folder, stage, options, workers, []).submit(after)
             last = SlurmStage(folder, Stage("finish", 1), options, 1, [])
             arguments = {key: value for key, value in last.get_sbatch_args().items() if key != "array"}
-            command = f"{sys.executable} -m fat5.data.shards.executors {folder} finish"
             dependency = [f"--dependency=afterok:{after}"] if after else []
-            text = last.get_launch_file_contents(arguments, command)
+            text = last.get_launch_file_contents(arguments, _command(folder, last.stage.name))
             return str(launch_slurm_job(text, last.job_id_retriever, *dependency))
     except FileNotFoundError as error:
         raise ConfigurationError("no sbatch on this machine", hint="Run it on a Slurm login node") from error
@@ -162,6 +167,10 @@ def main(argv: list[str]) -> int:
     options = SlurmOptions(max_array_size=int(os.environ["SLURM_ARRAY_TASK_MAX"]) + 1)
     SlurmStage(folder, stage, options, -1, build(folder, stage_name)).run()
     return 0
+
+
+def _command(folder: str, stage_name: str) -> str:
+    return shlex.join([sys.executable, "-m", "fat5.data.shards.executors", folder, stage_name])
 
 
 def _stage(folder: str, name: str) -> Stage:
