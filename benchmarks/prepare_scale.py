@@ -1,10 +1,10 @@
 """Does the memory of `fat5 prepare` stay flat up to gigabytes of text, and does it survive SIGKILL at any moment?
 
-    python benchmarks/prepare_scale.py                     # 2 GB; about 20 minutes on two cores, 6 GB of disk
+    python benchmarks/prepare_scale.py                     # 2 GB; about 25 minutes on two free cores, 6 GB of disk
     python benchmarks/prepare_scale.py --gigabytes 0.5
 
 The text is synthetic and always the same: words of a Zipf distribution in JSON lines and paragraphs, with lines of 1
-and 8 MB. Two processes prepare its first tenth, all of it, and all of it again while SIGKILL hits the main process and
+and 2 MB. Two processes prepare its first tenth, all of it, and all of it again while SIGKILL hits the main process and
 the workers in turn at random moments; after each, the same command follows at once. The shards of the last two must be
 equal byte for byte. Memory: the largest peak of a process (VmHWM), and the largest sum over all processes at one moment
 (Pss, which counts shared pages once).
@@ -35,8 +35,8 @@ FILES = 4
 WORDS = 50_000
 BLOCK_WORDS = 1 << 20
 DOCUMENT_WORDS = 300
-# Every 10 MB a line of 1 MB, every 100 MB one of 8 MB.
-LONG_LINES = ((100_000_000, 8_000_000), (10_000_000, 1_000_000))
+# Every 10 MB a line of 1 MB, every 50 MB one of 2 MB.
+LONG_LINES = ((50_000_000, 2_000_000), (10_000_000, 1_000_000))
 SAMPLE_SECONDS = 0.1
 LETTERS = np.array(list("etaoinsrhldcumfpgwybvkéèàçùêîôœ"))
 
@@ -61,7 +61,7 @@ class Peak:
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Texts without end, always the same: words by Zipf's law, in lengths that vary widely; the first has 8 MB."""
+    """Texts without end, always the same: words by Zipf's law, in lengths that vary widely; the first has 2 MB."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 12, WORDS)
     letters = LETTERS[np.minimum(rng.exponential(7, int(lengths.sum())), len(LETTERS) - 1).astype(int)]
