@@ -103,16 +103,17 @@ class Case:
         precision: str = "auto",
         optimizer: str = "adamw_scale",
         compiled: bool = True,
-        checkpointing: bool = False,
+        checkpointing: str = "none",
         cuda_graphs: bool = True,
+        offload: bool = False,
         vocabulary: int = VOCABULARY,
     ) -> "Case":
         config = PretrainConfig(
-            optimizer=OptimizerConfig(name=optimizer),  # type: ignore[arg-type]
+            optimizer=OptimizerConfig(name=optimizer, offload=offload),  # type: ignore[arg-type]
             precision=resolve_precision(precision, DEVICE),  # type: ignore[arg-type]
             compile=compiled,
             cuda_graphs="auto" if cuda_graphs else False,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=checkpointing,  # type: ignore[arg-type]
         )
         torch.manual_seed(0)
         if DEVICE.type == "cuda":

@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--stock_preset", default="fat5-base", help="preset of the sections hf, long and pretrain")
     parser.add_argument("--stock_rows", type=int, default=32, help="hf: rows of a padded batch; halved until it fits")
     parser.add_argument("--stock_eager", action="store_true", help="hf, encoder: compile neither side")
-    parser.add_argument("--long_compiled", action="store_true", help="long: compile, once for each length")
+    parser.add_argument("--long_lengths", default="65536,131072", help="long: tokens of the one document, each side")
+    parser.add_argument("--long_policies", default="none,selective,block", help="long: gradient checkpointing")
+    parser.add_argument("--long_compiled", action="store_true", help="long: compile, once for each length and policy")
+    parser.add_argument("--memory", type=float, help="long: GiB that PyTorch may take, to stand for a smaller card")
+    parser.add_argument("--offload", action="store_true", help="long: the optimizer's state in the host's memory")
     parser.add_argument("--shards", type=Path, default=Path(".whl/data/shards"), help="pretrain: from gpu_shards.py")
     parser.add_argument("--run_seconds", type=float, default=300.0, help="pretrain: stopped after this")
     parser.add_argument(

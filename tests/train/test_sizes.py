@@ -22,7 +22,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def chosen(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, free: int = 80 * GIB, **data: object):
     """Sizes for so much web text, without a corpus."""
     monkeypatch.setattr(sizes, "WEB_PAGES", dataclasses.replace(WEB_PAGES, tokens=tokens))
-    monkeypatch.setattr(sizes, "free_memory", lambda device: free)
+    monkeypatch.setattr(World, "free_memory", lambda world: free)
     config = PretrainConfig("x", data=DataConfig([SourceConfig("nowhere")], **data), precision="bf16")
     info = TokenizerInfo(32768, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
     return choose_sizes(config, World(device), info)

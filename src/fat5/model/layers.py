@@ -1,10 +1,12 @@
 """The blocks of a T5 stack, on packed tokens (T, d) or rows (B, L, d); parameters have Hugging Face T5's names."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -191,6 +193,10 @@ class GatedFeedForward(nn.Module):
 class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention in a decoder, feed-forward."""
 
+    checkpointing: dict[str, Any] | None = None
+    """Keyword arguments of torch.utils.checkpoint (activations.py), called inside `forward`: what surrounds it, as
+    FSDP2's gathering of weights does, is not done again."""
+
     def __init__(self, config: FAT5Config, layer: int, is_decoder: bool, has_relative_attention_bias: bool) -> None:
         super().__init__()
         self.is_decoder = is_decoder
@@ -201,7 +207,13 @@ class Block(GradientCheckpointingLayer):
         feed_forward = GatedFeedForward(config) if config.is_gated_act else FeedForward(config)
         self.layer.append(Residual(config, DenseReluDense=feed_forward))
 
-    def forward(
+    def forward(self, hidden: Tensor, bias: Tensor | None, memory: Tensor | None, **how: Any) -> Tensor:
+        """Hidden states after the block; `how` is documented at `_run`."""
+        if self.checkpointing is None or not self.training:
+            return self._run(hidden, bias, memory, **how)
+        return checkpoint(partial(self._run, **how), hidden, bias, memory, **self.checkpointing)  # type: ignore[no-any-return]
+
+    def _run(
         self,
         hidden: Tensor,
         bias: Tensor | None,

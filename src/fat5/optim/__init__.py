@@ -7,6 +7,7 @@ from fat5.lazy import lazy
 if TYPE_CHECKING:
     from fat5.optim.adamw_scale import AdamWScale as AdamWScale
     from fat5.optim.config import OptimizerConfig as OptimizerConfig
+    from fat5.optim.offload import OffloadedOptimizer as OffloadedOptimizer
     from fat5.optim.registry import build_optimizer as build_optimizer
     from fat5.optim.registry import parameter_groups as parameter_groups
     from fat5.optim.registry import skips_on_device as skips_on_device

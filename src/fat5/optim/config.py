@@ -54,6 +54,9 @@ class OptimizerConfig:
     """muon: learning rate of the hidden matrices, on AdamW's scale; 1e-3 by default"""
     momentum: float | None = None
     """muon: momentum of the hidden matrices; 0.95 by default"""
+    offload: bool = False
+    """On a GPU, keep the optimizer's state in the host's memory; a step brings it over and back piece by piece, with
+    the same numbers. Not for lamb"""
 
     def resolved(self) -> "OptimizerConfig":
         """A copy with the defaults of the named optimizer filled in.
@@ -62,7 +65,7 @@ class OptimizerConfig:
             ConfigurationError: a key is set that this optimizer does not take, or a value is out of range.
         """
         taken = DEFAULTS[self.name]
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "offload")}
         for key, value in given.items():
             if value is not None and key not in taken:
                 raise ConfigurationError(
@@ -76,4 +79,9 @@ class OptimizerConfig:
         for beta in (*(self.betas or ()), *([] if self.momentum is None else [self.momentum])):
             if not 0 <= beta < 1:
                 raise ConfigurationError(f"optimizer has a decay of {beta}", hint="Betas and momentum lie in [0, 1)")
+        if self.offload and self.name == "lamb":
+            raise ConfigurationError(
+                "optimizer.offload is true, and lamb counts the steps of all weights at once",
+                hint="Use another optimizer, or offload false",
+            )
         return replace(self, **{key: taken.get(key) for key, value in given.items() if value is None})  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from fat5.errors import ConfigurationError
 from fat5.optim.adamw_scale import AdamWScale
 from fat5.optim.combined import CombinedOptimizer
 from fat5.optim.config import OptimizerConfig
+from fat5.optim.offload import OffloadedOptimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,7 +35,18 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     optimizer = build(vars(config), named)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
-    return optimizer
+    return _offloaded(optimizer, named) if config.offload else optimizer
+
+
+def _offloaded(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> OffloadedOptimizer:
+    for name, weight in named:
+        if not weight.is_cuda or type(weight) is not nn.Parameter:
+            where = f"on {weight.device}" if not weight.is_cuda else "divided among processes"
+            raise ConfigurationError(
+                f"optimizer.offload is true, and {name} is {where}",
+                hint="It takes whole weights on a GPU: set optimizer.offload to false",
+            )
+    return OffloadedOptimizer(optimizer)
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

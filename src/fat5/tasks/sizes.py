@@ -28,7 +28,6 @@ from fat5.data import (
 )
 from fat5.data.examples.packing import BUDGET_MULTIPLE
 from fat5.errors import ConfigurationError
-from fat5.machine import free_memory
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.configuration import MODEL_KEYS
 from fat5.tasks.config import INIT_FROM, DataConfig, PretrainConfig
@@ -272,7 +271,7 @@ def _fit_memory(
     config: PretrainConfig, asked: DataConfig, text: Text, world: World, model_config: FAT5Config
 ) -> PretrainConfig:
     """Halves the pack until the plan fits what is free, with as many more packs a step."""
-    free, model = free_memory(world.device), on_meta(model_config)
+    free, model = world.free_memory(), on_meta(model_config)
 
     def plan(config: PretrainConfig) -> MemoryPlan:
         return plan_memory(config, config.data.batch(), model, world.device, world.size)

@@ -10,6 +10,7 @@ from fat5.errors import ConfigurationError, check_whole
 from fat5.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
+CheckpointingName = Literal["none", "selective", "block"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 AUTO: Any = "auto"
 LARGEST_COUNT = 1 << 40
@@ -44,8 +45,9 @@ class RunConfig:
     """Record the launches of a micro-batch once and replay them, so that the GPU never waits for Python; auto does
     where the model is compiled on a GPU, but for fp16. True also replays the decoding steps of fine-tuning's
     predictions, which has not been proved on a card"""
-    gradient_checkpointing: bool = False
-    """Keep the activations of block boundaries only, and compute the rest again in the backward pass"""
+    gradient_checkpointing: bool | CheckpointingName = "none"
+    """Activations kept for the backward pass: none computes nothing again; selective keeps attention and its products,
+    and computes norms and the feed-forward again; block (or true) keeps the boundaries of blocks only"""
     gradient_clip: float | None = 1.0
     """Largest norm of the whole gradient; null leaves it as it is"""
     log_every: int = 10
@@ -116,6 +118,12 @@ class RunConfig:
                 hint="Use adamw_scale, or precision bf16",
             )
         return replace(self, optimizer=self.optimizer.resolved(), schedule=schedule)
+
+    @property
+    def checkpointing(self) -> CheckpointingName:
+        """The policy of gradient_checkpointing; true and false are its former values."""
+        given = self.gradient_checkpointing
+        return given if isinstance(given, str) else "block" if given else "none"
 
     def trackers(self) -> list[TrackerName]:
         """The trackers asked for, each once."""

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fat5.data import PackedBatch
 from fat5.errors import ConfigurationError
+from fat5.model.activations import checkpoint_activations
 from fat5.optim import build_optimizer, skips_on_device
 from fat5.train.config import RunConfig
 from fat5.train.cuda_graph import GraphedBackward
@@ -57,8 +58,7 @@ class StepRunner:
         self.world, self.device, self.gradient_clip = world, world.device, config.gradient_clip
         self.precision = Precision(config.precision, self.device)
         model.to(device=self.device, dtype=self.precision.weight_dtype).train()
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        checkpoint_activations(model, config.checkpointing)
         on_gpu = self.device.type == "cuda"
         compiled = config.compile is True or (config.compile == "auto" and on_gpu)
         self.forward = objective(model)

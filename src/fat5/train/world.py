@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.files import parse_json
 from fat5.launch import Launch
+from fat5.machine import free_memory
 from fat5.train.signals import RunStopped
 
 T = TypeVar("T")
@@ -97,6 +98,10 @@ class World:
     def is_main(self) -> bool:
         """True for the one process that writes files and speaks to the user."""
         return self.rank == 0
+
+    def free_memory(self) -> int | None:
+        """Bytes that this process can still allocate on its device; None if the system does not say."""
+        return free_memory(self.device)
 
     def alone(self) -> "World":
         """The world of this process while it does something that the others do not take part in."""

@@ -197,7 +197,7 @@ def adamw_scale_(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _cut(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     """Sizes (int64), first chunk of each tensor and one past the last (int32), owner of each chunk (int32)."""
     counts = torch.tensor([triton.cdiv(size, chunk) for size in sizes])
@@ -211,7 +211,7 @@ def _cut(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tens
     )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _on_device(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Gradients keep their addresses from step to step more often than not; otherwise a copy that nobody waits for."""
     host = torch.tensor(values, dtype=dtype)

@@ -19,6 +19,7 @@ HARMLESS = (
     "compile",
     "cuda_graphs",
     "gradient_checkpointing",
+    "optimizer.offload",
     "log_every",
     "eval_every",
     "save_every",

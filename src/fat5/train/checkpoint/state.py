@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fat5.errors import CheckpointError
 from fat5.files import is_count, is_number, read_object
-from fat5.optim import skips_on_device
+from fat5.optim import OffloadedOptimizer, skips_on_device
 from fat5.train.checkpoint.files import read_tensors
 from fat5.train.checkpoint.generators import RandomState, rng_files
 from fat5.train.log.metrics import is_row
@@ -201,7 +201,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
                 where=folder / OPTIMIZER,
             )
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
-        on_host = tensor.ndim == 0 and not skips_on_device(optimizer)
+        offloads = isinstance(optimizer, OffloadedOptimizer)
+        on_host = offloads if tensor.ndim else not skips_on_device(optimizer)
         optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
     if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
         raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)

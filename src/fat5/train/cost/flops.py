@@ -14,37 +14,56 @@ lookups, norms and softmax are left out, and recomputation under gradient checkp
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fat5.ops.linear import product
 
-DENSE_PEAKS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "GH200": 989.0,
-    "A100": 312.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "A30": 165.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 6000 Ada": 364.0,
-    "RTX 4090": 165.2,
-    "RTX 4080": 97.5,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
+
+class Sheet(NamedTuple):
+    """A GPU as its vendor's data sheet has it."""
+
+    peak: float
+    """Dense TFLOP/s with 16-bit inputs and float32 accumulation"""
+    memory: float
+    """GiB, of which about a hundredth is not for programs"""
+    bandwidth: float
+    """Of the memory, GB/s"""
+    link: float
+    """To the other GPUs of a node, GB/s each way: NVLink, else PCIe"""
+
+
+SHEETS = {
+    "B200": Sheet(2250.0, 192, 8000, 900),
+    "GH200": Sheet(989.0, 96, 4000, 450),
+    "H200": Sheet(989.0, 141, 4800, 450),
+    "H100 PCIe": Sheet(756.0, 80, 2000, 64),
+    "H100 NVL": Sheet(835.0, 94, 3900, 300),
+    "H100": Sheet(989.0, 80, 3350, 450),
+    "A100": Sheet(312.0, 80, 2039, 300),
+    "A10G": Sheet(70.0, 24, 600, 32),
+    "A10": Sheet(125.0, 24, 600, 32),
+    "A30": Sheet(165.0, 24, 933, 32),
+    "A40": Sheet(149.7, 48, 696, 32),
+    "L40S": Sheet(362.0, 48, 864, 32),
+    "L40": Sheet(181.0, 48, 864, 32),
+    "L4": Sheet(121.0, 24, 300, 32),
+    "RTX 6000 Ada": Sheet(364.0, 48, 960, 32),
+    "RTX 4090": Sheet(165.2, 24, 1008, 32),
+    "RTX 4080": Sheet(97.5, 16, 717, 32),
+    "RTX 3090": Sheet(71.0, 24, 936, 32),
+    "V100": Sheet(125.0, 32, 900, 150),
+    "T4": Sheet(65.0, 16, 320, 16),
 }
-"""Device name → dense peak in TFLOP/s with 16-bit inputs and float32 accumulation, from the vendors' data sheets."""
+"""Part of a device's name → its sheet; the first that fits."""
 
 GEMM_SIZE = 1024
+
+
+def sheet_of(name: str) -> Sheet | None:
+    """The sheet of a GPU by its name, as torch or a user gives it."""
+    return next((sheet for part, sheet in SHEETS.items() if part.lower() in name.lower()), None)
 
 
 def training_flops(config: Any, encoder_lengths: torch.Tensor, decoder_lengths: torch.Tensor) -> float:
@@ -75,9 +94,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     of 1,024 × 1,024 matrices as the model makes them (`fat5.ops.linear`), with the threads that torch uses.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in DENSE_PEAKS.items() if part.lower() in name.lower()]
-        return known[0] * 1e12 / (2 if precision == "fp32" else 1) if known else None
+        sheet = sheet_of(torch.cuda.get_device_name(device))
+        return sheet.peak * 1e12 / (2 if precision == "fp32" else 1) if sheet else None
     if device.type != "cpu":
         return None
     a, b = torch.ones(2, GEMM_SIZE, GEMM_SIZE).unbind()

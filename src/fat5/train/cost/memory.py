@@ -13,8 +13,10 @@ import torch
 from fat5.data import BatchConfig
 from fat5.errors import ConfigurationError
 from fat5.machine import GIB, available_memory
+from fat5.model.layers import Block
 from fat5.ops.linear_cross_entropy import default_chunk_size
-from fat5.train.config import RunConfig
+from fat5.optim.offload import BUFFERS, CHUNK
+from fat5.train.config import CheckpointingName, RunConfig
 
 # Bytes of optimizer state for a parameter: float32 moments, two for the Adam family, one for Muon's matrices, row and
 # column sums (next to nothing) for Adafactor.
@@ -26,7 +28,10 @@ LIBRARIES = {"cpu": 0, "cuda": GIB // 2}
 TIGHT = 0.9
 """Share of the free memory above which a plan is called tight."""
 
-LOWER = "Lower data.encoder_tokens and data.decoder_tokens, set gradient_checkpointing, or take a smaller model.preset"
+LOWER = (
+    "Lower data.encoder_tokens and data.decoder_tokens, set gradient_checkpointing to selective or block, or take a "
+    "smaller model.preset"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class MemoryPlan:
     checkpoint: int
     """The copy that a checkpoint is written from; on the host"""
     libraries: int
+    offloaded: int = 0
+    """Optimizer state on the host"""
 
     @property
     def total(self) -> int:
@@ -51,8 +58,9 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """Purpose → bytes on the device."""
-        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "device"}
-        return {name: size for name, size in named.items() if size and (name != "checkpoint" or self.device == "cpu")}
+        elsewhere = ("device", "offloaded") if self.device == "cpu" else ("device", "offloaded", "checkpoint")
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in elsewhere}
+        return {name: size for name, size in named.items() if size}
 
     def describe(self) -> str:
         """In GiB: the total and its parts."""
@@ -60,8 +68,28 @@ class MemoryPlan:
         return f"{self.total / GIB:.2f} GiB ({parts})"
 
 
-def check_memory(plan: MemoryPlan, free: int | None) -> None:
-    """Refuses a plan beyond what is free, on the device or for the checkpoints of a GPU's run on the host.
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model as FSDP2 divides them: blocks one by one, the rest together."""
+
+    parameters: int
+    outside: int
+    """Of them outside the blocks"""
+    block: int
+    """Of the largest block"""
+    travel_bytes: int
+    """A weight of a block in a message: 2 under bf16, else 4"""
+
+    @classmethod
+    def of(cls, model: Any, precision: str) -> "Weights":
+        """Those of a model, which may be on the meta device."""
+        blocks = [sum(x.numel() for x in one.parameters()) for one in model.modules() if isinstance(one, Block)]
+        parameters = model.num_parameters()
+        return cls(parameters, parameters - sum(blocks), max(blocks), 2 if precision.startswith("bf16") else 4)
+
+
+def check_memory(plan: MemoryPlan, free: int | None, host: bool = True) -> None:
+    """Refuses a plan beyond what is free on the device, or on the host, if that is this machine.
 
     Raises:
         ConfigurationError: it does not fit.
@@ -70,23 +98,25 @@ def check_memory(plan: MemoryPlan, free: int | None) -> None:
         raise ConfigurationError(
             f"the run needs about {plan.describe()}, and {free / GIB:.1f} GiB of memory are free", hint=LOWER
         )
-    host = available_memory() if plan.device != "cpu" else None
-    if host is not None and plan.checkpoint > host:
+    room = available_memory() if host and plan.device != "cpu" else None
+    if room is not None and plan.checkpoint + plan.offloaded > room:
+        offloaded = f", the optimizer's state takes {plan.offloaded / GIB:.1f} GiB" if plan.offloaded else ""
         raise ConfigurationError(
-            f"a checkpoint is written from a copy of {plan.checkpoint / GIB:.1f} GiB, and {host / GIB:.1f} GiB of the "
-            "host's memory are free",
+            f"a checkpoint is written from a copy of {plan.checkpoint / GIB:.1f} GiB{offloaded}, and "
+            f"{room / GIB:.1f} GiB of the host's memory are free",
             hint="Take a smaller model.preset, or give the job more memory",
         )
 
 
 def plan_memory(
-    config: RunConfig, batch: BatchConfig, model: Any, device: torch.device, processes: int = 1
+    config: RunConfig, batch: BatchConfig, model: Any, device: torch.device, processes: int = 1, shards: int = 1
 ) -> MemoryPlan:
-    """The plan for a resolved configuration.
+    """The plan of one process for a resolved configuration.
 
     Args:
         model: a model of that configuration; it may be on the meta device.
         processes: that train together; several sum their gradients in a copy.
+        shards: of them that divide weights, gradients and optimizer state (FSDP2).
     """
     stand_in = torch.empty(model.config.vocab_size, 0, device="cpu" if device.type == "cpu" else "meta")
     logits_rows = default_chunk_size(stand_in)
@@ -99,45 +129,68 @@ def plan_memory(
     if pure and config.optimizer.name == "adamw_scale" and config.optimizer.kahan is not False:
         state += 2
     activation_bytes = 4 if config.precision == "fp32" else 2
+    optimizer, offloaded = state * parameters // shards, 0
+    if config.optimizer.offload:
+        largest = max(weight.numel() for weight in model.parameters())
+        optimizer, offloaded = min(optimizer, state * BUFFERS * max(CHUNK, largest) // shards), optimizer
     packs = batch.packs_per_micro_batch
     # Under autocast the weights are cast once a step and the casts are kept for the backward pass.
     casts = 2 * parameters if config.precision in ("bf16", "fp16") else 0
+    weights, gradients = weight_bytes * parameters + casts, weight_bytes * parameters * (2 if processes > 1 else 1)
+    if shards > 1:
+        # Whole are two blocks at a time, in the precision of the arithmetic, and what is outside the blocks; gradients
+        # are divided with the last micro-batch.
+        sizes = Weights.of(model, config.precision)
+        outside = weight_bytes * sizes.outside
+        weights = weight_bytes * parameters // shards + outside + casts * sizes.outside // parameters
+        weights += 2 * sizes.travel_bytes * sizes.block
+        one = processes * packs == batch.packs_per_step
+        gradients = weight_bytes * parameters // shards
+        gradients += outside + 2 * weight_bytes * sizes.block if one else weight_bytes * parameters
     return MemoryPlan(
         device=device.type,
-        weights=weight_bytes * parameters + casts,
-        gradients=weight_bytes * parameters * (2 if processes > 1 else 1),
-        optimizer=state * parameters,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        offloaded=offloaded,
         activations=activations(
             model.config,
             packs * batch.encoder_tokens,
             packs * batch.decoder_tokens,
             activation_bytes,
-            config.gradient_checkpointing,
-        ),
+            config.checkpointing,
+        )
+        + _score_bias(model.config, batch.max_tokens),
         logits=2 * 4 * logits_rows * model.config.vocab_size,
         checkpoint=(weight_bytes + state) * parameters,
         libraries=LIBRARIES["cuda" if device.type == "cuda" else "cpu"],
     )
 
 
-def activations(config: Any, encoder_tokens: int, decoder_tokens: int, size: int, checkpointing: bool) -> int:
+def activations(config: Any, encoder_tokens: int, decoder_tokens: int, size: int, policy: CheckpointingName) -> int:
     """Bytes of what the backward pass of one micro-batch needs, with numbers of `size` bytes.
 
     A token keeps, for self-attention, the block's input, its norm, q, k, v and the output of the heads; for
     cross-attention the same, with keys and values on the encoder's tokens; for a gated feed-forward its input, its
-    norm, gate, up and their product. Checkpointing keeps block inputs and recomputes one block at a time.
+    norm, gate, up and their product. Under `selective` it keeps no norm and of the feed-forward its input only, under
+    `block` the block's input; one block's rest is recomputed at a time.
     """
     d, a, f = config.d_model, config.num_heads * config.d_kv, config.d_ff
     feed_forward = 2 * d + (3 if config.is_gated_act else 2) * f
-    encoder_block = (2 * d + 4 * a) + feed_forward
-    decoder_block = (2 * d + 4 * a) + (2 * d + 2 * a) + feed_forward
-    cross_keys = 2 * a
-    layers, decoder_layers = config.num_layers, config.num_decoder_layers
-    if checkpointing:
-        kept = d * (layers * encoder_tokens + decoder_layers * decoder_tokens)
-        one = max(encoder_block * encoder_tokens, decoder_block * decoder_tokens + cross_keys * encoder_tokens)
-        return size * (kept + one)
-    return size * (
-        layers * encoder_block * encoder_tokens
-        + decoder_layers * (decoder_block * decoder_tokens + cross_keys * encoder_tokens)
-    )
+    # Of an encoder's token, of a decoder's token, and of an encoder's token in a decoder's block.
+    whole = ((2 * d + 4 * a) + feed_forward, (2 * d + 4 * a) + (2 * d + 2 * a) + feed_forward, 2 * a)
+    kept = {"none": whole, "selective": (2 * d + 4 * a, 3 * d + 6 * a, 2 * a), "block": (d, d, 0)}[policy]
+
+    def blocks(numbers: tuple[int, int, int]) -> tuple[int, int]:
+        return numbers[0] * encoder_tokens, numbers[1] * decoder_tokens + numbers[2] * encoder_tokens
+
+    (encoder_block, decoder_block), (encoder_kept, decoder_kept) = blocks(whole), blocks(kept)
+    recomputed = max(encoder_block - encoder_kept, decoder_block - decoder_kept)
+    return size * (config.num_layers * encoder_kept + config.num_decoder_layers * decoder_kept + recomputed)
+
+
+def _score_bias(config: Any, longest: int) -> int:
+    """Bytes of FIRE's bias, the only one that is a matrix of queries by keys, and of its network, in both stacks."""
+    if config.position_encoding != "fire":
+        return 0
+    return 2 * 4 * longest**2 * (config.fire_width + 2 * config.num_heads + 6)
