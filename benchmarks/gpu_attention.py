@@ -160,10 +160,10 @@ def _providers(width: int, length: int, causal: bool) -> dict[str, Setup]:
     return found
 
 
-def _ours(width, length, key_length, causal, biased):  # type: ignore[no-untyped-def]
+def _ours(width, length, key_length, causal, biased, backend="triton"):  # type: ignore[no-untyped-def]
     q, k, v, vector, grad_out = inputs(width, length, key_length)
     bias = RelativeBias(vector) if biased else None
-    call = partial(attention, q, k, v, bias=bias, causal=causal, backend="triton")
+    call = partial(attention, q, k, v, bias=bias, causal=causal, backend=backend)
     return call, [q, k, v, vector] if biased else [q, k, v], grad_out
 
 
@@ -210,13 +210,19 @@ def cross(results: Results, deadline: float) -> None:
             results.line(f"D{width} cross {length}x{key_length}", providers, flops, deadline)
 
 
-def packed(results: Results, deadline: float) -> None:
-    """16,384 tokens of documents of 50 to 1,024 tokens, packed; against flash's varlen without a bias."""
+def _lengths() -> list[int]:
+    """Documents of 50 to 1,024 tokens, TOKENS in all."""
     generator = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < TOKENS:
         lengths.append(int(generator.integers(50, 1025)))
     lengths[-1] -= sum(lengths) - TOKENS
+    return lengths
+
+
+def packed(results: Results, deadline: float) -> None:
+    """16,384 tokens of documents of 50 to 1,024 tokens, packed; against flash's varlen without a bias."""
+    lengths = _lengths()
     flops = sum(n * n for n in lengths) * WIDTH / 1e12
     for width in (64, 128):
         for causal in (False, True):
@@ -236,12 +242,12 @@ def _documents(width, lengths):  # type: ignore[no-untyped-def]
     return starts, *rows[:3], rows[3].detach()
 
 
-def _packed(width, lengths, causal, biased):  # type: ignore[no-untyped-def]
+def _packed(width, lengths, causal, biased, backend="triton"):  # type: ignore[no-untyped-def]
     starts, q, k, v, grad_out = _documents(width, lengths)
     vector = torch.randn(WIDTH // width, 2 * REACH + 1, device="cuda", requires_grad=True)
     documents = {f"cu_seqlens_{side}": starts for side in "qk"} | {f"max_seqlen_{side}": max(lengths) for side in "qk"}
     bias = RelativeBias(vector) if biased else None
-    call = partial(attention, q, k, v, bias=bias, causal=causal, backend="triton", **documents)
+    call = partial(attention, q, k, v, bias=bias, causal=causal, backend=backend, **documents)
     return call, [q, k, v, vector] if biased else [q, k, v], grad_out
 
 
@@ -253,6 +259,67 @@ def _varlen(width, lengths, causal):  # type: ignore[no-untyped-def]
     old = "is_causal" in signature(varlen_attn).parameters
     how = {"is_causal": causal} if old else {"window_size": (-1, 0 if causal else -1)}
     call = partial(varlen_attn, q, k, v, starts, starts, max(lengths), max(lengths), **how)
+    return call, [q, k, v], grad_out
+
+
+def hopper(results: Results, deadline: float) -> None:
+    """The hooks in flash-attn-4 beside Triton's kernels, and beside flash-attn-4 itself, which knows no bias."""
+    for case in ("D64 L1024", "D64 L1024 causal", "packed D64", "D64 L4096", "D128 L1024", "packed D128", "D64 L512"):
+        if time.perf_counter() > deadline:
+            return
+        width, causal = int(case.split("D")[1].split()[0]), case.endswith("causal")
+        if case.startswith("packed"):
+            lengths = _lengths()
+            ours = partial(_packed, width, lengths, causal)
+            theirs = partial(_flash_4_packed, width, lengths, causal)
+            flops = sum(n * n for n in lengths) * WIDTH / 1e12
+        else:
+            length = int(case.split("L")[1].split()[0])
+            ours = partial(_ours, width, length, length, causal)
+            theirs = partial(_flash_4, width, length, causal)
+            flops = TOKENS * length * WIDTH * (0.5 if causal else 1.0) / 1e12
+        providers: dict[str, Setup] = {
+            "fat5 bias": partial(_on_hopper, ours, True),
+            "fat5 bias any order": partial(_on_hopper, ours, True, deterministic=False),
+            "fat5 no bias": partial(_on_hopper, ours, False),
+            "fat5 no bias any order": partial(_on_hopper, ours, False, deterministic=False),
+            "fat5 bias triton": partial(ours, True),
+            "fat5 no bias triton": partial(ours, False),
+            "fa4 no bias": theirs,
+        }
+        results.line(case, providers, flops, deadline)
+
+
+def _on_hopper(ours, biased, deterministic=True):  # type: ignore[no-untyped-def]
+    """Unless deterministic, dQ is added up by atomics, in no fixed order, as flash-attn-4 does unless asked."""
+    from fat5.ops.attention.hopper import host
+
+    host.DETERMINISTIC = deterministic
+    return ours(biased, backend="hopper")
+
+
+def _flash_4(width, length, causal):  # type: ignore[no-untyped-def]
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v, _, grad_out = inputs(width, length)
+
+    def call() -> torch.Tensor:
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=1.0, causal=causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call, [q, k, v], grad_out
+
+
+def _flash_4_packed(width, lengths, causal):  # type: ignore[no-untyped-def]
+    from flash_attn.cute import flash_attn_varlen_func
+
+    starts, q, k, v, grad_out = _documents(width, lengths)
+    how = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+
+    def call() -> torch.Tensor:
+        out = flash_attn_varlen_func(q, k, v, softmax_scale=1.0, causal=causal, **how)
+        return out[0] if isinstance(out, tuple) else out
+
     return call, [q, k, v], grad_out
 
 
@@ -336,6 +403,7 @@ SECTIONS: dict[str, tuple[Callable[[Results, float], None], float]] = {
     "speed": (speed, 0.35),
     "cross": (cross, 0.08),
     "packed": (packed, 0.08),
+    "hopper": (hopper, 0.20),
     "breakdown": (breakdown, 0.06),
     "flex": (flex, 0.20),
     "fused": (fused, 0.22),

@@ -143,6 +143,11 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | Non
     return attend(call_of(q, k, v, bias, **options), "triton")
 
 
+def by_hopper(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> Tensor:
+    """What we hook into flash-attn-4."""
+    return attend(call_of(q, k, v, bias, **options), "hopper")
+
+
 def call_of(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> AttentionCall:
     """The call that `fat5.ops.attention` would make, with a seed of our own."""
     vector = bias.vector if isinstance(bias, RelativeBias) else None

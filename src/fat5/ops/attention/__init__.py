@@ -1,8 +1,8 @@
 """Attention with a learned relative bias: one public function, several backends that must agree.
 
-reference.py is the specification; cpu/ is the CPU path in linear memory, triton/ holds the GPU kernels; crosscheck.py
-runs the same call through PyTorch's own SDPA and FlexAttention. api.py validates a call (call.py) and chooses;
-op.py registers the operators.
+reference.py is the specification; cpu/ is the CPU path in linear memory, triton/ holds the GPU kernels, hopper/ what we
+hook into those of flash-attn-4; crosscheck.py runs the same call through PyTorch's own SDPA and FlexAttention. api.py
+validates a call (call.py) and chooses; op.py registers the operators.
 """
 
 from fat5.ops.attention.api import BACKENDS, attention

@@ -17,7 +17,7 @@ from fat5.ops.attention.reference import attention_reference
 PLAIN = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}
 """Backends in plain PyTorch, differentiated by autograd; the others are registered in op.py."""
 BACKENDS = ("auto", *op.BACKENDS, *PLAIN)
-PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton",)}
+PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("hopper", "triton")}
 """The backends that "auto" tries on a device, the best first; the reference serves what they cannot."""
 
 
@@ -52,8 +52,8 @@ def attention(
         max_seqlen_q, max_seqlen_k: Python ints, upper bounds of the documents' lengths. Left out, they are read from
             cu_seqlens, which waits for the device and cannot be compiled; a training step should give them.
         key_padding_mask: (B, Lk) bool, batched only; True = attend.
-        backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve, the CPU path on the CPU, and
-            the reference elsewhere; they agree up to rounding.
+        backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve (Hopper's where those are
+            faster), the CPU path on the CPU, and the reference elsewhere; they agree up to rounding.
 
     Returns:
         Of q's shape and dtype. A query with no visible key gives zeros.
@@ -75,10 +75,12 @@ def attention(
     if packed:
         if key_padding_mask is not None:
             raise ValueError("key_padding_mask: packed inputs take none, documents have no padding")
+        one = cu_seqlens_q is cu_seqlens_k
         cu_seqlens_q, max_seqlen_q = _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q)
         cu_seqlens_k, max_seqlen_k = _check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k)
-        # Kernels read the boundaries one after another.
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        # Kernels read the boundaries one after another. Given as one tensor they stay one.
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+        cu_seqlens_k = cu_seqlens_q if one else cu_seqlens_k.contiguous()
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"cu_seqlens_k: expected as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} and "
@@ -115,13 +117,17 @@ def _choose(call: AttentionCall, backend: str) -> str:
     """The name of the backend that serves the call."""
     if backend == "auto":
         for name in PREFERRED.get(call.q.device.type, ()):
-            if op.BACKENDS[name].unsupported(call) is None:
+            if op.SELECTIVE.get(name, _always)(call) and op.BACKENDS[name].unsupported(call) is None:
                 return name
         return "reference"
     reason = op.BACKENDS[backend].unsupported(call) if backend in op.BACKENDS else None
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
     return backend
+
+
+def _always(_call: AttentionCall) -> bool:
+    return True
 
 
 def _serve(call: AttentionCall, backend: str) -> Tensor:

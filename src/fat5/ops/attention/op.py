@@ -17,9 +17,12 @@ from torch import Tensor
 
 from fat5.ops.attention.call import TENSORS, AttentionCall
 from fat5.ops.attention.cpu import backend as cpu
+from fat5.ops.attention.hopper import backend as hopper
 from fat5.ops.attention.triton import backend as triton
 
-BACKENDS = {"cpu": cpu, "triton": triton}
+BACKENDS = {"cpu": cpu, "triton": triton, "hopper": hopper}
+SELECTIVE = {"hopper": hopper.worthwhile}
+"""Which calls "auto" gives to a backend that is not the best choice wherever it can serve."""
 PLAN = 5
 
 # The fields of an AttentionCall, then the plan.
