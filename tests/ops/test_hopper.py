@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -23,10 +24,12 @@ from tests.ops.attention_cases import (
 
 pytest.importorskip("triton")
 
+from fat5.bench.static_report.compile import cuobjdump
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.hopper import backend, reduction
-from fat5.ops.attention.hopper.launch_table import KEYS, STRIP, query_block
+from fat5.ops.attention.hopper.launch_table import KEYS, PADDING, STRIP, query_block
 from fat5.ops.attention.op import attention_forward, planned
+from fat5.ops.triton.launch import recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_HOPPER = pytest.mark.skipif(
@@ -109,7 +112,7 @@ def test_auto_takes_it_where_the_table_says_so(
     assert backend.worthwhile(call_with(q=OnHopper))
     assert not backend.worthwhile(call_with(q=OnHopper, causal=True))
     monkeypatch.setattr(backend, "MISSING", "it needs something")
-    backend._tell.cache_clear() if hasattr(backend._tell, "cache_clear") else None
+    backend._tell.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert not any(backend.worthwhile(call_with(q=OnHopper)) for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
@@ -142,7 +145,7 @@ def left_by_the_hooks(case: Case, grad_scores: list[torch.Tensor], call, near, f
             far[:, first + strip] = sums
 
 
-@pytest.mark.parametrize("reach", [1, 7, 91])
+@pytest.mark.parametrize("reach", [1, 91])
 @pytest.mark.parametrize(
     "case",
     [
@@ -182,21 +185,18 @@ def test_rows_of_no_document_are_cleared() -> None:
     assert y.all()
 
 
-COMPILE = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from tests.ops.test_hopper import compiled
-compiled({head_dim}, {causal}, {packed}, {learned})
-"""
+COMPILE = "from tests.ops.test_hopper import compiled; compiled({head_dim}, {causal}, {packed}, {learned}, {forward})"
 
 
-def compiled(head_dim: int, causal: bool, packed: bool, learned: bool) -> None:
-    """Sends a forward and backward through the package's compiler; tensors are fake, nothing runs."""
+def compiled(head_dim: int, causal: bool, packed: bool, learned: bool, forward: bool) -> None:
+    """Sends a call through the package's compiler; tensors are fake, nothing runs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fat5.ops.attention.hopper import host
 
-    with FakeTensorMode(), torch.device("cuda"):
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: 0  # DLPack asks, of a PyTorch without CUDA too
+    with FakeTensorMode(), torch.device("cuda"), recording():
         shape = (1000, 4, head_dim) if packed else (2, 4, 500, head_dim)
         q, k, v, grad_out = (torch.empty(shape, dtype=BRAIN) for _ in range(4))
         starts = torch.empty(4, dtype=torch.int32) if packed else None
@@ -205,28 +205,43 @@ def compiled(head_dim: int, causal: bool, packed: bool, learned: bool) -> None:
             q, k, v, RelativeBias(vector), key_padding_mask=None, seed=None, cu_seqlens_q=starts, cu_seqlens_k=starts,
             causal=causal, scale=1.0, dropout_p=0.0,
         )  # fmt: skip
-        plan = (torch.empty(4, 183 + 768), None)
-        out, lse = host.forward(call, plan)
+        plan = (torch.empty(4, 183 + 2 * PADDING), None)
+        out, lse = call.empty_like(q), call.empty_lse()
+        if forward:
+            host.forward(call, plan)
         host.backward(call, plan, grad_out, out, lse, learned)
+
+
+def compile_for(arch: int, folder: Path, *choices: object) -> dict[str, str]:
+    """The machine code's resources, by the kernel's class."""
+    target = {"FLASH_ATTENTION_ARCH": f"sm_{arch}", "CUTE_DSL_ARCH": f"sm_{arch}a", "FLASH_ATTENTION_NUM_SMS": "132"}
+    environment = os.environ | target | {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(folder)}
+    program = COMPILE.format(**dict(zip(("head_dim", "causal", "packed", "learned", "forward"), choices)))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {path.name: cuobjdump("-sass", str(path)) for path in folder.glob("*.cubin")}
 
 
 @COMPILES
 @pytest.mark.slow
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_without_a_gpu(head_dim: int, causal: bool, packed: bool, learned: bool, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132",
-        "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(tmp_path),
-    }  # fmt: skip
-    program = COMPILE.format(head_dim=head_dim, causal=causal, packed=packed, learned=learned)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = [path.name for path in tmp_path.glob("*.cubin")]
-    for name in ("BiasedForward", "LearningBackward" if learned else "BiasedBackward"):
-        assert any(name in one for one in names), names
+def test_compiles_for_sm_90_without_a_gpu(head_dim: int, causal: bool, packed: bool, tmp_path: Path) -> None:
+    """Without a spill, and without the waits that ptxas puts around every product where it runs out of registers."""
+    found = compile_for(90, tmp_path, head_dim, causal, packed, True, True)
+    for name in ("BiasedForward", "LearningBackward"):
+        (code,) = (code for kernel, code in found.items() if name in kernel)
+        assert "HGMMA" in code
+        assert not re.search(r"\b(STL|LDL)\b", code), name
+        assert code.count("WARPGROUP.DEPBAR") <= 12, name
+
+
+@COMPILES
+@pytest.mark.slow
+def test_a_fixed_bias_compiles_for_sm_100_without_a_gpu(tmp_path: Path) -> None:
+    """The backward; before its forward the package asks the driver, which no machine without a GPU has."""
+    assert any("Sm100" in name for name in compile_for(100, tmp_path, 64, False, False, False, False))
 
 
 CASES = [

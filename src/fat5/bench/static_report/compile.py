@@ -63,11 +63,11 @@ def resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
+        usage = cuobjdump("-res-usage", file.name)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise RuntimeError(f"cuobjdump said nothing of registers: {usage[:200]}")
-        in_loops = spills_in_loops(_cuobjdump("-sass", file.name)) if found[2] != "0" else 0
+        in_loops = spills_in_loops(cuobjdump("-sass", file.name)) if found[2] != "0" else 0
     ptx = compiled.asm["ptx"]
     return Resources(
         registers=int(found[1]),
@@ -81,7 +81,8 @@ def resources(compiled: Any) -> Resources:
     )
 
 
-def _cuobjdump(option: str, cubin: str) -> str:
+def cuobjdump(option: str, cubin: str) -> str:
+    """What the tool in Triton's wheel says of a file of machine code."""
     program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([program, option, cubin], capture_output=True, text=True, check=True).stdout
 

@@ -20,21 +20,27 @@ from fat5.ops.attention.hopper.launch_table import PADDING, STRIP
 
 
 @cute.jit
-def score(score, batch, head, query, key, seqlen_info, aux_tensors):
-    """Stands for the bias where scores are not scaled. Never called: the classes below see whole tiles, but the package
-    wants a function of one score, and keeps what it compiles by its hash."""
-    return score
+def score(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+    """The bias of one score, where scores are not scaled. The classes below see whole tiles and never call it, but the
+    package keeps what it compiles by its hash; its Blackwell kernels do call it."""
+    table = aux_tensors[0]
+    reach = reach_of(table)
+    distance = cutlass.min(cutlass.max(kv_idx[0] - q_idx[0], -reach), reach)
+    return score + table[head[0], distance + reach + PADDING]
 
 
 @cute.jit
-def scaled_score(score, batch, head, query, key, seqlen_info, aux_tensors):
+def scaled_score(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
     """The same where they are."""
-    return score
+    table = aux_tensors[0]
+    reach = reach_of(table)
+    distance = cutlass.min(cutlass.max(kv_idx[0] - q_idx[0], -reach), reach)
+    return score + table[head[0], distance + reach + PADDING]
 
 
 @cute.jit
-def score_gradient(grad, score, batch, head, query, key, seqlen_info, aux_tensors):
-    """The same of their gradient."""
+def score_gradient(grad, score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+    """The bias is added, so dS is what it was."""
     return grad
 
 
