@@ -5,11 +5,12 @@
 Sections: `tokenizer` (no more than the preparation), `training`, `predict` (greedy, 4 beams), `lora` (rank 16). With a
 compiled stock model: `compiled`, `lora_compiled`, best run alone, since on a GPU both sides of a base model compile for
 minutes (`--sections compiled --seconds 560`; if that is too short, with `--compile_stock plain`, `--static_first`).
-Both sides have the same weights, examples, precision (fp32 on a CPU, bf16 autocast on a GPU), fused AdamW, constant
-rate, clipping and, on average, examples a step. Ours is the loader and the StepRunner of `fat5 finetune`. Stock has
-sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches grouped by length. Whole loops are timed, data
-included; between rounds of the stock loop ours has its turn. A useful token is an encoder or a target token that is no
-padding. Rows are appended to OUTPUT_DIR/finetuning.csv. A GPU machine can do without orjson if the cache folder comes
+Both sides have the same weights, examples, precision (fp32 on a CPU, bf16 autocast on a GPU, unless `--precision`
+says another), fused AdamW, constant rate, clipping and, on average, examples a step. Ours is the loader and the
+StepRunner of `fat5 finetune`. Stock has sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches
+grouped by length. Whole loops are timed, data included; between rounds of the stock loop ours has its turn. A useful
+token is an encoder or a target token that is no padding. Rows are appended to OUTPUT_DIR/finetuning.csv.
+A GPU machine can do without orjson if the cache folder comes
 along, prepared elsewhere by `--sections tokenizer`.
 """
 
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=128 if GPU else 64, help="predict: how many inputs")
     parser.add_argument("--new_tokens", type=int, default=64, help="predict: most tokens of a text")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
     parser.add_argument("--turn", type=Path, help="a file to lock while rounds are timed: others may compile meanwhile")
     parser.add_argument("--toy", action="store_true", help="one small layer and few short examples")
     options = parser.parse_args()
@@ -143,7 +145,7 @@ class Bench:
             data.max_examples, data.max_source_tokens, data.max_target_tokens = 120, 48, 32
         config = FinetuneConfig(
             output_dir="none", model=str(self.weights), tokenizer=str(self.tokenizer), data=data,
-            optimizer=OptimizerConfig(name="adamw"), lora=LoraConfig(rank=rank),
+            optimizer=OptimizerConfig(name="adamw"), lora=LoraConfig(rank=rank), precision=self.options.precision,
         )  # fmt: skip
         # The metrics' libraries, which nothing here needs, may be missing.
         with patch.object(fat5.tasks.finetune.finetuning, "measure"):
@@ -160,7 +162,8 @@ class Bench:
     def add(self, case: str, provider: str, metric: str, samples: Any, unit: str) -> None:
         """A row, which is printed."""
         values = np.atleast_1d(np.asarray(samples, dtype=float))
-        row = measure.row(f"{self.options.preset} {case}", provider, metric, values, unit)
+        asked = "" if self.options.precision == "auto" else f" {self.options.precision}"
+        row = measure.row(f"{self.options.preset}{asked} {case}", provider, metric, values, unit)
         self.rows.append(row)
         spread = f" (p20 {row['p20']:,}, p80 {row['p80']:,}, {len(values)} rounds)" if len(values) > 1 else ""
         say(f"{row['case']} | {provider} | {metric}: {row['p50']:,} {unit}{spread}")
@@ -275,7 +278,7 @@ def write(bench: Bench, beams: int, new_tokens: int) -> Texts:
     scorer = Scorer(model, Precision(task.config.precision, DEVICE), World(DEVICE), model)
     written = write_texts(
         scorer, task.validation.examples, task.tokenizer, rows=asked(bench), batch_size=task.config.predict_batch,
-        max_new_tokens=new_tokens, num_beams=beams, cuda_graphs=True,
+        max_new_tokens=new_tokens, num_beams=beams,
     )  # fmt: skip
     return {row: text for some in written for row, text, _ in some}
 

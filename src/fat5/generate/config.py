@@ -34,9 +34,8 @@ class Decoding:
     loop: Literal["auto", "fat5", "stock"] = "auto"
     """fat5 is our decoding loop, stock is generate of transformers; auto takes ours unless a setting needs stock"""
 
-    cuda_graphs: bool = False
-    """On a GPU, record the launches of a decoding step once and replay them for all batches. Not the default before its
-    proof on a card (docs/generate.md)"""
+    cuda_graphs: bool = True
+    """On a GPU, from two batches on, record the launches of a decoding step once and replay them (docs/generate.md)"""
 
     def __post_init__(self) -> None:
         for names, is_right, fault in (

@@ -23,7 +23,7 @@ from fat5.model.layers import HeadProjection
 from fat5.model.padding import segment_numbers
 from fat5.model.pretrained import FAT5PreTrainedModel, refuse_given
 from fat5.model.t5 import NOT_OF_AN_ENCODER, NOT_WITHOUT_A_HEAD, EncoderDecoder, FAT5EncoderModel, FAT5Model
-from fat5.ops import is_recorded
+from fat5.ops import Dropout, is_recorded
 
 FORM = "a head with head_form {!r} takes none"
 
@@ -34,7 +34,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.dense = HeadProjection(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = Dropout(config.classifier_dropout)
         self.out_proj = HeadProjection(config.d_model, config.num_labels)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class FAT5ForTokenClassification(FAT5PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.transformer = FAT5EncoderModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = Dropout(config.classifier_dropout)
         self.classifier = HeadProjection(config.d_model, config.num_labels)
         self.post_init()
 

@@ -148,7 +148,7 @@ class Residual(nn.Module):
         [(self.name, module)] = part.items()
         self.add_module(self.name, module)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = ops.Dropout(config.dropout_rate)
 
     def forward(self, hidden: Tensor, *args: Any, **how: Any) -> Tensor:
         return hidden + self.dropout(getattr(self, self.name)(self.layer_norm(hidden), *args, **how))
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = ops.Dropout(config.dropout_rate)
         self.act = ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class GatedFeedForward(nn.Module):
         self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = ops.Dropout(config.dropout_rate)
         self.act = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fat5.model.configuration import FAT5Config
 from fat5.model.layers import Block, Embedding, RMSNorm, bias_table
 from fat5.model.padding import Segments, Trace
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
-from fat5.ops import RelativeBias
+from fat5.ops import Dropout, RelativeBias
 
 
 class Stack(nn.Module):
@@ -27,7 +27,7 @@ class Stack(nn.Module):
             [Block(config, i, is_decoder, learned and (i == 0 or self.own_bias)) for i in range(layers)]
         )
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         if config.position_encoding == "fire":
             self.fire = Fire(config)
         elif config.position_encoding == "absolute":

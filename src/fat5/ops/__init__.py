@@ -4,6 +4,7 @@
 
 from fat5.ops.attention import BACKENDS, RelativeBias, attention, attention_weights
 from fat5.ops.choice import is_recorded, use_kernels
+from fat5.ops.dropout import Dropout
 from fat5.ops.embedding import embedding
 from fat5.ops.geglu import geglu, geglu_joined
 from fat5.ops.linear import is_hooked, is_plain, linear
@@ -13,6 +14,7 @@ from fat5.ops.rotary import rotary
 
 __all__ = [
     "BACKENDS",
+    "Dropout",
     "RelativeBias",
     "attention",
     "attention_weights",

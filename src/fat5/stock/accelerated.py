@@ -330,7 +330,7 @@ FAST: dict[Any, Any] = {
     for family, module in _STOCK_MODULES.items()
     for name, part in _PARTS.items()
     for stock in [getattr(module, family + name)]
-}
+} | {nn.Dropout: ops.Dropout}
 FUSED: dict[Any, Any] = {
     stock: _subclass(stock, **_with_fused_loss(stock))
     for family, module in _STOCK_MODULES.items()

@@ -314,16 +314,15 @@ def resolve(tables, positions, out):  # type: ignore[no-untyped-def]
         local = permute(draw - epoch * size, size, w0, w1, w2, w3)
         shard, start, length = _locate(tables, source, local)
         piece = source << PIECE_BITS | local
-        set_example(tables, out, i, piece, epoch, _draw(tables, piece, epoch), shard, start, length)
+        set_example(tables, out, i, piece, epoch, _draw(tables.thresholds, k0, k1, piece, epoch), shard, start, length)
 
 
 @jit
-def _draw(tables, piece, epoch):  # type: ignore[no-untyped-def]
-    """The denoiser of a piece in a pass."""
-    k0, k1 = tables.seed_low, tables.seed_high
+def _draw(thresholds, k0, k1, piece, epoch):  # type: ignore[no-untyped-def]
+    """The denoiser of a piece in a pass. Not of `tables`: passing them costs as much as the draw."""
     word, _, _, _ = philox(0, piece & MASK32, piece >> 32, (TRAINING << DOMAIN_SHIFT) + epoch, k0, k1)
     denoiser = 0
-    while word >= tables.thresholds[denoiser]:
+    while word >= thresholds[denoiser]:
         denoiser += 1
     return denoiser
 
@@ -333,7 +332,7 @@ def resolve_documents(tables, pieces, epochs, ends, out):  # type: ignore[no-unt
     """Fills `out` for documents that end at `ends` in the only shard, drawn as pieces of the stream are."""
     start = 0
     for i in range(pieces.size):
-        denoiser = _draw(tables, pieces[i], epochs[i])
+        denoiser = _draw(tables.thresholds, tables.seed_low, tables.seed_high, pieces[i], epochs[i])
         set_example(tables, out, i, pieces[i], epochs[i], denoiser, 0, start, ends[i] - start)
         start = ends[i]
 

@@ -70,7 +70,7 @@ def predict(
         for written in write_texts(
             plain, examples, tokenizer, rows=rows, batch_size=config.predict_batch, num_beams=config.num_beams,
             max_new_tokens=config.max_new_tokens or config.data.max_target_tokens,
-            cuda_graphs=config.cuda_graphs is True,
+            cuda_graphs=config.cuda_graphs is not False,
         ):  # fmt: skip
             made += written
             if file is not None:
@@ -91,7 +91,7 @@ def write_texts(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
 ) -> Iterator[list[Prediction]]:
     """Generated texts, a batch at a time, long inputs first.
 
