@@ -6,6 +6,7 @@ import torch
 from fat5.data import PackedBatch
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.optim import OptimizerConfig
 from fat5.tasks import PretrainConfig
 from fat5.train.step import StepRunner
 from fat5.train.world import World
@@ -25,10 +26,18 @@ def batch(seed: int) -> PackedBatch:
     )  # fmt: skip
 
 
-def trained(cuda_graphs: bool, dropout: float) -> tuple[list, list[torch.Tensor], torch.Tensor]:
+def trained(
+    cuda_graphs: bool, dropout: float, checkpointing: str = "none", offload: bool = False
+) -> tuple[list, list[torch.Tensor], torch.Tensor]:
     torch.manual_seed(1)
     device = torch.device("cuda")
-    config = PretrainConfig(precision="bf16", compile=True, cuda_graphs=cuda_graphs)
+    config = PretrainConfig(
+        precision="bf16",
+        compile=True,
+        cuda_graphs=cuda_graphs,
+        gradient_checkpointing=checkpointing,
+        optimizer=OptimizerConfig(offload=offload),
+    )
     model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 512, "dropout_rate": dropout})).to(device)
     runner = StepRunner(config, model, World(device))
     torch.manual_seed(2)
@@ -50,6 +59,22 @@ def test_recorded_is_launched(dropout: float) -> None:
     for one, other in zip(launched[1], recorded[1], strict=True):
         torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-3)
     assert torch.equal(launched[2], recorded[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("checkpointing", "offload"), [("selective", False), ("block", False), ("none", True)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saving_memory_changes_no_loss(dropout: float, checkpointing: str, offload: bool) -> None:
+    """Recorded, with dropout: what is computed again is what was computed."""
+    plain, saving = trained(True, dropout), trained(True, dropout, checkpointing, offload)
+    for (loss, norm, _), (own_loss, own_norm, _) in zip(plain[0], saving[0], strict=True):
+        assert own_loss == pytest.approx(loss, rel=1e-3)
+        assert own_norm == pytest.approx(norm, rel=1e-2)
+    for one, other in zip(plain[1], saving[1], strict=True):
+        if offload:
+            assert torch.equal(other, one)
+        else:
+            torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-3)
 
 
 def test_refused_without_a_gpu() -> None:

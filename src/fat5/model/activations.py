@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from fat5.model.layers import Block
 
-KEPT = ("fat5::attention", "fat5::triton_work_lists")
+KEPT = ("fat5::attention", "fat5::triton_work_lists", "fat5::hopper_strips")
 """Operators whose outputs `selective` keeps: the quadratic part, and the few numbers that its backward pass shares."""
 
 PRODUCTS = ("aten::mm", "aten::addmm", "fat5::product")
