@@ -44,7 +44,8 @@ def submit(slurm: FakeSlurm, *words: str) -> dict:
 def loop(*command: str, **settings: str) -> subprocess.Popen:
     environment = os.environ | {"PAUSE": "0", "OMP_NUM_THREADS": "1"} | settings
     words = ["bash", str(LAUNCH / "spot.sh"), *command]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for(path: Path) -> None:
@@ -219,16 +220,28 @@ def test_spot_counts_only_what_ends_at_once(tmp_path: Path) -> None:
     assert finish(loop("bash", "-c", often, LIMIT="2", QUICK="0"), SECONDS)[0] == 0
 
 
+SAVING = """
+import pathlib, signal, sys, time
+folder, got = pathlib.Path(sys.argv[1]), []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: got.append(number))
+(folder / "ready").touch()
+while not got:
+    time.sleep(0.02)
+time.sleep(0.5)
+(folder / "saved").write_text(str(len(got)))
+sys.exit(128 + got[0])
+"""
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_spot_waits_for_the_save_when_it_is_stopped(tmp_path: Path, sent: int) -> None:
-    save = (
-        f"trap 'sleep 0.5; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done"
-    )
-    process = loop("bash", "-c", save)
+    """A terminal and `timeout` send the signal to the whole group; FAT5 would leave without saving at a second one."""
+    process = loop(sys.executable, "-S", "-c", SAVING, str(tmp_path))
     wait_for(tmp_path / "ready")
-    os.kill(process.pid, sent)
+    os.killpg(process.pid, sent)
     assert finish(process, SECONDS)[0] == 143
-    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "saved").read_text() == "1"
 
 
 def test_spot_ends_in_its_pause(tmp_path: Path) -> None:
