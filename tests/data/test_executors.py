@@ -104,7 +104,7 @@ def test_slurms_jobs_run_and_the_unfinished_tasks_are_submitted_again(
     assert not (folder / "out" / "manifest.json").exists()
     prepare(on_slurm)
     again, last = slurm.jobs[2:]
-    assert again["options"]["array"] == "0-0"
+    assert again["options"]["array"] == "0-0%1"
     assert slurm.start(again, array=0).wait(120) == 0
     assert slurm.start(last).wait(120) == 0
     assert manifest(folder / "out") == manifest(tmp_path / "local")
@@ -126,6 +126,22 @@ def test_ray_makes_the_same_shards(tmp_path: Path, tokenizer: str, texts: list[s
     prepare(replace(keys, output_dir=str(tmp_path / "local")))
     prepare(replace(keys, executor="ray", workers=2))
     assert manifest(tmp_path / "out") == manifest(tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tasks")
+def test_a_fault_on_ray_names_its_log_and_the_rest_is_kept(tmp_path: Path, tokenizer: str, texts: list[str]) -> None:
+    pytest.importorskip("ray", reason="waits on `pip install ray`")
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    rows = corpus.read_bytes().splitlines(keepends=True)
+    rows[200] = b"{broken\n"
+    corpus.write_bytes(b"".join(rows))
+    keys = config(tmp_path, tokenizer, corpus, executor="ray", workers=2)
+    with pytest.raises(DataError, match="tasks failed on Ray: 1") as caught:
+        prepare(keys)
+    assert "a.jsonl:201: not JSON" in Path(str(caught.value).split(": tasks failed")[0]).read_text()
+    marks = tmp_path / "out" / "logs" / "tokens" / "completions"
+    assert len(list(marks.iterdir())) == len(read_plan(tmp_path / "out").tasks) - 1
 
 
 def test_without_ray_it_says_so(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def run_ray(folder: str, workers: int) -> None:
             left = _executor(folder, stage).get_incomplete_ranks()
             if left:
                 log = Path(_logs(folder, stage)) / "logs" / f"task_{left[0]:05d}.log"
-                raise DataError(f"{len(left)} tasks failed on Ray", where=log, hint="The log says why")
+                raise DataError(f"tasks failed on Ray: {len(left)}", where=log, hint="The log says why")
     finally:
         if started:
             ray.shutdown()
