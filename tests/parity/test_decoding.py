@@ -122,6 +122,20 @@ def test_what_cannot_be_is_refused():
         decoder.generate(**prompts(), max_new_tokens=3, cuda_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_likeliest_tokens_are_those_of_the_model(dtype):
+    model, batch = fat5_like(t5_v1_1()).eval(), prompts()
+    with torch.autocast("cpu", dtype):
+        written = generate(model, **batch, max_new_tokens=40)
+        assert generate(model, **batch, max_new_tokens=4, num_beams=3).shape[1] <= 5
+        with torch.no_grad():
+            logits = model(**batch, decoder_input_ids=written[:, :-1]).logits.float()
+    behind_an_end = (written[:, 1:] == model.config.pad_token_id).cumsum(1) > 0
+    chosen = logits.gather(2, written[:, 1:, None])[..., 0]
+    short = (logits.amax(-1) - chosen).masked_fill(behind_an_end, 0.0)
+    assert short.max() <= 0.02 * logits.abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a GPU")
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])

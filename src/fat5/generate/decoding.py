@@ -32,8 +32,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.weights = model, DecoderWeights(model)
-        self._cast: dict[torch.dtype | None, DecoderWeights] = {None: self.weights}
+        self.model = model
+        self._weights: dict[torch.dtype | None, DecoderWeights] = {None: DecoderWeights(model)}
         self._shared: tuple[Any, SharedStep] | None = None
         self._replays = True
 
@@ -92,22 +92,23 @@ class Decoder:
         """A new step, or that of the batch before if it is to be shared and fits."""
         if self._shared is not None and self._shared[1].failed:
             self._shared, self._replays = None, False
+        device = memory.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype not in self._weights:
+            self._weights[dtype] = DecoderWeights(self.model, dtype)
+        weights = self._weights[dtype]
         if shared and self._replays:
-            device = memory.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             shape = bucket(memory.shape[1]), capacity, beams, memory.dtype, dtype
             try:
                 if self._shared is None or self._shared[0] != shape or self._shared[1].items < len(memory):
                     self._shared = None  # its memory is for the next one
-                    if dtype not in self._cast:
-                        self._cast[dtype] = DecoderWeights(self.model, dtype)
-                    self._shared = shape, SharedStep(self._cast[dtype], memory, capacity, beams)
+                    self._shared = shape, SharedStep(weights, memory, capacity, beams)
                 step = self._shared[1]
                 step.load(memory, mask)
                 return step
             except torch.OutOfMemoryError:
                 self._shared = None  # a new step has no padding
-        return Step(self.weights, memory, mask, capacity, beams)
+        return Step(weights, memory, mask, capacity, beams)
 
 
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:
