@@ -217,6 +217,7 @@ def test_the_readme_lists_every_verb() -> None:
         ("publish", "docs/demo.md"),
         ("publish", "docs/performance.md"),
         ("publish", "docs/generate.md"),
+        ("publish", "docs/prepare.md"),
         ("publish", "docs/compatibility.md"),
         ("update_performance", "docs/performance.md"),
     ],
