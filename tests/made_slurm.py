@@ -131,8 +131,8 @@ def scontrol(folder: Path, words: list[str]) -> int:
     state = folder / f"state-{words[-1]}"
     if words[:2] == ["show", "hostnames"]:
         print("\n".join(words[2].split(",")))
-    elif words[:3] == ["show", "job", "--oneliner"]:
-        print(f"JobId={words[-1]} JobName=fat5 JobState={state.read_text()} Reason=None")
+    elif words[:2] == ["show", "job"]:
+        print(f"JobId={words[-1]} JobName=fat5\n   JobState={state.read_text()} Reason=None")
     else:
         assert words[0] == "requeue", words
         state.write_text("REQUEUED")

@@ -47,7 +47,7 @@ code=$?
 # A job that ends within the grace period of a preemption counts as finished, so it asks to be queued again itself. One
 # that the user cancelled is not RUNNING any more.
 if [[ $code == 138 || $code == 143 ]]; then
-    if scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+    if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
         echo "fat5: stopped and saved (exit code $code); job $SLURM_JOB_ID is queued again"
         scontrol requeue "$SLURM_JOB_ID" && exit 0
     fi
