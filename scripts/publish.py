@@ -29,6 +29,7 @@ PAGES = {
     "docs/generate.md": ("decoding",),
     "docs/prepare.md": ("prepare-scale",),
     "docs/compatibility.md": ("parity", "generation", "accelerate", "accelerate-memory"),
+    "docs/reliability.md": ("faults", "reliability"),
 }
 """Page → its generated parts."""
 
@@ -140,6 +141,7 @@ def take_over_demo(folder: Path) -> None:
 def render(page: str, names: Sequence[str]) -> str:
     """The page with its generated parts made anew from the files."""
     parts = {"figure": figure_part, "demo": demo_part, "denoisers": denoisers_part, "benchmarks": benchmark_part}
+    parts |= {"faults": fault_part, "reliability": reliability_part}
     for name in names:
         content = parts[name]() if name in parts else tables(*TABLES[name])
         pattern = rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)"
@@ -219,6 +221,27 @@ def benchmark_part() -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in sorted(versions))])
 
 
+def fault_part() -> str:
+    """The twenty rows of the fault table."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from fault_table import fault_table
+
+    costs = [row for row in results("h100-reproducible") if row["provider"] == "now"]
+    return fault_table({f"{row['case']}: {row['metric']}": _cell(row) for row in [*results("reliability"), *costs]})
+
+
+def reliability_part() -> str:
+    """Every figure of benchmarks/reliability.py: median, or count, and the range of times."""
+    lines = ["| case | what | | 20% to 80% | repeats | commit, date |", "|---" * 6 + "|"]
+    rows = results("reliability")
+    for row in rows:
+        spread = "" if row["unit"] == "count" else f"{_figure(float(row['p20']))} to {_figure(float(row['p80']))}"
+        cells = [row["case"], row["metric"], _cell(row), spread, row["repeats"], f"{row['commit']}, {row['date']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = sorted({f"{row['machine']}; {row['versions']}." for row in rows})
+    return "\n".join([*lines, "", *machines])
+
+
 def tables(file: str, heading: str, columns: list[tuple[str, str, str]]) -> str:
     """A table a machine; says so where nothing is measured yet."""
     rows = results(file)
@@ -248,6 +271,8 @@ def _cell(row: Row | None) -> str:
         return "0" if value == 0 else f"{value:.1e}"
     if row["unit"] == "bytes":
         return f"{value / 1e6:,.0f} MB"
+    if row["unit"] == "ms":
+        return f"{_figure(value)} ms"
     if row["unit"] == "s":
         return f"{_figure(value)} s"
     return _spread(row) if row["unit"] == "ratio" else _figure(value)

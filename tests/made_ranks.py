@@ -11,13 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 WATCHED = Path(__file__).parent / "watched_rank.py"
+INJECTED = Path(__file__).parent / "injected.py"
 
 
-def torchrun(*words: str, watch: Path | None = None, processes: int = 2, options: tuple[str, ...] = ()):
-    """Starts `fat5 WORDS` under torchrun; with `watch`, each rank leaves there what it trained on (watched_rank.py)."""
+def torchrun(
+    *words: str,
+    watch: Path | None = None,
+    fault: dict | None = None,
+    processes: int = 2,
+    options: tuple[str, ...] = (),
+):
+    """Starts `fat5 WORDS` under torchrun; with `watch`, each rank leaves there what it trained on (watched_rank.py);
+    with `fault`, each injects it (injected.py).
+    """
     entry = ["-m", "fat5"] if watch is None else [str(WATCHED)]
+    entry = entry if fault is None else [str(INJECTED)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"WATCH": str(watch)} if watch is not None else {})
+    environment = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "INJECT": json.dumps(fault)}
+        | ({"WATCH": str(watch)} if watch is not None else {})
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *launcher, *entry, *words], env=environment, **pipes)
 

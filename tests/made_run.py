@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,8 @@ TINY = {
     "dropout_rate": 0.1,  # so that the random state matters
     "attention_dropout_rate": 0.0,  # half the time of a step at this size; the kill tests turn it on
 }
+
+INJECTED = Path(__file__).parent / "injected.py"
 
 
 @pytest.fixture(scope="session")
@@ -111,14 +115,78 @@ def in_child(work: Callable[[], object], seconds: int = 120) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def start(config: PretrainConfig, *arguments: str) -> subprocess.Popen:
-    """Starts `fat5 pretrain` as a user does, in a process group of its own."""
+def start(config: PretrainConfig, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen:
+    """Starts `fat5 pretrain` as a user does, in a process group of its own; `before` is a command that starts it."""
     recipe = Path(config.output_dir).with_suffix(".yaml")
     recipe.write_text(config.to_yaml())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fat5", "pretrain", "--config", str(recipe), *arguments]
+    command = [*before, sys.executable, "-m", "fat5", "pretrain", "--config", str(recipe), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+class Forked:
+    """A command in a process forked from one that has imported the package; as subprocess.Popen, but for its pipes."""
+
+    _server: subprocess.Popen | None = None
+
+    def __init__(self, words: Sequence[str], fault: dict | None, variables: dict[str, str]) -> None:
+        if Forked._server is None:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            server = [sys.executable, str(INJECTED), "--serve"]
+            Forked._server = subprocess.Popen(server, env=environment, start_new_session=True, **pipes)
+        self.returncode: int | None = None
+        self._folder = tempfile.TemporaryDirectory()
+        request = {"words": words, "folder": self._folder.name, "fault": fault, "variables": variables}
+        self.pid = self._ask(request)
+
+    @classmethod
+    def _ask(cls, request: dict) -> Any:
+        assert cls._server is not None
+        cls._server.stdin.write(json.dumps(request) + "\n")
+        cls._server.stdin.flush()
+        return json.loads(cls._server.stdout.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ask({"poll": self.pid})
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 120.0) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("fat5", timeout)
+            time.sleep(0.005)
+        output, error = (Path(self._folder.name, name).read_text() for name in ("stdout", "stderr"))
+        return output, error
+
+
+def fork(config: PretrainConfig, *arguments: str, fault: dict | None = None, **variables: str) -> Forked:
+    """As `start`, without the seconds of its imports."""
+    recipe = Path(config.output_dir).with_suffix(".yaml")
+    recipe.write_text(config.to_yaml())
+    return Forked(["pretrain", "--config", str(recipe), *arguments], fault, variables)
+
+
+def command(config: PretrainConfig, *arguments: str, seconds: float = 240, **settings: Any) -> tuple[int, str]:
+    """Exit code and errors of `fat5 pretrain`, started as `fork` does."""
+    process = fork(config, *arguments, **settings)
+    try:
+        _, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode is not None
+    return process.returncode, error
 
 
 def wait_for_step(run: Path, step: int, seconds: float = 120.0) -> None:

@@ -35,6 +35,7 @@ PAGES = [
     "docs/training.md",
     "docs/many-devices.md",
     "docs/checkpoints.md",
+    "docs/reliability.md",
     "docs/optimizers.md",
     "docs/audit.md",
     "docs/french-tasks.md",
@@ -219,6 +220,7 @@ def test_the_readme_lists_every_verb() -> None:
         ("publish", "docs/generate.md"),
         ("publish", "docs/prepare.md"),
         ("publish", "docs/compatibility.md"),
+        ("publish", "docs/reliability.md"),
         ("update_performance", "docs/performance.md"),
     ],
 )

@@ -38,6 +38,10 @@ class CheckpointError(FAT5Error, ValueError):
     """A checkpoint is damaged, unsafe, or belongs to another configuration."""
 
 
+class CheckpointVersionError(CheckpointError):
+    """A sound checkpoint has a format version that this FAT5 does not read."""
+
+
 class CheckpointFileError(CheckpointError, OSError):
     """A file of a checkpoint is missing or cannot be read, for which stock transformers raises OSError."""
 

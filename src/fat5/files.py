@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,22 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             partial.unlink(missing_ok=True)
         fsync(path.parent)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether an interrupted write may have left a file or folder of this name."""
+    return name.startswith((WRITING, REMOVING)) or re.fullmatch(r"\..+\.\d+\.partial", name) is not None
+
+
+def sweep(folder: Path) -> list[str]:
+    """Removes what interrupted writes left in a folder; returns the names."""
+    leftovers = sorted(entry for entry in folder.iterdir() if is_leftover(entry.name)) if folder.is_dir() else []
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+    return [leftover.name for leftover in leftovers]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

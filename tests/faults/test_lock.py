@@ -105,3 +105,11 @@ def test_a_file_in_its_place_is_refused(prepared, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot be made or written"):
         pretrain(tiny(prepared, tmp_path / "file" / "run"))
+
+
+def test_a_folder_whose_mark_was_being_written_is_taken(prepared, tmp_path):
+    """Killed in its first moment: the hidden rest of run.json is no other content, and goes."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.123.partial").write_text('{"form')
+    pretrain(tiny(prepared, tmp_path / "run", steps=1))
+    assert ".run.json.123.partial" not in os.listdir(tmp_path / "run")

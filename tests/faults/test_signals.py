@@ -9,6 +9,7 @@ import pytest
 from fat5.tasks import pretrain
 from fat5.train import RunStopped, evaluation, verify_checkpoint
 from fat5.train.log.metrics import MetricsLog
+from fat5.train.signals import ECHO
 from fat5.train.step import StepRunner
 from fat5.train.trainer import Trainer
 from made_run import (
@@ -119,7 +120,7 @@ def test_a_second_signal_leaves_at_once(prepared, tmp_path):
     def work():
         def stuck(self, batches, rate):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
+            time.sleep(ECHO + 0.1)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 

@@ -70,6 +70,11 @@ class RunConfig:
     on_nan: Literal["abort", "skip", "rewind"] = "abort"
     """When loss or gradient is not finite: abort, skip the step, or rewind (take the last checkpoint, and go on with
     the data that follows)"""
+    on_spike: Literal["warn", "rewind"] = "warn"
+    """When the loss of a step lies far above those before it: warn, or rewind; either puts the examples on record in
+    events.jsonl"""
+    spike_sigma: float = 6.0
+    """How far: in standard deviations of the last 50 losses or so"""
     deterministic: bool = False
     """On a GPU, refuse operations that PyTorch does not guarantee to repeat. A compiled run repeats bit for bit without
     it too (docs/checkpoints.md)"""
@@ -104,6 +109,8 @@ class RunConfig:
                 )
         if self.use_best and not self.keep_best:
             raise ConfigurationError("use_best is true, and keep_best is 0", hint="Keep at least one: keep_best 1")
+        if not 0 < self.spike_sigma < math.inf:
+            raise ConfigurationError(f"spike_sigma is {self.spike_sigma}", hint="Give a finite number above 0")
         if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigurationError(
                 f"gradient_clip is {self.gradient_clip}", hint="Give a finite norm above 0, or null"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fat5.errors import CheckpointError, RunDirectoryError
-from fat5.files import write_atomically
+from fat5.files import sweep, write_atomically
 from fat5.train.checkpoint.compare import check_changes
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.generators import count_processes, seed_generators
@@ -71,7 +71,7 @@ def new_trainer(task: Task, folder: RunDirectory, world: World) -> Trainer:
 def _continue(trainer: Trainer) -> None:
     """Restores the checkpoint that `config.resume` asks for, says which and why, and cuts the log to fit."""
     world = trainer.world
-    leftovers = trainer.store.sweep() if world.is_main else []
+    leftovers = [*sweep(trainer.folder.path), *trainer.store.sweep()] if world.is_main else []
     if leftovers:
         trainer.events.write("swept", leftovers=leftovers)
     choice = Choice.of_main(lambda: _choose(trainer), world)

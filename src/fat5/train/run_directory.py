@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import FAT5Error, RunDirectoryError
-from fat5.files import is_count, locked, parse_json, write_atomically
+from fat5.files import is_count, is_leftover, locked, parse_json, write_atomically
 
 MARKER = "run.json"
 LOCK = "run.lock"
@@ -82,7 +82,7 @@ class RunDirectory:
             return
         try:
             if self.path.exists():
-                others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+                others = sorted(name for name in os.listdir(self.path) if name != LOCK and not is_leftover(name))
                 if others:
                     raise RunDirectoryError(
                         f"holds something that is not a FAT5 run ({', '.join(others[:3])}{', …' * (len(others) > 3)})",

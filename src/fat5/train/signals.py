@@ -10,8 +10,11 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+ECHO = 0.5
+"""Seconds in which a signal that comes twice is one: `timeout` sends it to the process, and then to its whole group."""
+
 LAUNCHER_ECHO = 2.0
-"""Seconds for torchrun to pass a signal on."""
+"""The same where torchrun passes a signal on."""
 
 
 class StopAsked(Exception):  # noqa: N818 - nothing went wrong
@@ -31,14 +34,13 @@ class StopRequest:
     """Context manager that turns the stop signals into a flag while training runs.
 
     Args:
-        echo: seconds in which the same signal may come again and is not a second one: a launcher passes on what its
-            whole group was sent.
+        echo: seconds in which the same signal may come again and is not a second one.
 
     `received` is None or the number of the signal. Only the process that entered reacts: a forked child inherits the
     handler, and a signal sent to the whole group must not end a data worker before it ignores signals by itself.
     """
 
-    def __init__(self, echo: float = 0.0) -> None:
+    def __init__(self, echo: float = ECHO) -> None:
         self.received: int | None = None
         self._echo, self._first = echo, 0.0
         self._process = os.getpid()
@@ -54,6 +56,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.received is not None:  # once the handlers are given back, an echo would end the process
+            time.sleep(max(0.0, self._first + self._echo - time.monotonic()))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from fat5.data import PackedBatch
-from fat5.errors import FAT5Error
 from fat5.optim import learning_rate
 from fat5.train.checkpoint.generators import gather_random_states, restore_generators
 from fat5.train.checkpoint.state import (
@@ -33,7 +32,14 @@ from fat5.train.checkpoint.state import (
 from fat5.train.checkpoint.store import CheckpointStore, Choice, Saver, Snapshot
 from fat5.train.cost.flops import peak_flops, training_flops
 from fat5.train.evaluation import Scorer
-from fat5.train.guards import MOST_IN_A_ROW, NonFiniteError, dump_examples
+from fat5.train.guards import (
+    MOST_IN_A_ROW,
+    NonFiniteError,
+    dump_examples,
+    gather_examples,
+    memory_told,
+    sigmas_above,
+)
 from fat5.train.log.display import RunDisplay
 from fat5.train.log.metrics import EventLog, MetricsLog, name_lines
 from fat5.train.log.plots import LivePlot
@@ -70,12 +76,13 @@ class Trainer:
         self.metrics = MetricsLog(folder.metrics, on_failure=self._warn)
         self.store = CheckpointStore(folder.checkpoints, config.keep_last, config.keep_best, config.keep_every)
         self.saver = Saver(self.store, self._snapshot, self._warn, self.world.broadcast)
-        self.stop = StopRequest(LAUNCHER_ECHO if self.world.size > 1 else 0.0)
+        self.stop = StopRequest(LAUNCHER_ECHO) if self.world.size > 1 else StopRequest()
         self.trackers: Trackers | None = None
         self.peak = peak_flops(runner.device, runner.precision.name) if main else None
         self._pending: deque[Pending] = deque()
         self._batches: Iterator[PackedBatch] = iter(())
         self._rewinds = 0
+        self._doing = "the first step"
         self._began = time.perf_counter()
 
     def run(self) -> None:
@@ -92,7 +99,7 @@ class Trainer:
             names, plain, say = config.trackers(), config.to_dict(), self.display.say
             self.trackers = Trackers(names, self.folder.path, state.step, plain, config.log_every, say, self._warn)
         self._began = time.perf_counter() - state.seconds
-        with self.stop, self.display:
+        with self.stop, self.display, memory_told(self.runner.device, lambda: self._doing):
             self._batches = iter(self.loader)
             try:
                 if self._evaluate_if_due() and state.step:
@@ -139,8 +146,11 @@ class Trainer:
             self.display.say(f"the model takes the weights of step {step}, the best evaluation")
 
     def cut_log(self, step: int) -> None:
-        """Moves the rows after `step` out of metrics.jsonl, and lines that are not rows, with a warning."""
-        bad = self.metrics.rewind(step, self.folder.discarded) if self.world.is_main else []
+        """Moves the rows after `step`, and evaluations that the state lacks, out of metrics.jsonl; lines that are not
+        rows too, with a warning.
+        """
+        discarded, evaluated_at = self.folder.discarded, self.state.evaluated_at
+        bad = self.metrics.rewind(step, discarded, evaluated_at) if self.world.is_main else []
         if bad:
             self._warn(f"metrics.jsonl: {name_lines(bad)}; moved to {self.folder.discarded.name}")
 
@@ -148,11 +158,10 @@ class Trainer:
         state, began = self.state, time.perf_counter()
         batches = [next(self._batches) for _ in range(self.loader.micro_batches_per_step)]
         waited = time.perf_counter() - began
+        shapes = f"{batches[0].input_ids.numel():,} encoder and {batches[0].labels.numel():,} decoder tokens"
+        self._doing = f"step {state.step + 1} with {shapes} a micro-batch"
         rate = learning_rate(self.config.schedule, state.step, self.config.steps)
-        try:
-            result = self.runner.run(batches, rate)
-        except torch.cuda.OutOfMemoryError as error:
-            raise _out_of_memory(batches[0]) from error
+        result = self.runner.run(batches, rate)
         state.step += 1
         row = self._count(batches, rate)
         pieces = [batch.piece[: batch.num_examples].tolist() for batch in batches]
@@ -214,6 +223,7 @@ class Trainer:
             self._broken(pending, loss, norm, losses)
         else:
             self.state.broken_in_a_row = 0
+            self._notice_spike(pending, loss, losses)
 
     def _settle_all(self) -> None:
         while self._pending:
@@ -239,10 +249,27 @@ class Trainer:
         else:
             self._rewind(what, dump.name)
 
+    def _notice_spike(self, pending: Pending, loss: float, losses: list[float]) -> None:
+        """Puts a loss far above those before it on record with its examples, and acts as `on_spike` says."""
+        sigmas = sigmas_above(self.state, loss, self.config.spike_sigma)
+        if sigmas is None:
+            return
+        step, action = pending.row["step"], self.config.on_spike
+        examples = gather_examples(pending.pieces, losses, self.world)
+        self.events.write("spike", step=step, loss=loss, sigmas=sigmas, action=action, micro_batches=examples)
+        what = f"loss {loss:.4f} at step {step} lies {sigmas:.1f} standard deviations above those before it"
+        if action == "warn":
+            self._warn(f"{what}; its examples are in {self.folder.events.name}")
+        else:
+            self._rewind(what, self.folder.events.name)
+
     def _rewind(self, what: str, dump: str) -> None:
         """Back to the last checkpoint's weights, on with the data that follows."""
         self.saver.settle()
         choice = Choice.of_main(lambda: self.store.choose(self.config.strict), self.world)
+        if choice is None and not self.state.broken_in_a_row:  # a spike, after which a run can go on
+            self._warn(f"{what}; there is no checkpoint to rewind to; its examples are in {dump}")
+            return
         self._rewinds += 1
         if choice is None or self._rewinds > MOST_IN_A_ROW:
             reason = (
@@ -269,6 +296,7 @@ class Trainer:
         self._settle_all()
         if self.state.step != before:  # rewound
             return False
+        self._doing = f"the evaluation of step {before}"
         began = time.perf_counter()
         row = {"kind": "eval", "step": before, **self.task.evaluate(self.scorer())}
         self.state.evaluated_at = before
@@ -304,6 +332,7 @@ class Trainer:
     def _save(self) -> None:
         if self.world.is_main:
             self.metrics.flush_to_disk()
+        self._doing = f"the save of step {self.state.step}"
         self.saver.save()
         self._rewinds = 0
 
@@ -343,16 +372,6 @@ class Trainer:
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _out_of_memory(batch: PackedBatch) -> FAT5Error:
-    """Shapes, peak and what to change."""
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return FAT5Error(
-        f"out of GPU memory in a step with {batch.input_ids.numel():,} encoder and {batch.labels.numel():,} decoder "
-        f"tokens a micro-batch (peak {peak:.1f} GiB)",
-        hint="Lower data.packs_per_micro_batch or the pack's tokens, or set gradient_checkpointing",
-    )
 
 
 def _config_text(model: Any) -> str:

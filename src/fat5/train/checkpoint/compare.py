@@ -27,6 +27,8 @@ HARMLESS = (
     "keep_best",
     "keep_every",
     "on_nan",
+    "on_spike",
+    "spike_sigma",
     "deterministic",
     "resume",
     "strict",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fat5.errors import CheckpointError
+from fat5.errors import CheckpointError, CheckpointVersionError
 from fat5.files import (
     PICKLE_SUFFIXES,
     REMOVING,
@@ -114,14 +114,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; its files are not read.
 
     Raises:
-        CheckpointError: missing, damaged, or of another format version.
+        CheckpointError: missing, damaged, or (CheckpointVersionError) of another format version.
     """
     path = folder / MANIFEST
     manifest = read_object(path, CheckpointError)
     if manifest.get("format") != FORMAT:
         raise CheckpointError("is not the manifest of a FAT5 checkpoint", where=path)
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
+    version = manifest.get("version")
+    if version != VERSION:
+        sound = is_count(version) and manifest.get("sha256") in (None, _self_sha256(manifest))
+        fault = CheckpointVersionError if sound else CheckpointError
+        raise fault(
             f"has format version {manifest.get('version')}, and this FAT5 reads version {VERSION}",
             where=path,
             hint="Continue with the FAT5 that wrote it",

@@ -23,7 +23,7 @@ WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, TRAINER = (
     "trainer.json",
 )
 
-LATER = ("best_rank", "best_step", "worse_in_a_row", "stopped_early")
+LATER = ("best_rank", "best_step", "worse_in_a_row", "stopped_early", "losses", "loss_mean", "loss_variance")
 """Of the progress; checkpoints of earlier versions lack them."""
 
 
@@ -55,6 +55,11 @@ class RunState:
     worse_in_a_row: int = 0
     """Evaluations since the best"""
     stopped_early: bool = False
+    losses: int = 0
+    """Of steps in the two below"""
+    loss_mean: float = 0.0
+    """Exponential mean and variance of the training loss (guards.py)"""
+    loss_variance: float = 0.0
 
     def note_rank(self, rank: float, patience: int | None) -> None:
         """Takes in an evaluation's number, and decides whether the run ends."""

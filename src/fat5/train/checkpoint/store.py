@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fat5.errors import CheckpointError
-from fat5.files import REMOVING, WRITING
+from fat5.errors import CheckpointError, CheckpointVersionError
+from fat5.files import REMOVING, WRITING, sweep
 from fat5.model.loading import refuse_adapter
 from fat5.train.checkpoint.files import MANIFEST, read_manifest, remove_checkpoint, verify_checkpoint, write_checkpoint
 from fat5.train.run_directory import runs_of_seeds
@@ -82,10 +81,12 @@ class CheckpointStore:
 
     def sweep(self) -> list[str]:
         """Removes what interrupted saves and removals left; returns the names."""
-        leftovers = [*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{REMOVING}*")]
-        for leftover in leftovers:
-            shutil.rmtree(leftover)
-        return sorted(leftover.name for leftover in leftovers)
+        for old in self.folder.glob(f"{REMOVING}*"):
+            target = self.folder / old.name.removeprefix(REMOVING)
+            # Killed between the two renames that replace a checkpoint: without the old one there would be none.
+            if not target.exists() and target.with_name(WRITING + target.name).exists():
+                old.rename(target)
+        return sweep(self.folder)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, oldest first, verified or not."""
@@ -102,7 +103,8 @@ class CheckpointStore:
         """The newest checkpoint that verifies; None if there is none at all.
 
         Raises:
-            CheckpointError: the newest is damaged and `strict`, or every one is damaged.
+            CheckpointError: the newest is damaged and `strict`, or every one is damaged; or one of another format
+                version is newer than all that verify.
         """
         refused: list[str] = []
         for step in reversed(self.steps()):
@@ -110,6 +112,8 @@ class CheckpointStore:
                 named = verify_checkpoint(self.path(step))["step"]
                 if named != step:
                     raise CheckpointError(f"is the checkpoint of step {named}", where=self.path(step))
+            except CheckpointVersionError:
+                raise  # nothing is wrong with it: an older one would lose its steps
             except CheckpointError as error:
                 if strict:
                     raise CheckpointError(

@@ -68,8 +68,9 @@ class MetricsLog:
         except OSError as error:
             self._tell(error)
 
-    def rewind(self, step: int, discarded: Path) -> list[int]:
-        """Moves the rows after `step`, and lines that are not rows, to another file; all other rows stay.
+    def rewind(self, step: int, discarded: Path, evaluated_at: int | None = None) -> list[int]:
+        """Moves the rows after `step`, evaluations after `evaluated_at`, and lines that are not rows to another file;
+        all other rows stay.
 
         Returns:
             Numbers of the lines inside the file that are not rows; an incomplete last line is what a crash leaves.
@@ -78,12 +79,13 @@ class MetricsLog:
             return []
         aside: list[bytes] = []
         bad: list[int] = []
+        last = {"train": step, "eval": step if evaluated_at is None else min(step, evaluated_at)}
         with open(self.path, "rb") as file, whole_file(self.path) as kept:
             for number, line in enumerate(file, start=1):
                 row, fault = _parse(line)
                 bad += [number] if fault and line.endswith(b"\n") else []
                 whole = line.rstrip(b"\n") + b"\n"
-                if row is not None and row["step"] <= step:
+                if row is not None and row["step"] <= last[row["kind"]]:
                     kept.write(whole)
                 else:
                     aside.append(whole)
