@@ -1,18 +1,20 @@
 """Two GPUs of one host against one: tokens/s, losses of the same global batch, and a run whose second rank is killed.
 
     python benchmarks/gpu_shards.py SHARDS                     (on any machine, before)
-    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling kill] [--preset fat5-base]
+    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling kill sharded] [--preset fat5-base]
 
 Runs unattended, one run after another, each by the command that a user types. `scaling` trains one recipe in bf16,
 compiled, with CUDA graphs: on one card; on all cards with the same global batch, whose losses must be those of one
 card; and on all cards with as much work a card as one card had. `kill` trains a smaller preset with dropout twice:
 undisturbed, and with SIGKILL of the last rank after the first checkpoint and the same command again; weights, optimizer
-and generators are compared byte by byte. `--tiny` runs the same without a GPU. Every figure is printed, and written to
-OUTPUT_DIR/ddp.csv at once.
+and generators are compared byte by byte. `sharded` trains one recipe on one card, on all cards by ddp, and on all cards
+with `--parallel` (fsdp, hsdp), the same global batch each: tokens/s, losses, memory of a card. `--tiny` runs the same
+without a GPU. Every figure is printed, and written to OUTPUT_DIR/ddp.csv at once.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -46,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS), default=["scaling", "kill"])
+    parser.add_argument("--parallel", choices=["fsdp", "hsdp"], default="fsdp", help="of the section sharded")
+    parser.add_argument("--hsdp_shard_size", type=int)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--preset", default="fat5-base")
     parser.add_argument("--kill_preset", default="fat5-demo")
@@ -73,13 +77,15 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.run, self.log, self.recipe = folder / "run", folder / "log.txt", folder / "recipe.yaml"
+        self.memory = folder
         self.recipe.write_text(yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)}))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Run":
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.devices)]
-        command = [sys.executable, *(many if self.devices > 1 else []), "-m", "fat5", "pretrain", "--config"]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        entry = [str(Path(__file__).with_name("gpu_rank.py")), "pretrain", "--config"]
+        command = [sys.executable, *(many if self.devices > 1 else []), *entry]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "MEMORY": str(self.memory)}
         environment.setdefault("OMP_NUM_THREADS", "1" if self.options.tiny else "4")
         if self.devices == 1:
             environment["CUDA_VISIBLE_DEVICES"] = "0"
@@ -135,11 +141,18 @@ class Run:
             if values.size:
                 self.results.add(self.name, "fat5 pretrain", key, values, unit)
                 say(f"{self.name} {key}: median {np.median(values):,.4g}")
+        most = [json.loads(path.read_text()) for path in sorted(self.memory.glob("rank-*.json"))]
+        for kind in ("allocated", "reserved"):
+            sizes = np.array([one[kind] / 2**30 for one in most])
+            self.results.add(self.name, "fat5 pretrain", f"most memory {kind} on a card", sizes, "GiB")
+            say(f"{self.name} memory {kind}: " + ", ".join(f"{size:.2f}" for size in sizes) + " GiB")
         self.results.write()
         return float(np.median([row["tokens_per_second"] for row in later]))
 
 
-def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: float, saves: int) -> dict:
+def recipe_of(
+    options: argparse.Namespace, *, preset: str, packs: int, dropout: float, saves: int, parallel: str = "ddp"
+) -> dict:
     encoder, decoder = (256, 256) if options.tiny else BUDGETS
     overrides = {"dropout_rate": dropout, "z_loss": 1e-4} | (TINY if options.tiny else {})
     gpu = torch.cuda.is_available()
@@ -163,7 +176,8 @@ def recipe_of(options: argparse.Namespace, *, preset: str, packs: int, dropout: 
         "eval_tokens": 256 if options.tiny else 13000,
         "save_every": max(1, options.steps // saves),
         "keep_last": 1,
-    }
+        "parallel": parallel,
+    } | ({"hsdp_shard_size": options.hsdp_shard_size} if parallel == "hsdp" else {})
 
 
 def scaling(options: argparse.Namespace, results: Results) -> bool:
@@ -189,10 +203,44 @@ def scaling(options: argparse.Namespace, results: Results) -> bool:
             f"{preset} {name}", "fat5 pretrain", "times the tokens/s of one card", rates[name] / rates[one], "ratio"
         )
         say(f"{name}: {rates[name] / rates[one]:.3f} times the tokens/s of one card")
-    apart = np.abs(np.array(losses[same]) / np.array(losses[one]) - 1)
-    results.add(f"{preset} {same}", "fat5 pretrain", "relative difference of the losses", apart, "ratio")
-    say(f"{same}: losses differ by {apart.max():.2g} at most, relative (median {np.median(apart):.2g})")
+    good = compare(f"{preset} {same}", losses[same], losses[one], results)
     results.write()
+    return good
+
+
+def sharded(options: argparse.Namespace, results: Results) -> bool:
+    """Whether cards that divide the weights learn what one card does; speed and memory are printed."""
+    cards, preset = options.devices, "fat5-demo" if options.tiny else options.preset
+    plans = {
+        "one card": (1, "ddp"),
+        f"{cards} cards, ddp": (cards, "ddp"),
+        f"{cards} cards, {options.parallel}": (cards, options.parallel),
+    }
+    rates: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    good = True
+    for name, (devices, parallel) in plans.items():
+        label = f"{preset} sharded, {name}"
+        keys = {"preset": preset, "packs": PACKS, "dropout": 0.0, "saves": 1, "parallel": parallel}
+        run = Run(options, results, label, devices, **keys).start()
+        if run.wait():
+            good = False
+            continue
+        rates[name], losses[name] = run.report(), [row["loss"] for row in run.steps()]
+        if "one card" in rates and devices > 1:
+            ratio = rates[name] / rates["one card"]
+            results.add(label, "fat5 pretrain", "times the tokens/s of one card", ratio, "ratio")
+            say(f"{name}: {ratio:.3f} times the tokens/s of one card")
+            good &= compare(label, losses[name], losses["one card"], results)
+    results.write()
+    return good
+
+
+def compare(name: str, losses: list[float], reference: list[float], results: Results) -> bool:
+    """Whether two runs have the same losses within the tolerance; the difference is printed and kept."""
+    apart = np.abs(np.array(losses) / np.array(reference) - 1)
+    results.add(name, "fat5 pretrain", "relative difference of the losses", apart, "ratio")
+    say(f"{name}: losses differ by {apart.max():.2g} at most, relative (median {np.median(apart):.2g})")
     return bool(apart.max() <= LOSS["bf16" if torch.cuda.is_available() else "fp32"])
 
 
@@ -214,7 +262,7 @@ def kill(options: argparse.Namespace, results: Results) -> bool:
     return code != 0 and seconds < SECONDS_TO_END and len(equal) == len(first)
 
 
-SECTIONS = {"scaling": scaling, "kill": kill}
+SECTIONS = {"scaling": scaling, "kill": kill, "sharded": sharded}
 
 
 def _children(pid: int) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,3 +170,40 @@ def test_what_the_kernel_does_not_serve_goes_the_plain_way():
         want.grad = torch.ones_like(old)
         _plain_step(want, state, optimizer.param_groups[0], False)
         torch.testing.assert_close(new.detach(), want)
+
+
+@pytest.mark.parametrize("path", ["triton", "fused", "plain"])
+def test_rows_of_a_matrix_take_the_rms_of_the_matrix(path, monkeypatch):
+    """Two processes with three and two rows step as one with all five; a vector beside them is whole in each."""
+    before = use_kernels("triton" if path == "triton" else "plain")
+    try:
+        generator = torch.Generator().manual_seed(0)
+        matrix, vector, gradient, other = (
+            torch.randn(*shape, generator=generator).to(HERE) for shape in ((5, 8), (8,), (5, 8), (8,))
+        )
+        matrix[:3] *= 10  # the halves alone have another RMS
+
+        def stepped(*weights_and_gradients):
+            parameters = [torch.nn.Parameter(weight.clone()) for weight, _ in weights_and_gradients]
+            if len(weights_and_gradients[0][0]) != 5:
+                mesh = SimpleNamespace(ndim=1, get_group=lambda dimension: "group")
+                parameters[0].rows_of = SimpleNamespace(device_mesh=mesh, numel=lambda: 40)
+            optimizer = AdamWScale(parameters, fused=False if path == "plain" else None)
+            for parameter, (_, own) in zip(parameters, weights_and_gradients, strict=True):
+                parameter.grad = own.clone()
+            optimizer.step()
+            return [parameter.detach() for parameter in parameters]
+
+        whole, moved = stepped((matrix, gradient), (vector, other))
+        for rows, rest in ((slice(0, 3), slice(3, 5)), (slice(3, 5), slice(0, 3))):
+
+            def all_reduce(squares, group):
+                assert group == "group"
+                squares += matrix[rest].square().sum()  # noqa: B023
+
+            monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+            part, same = stepped((matrix[rows], gradient[rows]), (vector, other))
+            torch.testing.assert_close(part, whole[rows])
+            torch.testing.assert_close(same, moved)
+    finally:
+        use_kernels(before)

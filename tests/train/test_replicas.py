@@ -33,8 +33,7 @@ def test_sums_of_two_steps_with_two_micro_batches(overlap, monkeypatch):
         with World.here() as world:
             torch.manual_seed(world.rank)  # the main process's weights count
             net = Net()
-            weights = list(net.parameters())
-            group = Replicas(net, weights, world, overlap)
+            group = Replicas(net, world, overlap)
             torch.manual_seed(0)
             alone = Net()
             for name, weight in alone.named_parameters():
@@ -66,7 +65,7 @@ def test_sums_of_two_steps_with_two_micro_batches(overlap, monkeypatch):
 
 def test_alone_nothing_is_sent():
     net = Net()
-    group = Replicas(net, list(net.parameters()), World(torch.device("cpu")), overlap=True)
+    group = Replicas(net, World(torch.device("cpu")), overlap=True)
     with group.summing():
         net(torch.ones(1, 8), False).backward()
     assert net.sometimes.weight.grad is None

@@ -15,6 +15,9 @@ section 2), as in the first FAT5, nanoT5 and the former AdamW of transformers: Î
 Three implementations of the same arithmetic: plain (the specification), fused (one pass a tensor, float32 only), and
 Triton (three launches for all tensors of a group, any precision and Kahan; fat5.ops.choice says when). None of them
 reads a device value on the host.
+
+A weight may be some rows of a matrix whose others lie in other processes (attribute `rows_of`, fat5.train.parts): its
+RMS is that of the matrix, from one sum over the processes for all weights of a step, which all of them make together.
 """
 
 import math
@@ -96,6 +99,8 @@ class AdamWScale(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        used = [weight for weight in self._weights() if weight.grad is not None and weight.numel()]
+        rms = _rms_of_matrices(used)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None and weight.numel()]
             triton = [weight for weight in weights if self._uses_triton(weight)]
@@ -108,10 +113,10 @@ class AdamWScale(torch.optim.Optimizer):
             for weight in weights:
                 self._prepare(weight)
             for alike in _alike(triton, self.state):
-                _triton_step(alike, self.state, group, found_inf, self._eps_before_correction)
-            _fused_step(fused, self.state, group, found_inf)
+                _triton_step(alike, self.state, group, found_inf, self._eps_before_correction, rms)
+            _fused_step(fused, self.state, group, found_inf, rms)
             for weight in rest:
-                _plain_step(weight, self.state[weight], group, self._eps_before_correction)
+                _plain_step(weight, self.state[weight], group, self._eps_before_correction, rms)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,7 +151,6 @@ class AdamWScale(torch.optim.Optimizer):
         return self._fused
 
     def _uses_triton(self, weight: Tensor) -> bool:
-        # A sharded weight is of another type: its RMS is that of all its shards.
         if self._fused is not None or type(weight) not in (Tensor, torch.nn.Parameter):
             return False
         if not weight.is_contiguous() or (weight.grad is not None and not weight.grad.is_contiguous()):
@@ -176,14 +180,34 @@ class AdamWScale(torch.optim.Optimizer):
             state["compensation"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
 
-def _plain_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], eps_before_correction: bool) -> None:
+def _rms_of_matrices(weights: list[Tensor]) -> dict[Tensor, Tensor]:
+    """The root mean square of each weight if some are rows of a matrix; nothing if none is."""
+    matrices = [getattr(weight, "rows_of", None) for weight in weights]
+    meshes = [matrix.device_mesh for matrix in matrices if matrix is not None]
+    if not meshes:
+        return {}
+    import torch.distributed as dist
+
+    norms = list(torch._foreach_norm(weights, 2, torch.promote_types(weights[0].dtype, torch.float32)))
+    places = [place for place, matrix in enumerate(matrices) if matrix is not None]
+    squares = torch.stack([norms[place] for place in places]).square()
+    dist.all_reduce(squares, group=meshes[0].get_group(meshes[0].ndim - 1))
+    for place, norm in zip(places, squares.sqrt(), strict=True):
+        norms[place] = norm
+    sizes = [(weight if matrix is None else matrix).numel() for weight, matrix in zip(weights, matrices, strict=True)]
+    return dict(zip(weights, torch._foreach_div(norms, [math.sqrt(size) for size in sizes]), strict=True))
+
+
+def _plain_step(
+    weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], eps_before_correction: bool, rms: Any = None
+) -> None:
     """The specification: one weight, written as in the module's docstring."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     state["step"] += 1
     correction1, correction2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
     work = state["exp_avg_sq"].dtype
     grad, wide = weight.grad.to(work), weight.to(work)  # type: ignore[union-attr]
-    scale = (wide.norm() / math.sqrt(weight.numel())).clamp_min(MIN_SCALE)
+    scale = (rms[weight].to(work) if rms else wide.norm() / math.sqrt(weight.numel())).clamp_min(MIN_SCALE)
     exp_avg = state["exp_avg"].to(work).lerp(grad, 1 - beta1)
     state["exp_avg"].copy_(exp_avg)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -199,13 +223,16 @@ def _plain_step(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any],
         weight.copy_(wide + update)
 
 
-def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None) -> None:
+def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None, rms: Any) -> None:
     """The same in one pass a tensor: torch's fused AdamW, given lrÂ·scale of each matrix as a device scalar."""
     if not weights:
         return
     beta1, beta2 = group["betas"]
-    scales = torch._foreach_norm(weights, 2)
-    torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
+    if rms:
+        scales = [rms[weight].clone() for weight in weights]
+    else:
+        scales = torch._foreach_norm(weights, 2)
+        torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
     torch._foreach_clamp_min_(scales, MIN_SCALE)
     if group["weight_decay"]:
         _decay(weights, group["lr"] * group["weight_decay"], found_inf)
@@ -234,7 +261,12 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
 
 
 def _triton_step(
-    weights: list[Tensor], state: Any, group: dict[str, Any], found_inf: Tensor | None, eps_before_correction: bool
+    weights: list[Tensor],
+    state: Any,
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+    eps_before_correction: bool,
+    rms: Any,
 ) -> None:
     """The same for weights of one device and one set of dtypes, in three launches."""
     from fat5.ops.triton.adamw_scale import adamw_scale_
@@ -254,6 +286,7 @@ def _triton_step(
         group["weight_decay"],
         MIN_SCALE,
         eps_before_correction,
+        torch.stack([rms[weight] for weight in weights]) if rms else None,
     )
 
 

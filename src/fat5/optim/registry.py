@@ -1,7 +1,7 @@
 """Optimizers by name, with their parameter groups: AdamWScale is ours, the others come from well-kept libraries."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,14 @@ from fat5.optim.offload import OffloadedOptimizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+class Named(Protocol):
+    """Weights by name: a model, or the parts of one that a process holds."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and weight."""
+
+
+def build_optimizer(config: OptimizerConfig, model: Named) -> torch.optim.Optimizer:
     """The optimizer of `config` over the trainable parameters of `model`.
 
     Every parameter group carries ``peak_lr``; a trainer sets ``lr = peak_lr · learning_rate(schedule, step, steps)``.

@@ -32,6 +32,7 @@ from fat5.tasks.initial import InitialModel, find_initial
 from fat5.tasks.samples import PROMPTS, validation_samples
 from fat5.tasks.sizes import Text, configure_model, on_meta, settle
 from fat5.train.checkpoint.state import RunState
+from fat5.train.config import shard_size
 from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate, unigram_entropy
 from fat5.train.export import export
@@ -111,7 +112,8 @@ class Pretraining:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
         config, batch = self.config, self.config.data.batch()
         model = on_meta(self.model_config)
-        plan, free = plan_memory(config, batch, model, device, self.loader.world_size), free_memory(device)
+        processes, shards = self.loader.world_size, shard_size(config)
+        plan, free = plan_memory(config, batch, model, device, processes, shards), free_memory(device)
         check_memory(plan, free)
         text = Text.of(self.loader.stream)
         threads = torch.get_num_threads()

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import yaml
 
 from fat5.errors import ConfigurationError, check_whole
+from fat5.launch import Launch
 from fat5.optim import OptimizerConfig, ScheduleConfig
 
 PrecisionName = Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"]
 CheckpointingName = Literal["none", "selective", "block"]
+ParallelName = Literal["ddp", "fsdp", "hsdp"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 AUTO: Any = "auto"
 LARGEST_COUNT = 1 << 40
@@ -45,6 +47,12 @@ class RunConfig:
     """Record the launches of a micro-batch once and replay them, so that the GPU never waits for Python; auto does
     where the model is compiled on a GPU, but for fp16. True also replays the decoding steps of fine-tuning's
     predictions, which has not been proved on a card"""
+    parallel: ParallelName = "ddp"
+    """How several processes train (torchrun): ddp (each has the whole model), fsdp (FSDP2: weights, gradients and
+    optimizer state are divided among them), hsdp (divided inside a node, copied across nodes). One process trains alone
+    under each"""
+    hsdp_shard_size: int | None = None
+    """hsdp: processes that the weights are divided among; those of a node if not given"""
     gradient_checkpointing: bool | CheckpointingName = "none"
     """Activations kept for the backward pass: none computes nothing again; selective keeps attention and its products,
     and computes norms and the feed-forward again; block (or true) keeps the boundaries of blocks only"""
@@ -102,6 +110,11 @@ class RunConfig:
         for key in ("keep_every", "patience"):
             if getattr(self, key) is not None:
                 check_count(key, getattr(self, key))
+        if self.hsdp_shard_size is not None:
+            check_count("hsdp_shard_size", self.hsdp_shard_size, least=2)
+            if self.parallel != "hsdp":
+                hint = "Say parallel hsdp, or leave it out"
+                raise ConfigurationError(f"hsdp_shard_size is set, and parallel is {self.parallel}", hint=hint)
         for name in self.report_to:
             if name not in get_args(TrackerName):
                 raise ConfigurationError(
@@ -145,6 +158,43 @@ class RunConfig:
     def to_yaml(self) -> str:
         """The YAML that makes this configuration again."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+DIVISIBLE = ("adamw_scale", "adamw")
+"""Optimizers that compute by element, or know how to compute a number of a whole matrix from its parts."""
+
+
+def shard_size(config: RunConfig, launch: Launch | None = None) -> int:
+    """How many processes hold the weights together; 1 where each has all of them.
+
+    Args:
+        launch: this process among the others; that of the environment if None.
+
+    Raises:
+        ConfigurationError: the processes cannot be divided so, or the run has what sharded weights do not work with.
+    """
+    launch = launch or Launch.here()
+    if launch.size == 1 or config.parallel == "ddp":
+        return 1
+    if config.optimizer.name not in DIVISIBLE:
+        raise ConfigurationError(
+            f"{config.optimizer.name} needs whole matrices, which parallel {config.parallel} divides",
+            hint=f"Use {' or '.join(DIVISIBLE)}, or parallel ddp",
+        )
+    if config.precision == "fp16":
+        raise ConfigurationError(
+            f"precision fp16 scales its loss by the whole gradient, which parallel {config.parallel} divides",
+            hint="Use precision bf16 or fp32, or parallel ddp",
+        )
+    if config.parallel == "fsdp":
+        return launch.size
+    size = config.hsdp_shard_size or launch.local_size
+    if size == launch.size or launch.size % size:
+        raise ConfigurationError(
+            f"parallel hsdp divides the weights among {size} of {launch.size} processes",
+            hint="Set hsdp_shard_size to a smaller number that divides that of the processes, or use parallel fsdp",
+        )
+    return size
 
 
 def check_count(key: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> None:

@@ -32,21 +32,27 @@ class Scorer:
     """Called before each batch, by all processes; an exception from it ends the evaluation"""
     is_asked_to_stop: Callable[[], bool] = lambda: False
     """Whether a signal asked this process to stop"""
+    gathered: Callable[[], tuple[Any, Any]] | None = None
+    """Model and forward with whole weights in the main process, if the processes divide them; called by all"""
 
     def alone(self) -> "Scorer":
-        """The same for work of this process alone; before a batch it raises StopAsked after a stop signal."""
+        """The same for work of the main process alone; before a batch it raises StopAsked after a stop signal. All
+        processes call this.
+        """
         if self.world.size == 1:
             return self
-        return replace(self, world=self.world.alone(), before_batch=self._stop_if_asked)
+        model, forward = (self.model, self.forward) if self.gathered is None else self.gathered()
+        return replace(self, model=model, forward=forward, world=self.world.alone(), before_batch=self._stop_if_asked)
 
     def on_main(self, work: Callable[["Scorer"], T]) -> T:
         """What `work` makes in the main process, as JSON, for all of them: the others wait. A stop signal ends it."""
         if self.world.size == 1:
             return work(self)
         made: list[T] | None = None
+        alone = self.alone()
         if self.world.is_main:
             with suppress(StopAsked):
-                made = [work(self.alone())]
+                made = [work(alone)]
         made = self.world.broadcast(made)
         if made is None:
             self.before_batch()  # where all leave together

@@ -1,19 +1,21 @@
 """Weights that every process holds whole (data parallel): equal at the start, their gradients summed once a step.
 
-The plain way to train on many devices, and the only one so far. Weights that are divided among the processes (FSDP2)
-belong in a file beside this one, with the same three functions: `summing`, `check`, and a beginning with equal weights.
+The plain way to train on many devices. sharded.py divides the weights among the processes (FSDP2), with the same
+functions; neither the step nor the trainer knows which of the two it has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from fat5.errors import FAT5Error
+from fat5.optim import OptimizerConfig, build_optimizer
 from fat5.train.world import World, together
 
 BUCKET_BYTES = 25 << 20
@@ -35,33 +37,28 @@ class Bucket:
     work: Any = None
 
 
-class Replicas:
-    """The same model in every process. Alone, nothing happens.
+class Buckets:
+    """Sums the gradients of some weights over all processes, a bucket at a time. Alone, nothing happens.
 
     Args:
-        model: takes the weights and buffers of the main process.
         weights: whose gradients are summed, in the model's order.
         overlap: send a bucket as soon as the backward pass has made its gradients. Not where the backward pass is
             recorded or its gradients come all at the end.
     """
 
-    def __init__(self, model: nn.Module, weights: Sequence[Tensor], world: World, overlap: bool) -> None:
-        self.model, self.weights, self.world = model, weights, world
+    def __init__(self, weights: Sequence[Tensor], world: World, overlap: bool) -> None:
+        self.weights, self.world = list(weights), world
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._next = 0
         self._armed = False
-        if world.size == 1:
-            return
-        for tensor in model.state_dict().values():
-            world.share(tensor)
-        for weight in weights if overlap else ():
+        for weight in self.weights if overlap and world.size > 1 else ():
             weight.register_post_accumulate_grad_hook(self._arrived)
 
     @contextmanager
     def summing(self) -> Iterator[None]:
         """Around the backward pass of a step's last micro-batch; then each gradient is the sum over all processes."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not self.weights:
             yield
             return
         for bucket in self._buckets:
@@ -78,25 +75,6 @@ class Replicas:
                 self._send()
             for bucket in self._buckets:
                 _receive(bucket)
-
-    def check(self) -> None:
-        """Compares the weights of all processes by a sum of their bits.
-
-        Raises:
-            FAT5Error: they differ; a checkpoint of them would be one of no run.
-        """
-        if self.world.size == 1:
-            return
-        sums = [
-            tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-            for tensor in self.model.state_dict().values()
-            if tensor.is_floating_point()
-        ]
-        if not self.world.are_equal(torch.stack(sums)):
-            raise FAT5Error(
-                "the weights of the processes are no longer equal",
-                hint="A device computes wrongly, or the nodes run different versions; the last checkpoint is good",
-            )
 
     def _divide(self) -> None:
         """Buckets in the order in which the backward pass makes gradients, roughly; weights that get none are left out.
@@ -132,6 +110,75 @@ class Replicas:
         bucket.flat = torch.cat(parts)
         bucket.work = dist.all_reduce(bucket.flat, async_op=True)
         self._next += 1
+
+
+class Replicas(Buckets):
+    """The same model in every process.
+
+    Args:
+        model: moved to the world's device; takes the weights and buffers of the main process.
+        overlap: as of `Buckets`.
+    """
+
+    can_be_recorded: ClassVar[bool] = True
+    """Whether a CUDA graph may hold the backward pass"""
+    notes: ClassVar[tuple[str, ...]] = ()
+    """Lines for the user"""
+
+    def __init__(self, model: nn.Module, world: World, overlap: bool) -> None:
+        self.model = model.to(world.device)
+        super().__init__([weight for weight in model.parameters() if weight.requires_grad], world, overlap)
+        for tensor in model.state_dict().values() if world.size > 1 else ():
+            world.share(tensor)
+
+    def compile(self, objective: Any, options: dict[str, Any]) -> Callable[..., Any]:
+        """The compiled form of the module that a step runs: one graph."""
+        return torch.compile(objective, **options)
+
+    def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
+        """The optimizer of `config` over `weights`."""
+        return build_optimizer(config, self.model)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that the optimizer changes, under their names in the model."""
+        return self.model.named_parameters()
+
+    def norm(self) -> Tensor:
+        """The norm of the whole gradient, after `summing`."""
+        return get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+
+    def gathered(self) -> Any:
+        """The model with whole weights in the main process, for work of that process alone; called by all of them."""
+        return self.model
+
+    def check(self) -> None:
+        """Compares the weights of all processes by a sum of their bits.
+
+        Raises:
+            FAT5Error: they differ; a checkpoint of them would be one of no run.
+        """
+        if self.world.size > 1:
+            tensors = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+            refuse_unequal(self.world.are_equal(sums_of_bits(tensors)))
+
+
+def sums_of_bits(tensors: Sequence[Tensor]) -> Tensor:
+    """For each tensor the sum of its elements, taken as integers: int64."""
+    return torch.stack(
+        [
+            tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+            for tensor in tensors
+        ]
+    )
+
+
+def refuse_unequal(are_equal: bool) -> None:
+    """Raises FAT5Error unless the weights of the processes are equal."""
+    if not are_equal:
+        raise FAT5Error(
+            "the weights of the processes are no longer equal",
+            hint="A device computes wrongly, or the nodes run different versions; the last checkpoint is good",
+        )
 
 
 def _receive(bucket: Bucket) -> None:

@@ -51,7 +51,7 @@ def run(task: Task, world: World) -> dict[str, Any]:
         trainer = new_trainer(task, folder, world)
         if not world.is_main:
             seed_generators(config.seed, 0, world.rank)  # dropout differs from process to process
-        for line in lines:
+        for line in [*lines, *trainer.runner.parallel.notes]:
             trainer.display.say(line)
         _continue(trainer)
         if world.is_main:
@@ -150,10 +150,11 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     }
     if trainer.config.use_best:
         trainer.take_best()
+    scorer = trainer.scorer().alone()
     if trainer.world.is_main:
         trainer.plot.finish()
-        summary |= task.finish(trainer.scorer().alone(), folder, trainer.display.warn)
-        task.export(trainer.model, folder, summary)
+        summary |= task.finish(scorer, folder, trainer.display.warn)
+        task.export(scorer.model, folder, summary)
         write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         trainer.events.write("finished", step=state.step)
     return trainer.world.broadcast(summary)

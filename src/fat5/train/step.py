@@ -2,7 +2,7 @@
 
 The loss is the mean over all target tokens of the step, however they are divided into micro-batches and processes: they
 are counted first, and each micro-batch adds its sum over that count. Gradients are summed over the processes once,
-with the last micro-batch (replicas.py). On a GPU nothing here waits for the
+with the last micro-batch (replicas.py, sharded.py). On a GPU nothing here waits for the
 device, except where an optimizer cannot skip a step by itself or where the loss is scaled.
 """
 
@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from fat5.data import PackedBatch
 from fat5.errors import ConfigurationError
 from fat5.model.activations import checkpoint_activations
-from fat5.optim import build_optimizer, skips_on_device
-from fat5.train.config import RunConfig
+from fat5.optim import skips_on_device
+from fat5.train.config import RunConfig, shard_size
 from fat5.train.cuda_graph import GraphedBackward
 from fat5.train.precision import LEAST_LOSS_SCALE, Precision
 from fat5.train.replicas import Replicas
+from fat5.train.sharded import Shards
 from fat5.train.world import World
+
+# Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run may keep
+# another, which rounds otherwise.
+COMPILATION = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
 
 
 @dataclass
@@ -57,32 +62,40 @@ class StepRunner:
     ) -> None:
         self.world, self.device, self.gradient_clip = world, world.device, config.gradient_clip
         self.precision = Precision(config.precision, self.device)
-        model.to(device=self.device, dtype=self.precision.weight_dtype).train()
+        self._objective = objective
+        model.to(dtype=self.precision.weight_dtype).train()
         checkpoint_activations(model, config.checkpointing)
         on_gpu = self.device.type == "cuda"
         compiled = config.compile is True or (config.compile == "auto" and on_gpu)
+        shards = shard_size(config) if world.size > 1 else 1
+        kind = Shards if shards > 1 else Replicas
+        possible = compiled and on_gpu and self.precision.scaler is None and kind.can_be_recorded
+        recorded = bool(possible and config.cuda_graphs)
+        if config.cuda_graphs is True and not possible:
+            how = "compiled" if compiled else "not compiled"
+            raise ConfigurationError(
+                f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}"
+                + (f", divided by parallel {config.parallel}" if shards > 1 else ""),
+                hint="CUDA graphs need a GPU and a compiled model, no fp16 and no sharded weights: say auto",
+            )
+        self.parallel: Replicas | Shards = (
+            Shards(model, world, self.precision, shards) if shards > 1 else Replicas(model, world, overlap=not recorded)
+        )
         self.forward = objective(model)
         if compiled:
-            # Without `deterministic` the compiler times several forms of a reduction and keeps the fastest: another run
-            # may keep another, which rounds otherwise.
-            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=False, options={"deterministic": True})
-        self.optimizer = build_optimizer(config.optimizer, model)
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+            self.forward = self.parallel.compile(self.forward, COMPILATION)
+        self.optimizer = self.parallel.build_optimizer(config.optimizer)
+        self.weights = self.parallel.weights
         # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
         self.deferred = on_gpu and skips_on_device(self.optimizer) and self.precision.scaler is None
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
-        recorded = False
-        possible = compiled and on_gpu and self.precision.scaler is None
-        if possible and config.cuda_graphs:
+        if recorded:
             self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
-            recorded = True
-        elif config.cuda_graphs is True:
-            how = "compiled" if compiled else "not compiled"
-            raise ConfigurationError(
-                f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}",
-                hint="CUDA graphs need a GPU and a compiled model, and do not work with fp16: say auto",
-            )
-        self.replicas = Replicas(model, self.weights, world, overlap=not recorded)
+
+    def gathered(self) -> tuple[Any, Any]:
+        """A model with whole weights, and the module that a step runs, for the main process alone; called by all."""
+        model = self.parallel.gathered()
+        return model, self.forward if model is self.parallel.model else self._objective(model)
 
     def run(self, batches: Sequence[PackedBatch], rate: float) -> StepResult:
         """Makes a step at `rate` times the peak learning rate.
@@ -94,13 +107,12 @@ class StepRunner:
         count = torch.full((), float(sum(batch.num_items for batch in batches)), device=self.device)
         self.world.all_sum(count)
         losses = [self._backward(batch, count) for batch in batches[:-1]]
-        with self.replicas.summing():
+        with self.parallel.summing():
             losses.append(self._backward(batches[-1], count))
         scaler = self.precision.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = self.parallel.norm()
         loss = self.world.all_sum(torch.stack(losses).sum())
         if self.gradient_clip is not None:
             clip_grads_with_norm_(self.weights, self.gradient_clip, norm)

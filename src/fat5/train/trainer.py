@@ -125,7 +125,7 @@ class Trainer:
     def restore(self, folder: Path, keep_data: bool = False) -> None:
         """Loads a verified checkpoint; `keep_data` leaves the position in the data as it is."""
         content = read_trainer_state(folder)
-        restore(self.model, self.runner.optimizer, folder)
+        restore(self.model, self.runner.parallel, self.runner.optimizer, folder)
         restore_generators(folder, self.world.rank, self.config.seed, content["progress"].get("step", 0))
         self.runner.precision.load_state_dict(content["loss_scale"])
         if not keep_data:
@@ -309,7 +309,8 @@ class Trainer:
     def scorer(self) -> Scorer:
         """The model for an evaluation; a stop signal ends the evaluation between two batches."""
         forward, precision = self.runner.forward, self.runner.precision
-        return Scorer(self.model, precision, self.world, forward, self._leave_if_asked, self.stop.is_asked)
+        gathered = self.runner.gathered
+        return Scorer(self.model, precision, self.world, forward, self._leave_if_asked, self.stop.is_asked, gathered)
 
     def _record(self, row: dict[str, Any], seconds: float = 0.0) -> None:
         """Writes and shows a row; `seconds` is how long an evaluation took."""
@@ -350,15 +351,16 @@ class Trainer:
 
     def _snapshot(self) -> Snapshot | None:
         state = self.state
-        self.runner.replicas.check()
+        runner, keep = self.runner, self.world.is_main
+        runner.parallel.check()
         random_states = gather_random_states(self.world)
-        if not self.world.is_main:
+        tensors, documents = capture(self.model, runner.parallel, runner.optimizer, random_states, keep)
+        if not keep:
             return None
-        tensors, documents = capture(self.model, self.runner.optimizer, random_states)
         content = {
             "progress": asdict(state),
             "data": self.loader.state_dict(),
-            "loss_scale": self.runner.precision.state_dict(),
+            "loss_scale": runner.precision.state_dict(),
             "configuration": self.identity,
         }
         documents |= {"config.json": self.model_config, TRAINER: to_text(content)}
@@ -376,7 +378,7 @@ def _json(value: float) -> float | None:
 
 def _config_text(model: Any) -> str:
     """The model's config.json."""
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 derives a class
     model.config.dtype = None  # that of the files it was read from, which need not be the run's
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)

@@ -88,9 +88,11 @@ class World:
         except RunStopped:
             world._leave()
             raise
-        except BaseException:
+        except BaseException as error:
             # The others are gone, or wait in vain. A GPU that waits for one of them must not keep this process alive.
             signal.alarm(ENDING_SECONDS)
+            if is_of_connection(error):  # FSDP2 talks to the others in the middle of a forward or backward pass
+                raise lost_process(error) from error
             raise
         world._leave()
 
@@ -118,14 +120,14 @@ class World:
         """True where the flag of any process is; a bool tensor, which stays on its device."""
         return flag if self.size == 1 else self.all_sum(flag.int()) > 0
 
-    def are_equal(self, tensor: Tensor) -> bool:
-        """Whether every process has the same integers."""
+    def are_equal(self, tensor: Tensor, group: Any = None) -> bool:
+        """Whether every process (of a group) has the same integers."""
         if self.size == 1:
             return True
         low, high = tensor.clone(), tensor.clone()
         with together():
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
+            dist.all_reduce(low, dist.ReduceOp.MIN, group)
+            dist.all_reduce(high, dist.ReduceOp.MAX, group)
         return torch.equal(low, high)
 
     def share(self, tensor: Tensor) -> None:
@@ -225,8 +227,21 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
-        raise LostProcessError(
-            f"another process of this run has ended, or has not answered in time ({reason})",
-            hint="Its own message says why; the same command continues from the last checkpoint",
-        ) from error
+        raise lost_process(error) from error
+
+
+def lost_process(error: BaseException) -> LostProcessError:
+    """What a failed operation of all processes means for the user."""
+    reason = str(error).strip().splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
+    return LostProcessError(
+        f"another process of this run has ended, or has not answered in time ({reason})",
+        hint="Its own message says why; the same command continues from the last checkpoint",
+    )
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Whether an error comes from NCCL's or Gloo's connections, not from a computation."""
+    if isinstance(error, LostProcessError) or not isinstance(error, RuntimeError):
+        return False
+    words = ("gloo", "nccl", "connection closed", "connection reset")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

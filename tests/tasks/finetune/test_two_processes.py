@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from fat5.errors import ConfigurationError
-from fat5.tasks.finetune.config import METRICS, Columns, FinetuneConfig, TaskData
+from fat5.tasks.finetune.config import METRICS, Columns, FinetuneConfig, LoraConfig, TaskData
 from fat5.tasks.finetune.finetuning import finetune
 from fat5.train import read_rows
 from made_ranks import forked, stop_at
@@ -41,10 +42,24 @@ def losses(run):
     return [row["loss"] for row in read_rows(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("task", ["sequence-classification", "text-to-text"])
-def test_two_processes_fine_tune_as_one(plain, files, tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "how"),
+    [
+        ("sequence-classification", {"parallel": "ddp"}),
+        ("text-to-text", {"parallel": "ddp"}),
+        ("sequence-classification", {"parallel": "fsdp"}),
+        ("text-to-text", {"parallel": "fsdp", "lora": LoraConfig(rank=4)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_two_processes_fine_tune_as_one(plain, files, tmp_path, task, how):
+    """Losses and results of one; with weights that the processes divide too, and adapters beside divided ones."""
+    if "lora" in how:
+        pytest.importorskip("peft")
+
     def work(name):
-        finetune(config(plain, files, tmp_path / name, task, data={"encoder_tokens": 512}, metric=METRICS[task][0]))
+        data = {"encoder_tokens": 512}
+        finetune(config(plain, files, tmp_path / name, task, data=data, metric=METRICS[task][0], use_best=True, **how))
 
     work("one")
     assert forked(lambda: work("two")) == [0, 0]
@@ -54,6 +69,10 @@ def test_two_processes_fine_tune_as_one(plain, files, tmp_path, task):
     first, second = ((tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("one", "two"))
     assert len(first) == len(second) == one["examples"]
     assert [json.loads(row)["input"] for row in first] == [json.loads(row)["input"] for row in second]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-4)
 
 
 def test_sizes_for_two_stay_when_one_goes_on(plain, files, tmp_path):

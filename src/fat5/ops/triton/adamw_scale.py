@@ -141,6 +141,7 @@ def adamw_scale_(
     weight_decay: float,
     min_scale: float,
     eps_before_correction: bool = False,
+    rms: Tensor | None = None,
 ) -> None:
     """One step of all weights, in place.
 
@@ -149,6 +150,7 @@ def adamw_scale_(
             compensations is empty without Kahan summation; the second moments are float32.
         steps: float32 scalars on that device, counted up.
         found_inf: a float32 scalar on that device; where it is not 0, everything stays as it is.
+        rms: float32, the root mean square of each weight, or of the matrix that it is a part of; computed here if None.
     """
     if not weights:
         return
@@ -170,17 +172,20 @@ def adamw_scale_(
     common = {"CHUNK": CHUNK, "BLOCK": LAUNCH.block_n, "ALIGNED": all(p % 16 == 0 for p in pointers)}
     types = [_TYPES[x.dtype] for x in (weights[0], grads[0], exp_avgs[0])]
     table = {"Addresses": addresses, "Sizes": sizes, "Firsts": firsts, "Owners": owners}
-    run(square_sum_kernel, chunks, table | {"Partial": partial}, {"W": types[0]} | common, LAUNCH)
-    run(
-        rate_kernel,
-        len(weights),
-        {
-            "Partial": partial, "Firsts": firsts, "Sizes": sizes, "Factors": factors, "Rates": rates,
-            "min_scale": min_scale,
-        },
-        {"SUMS": SUMS},
-        Launch(1, SUMS, 4, 1),
-    )  # fmt: skip
+    if rms is not None:
+        rates = rms.clamp_min(min_scale) * factors
+    else:
+        run(square_sum_kernel, chunks, table | {"Partial": partial}, {"W": types[0]} | common, LAUNCH)
+        run(
+            rate_kernel,
+            len(weights),
+            {
+                "Partial": partial, "Firsts": firsts, "Sizes": sizes, "Factors": factors, "Rates": rates,
+                "min_scale": min_scale,
+            },
+            {"SUMS": SUMS},
+            Launch(1, SUMS, 4, 1),
+        )  # fmt: skip
     run(
         adamw_scale_kernel,
         chunks,

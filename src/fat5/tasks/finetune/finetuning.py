@@ -32,6 +32,7 @@ from fat5.tasks.finetune.table import Table
 from fat5.tasks.metrics import LOWER_IS_BETTER, measure
 from fat5.tasks.results import aggregate
 from fat5.train.checkpoint.state import RunState
+from fat5.train.config import shard_size
 from fat5.train.cost.memory import GIB, check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate
 from fat5.train.export import export
@@ -129,7 +130,8 @@ class Finetuning:
         config, batch = self.config, self.batch
         with torch.device("meta"), quiet():
             model = self._model_class()(self.model_config)
-        plan, free = plan_memory(config, batch, model, device, self.loader.world_size), free_memory(device)
+        processes, shards = self.loader.world_size, shard_size(config)
+        plan, free = plan_memory(config, batch, model, device, processes, shards), free_memory(device)
         check_memory(plan, free)
         counts = [f"{len(split.table):,} {split.name}" for split in self._splits()]
         cut = sum(split.examples.cut for split in self._splits())

@@ -20,6 +20,8 @@ HARMLESS = (
     "cuda_graphs",
     "gradient_checkpointing",
     "optimizer.offload",
+    "parallel",
+    "hsdp_shard_size",
     "log_every",
     "eval_every",
     "save_every",

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fat5.errors import CheckpointError
 from fat5.files import is_count, is_number, read_object
 from fat5.optim import OffloadedOptimizer, skips_on_device
+from fat5.optim.registry import Named
 from fat5.train.checkpoint.files import read_tensors
 from fat5.train.checkpoint.generators import RandomState, rng_files
 from fat5.train.log.metrics import is_row
+from fat5.train.parts import local, own_part, whole, whole_shape
 
 WEIGHTS, OPTIMIZER, OPTIMIZER_FACTS, TRAINER = (
     "model.safetensors",
@@ -93,29 +95,31 @@ class RunState:
 
 
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, random_states: Sequence[RandomState]
+    model: nn.Module, named: Named, optimizer: torch.optim.Optimizer, random_states: Sequence[RandomState], keep: bool
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """The state of model, optimizer and random generators: file name → tensors, and file name → text.
 
     Args:
         random_states: of every process, by rank.
+        keep: False in a process that only gives its parts to the others: its tensors stay where they are.
     """
-    moments, numbers = capture_optimizer(optimizer, model)
-    tensors, texts = {WEIGHTS: capture_weights(model), OPTIMIZER: moments}, {OPTIMIZER_FACTS: to_text(numbers)}
+    moments, numbers = capture_optimizer(optimizer, named, keep)
+    tensors = {WEIGHTS: capture_weights(model, keep), OPTIMIZER: moments}
+    texts = {OPTIMIZER_FACTS: to_text(numbers)}
     for rank, (words, facts) in enumerate(random_states):
         tensor_file, fact_file = rng_files(rank)
         tensors[tensor_file], texts[fact_file] = words, to_text(facts)
     return tensors, texts
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def restore(model: nn.Module, named: Named, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Puts captured weights and optimizer back.
 
     Raises:
         CheckpointError: they are of another model, or not a state at all.
     """
     restore_weights(model, folder)
-    restore_optimizer(optimizer, model, folder)
+    restore_optimizer(optimizer, named, folder)
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -136,17 +140,22 @@ def to_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def capture_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Host copies of the model's weights under their names; a tied weight once, under its first name."""
-    return {name: _copy(weight) for name, weight in unique_weights(model)}
+def capture_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Host copies of the model's weights under their names; a tied weight once, under its first name.
+
+    Weights that processes divide are gathered one by one: all processes call it, and one keeps them.
+    """
+    whole_ones = ((name, whole(weight)) for name, weight in unique_weights(model))
+    return {name: _copy(weight) for name, weight in whole_ones if keep}
 
 
 def unique_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, each storage once."""
     seen = set()
     for name, weight in model.state_dict().items():
-        if weight.data_ptr() not in seen or weight.numel() == 0:
-            seen.add(weight.data_ptr())
+        address = local(weight).data_ptr()
+        if address not in seen or weight.numel() == 0:
+            seen.add(address)
             yield name, weight
 
 
@@ -170,24 +179,28 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
             )
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(saved[name])
+            local(weight).copy_(own_part(weight, saved[name]))
 
 
-def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def capture_optimizer(
+    optimizer: torch.optim.Optimizer, model: Named, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Host copies of the moments as ``key/weight name``, and the numbers that are no tensors."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, weight in model.named_parameters():
         for key, value in optimizer.state[weight].items() if weight in optimizer.state else ():
             if isinstance(value, Tensor):
-                tensors[f"{key}/{name}"] = _copy(value)
+                gathered = whole(value, weight)
+                if keep:
+                    tensors[f"{key}/{name}"] = _copy(gathered)
             else:
                 numbers.setdefault(name, {})[key] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, {"numbers": numbers, "groups": groups}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: Named, folder: Path) -> None:
     """Fills a freshly built optimizer; its learning rate and other settings stay those of the configuration.
 
     Raises:
@@ -208,7 +221,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
         # Counts live beside the weight only where the whole step does; elsewhere the host reads them.
         offloads = isinstance(optimizer, OffloadedOptimizer)
         on_host = offloads if tensor.ndim else not skips_on_device(optimizer)
-        optimizer.state[weight][key] = tensor.to("cpu" if on_host else weight.device)
+        part = own_part(weight, tensor)
+        part = part if part is tensor else part.clone()  # not a view that keeps the whole
+        optimizer.state[weight][key] = part.to("cpu" if on_host else weight.device)
     if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
         raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)
     for name, numbers in all_numbers.items():
@@ -219,7 +234,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
 
 def _state_shape(key: str, weight: Tensor) -> torch.Size:
     """What is kept of a weight has its shape, but for single numbers, and the rows and columns of Adafactor."""
-    shape = list(weight.shape)
+    shape = list(whole_shape(weight))
     if key in ("step", "weight_norm", "adam_norm", "trust_ratio"):
         shape = []
     elif key in ("row_var", "col_var") and weight.ndim > 1:
