@@ -213,15 +213,27 @@ def test_copies_that_drift_apart_are_not_saved(prepared, tmp_path):
 CASES = {
     "tied": {"overrides": {"tie_word_embeddings": True}},
     "umt5 tables": {"overrides": {"family": "umt5"}},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": "block"},
+    "selective": {"gradient_checkpointing": "selective"},
     "adamw": {"optimizer": OptimizerConfig(name="adamw")},
     "plain": {"optimizer": OptimizerConfig(eps_before_correction=True)},
     "bf16": {"precision": "bf16"},
     "bf16-pure": {"precision": "bf16-pure"},
     "compiled": {"compile": True},
-    "compiled checkpointing": {"compile": True, "gradient_checkpointing": True},
+    "compiled selective": {"compile": True, "gradient_checkpointing": "selective"},
 }
-SLOW = ("compiled", "compiled checkpointing", "umt5 tables", "plain", "bf16-pure", "fire", "absolute", "rope", "alibi")
+SLOW = (
+    "selective",
+    "compiled",
+    "compiled selective",
+    "umt5 tables",
+    "plain",
+    "bf16-pure",
+    "fire",
+    "absolute",
+    "rope",
+    "alibi",
+)
 
 
 @pytest.mark.parametrize(
