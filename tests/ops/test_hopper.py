@@ -103,21 +103,58 @@ def test_what_it_serves(changes: dict, said: str | None, monkeypatch: pytest.Mon
     assert "Hopper card" in str(backend.unsupported(call_with(q=OnHopper)))
 
 
+def stand_in(*shape: int) -> type[OnHopper]:
+    return type("Long", (OnHopper,), {"shape": shape, "requires_grad": False})
+
+
+STARTS = torch.tensor([0, 8192])
+PACKED = {"q": stand_in(8192, 1, 64), "k": stand_in(8192, 1, 64), "cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS}
+PADDED = {"q": stand_in(8, 1, 1024, 64), "k": stand_in(8, 1, 1024, 64)}
+VECTOR = torch.zeros(1, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        (PADDED | {"vector": VECTOR}, True),
+        (PADDED | {"vector": VECTOR, "causal": True}, True),
+        (PADDED | {"vector": VECTOR, "q": stand_in(9, 1, 1000, 64)}, False),
+        (PADDED | {"q": stand_in(7, 1, 1024, 64)}, False),
+        (PADDED | {"vector": VECTOR.detach()}, True),
+        (PADDED | {"vector": VECTOR.detach(), "v": torch.zeros(1, requires_grad=True)}, False),
+        (PADDED, True),
+        (PADDED | {"causal": True}, False),  # Triton's forward is faster there, and no backward comes
+        (PACKED | {"vector": VECTOR}, True),
+        (PACKED | {"vector": VECTOR, "causal": True}, False),  # not measured
+        (PACKED | {"vector": VECTOR, "cu_seqlens_k": STARTS.clone()}, False),
+        (PACKED | {"vector": VECTOR, "cu_seqlens_q": torch.zeros(30), "cu_seqlens_k": torch.zeros(30)}, False),
+    ],
+)
 def test_auto_takes_it_where_the_table_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    changes: dict, taken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backend, "architecture", lambda device: 90)
     monkeypatch.setattr(backend, "MISSING", None)
-    monkeypatch.setattr(backend, "FASTER", {(64, False, False, False)})
-    assert backend.worthwhile(call_with(q=OnHopper))
-    assert not backend.worthwhile(call_with(q=OnHopper, causal=True))
+    assert backend.worthwhile(call_with(**changes)) == taken
     monkeypatch.setattr(backend, "MISSING", "it needs something")
-    backend._tell.cache_clear()
+    monkeypatch.setattr(backend, "_told", set())
     with caplog.at_level(logging.WARNING):
-        assert not any(backend.worthwhile(call_with(q=OnHopper)) for _ in range(3))
+        assert not any(backend.worthwhile(call_with(**changes)) for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
         "attention runs in Triton's kernels, Hopper's would be faster: it needs something"
-    ]
+    ] * taken
+    monkeypatch.setattr(backend, "architecture", lambda device: 80)
+    assert not backend.worthwhile(call_with(**changes))
+
+
+def test_what_auto_asks_is_traced_without_a_graph_break() -> None:
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        call = call_with(q=x, k=x, v=x)
+        said = (backend.worthwhile(call), backend._is_hopper(x.device), backend._tell("nothing"))
+        return x + sum(said)
+
+    x = torch.zeros(8, 1, 1024, 64, dtype=BRAIN, device="cpu")
+    assert torch.equal(torch.compile(asked, fullgraph=True, backend="eager")(x), x)
 
 
 def left_by_the_hooks(case: Case, grad_scores: list[torch.Tensor], call, near, far, reach: int) -> None:  # type: ignore[no-untyped-def]
@@ -158,16 +195,17 @@ def left_by_the_hooks(case: Case, grad_scores: list[torch.Tensor], call, near, f
 )
 def test_sums_make_the_gradient(case: Case, reach: int) -> None:
     """Of dS drawn at random; buffers start as NaN, so that nothing is read which no kernel wrote."""
-    inputs = draw(case, torch.device("cpu"))
-    vector = torch.zeros(case.heads, 2 * reach + 1, requires_grad=True)
+    inputs = draw(case, DEVICE)
+    vector = torch.zeros(case.heads, 2 * reach + 1, requires_grad=True, device=DEVICE)
     call = call_of(inputs.q, inputs.k, inputs.v, RelativeBias(vector), **inputs.options)
     near, far = reduction.buffers(call)
     sides = case.documents or ((case.query_length, case.key_length),) * case.batch
     grad_scores = [torch.randn(case.heads, *side) for side in sides]
     if case.causal:
         grad_scores = [x.tril() for x in grad_scores]
+    near, far = near.cpu(), far.cpu()
     left_by_the_hooks(case, grad_scores, call, near, far, reach)
-    found = reduction.vector_gradient(call, reduction.plan(call)[1], near, far)
+    found = reduction.vector_gradient(call, reduction.plan(call)[1], near.to(DEVICE), far.to(DEVICE)).cpu()
     expected = torch.zeros(case.heads, 2 * reach + 1, dtype=torch.float64)
     for x in grad_scores:
         lags = torch.arange(x.shape[2]) - torch.arange(x.shape[1])[:, None]
@@ -177,8 +215,8 @@ def test_sums_make_the_gradient(case: Case, reach: int) -> None:
 
 
 def test_rows_of_no_document_are_cleared() -> None:
-    starts = torch.tensor([0, 5, 7], dtype=torch.int32)
-    x, y = torch.empty(300, 2, 64), torch.ones(7, 2, 64)
+    starts = torch.tensor([0, 5, 7], dtype=torch.int32, device=DEVICE)
+    x, y = torch.empty(300, 2, 64, device=DEVICE), torch.ones(7, 2, 64, device=DEVICE)
     reduction.clear_rows_of_no_document(starts, x, y)
     assert x[:7].isnan().all()
     assert not x[7:].any()
@@ -213,7 +251,8 @@ def compiled(head_dim: int, causal: bool, packed: bool, learned: bool, forward: 
 
 
 def compile_for(arch: int, folder: Path, *choices: object) -> dict[str, str]:
-    """The machine code's resources, by the kernel's class."""
+    """The machine code of what was compiled, by the kernel's name."""
+    folder.mkdir(exist_ok=True)
     target = {"FLASH_ATTENTION_ARCH": f"sm_{arch}", "CUTE_DSL_ARCH": f"sm_{arch}a", "FLASH_ATTENTION_NUM_SMS": "132"}
     environment = os.environ | target | {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(folder)}
     program = COMPILE.format(**dict(zip(("head_dim", "causal", "packed", "learned", "forward"), choices)))
@@ -229,12 +268,13 @@ def compile_for(arch: int, folder: Path, *choices: object) -> dict[str, str]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiles_for_sm_90_without_a_gpu(head_dim: int, causal: bool, packed: bool, tmp_path: Path) -> None:
     """Without a spill, and without the waits that ptxas puts around every product where it runs out of registers."""
-    found = compile_for(90, tmp_path, head_dim, causal, packed, True, True)
-    for name in ("BiasedForward", "LearningBackward"):
-        (code,) = (code for kernel, code in found.items() if name in kernel)
-        assert "HGMMA" in code
-        assert not re.search(r"\b(STL|LDL)\b", code), name
-        assert code.count("WARPGROUP.DEPBAR") <= 12, name
+    for learned in (True, False):
+        found = compile_for(90, tmp_path / str(learned), head_dim, causal, packed, learned, learned)
+        for name in ("BiasedForward", "LearningBackward") if learned else ("BiasedBackward",):
+            (code,) = (code for kernel, code in found.items() if name in kernel)
+            assert "HGMMA" in code
+            assert not re.search(r"\b(STL|LDL)\b", code), name
+            assert code.count("WARPGROUP.DEPBAR") <= 12, name
 
 
 @COMPILES
@@ -337,6 +377,20 @@ def test_gradients_are_the_same_to_the_bit(causal: bool, head_dim: int) -> None:
         for _ in range(99):
             for name, value in gradients(by_hopper, inputs).items():
                 assert torch.equal(value, first[name]), name
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_bias_that_learns_nothing_changes_no_other_gradient(head_dim: int, causal: bool) -> None:
+    inputs = draw(Case(300, 300, bias="relative", head_dim=head_dim, dtype=BRAIN, causal=causal), DEVICE)
+    learned = gradients(by_hopper, inputs)
+    fixed = gradients(
+        lambda q, k, v, bias, **how: by_hopper(q, k, v, RelativeBias(bias.vector.detach()), **how), inputs
+    )
+    assert fixed.pop("dbias") is None
+    for name, value in fixed.items():
+        assert torch.equal(value, learned[name]), name
 
 
 @ON_HOPPER

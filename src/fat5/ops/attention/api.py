@@ -53,7 +53,8 @@ def attention(
             cu_seqlens, which waits for the device and cannot be compiled; a training step should give them.
         key_padding_mask: (B, Lk) bool, batched only; True = attend.
         backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve (Hopper's where those are
-            faster), the CPU path on the CPU, and the reference elsewhere; they agree up to rounding.
+            faster), the CPU path on the CPU, and the reference elsewhere; they agree up to rounding. Hopper's want
+            finite numbers in the rows behind the last document.
 
     Returns:
         Of q's shape and dtype. A query with no visible key gives zeros.

@@ -3,7 +3,6 @@ late; torch.compile traces `unsupported`, `worthwhile` and `plan`.
 """
 
 import logging
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,7 +10,15 @@ import torch
 from torch import Tensor
 
 from fat5.ops.attention.call import AttentionCall
-from fat5.ops.attention.hopper.launch_table import FASTER, HEAD_DIMS, MAX_REACH
+from fat5.ops.attention.hopper.launch_table import (
+    ALWAYS,
+    FASTER,
+    FEWEST_TOKENS,
+    HEAD_DIMS,
+    MAX_REACH,
+    SHORTEST,
+    SHORTEST_MEAN,
+)
 from fat5.ops.triton.launch import architecture
 
 PINNED = {"flash-attn-4": "4.0.0b36", "nvidia-cutlass-dsl": "4.8.1", "quack-kernels": "0.6.5"}
@@ -67,13 +74,23 @@ def unsupported(call: AttentionCall) -> str | None:
 
 
 def worthwhile(call: AttentionCall) -> bool:
-    """Whether "auto" takes this backend: where the launch table says that it is faster, and it can serve."""
-    if not call.q.is_cuda or (call.head_dim, call.vector is not None, call.causal, call.packed) not in FASTER:
+    """Whether "auto" takes this backend where it can serve: where the launch table says that it is faster."""
+    q, k = call.q, call.k
+    gain = FASTER.get((call.head_dim, call.vector is not None, call.causal, call.packed))
+    if gain is None or q.dtype != torch.bfloat16 or not (gain == ALWAYS or call.needs_grad) or not q.is_cuda:
         return False
-    reason = unsupported(call)
-    if reason is not None and reason == MISSING:
-        _tell(reason)
-    return reason is None
+    if call.vector is not None and call.needs_grad and not call.vector.requires_grad:
+        # The backward beside a bias that learns nothing was not measured.
+        return False
+    if call.packed:
+        tokens = q.shape[0]
+        long = call.cu_seqlens_q is call.cu_seqlens_k and tokens >= SHORTEST_MEAN * call.documents
+    else:
+        tokens = q.shape[0] * q.shape[2]
+        long = q.shape[2] >= SHORTEST and k.shape[2] >= SHORTEST
+    if not long or tokens < FEWEST_TOKENS or not _is_hopper(q.device):
+        return False
+    return MISSING is None or _tell(MISSING)
 
 
 @torch.compiler.assume_constant_result
@@ -82,9 +99,15 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=1)
-def _tell(reason: str) -> None:
-    logger.warning("attention runs in Triton's kernels, Hopper's would be faster: %s", reason)
+def _tell(reason: str) -> bool:
+    """Says once what is missing; False."""
+    if reason not in _told:
+        _told.add(reason)
+        logger.warning("attention runs in Triton's kernels, Hopper's would be faster: %s", reason)
+    return False
+
+
+_told: set[str] = set()
 
 
 def _has_equal_sides(call: AttentionCall) -> bool:

@@ -35,11 +35,10 @@ def copy_with(learning: bool) -> ModuleType:
     names["FlashAttentionForwardSm90"] = hooks.BiasedForward
     names["FlashAttentionBackwardSm90"] = hooks.LearningBackward if learning else hooks.BiasedBackward
     sizes = module._tile_size_bwd_sm90
-    if learning:
-        # The sizes of causal calls leave registers for the sums at D 128; at D 64 they are the same.
-        names["_tile_size_bwd_sm90"] = lambda head_dim, head_dim_v, _causal, *more, **named: sizes(
-            head_dim, head_dim_v, True, *more, **named
-        )
+    # The sizes of causal calls leave registers for the bias and its sums at D 128; at D 64 they are the same.
+    names["_tile_size_bwd_sm90"] = lambda head_dim, head_dim_v, _causal, *more, **named: sizes(
+        head_dim, head_dim_v, True, *more, **named
+    )
     return module
 
 
