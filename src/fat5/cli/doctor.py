@@ -11,11 +11,12 @@ from typing import Any
 
 from fat5.cli.parsing import parse
 from fat5.cli.recipes import FOLDER, LAUNCH, launch_files, recipe_names
-from fat5.errors import ConfigurationError, FAT5Error
+from fat5.errors import ConfigurationError, FAT5Error, check_whole
 from fat5.machine import available_cores, available_memory
 from fat5.tasks import PretrainConfig, SourceConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
+MOST_DEVICES = 1 << 16
 
 
 @dataclass
@@ -26,8 +27,15 @@ class DoctorConfig(PretrainConfig):
     """Print one JSON object instead of a table"""
     vocab_size: int = 32768
     """Assumed vocabulary if the data is not prepared yet"""
+    devices: int = 1
+    """Devices that train together: memory of each, speed and duration are predicted, for what `parallel` says"""
+    gpu: str | None = None
+    """Plan for this GPU (H200, H100, A100 …) instead of the device of this machine"""
+    measured: str | None = None
+    """A run on one device, its folder or its metrics.jsonl, whose speed is that of one device; converted by its
+    arithmetic if it had another model or other lengths"""
     tokens_per_second: float | None = None
-    """Assumed speed, to estimate the duration; `fat5 pretrain` shows the real one"""
+    """The same as an assumption; `fat5 pretrain` shows the real speed"""
 
 
 @dataclass
@@ -38,6 +46,8 @@ class Finding:
     status: str
     found: str
     advice: str = ""
+    numbers: dict[str, Any] | None = None
+    """The same for programs; only in JSON"""
 
 
 def main(argv: list[str]) -> int:
@@ -45,11 +55,13 @@ def main(argv: list[str]) -> int:
     config = DoctorConfig(**parse(DoctorConfig, argv, "doctor", section="pretrain"))
     if config.tokens_per_second is not None and not config.tokens_per_second > 0:
         raise ConfigurationError(f"{config.tokens_per_second} is not above 0", where="tokens_per_second")
+    check_whole(config.devices, "devices", most=MOST_DEVICES)
     findings = machine()
     if config.data.sources or any(word.startswith("--config") for word in argv):
         findings += recipe(config)
     if config.json_output:
-        print(json.dumps([vars(finding) for finding in findings], indent=1, ensure_ascii=False))
+        rows = [{key: value for key, value in vars(one).items() if value is not None} for one in findings]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
         show(findings)
     return 2 if any(finding.status == BAD for finding in findings) else 0
@@ -107,66 +119,93 @@ def machine() -> list[Finding]:
 
 
 def recipe(config: DoctorConfig) -> list[Finding]:
-    """Checks the data and the model of a recipe; counts its parameters, memory and arithmetic."""
+    """Checks the data and the model of a recipe; counts parameters, memory and arithmetic, and predicts the speed."""
     from fat5.data import TokenizerInfo
+    from fat5.tasks.forecast import PlannedWorld
     from fat5.tasks.initial import find_initial
     from fat5.tasks.pretraining import Pretraining, name_model
     from fat5.tasks.sizes import configure_model, on_meta, settle
-    from fat5.train.world import World, training_device
+    from fat5.train.config import shard_size
 
-    device = training_device()
+    world = PlannedWorld.of(config.gpu, config.devices)
     findings: list[Finding] = []
     config.output_dir = config.output_dir or "runs/doctor"
+    if config.gpu is not None and config.precision == "auto":
+        config.precision = "bf16"
     try:
-        run = settle(config, World(device))
-        info = Pretraining.open(run, World(device)).info
+        run = settle(config, world)
+        info = Pretraining.open(run, world).info
         findings.append(Finding("data", OK, f"{len(config.data.sources)} source(s), vocabulary {info.vocab_size:,}"))
     except FAT5Error as error:
         findings.append(Finding("data", BAD, str(error)))
         config.data.sources = config.data.sources or [SourceConfig("not given")]
         try:
             info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
-            run = settle(config, World(device), info)
+            run = settle(config, world, info)
         except FAT5Error:
             return findings  # shapes that cannot be have no plan
     try:
         model = on_meta(configure_model(run, info, find_initial(run)))
+        shards = shard_size(run, world.launch)
     except FAT5Error as error:
         return [*findings, Finding("model", BAD, str(error))]
     findings.append(Finding("model", OK, f"{name_model(run)}: {model.num_parameters():,} parameters"))
-    return findings + _memory_findings(run, model, device) + _work_findings(run, model, config.tokens_per_second)
+    findings += [_memory_finding(run, model, world, shards, here=config.gpu is None), _work_finding(run, model)]
+    return findings + _speed_findings(run, model, world, config.tokens_per_second, config.measured)
 
 
-def _memory_findings(config: PretrainConfig, model: Any, device: Any) -> list[Finding]:
-    from fat5.machine import free_memory
+def _memory_finding(config: PretrainConfig, model: Any, world: Any, shards: int, here: bool) -> Finding:
     from fat5.train.cost.memory import LOWER, TIGHT, check_memory, plan_memory
 
-    plan, free = plan_memory(config, config.data.batch(), model, device), free_memory(device)
+    plan, free = plan_memory(config, config.data.batch(), model, world.device, world.size, shards), world.free
+    numbers = {"devices": world.size, "shards": shards, "bytes": plan.total, "free": free, "fits": True}
     try:
-        check_memory(plan, free)
+        check_memory(plan, free, host=here)
     except FAT5Error as error:
-        return [Finding("memory plan", BAD, str(error))]
+        return Finding("memory plan", BAD, str(error), numbers=numbers | {"fits": False})
     tight = free is not None and plan.total > TIGHT * free
-    return [Finding("memory plan", WARN if tight else OK, plan.describe(), LOWER)]
+    found = plan.describe()
+    if world.size > 1:
+        found += f" on each of {_devices(config, world)}"
+    return Finding("memory plan", WARN if tight else OK, found, LOWER, numbers)
 
 
-def _work_findings(config: PretrainConfig, model: Any, speed: float | None) -> list[Finding]:
-    import torch
+def _work_finding(config: PretrainConfig, model: Any) -> Finding:
+    from fat5.tasks.forecast import pack_work
 
-    from fat5.train.cost.flops import training_flops
-
-    length = config.data.max_tokens
-    documents = max(config.data.encoder_tokens // length, 1)
-    encoder = torch.full((documents,), config.data.encoder_tokens / documents)
-    decoder = torch.full((documents,), config.data.decoder_tokens / documents)
-    packs = config.data.packs_per_step
-    flops = training_flops(model.config, encoder, decoder) * packs
-    tokens = packs * (config.data.encoder_tokens + config.data.decoder_tokens)
+    data = config.data
+    packs = data.packs_per_step
+    flops = pack_work(model.config, data.encoder_tokens, data.decoder_tokens, data.max_tokens) * packs
+    tokens = packs * (data.encoder_tokens + data.decoder_tokens)
     whole = flops * config.steps / 1e18
     found = f"{tokens:,} tokens and {flops / 1e12:,.2f} TFLOP a step; {whole:,.3g} EFLOP in {config.steps:,} steps"
-    if speed:
-        found += f"; {tokens * config.steps / speed / 3600:,.1f} hours at {speed:,.0f} tokens/s"
-    return [Finding("work", OK, found)]
+    return Finding("work", OK, found)
+
+
+def _speed_findings(
+    config: PretrainConfig, model: Any, world: Any, assumed: float | None, measured: str | None
+) -> list[Finding]:
+    from fat5.tasks.forecast import predict_speed
+
+    try:
+        speed = predict_speed(config, model, world, assumed, measured)
+    except FAT5Error as error:
+        return [Finding("speed", BAD, str(error))]
+    if speed is None:
+        advice = "Give --measured a run on one device, or --tokens_per_second"
+        return [Finding("speed", WARN, f"not known of {world.name}", advice)] if world.size > 1 else []
+    found = f"{speed.hours:,.1f} hours at {speed.tokens_per_second:,.0f} tokens/s"
+    if world.size > 1:
+        share = speed.tokens_per_second / (speed.single * world.size)
+        found += f" on {_devices(config, world)}: {share:.0%} of {world.size} times the {speed.single:,.0f} of one"
+    found += f" ({speed.source})"
+    if speed.bound:
+        found += "; at best: what the devices tell each other is not counted"
+    return [Finding("speed", WARN if speed.bound else OK, found, numbers=vars(speed) | {"devices": world.size})]
+
+
+def _devices(config: PretrainConfig, world: Any) -> str:
+    return f"{world.size} × {world.name}, {config.parallel}"
 
 
 def show(findings: list[Finding]) -> None:

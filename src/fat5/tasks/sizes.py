@@ -275,7 +275,9 @@ def _fit_memory(
     free, model = world.free_memory(), on_meta(model_config)
 
     def plan(config: PretrainConfig) -> MemoryPlan:
-        return plan_memory(config, config.data.batch(), model, world.device, world.size, shard_size(config))
+        return plan_memory(
+            config, config.data.batch(), model, world.device, world.size, shard_size(config, world.launch)
+        )
 
     while free is not None and plan(config).total > SHARE_OF_MEMORY * free:
         half = config.data.encoder_tokens // 2

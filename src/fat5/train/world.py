@@ -61,6 +61,8 @@ class World:
     size: int = 1
     patient: Any = None
     """The group that waits for the main process as long as it takes; None for the default group"""
+    launch: Launch | None = None
+    """This process among the nodes' others; None for what the environment says"""
 
     @classmethod
     @contextmanager

@@ -73,19 +73,21 @@ class Weights:
     """The weights of a model as FSDP2 divides them: blocks one by one, the rest together."""
 
     parameters: int
+    blocks: int
+    """How many there are"""
     outside: int
-    """Of them outside the blocks"""
+    """Parameters outside of them"""
     block: int
-    """Of the largest block"""
+    """Parameters of the largest"""
     travel_bytes: int
     """A weight of a block in a message: 2 under bf16, else 4"""
 
     @classmethod
     def of(cls, model: Any, precision: str) -> "Weights":
         """Those of a model, which may be on the meta device."""
-        blocks = [sum(x.numel() for x in one.parameters()) for one in model.modules() if isinstance(one, Block)]
-        parameters = model.num_parameters()
-        return cls(parameters, parameters - sum(blocks), max(blocks), 2 if precision.startswith("bf16") else 4)
+        sizes = [sum(x.numel() for x in one.parameters()) for one in model.modules() if isinstance(one, Block)]
+        parameters, travel = model.num_parameters(), 2 if precision.startswith("bf16") else 4
+        return cls(parameters, len(sizes), parameters - sum(sizes), max(sizes), travel)
 
 
 def check_memory(plan: MemoryPlan, free: int | None, host: bool = True) -> None:

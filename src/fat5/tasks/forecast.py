@@ -1,0 +1,170 @@
+"""What a pretraining recipe takes on devices that need not be here: arithmetic, speed and duration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fat5.errors import ConfigurationError, FAT5Error
+from fat5.launch import Launch
+from fat5.machine import GIB, free_memory
+from fat5.model import FAT5Config
+from fat5.tasks.config import PretrainConfig
+from fat5.tasks.sizes import TYPICAL_FILL
+from fat5.train.config import shard_size
+from fat5.train.cost.flops import SHEETS, Sheet, sheet_of, training_flops
+from fat5.train.cost.memory import Weights
+from fat5.train.cost.speed import NODE, measured_run, step_seconds
+from fat5.train.world import World, training_device
+
+KNOWN = {
+    ("H200", "fat5-small"): (737_420, (32768, 32768, 1024)),
+    ("H200", "fat5-base"): (429_200, (16384, 11776, 1024)),
+    ("H200", "fat5-large"): (143_900, (32768, 32768, 1024)),
+}
+"""Measured useful tokens/s of one GPU, bf16 and compiled, with encoder, decoder and longest document's tokens of a pack
+(benchmarks/results/h200-profile.csv; fat5-base: `fat5 pretrain` on web pages)."""
+
+
+@dataclass(frozen=True)
+class PlannedWorld(World):
+    """Processes that are not there; `rank` 0 speaks for all."""
+
+    name: str = "this device"
+    """Of each device"""
+    sheet: Sheet | None = None
+    free: int | None = None
+    """Bytes free on each"""
+
+    @classmethod
+    def of(cls, gpu: str | None, devices: int) -> "PlannedWorld":
+        """As many GPUs of that name, or devices such as this machine's.
+
+        Raises:
+            ConfigurationError: a GPU of which no data sheet is known.
+        """
+        if gpu is None:
+            device = training_device()
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+            return cls._of(device, devices, name, sheet_of(name), free_memory(device))
+        sheet = sheet_of(gpu)
+        if sheet is None:
+            raise ConfigurationError(f"no data sheet of {gpu!r}", where="gpu", hint=f"Known are {', '.join(SHEETS)}")
+        return cls._of(torch.device("cuda"), devices, gpu, sheet, int(0.99 * sheet.memory * GIB))
+
+    @classmethod
+    def _of(
+        cls, device: torch.device, devices: int, name: str, sheet: Sheet | None, free: int | None
+    ) -> "PlannedWorld":
+        launch = Launch(0, devices, 0, min(devices, NODE))
+        return cls(device, size=devices, launch=launch, name=name, sheet=sheet, free=free)
+
+    def broadcast(self, value: Any) -> Any:
+        """The value: nobody is there to hear it."""
+        return value
+
+    def free_memory(self) -> int | None:
+        """Bytes free on each device."""
+        return self.free
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of a run on all its devices."""
+
+    tokens_per_second: float
+    """Useful tokens of both sides"""
+    step_seconds: float
+    hours: float
+    single: float
+    """Tokens/s of one device, and where the figure is from"""
+    source: str
+    bound: bool
+    """The messages between the devices are not counted: no data sheet"""
+
+
+def pack_work(model: Any, encoder: int, decoder: int, longest: int) -> float:
+    """Operations of a pack of documents that are as long as may be."""
+    documents = max(encoder // longest, 1)
+    sides = (torch.full((documents,), size / documents) for size in (encoder, decoder))
+    return training_flops(model, *sides)
+
+
+def predict_speed(
+    config: PretrainConfig, model: Any, world: PlannedWorld, assumed: float | None, measured: str | None
+) -> Speed | None:
+    """Speed and duration of a settled configuration; None if nothing is known of one device.
+
+    Args:
+        model: of that configuration; it may be on the meta device.
+        assumed: tokens/s of one device.
+        measured: a run on one device.
+
+    Raises:
+        DataError, ConfigurationError: from the run.
+    """
+    found = _single(config, model, world, assumed, measured)
+    if found is None:
+        return None
+    single, source = found
+    data, devices = config.data, world.size
+    tokens = data.packs_per_step * (data.encoder_tokens + data.decoder_tokens) * TYPICAL_FILL
+    alone = tokens / single
+    step = alone / devices if world.device.type == "cuda" else alone  # processes share the cores of a CPU
+    if devices > 1 and world.sheet is not None:
+        micro_batches = max(1, data.packs_per_step // (data.packs_per_micro_batch * devices))
+        weights = Weights.of(model, config.precision)
+        step = step_seconds(alone, weights, world.sheet, devices, shard_size(config, world.launch), micro_batches)
+    bound = devices > 1 and world.sheet is None
+    return Speed(tokens / step, step, config.steps * step / 3600, single, source, bound)
+
+
+def _single(
+    config: PretrainConfig, model: Any, world: PlannedWorld, assumed: float | None, measured: str | None
+) -> tuple[float, str] | None:
+    """Tokens/s of one device on this recipe, and where the figure is from."""
+    if assumed is not None:
+        return assumed, "assumed"
+    data = config.data
+    shapes = (data.encoder_tokens, data.decoder_tokens, data.max_tokens)
+    cost = pack_work(model.config, *shapes) / sum(shapes[:2])
+    if measured is not None:
+        speed, its = measured_run(Path(measured))
+        described = _described(its, model.config)
+        if described is None:
+            return speed, f"measured by {measured}, taken for the same recipe"
+        its_cost = pack_work(*described) / sum(described[1:3])
+        converted = "" if abs(its_cost / cost - 1) < 1e-6 else ", converted by its arithmetic"
+        return speed * its_cost / cost, f"measured by {measured}{converted}"
+    known = [
+        (FAT5Config.preset(preset, vocab_size=model.config.vocab_size), gpu, preset)
+        for gpu, preset in KNOWN
+        if world.sheet is SHEETS[gpu] and config.precision == "bf16"
+    ]
+    if not known:
+        return None
+    size = pack_work(model.config, 1, 1, 1)
+    its_model, gpu, preset = min(known, key=lambda one: abs(pack_work(one[0], 1, 1, 1) - size))
+    speed, its_shapes = KNOWN[gpu, preset]
+    its_cost = pack_work(its_model, *its_shapes) / sum(its_shapes[:2])
+    return speed * its_cost / cost, f"from {preset} as measured on one {gpu}"
+
+
+def _described(configuration: dict[str, Any], model: FAT5Config) -> tuple[FAT5Config, int, int, int] | None:
+    """The model and the shapes that a run's config.yaml tells of; None if it does not."""
+    data, chosen = (configuration.get(key) for key in ("data", "model"))
+    if not isinstance(data, dict) or not isinstance(chosen, dict):
+        return None
+    shapes = [data.get(key) for key in ("encoder_tokens", "decoder_tokens", "max_tokens")]
+    try:
+        its = FAT5Config.preset(
+            str(chosen.get("preset")),
+            vocab_size=model.vocab_size,
+            position_encoding=chosen.get("position_encoding") or "t5",
+            **(chosen.get("overrides") or {}),
+        )
+        encoder, decoder, longest = map(int, shapes)  # type: ignore[arg-type]
+    except (FAT5Error, TypeError, ValueError, AttributeError):
+        return None
+    return its, encoder, decoder, longest
