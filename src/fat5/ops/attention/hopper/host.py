@@ -40,26 +40,24 @@ def backward(
     """Gradients of q, k, v and of the bias in its own shape (None unless asked for)."""
     table, strips = plan[:2]
     grads = [call.empty_like(x) for x in (call.q, call.k, call.v)]
-    if _is_empty(call) or table is None:
-        grad_vector = torch.zeros_like(call.vector) if call.vector is not None and bias_needs_grad else None
-        if _is_empty(call):
-            return *(grad.zero_() for grad in grads), grad_vector  # type: ignore[return-value]
-        bias_needs_grad = False
-    learned = reduction.buffers(call) if bias_needs_grad else ()
+    grad_vector = torch.zeros_like(call.vector) if call.vector is not None and bias_needs_grad else None
+    if _is_empty(call):
+        return *(grad.zero_() for grad in grads), grad_vector  # type: ignore[return-value]
+    sums = reduction.buffers(call) if table is not None and bias_needs_grad else None
     flash, hooked = interface, {}
     if table is not None:
-        flash = copy_with(learning=bias_needs_grad)
-        hooked = {"score_mod": _score(call), "score_mod_bwd": hooks.score_gradient, "aux_tensors": [table, *learned]}
+        flash = copy_with(learning=sums is not None)
+        hooked = {
+            "score_mod": _score(call), "score_mod_bwd": hooks.score_gradient, "aux_tensors": [table, *(sums or ())]
+        }  # fmt: skip
     rows = [_rows(call, x) for x in (call.q, call.k, call.v, out, grad_out)]
     into = {name: _rows(call, x) for name, x in zip(("dq", "dk", "dv"), grads)}
     flash._flash_attn_bwd(*rows, lse, **_how(call), **hooked, **into, deterministic=DETERMINISTIC)
-    if call.packed:
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         reduction.clear_rows_of_no_document(call.cu_seqlens_q, grads[0])
         reduction.clear_rows_of_no_document(call.cu_seqlens_k, *grads[1:])
-    if learned:
-        grad_vector = reduction.vector_gradient(call, strips, *learned)
-    elif table is not None:
-        grad_vector = None
+    if sums is not None:
+        grad_vector = reduction.vector_gradient(call, strips, *sums)
     return *grads, grad_vector  # type: ignore[return-value]
 
 
