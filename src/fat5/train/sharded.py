@@ -124,22 +124,21 @@ class Shards:
 
         It is a copy, on the main process's device. Another process gets one without weights.
         """
-        weights: dict[str, Tensor] = {}
-        with together():
-            for name, weight in self.model.state_dict().items():
+        empty = dict(self._empty.named_parameters(remove_duplicate=False))
+        made: dict[int, Any] = {}
+        buffers: dict[str, Tensor] = {}
+        for name, weight in self.model.state_dict().items():
+            place = empty.get(name)
+            if place is None:
+                buffers[name] = weight
+            elif id(place) not in made:  # a tied weight once
                 tensor = whole(weight)
-                if self.world.is_main:
-                    weights[name] = tensor if tensor is not weight else tensor.clone()
+                made[id(place)] = nn.Parameter(tensor.clone(), place.requires_grad) if self.world.is_main else place
         if not self.world.is_main:
             return self._empty
-        names = dict(self._empty.named_parameters(remove_duplicate=False))
-        made: dict[int, Any] = {}
-        for name, empty in names.items():
-            made.setdefault(id(empty), nn.Parameter(weights[name], empty.requires_grad))
         model = copy.deepcopy(self._empty, made).to(self.world.device)
-        for name, buffer in model.named_buffers():
-            if name in weights:
-                buffer.copy_(weights[name])
+        for name, buffer in buffers.items():
+            model.get_buffer(name).copy_(buffer)
         return model
 
     def check(self) -> None:
