@@ -7,9 +7,9 @@ Runs unattended, one run after another, each by the command that a user types. `
 compiled, with CUDA graphs: on one card; on all cards with the same global batch, whose losses must be those of one
 card; and on all cards with as much work a card as one card had. `kill` trains a smaller preset with dropout twice:
 undisturbed, and with SIGKILL of the last rank after the first checkpoint and the same command again; weights, optimizer
-and generators are compared byte by byte. `sharded` trains one recipe on one card, on all cards with
-`--parallel` (fsdp, hsdp), and on all cards by ddp, the same global batch each: tokens/s, losses, memory of a card. `--tiny` runs the same
-without a GPU. Every figure is printed, and written to OUTPUT_DIR/ddp.csv at once.
+and generators are compared byte by byte. `sharded` trains one recipe on one card, on all cards with `--parallel` (fsdp,
+hsdp), and on all cards by ddp, the same global batch each: tokens/s, losses, memory of a card.
+`--tiny` runs the same without a GPU. Every figure is printed, and written to OUTPUT_DIR/ddp.csv at once.
 """
 
 import argparse

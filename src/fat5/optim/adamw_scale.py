@@ -228,10 +228,8 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
     if not weights:
         return
     beta1, beta2 = group["betas"]
-    if rms:
-        scales = [rms[weight].clone() for weight in weights]
-    else:
-        scales = torch._foreach_norm(weights, 2)
+    scales: Any = [rms[weight].clone() for weight in weights] if rms else torch._foreach_norm(weights, 2)
+    if not rms:
         torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
     torch._foreach_clamp_min_(scales, MIN_SCALE)
     if group["weight_decay"]:
