@@ -49,7 +49,7 @@ def test_help_imports_no_torch() -> None:
 def test_help_of_a_verb_imports_no_torch_and_begins_with_its_first_keys(verb: str) -> None:
     code = (
         f"import sys\nfrom fat5.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass\n"
-        "sys.exit(str({'torch', 'transformers', 'numba', 'datatrove'} & sys.modules.keys() or 0))"
+        "sys.exit(str({'torch', 'numpy', 'transformers', 'numba', 'datatrove'} & sys.modules.keys() or 0))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "0"

@@ -89,11 +89,12 @@ for head_dim in (8, 64, 80):
 PLAIN_PROCESSOR = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 
 
+@pytest.mark.slow  # each compiles every kernel
 @pytest.mark.parametrize(
     ("features", "width", "target"),
     [
-        pytest.param({"avx2": True}, 8, {}, id="avx2", marks=pytest.mark.slow),
-        pytest.param({}, 4, {}, id="arm", marks=pytest.mark.slow),
+        pytest.param({"avx2": True}, 8, {}, id="avx2"),
+        pytest.param({}, 4, {}, id="arm"),
         pytest.param({}, 4, PLAIN_PROCESSOR, id="no fused multiply-add"),
     ],
 )

@@ -14,10 +14,11 @@ from fat5.ops.attention.cpu.kernels import forward_scratch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["reference", "triton", "sdpa", *(["cpu"] if DEVICE.type == "cpu" else [])]
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+HEADS = 2  # the interpreter's time goes by heads
 
 
 def rows(query_length: int, key_length: int) -> list[torch.Tensor]:
-    return [torch.randn(2, 3, n, 16, device=DEVICE) for n in (query_length, key_length, key_length)]
+    return [torch.randn(2, HEADS, n, 16, device=DEVICE) for n in (query_length, key_length, key_length)]
 
 
 def out_and_gradients(leaves: list[torch.Tensor], backend: str, **options) -> list[torch.Tensor]:
@@ -31,7 +32,7 @@ def out_and_gradients(leaves: list[torch.Tensor], backend: str, **options) -> li
 
 @EVERY_BACKEND
 def test_dense_bias_that_hides_a_whole_row(backend):
-    bias = torch.randn(1, 3, 6, 7, device=DEVICE)
+    bias = torch.randn(1, HEADS, 6, 7, device=DEVICE)
     bias[:, :, 2] = bias[:, 1, :, 3:] = float("-inf")
     found = out_and_gradients([*rows(6, 7), bias], backend)
     want = out_and_gradients([x.double() for x in (*rows(6, 7), bias)], "reference")
@@ -55,18 +56,18 @@ def test_dense_and_mask_together_hide_a_row(backend):
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["left", "right", "holes", "all"])
-def test_padded_keys_may_hold_anything(kind, bad, backend):
+def test_padded_keys_may_hold_anything(kind, backend):
     mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
     mask[0, {"left": slice(4), "right": slice(6, 9), "holes": slice(1, 9, 3), "all": slice(9)}[kind]] = False
     q, k, v = rows(5, 9)
-    vector = torch.randn(3, 11, device=DEVICE)
+    vector = torch.randn(HEADS, 11, device=DEVICE)
     clean = out_and_gradients([q, k, v, vector], backend, key_padding_mask=mask)
-    k, v = (x.masked_fill(~mask[:, None, :, None], bad) for x in (k, v))
-    for got, want in zip(out_and_gradients([q, k, v, vector], backend, key_padding_mask=mask), clean):
-        torch.testing.assert_close(got, want)
-    assert attention_weights(q, k, key_padding_mask=mask).isfinite().all()
+    for bad in (float("nan"), float("inf")):
+        k, v = (x.masked_fill(~mask[:, None, :, None], bad) for x in (k, v))
+        for got, want in zip(out_and_gradients([q, k, v, vector], backend, key_padding_mask=mask), clean):
+            torch.testing.assert_close(got, want)
+        assert attention_weights(q, k, key_padding_mask=mask).isfinite().all()
 
 
 @EVERY_BACKEND
@@ -110,9 +111,9 @@ def test_nothing_at_all_has_gradients(packed, backend):
 @pytest.mark.parametrize("bias", ["none", "vector", pytest.param("dense", marks=pytest.mark.slow)])
 def test_under_activation_checkpointing(bias, backend):
     """Recomputed in backward, with the same dropout."""
-    leaves = [x.requires_grad_() for x in rows(20, 30)]
+    leaves = [x.requires_grad_() for x in rows(10, 12)]
     if bias != "none":
-        shape = (3, 11) if bias == "vector" else (1, 3, 20, 30)
+        shape = (HEADS, 11) if bias == "vector" else (1, HEADS, 10, 12)
         leaves.append(torch.randn(shape, device=DEVICE, requires_grad=True))
 
     def attend(q, k, v, given=None):

@@ -48,20 +48,23 @@ def test_gradient(compiled: bool) -> None:
     torch.testing.assert_close(weight.grad.double(), exact, rtol=0, atol=1e-5)
 
 
-def test_a_compiled_step_adds_nothing_by_atomics() -> None:
+SLOW = [pytest.param(positions, marks=pytest.mark.slow) for positions in ("rope", "alibi")]
+
+
+@pytest.mark.parametrize("positions", ["t5", "absolute", *SLOW])
+def test_a_compiled_step_adds_nothing_by_atomics(positions: str) -> None:
     plain = compiled_operations(
         lambda w: F.embedding(torch.tensor([1, 1]), w).sum(), torch.ones(4, 8, requires_grad=True)
     )
     assert atomic(plain), "the test no longer sees what it looks for"
     torch.manual_seed(0)
-    for positions in ("t5", "absolute", "rope", "alibi"):
-        model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 64, "position_encoding": positions}))
-        starts = torch.tensor([0, 20, 32], dtype=torch.int32)
-        ids, labels = torch.randint(3, 64, (2, 32))
-        packed = dict(input_ids=ids, labels=labels, cu_seqlens=starts, decoder_cu_seqlens=starts)
-        names = compiled_operations(lambda m=model, p=packed: m(**p, max_seqlen=20, decoder_max_seqlen=20).loss)
-        assert "fat5.embedding_gradient.default" in names
-        assert not atomic(names), positions
+    model = FAT5ForConditionalGeneration(FAT5Config(**TINY | {"vocab_size": 64, "position_encoding": positions}))
+    starts = torch.tensor([0, 20, 32], dtype=torch.int32)
+    ids, labels = torch.randint(3, 64, (2, 32))
+    packed = dict(input_ids=ids, labels=labels, cu_seqlens=starts, decoder_cu_seqlens=starts)
+    names = compiled_operations(lambda: model(**packed, max_seqlen=20, decoder_max_seqlen=20).loss)
+    assert "fat5.embedding_gradient.default" in names
+    assert not atomic(names)
 
 
 @pytest.mark.gpu

@@ -43,11 +43,13 @@ def bench(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ptxas comes in Triton's Linux wheel")
-def test_learned_bias_and_fused_kernels_on_every_architecture() -> None:
-    done = bench("kernels", "--static", "--quick", "--workers", "1")
+@pytest.mark.parametrize("architectures", [(80, 90), pytest.param(ARCHITECTURES, marks=pytest.mark.slow)], ids=len)
+def test_learned_bias_and_fused_kernels(architectures: tuple[int, ...]) -> None:
+    words = ["--quick", "--workers", "1", "--architectures", *map(str, architectures)]
+    done = bench("kernels", "--static", *words)
     assert done.returncode == 0, faulty(done)
     lines = done.stdout.splitlines()
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         kernels = {line.split()[1] for line in lines if line.startswith(f"sm_{arch} ")}
         assert kernels >= {*ATTENTION, *FUSED_KERNELS}, arch
     # Four kernels multiply matrices, for two head dimensions, bidirectional and causal.

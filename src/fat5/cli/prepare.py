@@ -3,14 +3,15 @@
 import sys
 
 from fat5.cli.parsing import parse
+from fat5.data.config import PrepareConfig
 
 
 def main(argv: list[str]) -> int:
     """Prepares a corpus, and prints the sizes of both splits."""
-    from fat5.data import load_tokenizer
-    from fat5.data.shards.prepare import PrepareConfig, prepare
-
     config = PrepareConfig(**parse(PrepareConfig, argv, "prepare", words="inputs"))
+    from fat5.data import load_tokenizer
+    from fat5.data.shards.prepare import prepare
+
     manifest = prepare(config, progress=sys.stderr.isatty())
     if manifest is None:
         print(f"submitted to Slurm; the last job writes {config.output_dir}/manifest.json")

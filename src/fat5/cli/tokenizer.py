@@ -3,13 +3,14 @@
 import sys
 
 from fat5.cli.parsing import parse
+from fat5.data.config import TokenizerTraining
 
 
 def main(argv: list[str]) -> int:
     """Trains a tokenizer, and prints tokens per word and per byte."""
-    from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
-
     config = TokenizerTraining(**parse(TokenizerTraining, argv, "tokenizer", words="inputs"))
+    from fat5.data.tokenizer.training import train_tokenizer
+
     report = train_tokenizer(config, progress=sys.stderr.isatty())
     if report["bad_rows"]:
         print(f"rows that could not be read and were skipped: {report['bad_rows']:,}")

@@ -91,6 +91,8 @@ def convert(config: ConvertConfig) -> Conversion:
     )
     examples = random_examples(model.config, config.seed)
     report.compared += _verify_source(source, model, kind, examples)
+    for comparison in report.compared:  # before the copy, which takes longer
+        comparison.require(source.folder)
     _round(model, stored, kind, examples, report)
     with _folder(report.target) as partial:
         if config.to == "onnx":

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fat5.data.shards.prepare import PrepareConfig
-from fat5.data.tokenizer.training import TokenizerTraining
+from fat5.data.config import PrepareConfig, TokenizerTraining
 from fat5.tasks.config import PretrainConfig
 
 

@@ -25,9 +25,10 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor, launch_slurm_job
 from loguru import logger
 
+from fat5.data.config import SlurmOptions
 from fat5.data.shards.pipeline import Stage, build, stages
 from fat5.data.shards.plan import LOGS, read_plan
-from fat5.data.shards.prepare import SlurmOptions, finish
+from fat5.data.shards.prepare import finish
 from fat5.data.worker_process import end_with_parent
 from fat5.errors import ConfigurationError, DataError
 

@@ -7,10 +7,10 @@ the same command continues where it stopped.
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fat5.data.config import PrepareConfig
 from fat5.data.shards.plan import LOGS, PLAN, STEPS, difference, make_plan, read_plan, write_plan
 from fat5.data.shards.progress import watch
 from fat5.data.shards.token_shards import (
@@ -24,66 +24,13 @@ from fat5.data.shards.token_shards import (
     verify,
 )
 from fat5.data.text.corpus import open_corpus
-from fat5.data.text.rows import BadRows, CorpusOptions
+from fat5.data.text.rows import BadRows
 from fat5.data.tokenizer.loading import load_tokenizer
 from fat5.errors import ConfigurationError, DataError, FAT5Error, RunDirectoryError
 from fat5.files import locked, parse_json, write_atomically
 from fat5.machine import available_cores
 
 LOCK = f"{LOGS}/lock"
-
-
-@dataclass
-class SlurmOptions:
-    """How to ask Slurm for tasks.
-
-    Args:
-        partition: partition to submit to.
-        time: time limit of one task.
-        qos: quality of service.
-        memory_gb: memory of one task.
-        max_array_size: the cluster's limit on the size of a job array.
-        environment: shell command that activates the Python environment, if the submitting one is not inherited.
-    """
-
-    partition: str = ""
-    time: str = "24:00:00"
-    qos: str = "normal"
-    memory_gb: int = 4
-    max_array_size: int = 1001
-    environment: str = ""
-
-
-@dataclass
-class PrepareConfig:
-    """Turns text into token shards for `fat5 pretrain`. Run again, it continues where it stopped.
-
-    Args:
-        inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
-            of the hub.
-        tokenizer: folder of a tokenizer (from `fat5 tokenizer`, or T5, mT5, ByT5, …), or its name on the hub.
-        output_dir: folder to write; new, empty, or begun by the same command.
-        name: name of the corpus in the manifest; the name of its first file by default.
-        validation_fraction: share of the documents to hold out, chosen by a hash of their text.
-        steps: cleaning steps in order: language=fr, c4, gopher_quality, gopher_repetition, urls, pii, minhash.
-        workers: tasks to run at once; 0 means one per core (local) or no limit (slurm).
-        executor: where the tasks run.
-        slurm: how to ask Slurm, with `--executor slurm`.
-        corpus: how to read the inputs.
-        verify: only check every shard in `output_dir` against its SHA-256.
-    """
-
-    inputs: list[str] = field(default_factory=list)
-    tokenizer: str = ""
-    output_dir: str = ""
-    name: str = ""
-    validation_fraction: float = 0.01
-    steps: list[str] = field(default_factory=list)
-    workers: int = 0
-    executor: Literal["local", "slurm", "ray"] = "local"
-    slurm: SlurmOptions = field(default_factory=SlurmOptions)
-    corpus: CorpusOptions = field(default_factory=CorpusOptions)
-    verify: bool = False
 
 
 def prepare(config: PrepareConfig, progress: bool = False) -> Manifest | None:

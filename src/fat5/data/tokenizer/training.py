@@ -13,14 +13,14 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from fat5.data.config import TokenizerTraining
 from fat5.data.text.corpus import Corpus, open_corpus
-from fat5.data.text.rows import CorpusOptions
 from fat5.data.tokenizer.json_file import EOS, MODES, MULTIPLE, PAD, UNK, added_token, append_eos
 from fat5.data.tokenizer.loading import Tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, check_writable
@@ -47,30 +47,6 @@ LONGEST_PIECE = 24
 # A language without spaces reaches the bound after about as much text, others after gigabytes.
 UNIGRAM_CHARACTERS = 10_000_000
 _WORD = re.compile(rf"\S{{1,{LONGEST_PIECE}}}")
-
-
-@dataclass
-class TokenizerTraining:
-    """Trains a tokenizer on your text and saves a folder that stock `AutoTokenizer` loads.
-
-    Args:
-        inputs: files and folders (.txt .jsonl .json .csv, also .gz .zst .bz2 .xz; .parquet), sample:fr, or one dataset
-            of the hub.
-        output_dir: folder to write; new or empty.
-        model: `bpe` or `unigram`, both with byte fallback.
-        vocab_size: number of ids, special tokens included; a multiple of 128, at most 65,536.
-        rows: learn from the first documents, this many at most.
-        normalization: `none` keeps every text as it is; `nfc` composes accents first (not byte-exact then).
-        corpus: how to read the inputs.
-    """
-
-    inputs: list[str]
-    output_dir: str
-    model: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: int = 32_768
-    rows: int = 1_000_000
-    normalization: Literal["none", "nfc"] = "none"
-    corpus: CorpusOptions = field(default_factory=CorpusOptions)
 
 
 def train_tokenizer(config: TokenizerTraining, progress: bool = False) -> dict[str, Any]:
