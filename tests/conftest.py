@@ -2,11 +2,13 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start too: two workers share the cores
 os.environ["FAT5_CACHE"] = "/no/such/folder"  # so that the shipped launch table is tested
 
 import pytest
@@ -51,6 +53,23 @@ def _memory_starts_as_nan() -> Iterator[None]:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_patched_once() -> None:
+    """Triton's interpreter patches triton.language at every call of a function: a third of an interpreted kernel."""
+    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or "TRITON_INTERPRET" not in os.environ:
+        return
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Callable[..., Any]) -> Any:
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)  # for good: nothing is compiled in this process
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)

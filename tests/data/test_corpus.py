@@ -325,7 +325,7 @@ BAD: dict[str, tuple[str, Writer, str]] = {
     ),
     "csv-row-without-end": (
         "a.csv",
-        lambda p: p.write_bytes(b'text\n"' + b"a\n" * (17 << 20)),
+        lambda p: p.write_bytes(b'text\n"' + (b"a" * 1023 + b"\n") * (33 << 10)),
         "a row longer than 32 MiB",
     ),
     "tsv": ("a.tsv", lambda p: p.write_text("text\nun\n"), r"unknown extension.*\.json and \.csv"),

@@ -11,19 +11,16 @@ from problems import Problem, assert_as_good_as_plain, make, packed_options
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.op import attention_forward, planned
+from pairwise import pairwise
 
 LAYOUTS = ["batched", "strided", "masked", "holes", "packed"]
-LENGTHS = [(1, 1), (5, 5), (63, 63), (65, 130), (127, 127), (513, 513), (1100, 40)]
+LENGTHS = {
+    f"L{length_q}-{length_k}": (length_q, length_k)
+    for length_q, length_k in ((1, 1), (5, 5), (63, 63), (65, 130), (127, 127), (513, 513), (1100, 40))
+}
 
 
-def _id(value: object) -> str | None:
-    return f"L{value[0]}-{value[1]}" if isinstance(value, tuple) else None
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-@pytest.mark.parametrize("bias", ["none", "vector", "dense"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=_id)
+@pairwise(2, lengths=LENGTHS, layout=LAYOUTS, bias=["none", "vector", "dense"], causal=[False, True])
 def test_cpu_is_as_good_as_plain(lengths, layout, bias, causal):
     assert_as_good_as_plain(make(*lengths, bias=bias, layout=layout, causal=causal), "cpu")
 
@@ -166,7 +163,7 @@ def test_row_without_keys_is_zero(backend):
     assert out[1].abs().min() > 0
 
 
-@pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0)], ids=_id)
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_empty_sides(backend, lengths):
     out, *gradients = make(*lengths).run(backend, torch.float32)

@@ -12,6 +12,7 @@ from fat5.ops import geglu, linear_cross_entropy, rms_norm, token_statistics
 from fat5.ops.geglu import _GEGLU, geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
+from pairwise import pairwise
 
 LOSSES = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)]
 
@@ -62,14 +63,12 @@ def test_geglu_far_out_and_gradcheck():
     assert gradcheck(geglu, [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("z_loss", "label_smoothing"), LOSSES)
-@pytest.mark.parametrize("chunk_size", [None, 3, 1])
-def test_linear_cross_entropy(chunk_size, z_loss, label_smoothing, reduction):
+@pairwise(3, chunk_size=[None, 3, 1], loss=LOSSES, reduction=["mean", "sum", "none"])
+def test_linear_cross_entropy(chunk_size, loss, reduction):
     hidden, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5)))
     labels = torch.randint(0, 11, (7,))
     labels[2] = -100
-    how = dict(z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction)
+    how = dict(zip(("z_loss", "label_smoothing"), loss), reduction=reduction)
 
     def run(h, w):
         return linear_cross_entropy(h, w, labels, chunk_size=chunk_size, **how)

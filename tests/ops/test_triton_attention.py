@@ -43,7 +43,7 @@ SLOW_WHEN_INTERPRETED = [pytest.mark.slow] if INTERPRETED else []
 OUTPUT_RATIO, GRADIENT_RATIO, FLOOR = 2.0, 3.0, 2e-6
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-DOCUMENTS = ((37, 20), (0, 9), (1, 1), (33, 0), (70, 65))
+DOCUMENTS = ((37, 20), (0, 9), (1, 1), (33, 0), (40, 50))
 SAME_DOCUMENTS = ((0, 0), (20, 20), (1, 1), (0, 0), (55, 55), (16, 16), (0, 0))
 
 CASES = [
@@ -63,9 +63,9 @@ CASES = [
     Case(documents=SAME_DOCUMENTS, bias="relative", causal=True, dtype=BRAIN, strided=True),
     Case(documents=SAME_DOCUMENTS, bias="relative", causal=True, dropout_p=0.2),
     Case(documents=DOCUMENTS, tail=3, dtype=HALF),
-    Case(documents=DOCUMENTS, bias="relative", dropout_p=0.2),
+    Case(documents=DOCUMENTS, bias="relative", dropout_p=0.2, heads=1),
     Case(documents=DOCUMENTS, bias="dense:nxnxnxn"),
-    Case(documents=DOCUMENTS, bias="dense:1xnxnxn", dtype=BRAIN),
+    Case(documents=DOCUMENTS, bias="dense:1xnxnxn", dtype=BRAIN, heads=1),
     Case(documents=((0, 0), (0, 0)), bias="relative", tail=5),
 ]
 # Seconds in the interpreter, milliseconds on a GPU.
@@ -138,7 +138,7 @@ def test_log_sum_exp(device: torch.device) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(documents=((1, 1), (37, 37), (0, 0)), bias="relative"),
+        Case(documents=((1, 1), (37, 37), (0, 0)), bias="relative", heads=1),
         pytest.param(Case(documents=SAME_DOCUMENTS, bias="relative"), marks=SLOW_WHEN_INTERPRETED),
         pytest.param(Case(documents=DOCUMENTS, causal=True), marks=SLOW_WHEN_INTERPRETED),
     ],
@@ -168,7 +168,7 @@ def test_packed_equals_one_by_one(case: Case, device: torch.device) -> None:
 
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=SLOW_WHEN_INTERPRETED), True])
 def test_bias_gradient_sums_to_zero(causal: bool, device: torch.device) -> None:
-    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", causal=causal, dropout_p=0.2), device)
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", causal=causal, dropout_p=0.2, heads=1), device)
     gradient = gradients(by_triton, inputs)["dbias"].double()
     # Each row of dS sums to zero, dropout or not.
     assert gradient.sum(1).abs().max() < 1e-5 * gradient.abs().sum(1).max()
@@ -183,7 +183,7 @@ def test_unused_distances_get_exactly_no_gradient(device: torch.device) -> None:
 
 
 def test_table_gradient_through_the_vector(device: torch.device) -> None:
-    inputs = draw(Case(90, 90), device)
+    inputs = draw(Case(90, 90, batch=1), device)
     table = torch.randn(8, 2, device=device, dtype=torch.float64)
 
     def table_gradient(attend, dtype: torch.dtype) -> torch.Tensor:
@@ -197,7 +197,7 @@ def test_table_gradient_through_the_vector(device: torch.device) -> None:
 
 
 def test_padded_keys_may_hold_nan(device: torch.device) -> None:
-    inputs = draw(Case(40, 70, bias="relative", key_mask=True), device)
+    inputs = draw(Case(40, 50, bias="relative", key_mask=True, heads=1), device)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None].expand_as(inputs.k)
     clean = gradients(by_triton, inputs)
     inputs.k, inputs.v = (x.masked_fill(hidden, float("nan")) for x in (inputs.k, inputs.v))
@@ -206,7 +206,7 @@ def test_padded_keys_may_hold_nan(device: torch.device) -> None:
 
 
 def test_rows_of_no_document_are_zero(device: torch.device) -> None:
-    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", tail=40), device)
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", tail=40, heads=1), device)
     for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out):
         x[-40:] = float("nan")
     found = gradients(by_triton, inputs)
@@ -228,7 +228,7 @@ def test_dense_minus_infinity_hides(device: torch.device) -> None:
 
 @pytest.mark.parametrize("runs", [2 if INTERPRETED else 100])
 def test_gradients_are_the_same_to_the_bit(runs: int, device: torch.device) -> None:
-    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", dtype=BRAIN), device)
+    inputs = draw(Case(documents=SAME_DOCUMENTS, bias="relative", dtype=BRAIN, heads=1), device)
     first = gradients(by_triton, inputs)
     for _ in range(runs - 1):
         for name, value in gradients(by_triton, inputs).items():
@@ -263,7 +263,7 @@ def test_gradients_under_dropout_with_other_tiles(device: torch.device) -> None:
         check(Case(30, 34, bias="relative", dropout_p=0.4), device)
 
 
-lengths = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=4)
+lengths = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=3)
 
 
 @settings(max_examples=3 if INTERPRETED else 16, deadline=None, suppress_health_check=list(HealthCheck))
@@ -308,7 +308,7 @@ def test_compiles_without_a_graph_break(device: torch.device) -> None:
     else:
         compiler = CompileCounterWithBackend("inductor")
     compiled = torch.compile(attention, fullgraph=True, backend=compiler)
-    for documents in (((20, 20), (9, 9)), ((3, 3), (25, 25)), ((0, 0), (17, 17))):
+    for documents in (((20, 20), (9, 9)), ((0, 0), (17, 17))):
         tail = 32 - sum(length for length, _ in documents)
         inputs = draw(Case(documents=documents, bias="relative", tail=tail), device)
         options = {name: value for name, value in inputs.options.items() if name != "seed"}

@@ -19,6 +19,7 @@ from fat5.ops.geglu import geglu_reference
 from fat5.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fat5.ops.rms_norm import rms_norm_reference
 from fat5.ops.rotary import rotary_reference
+from pairwise import pairwise
 
 BRAIN, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [SINGLE, BRAIN, HALF]
@@ -205,12 +206,10 @@ def loss_problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
     return [draw(rows, width, dtype=dtype), weight], labels.to(HERE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("z_loss", "label_smoothing"), LOSSES)
-def test_linear_cross_entropy(z_loss, label_smoothing, reduction, dtype):
+@pairwise(3, loss=LOSSES, reduction=["mean", "sum", "none"], dtype=DTYPES)
+def test_linear_cross_entropy(loss, reduction, dtype):
     inputs, labels = loss_problem(11, 8, 37, dtype)
-    how = dict(z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction)
+    how = dict(zip(("z_loss", "label_smoothing"), loss), reduction=reduction)
     assert_as_good(
         lambda h, w: linear_cross_entropy(h, w, labels, chunk_size=4, **how),
         lambda h, w: linear_cross_entropy_reference(h, w, labels, **how),
