@@ -1,14 +1,17 @@
 """What only the CPU path has: blocks of keys, threads, vector widths, and numbers that are not numbers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 from problems import assert_as_good_as_plain, make
 
 from fat5.ops import attention
+from fat5.ops.attention.cpu import kernels
 from fat5.ops.attention.cpu import threads as cpu_threads
 
 
@@ -104,3 +107,35 @@ def test_other_processors(features, width, target, tmp_path):
     here = str(Path(__file__).parent)
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **target}
     subprocess.run([sys.executable, "-c", code, here], check=True, env=environment, timeout=300)
+
+
+HASHES = """
+import hashlib, torch
+from fat5.ops import RelativeBias, attention
+torch.set_num_threads(1)
+torch.manual_seed(0)
+found = hashlib.sha256()
+for length in (37, 131):
+    q, k, v = (torch.randn(1, 2, length, 16).requires_grad_() for _ in range(3))
+    table = torch.randn(32, 2).requires_grad_()
+    bias = RelativeBias.from_table(table, bidirectional=True, max_distance=128)
+    out = attention(q, k, v, bias=bias, backend="cpu")
+    for x in (out, *torch.autograd.grad(out, [q, k, v, table], torch.randn_like(out))):
+        found.update(x.detach().numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+@pytest.mark.slow  # compiles everything once
+def test_code_from_the_cache_computes_the_same_bits(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", HASHES]
+    compiled, loaded = (subprocess.check_output(command, env=environment, text=True) for _ in range(2))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert compiled == loaded
+
+
+def test_no_kernel_lets_the_compiler_reorder_sums():
+    compiled = [x for x in vars(kernels).values() if isinstance(x, numba.core.dispatcher.Dispatcher)]
+    assert len(compiled) > 20
+    assert not any(x.targetoptions.get("fastmath") for x in compiled)

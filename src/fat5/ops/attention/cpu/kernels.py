@@ -35,6 +35,7 @@ BLOCK_KEYS = 512  # keys at a time in backward: with 48 rows and 64 dimensions, 
 BLOCK_SCORES = 1 << 17  # scores at a time in forward, which wants whole rows: 512 kB
 CHUNK_ROWS = 512  # rows of one forward task
 PAD = 16  # keeps rows of scores from falling into one cache set
+LANES = 64  # partial sums of a reduction, added in halves
 ROUNDS = 1.5 * 2**23
 SEEN_NOTHING = np.float32(-1e30)  # what a score becomes where the key is hidden
 
@@ -62,12 +63,15 @@ ITEM = np.dtype(
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`numba.njit`, cached on disk where a folder can be written; sums may be reordered, NaN and infinity are kept."""
-    fastmath = {"reassoc", "nsz", "contract", "arcp"}
+    """`numba.njit`, cached on disk where a folder can be written.
+
+    Without fastmath: with it, code from the cache and code just compiled differ in the last place of a sum, and so does
+    a run from the one that continues it. Sums in lanes (`_sum`, `_dot`) become vectors all the same.
+    """
     try:
-        return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # "no locator available": read-only installation and home
-        return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def worker() -> Any:
@@ -157,17 +161,15 @@ def _exp(_context, x):  # type: ignore[no-untyped-def]
 
         small = builder.fcmp_ordered("<", arguments[0], constant(-87.0))
         x = builder.select(small, constant(-87.0), arguments[0])
-        # Added to 1.5 * 2^23, a number is rounded to an integer, in the lowest bits. It is taken from there, because
-        # numba's fastmath would cancel a subtraction of 1.5 * 2^23 on a processor without fused multiply-add.
+        # Added to 1.5 * 2^23, a number is rounded to an integer, in the lowest bits.
         shifted = builder.call(fma, [x, constant(1.4426950408889634), constant(ROUNDS)])
-        bits = builder.bitcast(shifted, integer)
-        power = builder.sitofp(builder.sub(bits, ir.Constant(integer, int(np.float32(ROUNDS).view(np.int32)))), number)
+        power = builder.fsub(shifted, constant(ROUNDS))
         r = builder.call(fma, [power, constant(-0.693359375), x])
         r = builder.call(fma, [power, constant(2.12194440e-4), r])
         value = constant(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
             value = builder.call(fma, [value, r, constant(coefficient)])
-        exponent = builder.shl(bits, ir.Constant(integer, 23))
+        exponent = builder.shl(builder.bitcast(shifted, integer), ir.Constant(integer, 23))
         value = builder.bitcast(builder.add(builder.bitcast(value, integer), exponent), number)
         return builder.select(small, constant(0.0), value)
 
@@ -304,12 +306,42 @@ def _multiply(x, y, z, count):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _dot(x, y, count):  # type: ignore[no-untyped-def]
-    a, b = numba.carray(_floats(x), count), numba.carray(_floats(y), count)
-    total = np.float32(0.0)
-    for j in range(count):
-        total += a[j] * b[j]
-    return total
+def _sum(x, count, lanes):  # type: ignore[no-untyped-def]
+    """The sum of x, element j in lane j % LANES; `lanes` is scratch memory."""
+    a, s = numba.carray(_floats(x), count), numba.carray(_floats(lanes), LANES)
+    whole = count // LANES * LANES
+    _clear(lanes, LANES)
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            s[j] += a[start + j]
+    for j in range(count - whole):
+        s[j] += a[whole + j]
+    return _folded(lanes)
+
+
+@jit
+def _dot(x, y, count, lanes):  # type: ignore[no-untyped-def]
+    """The sum of x * y, in the same order."""
+    a, b, s = (numba.carray(_floats(x), count), numba.carray(_floats(y), count), numba.carray(_floats(lanes), LANES))
+    whole = count // LANES * LANES
+    _clear(lanes, LANES)
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            s[j] += a[start + j] * b[start + j]
+    for j in range(count - whole):
+        s[j] += a[whole + j] * b[whole + j]
+    return _folded(lanes)
+
+
+@jit
+def _folded(lanes):  # type: ignore[no-untyped-def]
+    s = numba.carray(_floats(lanes), LANES)
+    half = LANES // 2
+    while half:
+        for j in range(half):
+            s[j] += s[half + j]
+        half //= 2
+    return s[0]
 
 
 @jit
@@ -323,14 +355,10 @@ def _largest(x, count):  # type: ignore[no-untyped-def]
 
 @jit
 def _exponentials(x, largest, count):  # type: ignore[no-untyped-def]
-    """x = exp(x - largest); returns the sum."""
+    """x = exp(x - largest)."""
     a = numba.carray(_floats(x), count)
-    total = np.float32(0.0)
     for j in range(count):
-        value = _exp(a[j] - largest)
-        a[j] = value
-        total += value
-    return total
+        a[j] = _exp(a[j] - largest)
 
 
 @jit
@@ -393,7 +421,7 @@ def forward_scratch(width, length_k):  # type: ignore[no-untyped-def]
     # With fewer keys a block has more rows, and may hold more scores.
     most = min(BLOCK_SCORES + BLOCK_ROWS * PAD, BLOCK_ROWS * (keys + PAD))
     scores = max(_block_rows(keys) * (keys + PAD), most)
-    return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores
+    return keys * (width + padded + 1) + BLOCK_ROWS * (2 * padded + 1) + scores + LANES
 
 
 @jit
@@ -412,6 +440,7 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
     scores = _at(result, BLOCK_ROWS * padded)
     sums = numba.carray(_floats(_at(scores, block * stride)), BLOCK_ROWS)
     kept = _at(scores, block * stride + BLOCK_ROWS)
+    lanes = _at(kept, keys)
     _pack_panels(key_panels, keys, _at(call.k, item.k), call.k_row, item.length_k, width)
     _pack(values, padded, keys, _at(call.v, item.v), call.v_row, item.length_k, width, np.float32(1.0))
     lse = _floats(_at(call.lse, item.lse))
@@ -433,7 +462,8 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
             if own > 0:
                 _add_masks(call, item, line, row, 0, own)
                 largest = _largest(line, own)
-                total = _exponentials(line, largest, own)
+                _exponentials(line, largest, own)
+                total = _sum(line, own, lanes)
             blind = own == 0 or _hidden(largest, total)
             lse[row * call.lse_row] = -np.inf if blind else largest + np.log(total)
             sums[i] = np.float32(1.0) if blind else total
@@ -464,7 +494,8 @@ def _forward(call, item, scratch):  # type: ignore[no-untyped-def]
 def backward_scratch(width, length_k):  # type: ignore[no-untyped-def]
     """Elements of scratch memory that `_backward` needs for at most `length_k` keys."""
     padded, keys = _up(width, COLUMNS), _up(min(length_k, BLOCK_KEYS), COLUMNS)
-    return 2 * keys * width + 3 * keys * padded + 3 * BLOCK_ROWS * padded + 3 * BLOCK_ROWS * (keys + PAD) + keys
+    rows = 3 * BLOCK_ROWS * (padded + keys + PAD)
+    return 2 * keys * width + 3 * keys * padded + rows + keys + LANES
 
 
 @jit
@@ -482,6 +513,7 @@ def _backward(call, item, scratch):  # type: ignore[no-untyped-def]
     # With dropout the weights that meet the values are not those of the softmax.
     dropped = _at(grads, BLOCK_ROWS * stride) if call.seed != 0 else weights
     kept = _at(grads, 2 * BLOCK_ROWS * stride)
+    lanes = _at(kept, most)
     one = np.float32(1.0)
     whole = item.length_k <= BLOCK_KEYS
     for c0 in range(0, item.length_k, BLOCK_KEYS):
@@ -514,7 +546,7 @@ def _backward(call, item, scratch):  # type: ignore[no-untyped-def]
                 if own > 0:
                     _backward_row(
                         call, item, first + i, c0, own, whole, _at(weights, i * stride), _at(grads, i * stride),
-                        _at(dropped, i * stride), kept, _at(grad_result, i * padded),
+                        _at(dropped, i * stride), kept, _at(grad_result, i * padded), lanes,
                     )  # fmt: skip
                 _clear(_at(weights, i * stride + own), seen_padded - own)
                 _clear(_at(grads, i * stride + own), seen_padded - own)
@@ -536,7 +568,7 @@ def _backward(call, item, scratch):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept, grad_result):  # type: ignore[no-untyped-def]
+def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept, grad_result, lanes):  # type: ignore[no-untyped-def]
     """Turns a row's scores and dP into its weights, its dropped weights and dS; adds dS to the bias's gradient.
 
     A `whole` row is normalised by its own sum, and its delta is rowsum(P dP), so that its dS sums to zero up to
@@ -545,7 +577,8 @@ def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept
     _add_masks(call, item, weights, row, c0, own)
     if whole:
         largest = _largest(weights, own)
-        total = _exponentials(weights, largest, own)
+        _exponentials(weights, largest, own)
+        total = _sum(weights, own, lanes)
         blind = _hidden(largest, total)
         if not blind:
             _set_scaled(weights, weights, np.float32(1.0) / total, own)
@@ -563,9 +596,9 @@ def _backward_row(call, item, row, c0, own, whole, weights, grads, dropped, kept
         _multiply(dropped, weights, kept, own)
         _multiply(grads, grads, kept, own)
     if whole:
-        delta = _dot(weights, grads, own)
+        delta = _dot(weights, grads, own, lanes)
     else:
-        delta = _dot(grad_result, _at(call.out, item.out + row * call.out_row), call.width)
+        delta = _dot(grad_result, _at(call.out, item.out + row * call.out_row), call.width, lanes)
     _score_gradients(weights, grads, delta, own)
     if call.grad_bias != 0:
         at = _at(call.grad_bias, item.grad_bias + item.length_q - 1 + c0 - row)
