@@ -59,9 +59,11 @@ PRETRAIN = {
 SMALLER = {
     "tokenizer": {"vocab_size": "1024", "rows": "300"},
     "pretrain": PRETRAIN,
-    "demo": {"tokenizer.vocab_size": "1024"} | {f"pretrain.{key}": value for key, value in PRETRAIN.items()},
+    "prepare": {"workers": "1"},
+    "demo": {"tokenizer.vocab_size": "1024", "prepare.workers": "1"}
+    | {f"pretrain.{key}": value for key, value in PRETRAIN.items()},
     "finetune": {"steps": "2", "data.max_examples": "400", "data.max_source_tokens": "64", "max_new_tokens": "3"},
-    "audit": {"examples": "200"},
+    "audit": {"examples": "200", "tokens": "20000"},
     "generate": {"max_new_tokens": "3"},
 }
 # Needs the hub or a cluster: only parsed.

@@ -17,6 +17,7 @@ from fat5.errors import ConfigurationError
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 SMALL = {
     "tokenizer.vocab_size": "1024",
+    "prepare.workers": "1",
     "pretrain.model.preset": "fat5-demo",
     "pretrain.model.overrides": TINY,
     "pretrain.data.max_tokens": "64",

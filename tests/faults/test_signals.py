@@ -84,10 +84,17 @@ def test_a_stopped_run_ends_like_one_that_was_not(prepared, tmp_path, monkeypatc
     assert [event["event"] for event in events(tmp_path / "run")].count("stopped") == 2
 
 
+@pytest.fixture(scope="module")
+def clean(prepared, tmp_path_factory):
+    """A run that no signal stops."""
+    folder = tmp_path_factory.mktemp("clean") / "run"
+    pretrain(tiny(prepared, folder, eval_tokens=600))
+    return folder
+
+
 @pytest.mark.parametrize("at", [0, 4, 8])
-def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(prepared, tmp_path, monkeypatch, at):
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(prepared, clean, tmp_path, monkeypatch, at):
     """Before the first step, in the middle, and after the last step, whose checkpoint is not yet saved then."""
-    pretrain(tiny(prepared, tmp_path / "clean", eval_tokens=2000))
     batches = []
     score, run_evaluation = evaluation.part_of_tokens, Trainer._evaluate_if_due
 
@@ -103,13 +110,13 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(prepared, tmp_p
 
     monkeypatch.setattr(Trainer, "_evaluate_if_due", noted)
     with pytest.raises(RunStopped, match=f"stopped by SIGTERM after step {at}; the same command continues"):
-        pretrain(tiny(prepared, tmp_path / "run", eval_tokens=2000))
+        pretrain(tiny(prepared, tmp_path / "run", eval_tokens=600))
     assert len(batches) == 2, "no batch is scored after the signal"
     assert verify_checkpoint(last_checkpoint(tmp_path / "run"))["step"] == at
     monkeypatch.undo()
-    pretrain(tiny(prepared, tmp_path / "run", eval_tokens=2000))
-    assert_same_run(tmp_path / "clean", tmp_path / "run")
-    saved = [verify_checkpoint(last_checkpoint(tmp_path / name))["val_loss"] for name in ("clean", "run")]
+    pretrain(tiny(prepared, tmp_path / "run", eval_tokens=600))
+    assert_same_run(clean, tmp_path / "run")
+    saved = [verify_checkpoint(last_checkpoint(folder))["val_loss"] for folder in (clean, tmp_path / "run")]
     assert saved[0] == saved[1] is not None, "the checkpoint knows its validation loss all the same"
 
 

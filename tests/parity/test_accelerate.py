@@ -25,6 +25,7 @@ from transformers import (
 import fat5
 from fat5.errors import FAT5Error
 from fat5.ops import attention as real_attention
+from pairwise import pairwise
 from stock import (
     EVERY_FAMILY,
     FAMILIES,
@@ -37,7 +38,12 @@ from stock import (
     t5_v1_1,
 )
 
-SIDES = pytest.mark.parametrize("side", ["right", "left"])
+LOSSES = {"logits": False, "fused-loss": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "sample": {"do_sample": True, "top_k": 20},
+}
 
 
 def pair(model: Any, **how: Any) -> tuple[Any, Any]:
@@ -54,9 +60,7 @@ def holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("mask", ["right", "left", "holes"])
-@pytest.mark.parametrize("fused_loss", [False, True], ids=["logits", "fused-loss"])
+@pairwise(2, family=FAMILIES, mask=["right", "left", "holes"], fused_loss=LOSSES)
 def test_losses_and_gradients(family, mask, fused_loss):
     stock, fast = pair(family(), fused_loss=fused_loss)
     batch = holes(rows()) if mask == "holes" else rows(mask)
@@ -70,9 +74,7 @@ def test_losses_and_gradients(family, mask, fused_loss):
     assert gradient_difference(stock, fast) <= GRADIENT_TOLERANCE
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
-@pytest.mark.parametrize("fused_loss", [False, True], ids=["logits", "fused-loss"])
+@pairwise(2, family=FAMILIES, reentrant={"plain": False, "reentrant": True}, fused_loss=LOSSES)
 def test_gradient_checkpointing(family, reentrant, fused_loss):
     stock, fast = pair(family(), fused_loss=fused_loss)
     batch = rows()
@@ -93,11 +95,7 @@ def test_dropout_is_drawn():
     assert fast.eval()(**batch).loss == fast(**batch).loss
 
 
-@EVERY_FAMILY
-@SIDES
-@pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["greedy", "beam", "sample"]
-)
+@pairwise(2, family=FAMILIES, side=["right", "left"], how=WAYS)
 def test_generate_writes_the_same_tokens(family, side, how):
     batch, written = prompts(side), []
     for model in pair(family().eval()):

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import fat5
 from fat5.generate.decoding import Decoder, generate
+from pairwise import pairwise
 from stock import (
     GRADIENT_TOLERANCE,
     LOGITS_TOLERANCE,
@@ -176,10 +177,11 @@ def parametrization(module):
     parametrize.register_parametrization(module, "weight", Halved())
 
 
-@pytest.mark.parametrize("layout", ["rows", "packed", "accelerated", "fused"])
-@pytest.mark.parametrize("change", [hook, parametrization])
-@pytest.mark.parametrize(
-    "layer", ["relative_attention_bias", "lm_head", "layer_norm", "embed_tokens", "q", "v", "wi_0", "wi_1", "wo"]
+@pairwise(
+    2,
+    layer=["relative_attention_bias", "lm_head", "layer_norm", "embed_tokens", "q", "v", "wi_0", "wi_1", "wo"],
+    change={"hook": hook, "parametrization": parametrization},
+    layout=["rows", "packed", "accelerated", "fused"],
 )
 def test_hooks_and_parametrizations(layer, change, layout):
     """Half of what each such layer gives, by a hook or in its weight."""

@@ -223,7 +223,10 @@ def test_a_model_is_pickled_and_copied_whole():
         assert isinstance(other, FAT5ForConditionalGeneration)
 
 
-@pytest.mark.parametrize("make", [t5_v1_1, lambda: fat5_like(t5_v1_1())], ids=["stock", "fat5"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(t5_v1_1, id="stock", marks=pytest.mark.slow), pytest.param(lambda: fat5_like(t5_v1_1()), id="fat5")],
+)
 def test_the_command_that_an_adapter_is_refused_with_merges_it(make, tmp_path, monkeypatch):
     base, batch = make(), rows()
     base.save_pretrained(tmp_path / "base")

@@ -13,6 +13,7 @@ import fat5
 from fat5.errors import CheckpointError, DataError
 from fat5.model import FAT5Config
 from fat5.model.heads import _mean_of_tokens
+from pairwise import pairwise
 from stock import (
     EVERY_FAMILY,
     GRADIENT_TOLERANCE,
@@ -163,9 +164,7 @@ def test_a_head_of_another_size_is_begun_anew_on_request(tmp_path, caplog):
     assert ours(**source()).logits.shape[-1] == 5
 
 
-@pytest.mark.parametrize("position_encoding", ["t5", "alibi"])
-@pytest.mark.parametrize("form", ["encoder", "encoder-decoder"])
-@pytest.mark.parametrize("kind", ["EncoderModel", *HEADS])
+@pairwise(2, kind=["EncoderModel", *HEADS], form=["encoder", "encoder-decoder"], position_encoding=["t5", "alibi"])
 def test_round_trip(kind, form, position_encoding, tmp_path):
     cls = getattr(fat5, f"FAT5{kind}")
     config = FAT5Config(**SIZES, num_labels=2, head_form=form, position_encoding=position_encoding)
@@ -228,9 +227,12 @@ def test_question_answering_packed(form, dtype):
         assert difference(a[: kept.sum()], b[kept]) <= LOGITS_TOLERANCE
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("position_encoding", ["t5", "rope"])
-@pytest.mark.parametrize("form", ["encoder", "encoder-eos", "encoder-decoder"])
+@pairwise(
+    2,
+    form=["encoder", "encoder-eos", "encoder-decoder"],
+    position_encoding=["t5", "rope"],
+    dtype=[torch.float32, torch.float64],
+)
 def test_sequence_classification_packed(form, position_encoding, dtype):
     """The padded form's logits, loss and gradients; an empty document is a vector of zeros."""
     ours = in_dtype(fat5.FAT5ForSequenceClassification, form, dtype, 3, position_encoding=position_encoding)
@@ -258,11 +260,19 @@ def test_a_mean_sees_its_own_document_only():
     torch.testing.assert_close(got, torch.stack([hidden[:3].mean(0), torch.zeros(8), hidden[3:7].mean(0)]))
 
 
-@pytest.mark.parametrize(("kind", "form"), [
-    ("ForSequenceClassification", "encoder"), ("ForSequenceClassification", "encoder-eos"),
-    ("ForSequenceClassification", "encoder-decoder"), ("ForTokenClassification", None),
-    ("ForQuestionAnswering", "encoder"), ("ForQuestionAnswering", "encoder-decoder"),
-])  # fmt: skip
+COMPILED = [
+    ("ForSequenceClassification", "encoder-eos"), ("ForTokenClassification", None),
+    ("ForQuestionAnswering", "encoder-decoder"),
+]  # fmt: skip
+COMPILED_SLOWLY = [
+    ("ForSequenceClassification", "encoder"), ("ForSequenceClassification", "encoder-decoder"),
+    ("ForQuestionAnswering", "encoder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [*COMPILED, *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED_SLOWLY)]
+)
 def test_packed_heads_compile_whole_and_once(kind, form):
     """No graph break, and one compilation for every batch of equal budget."""
     ours, batch = in_dtype(getattr(fat5, f"FAT5{kind}"), form, torch.float32), packed(source())

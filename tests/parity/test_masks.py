@@ -17,8 +17,9 @@ from transformers import (
 import fat5
 from fat5.errors import ConfigurationError
 from fat5.generate.decoding import generate
+from pairwise import pairwise
 from stock import (
-    EVERY_FAMILY,
+    FAMILIES,
     GRADIENT_TOLERANCE,
     LOGITS_TOLERANCE,
     SIZES,
@@ -44,8 +45,8 @@ SERVED = {
     "attn_implementation": with_interface,
 }
 EVERY_WAY = pytest.mark.parametrize("serve", SERVED.values(), ids=SERVED.keys())
-ENCODERS = pytest.mark.parametrize("made", [encoder, umt5_encoder], ids=["T5", "umT5"])
-EVERY_MASK = pytest.mark.parametrize("kind", ["start", "left", "right", "holes", "all", "text"])
+ENCODERS = {"T5": encoder, "umT5": umt5_encoder}
+MASKS = ["start", "left", "right", "holes", "all", "text"]
 
 
 def masked(kind: str) -> dict[str, Any]:
@@ -62,9 +63,7 @@ def masked(kind: str) -> dict[str, Any]:
     return batch | {"decoder_attention_mask": mask}
 
 
-@EVERY_FAMILY
-@EVERY_WAY
-@EVERY_MASK
+@pairwise(3, family=FAMILIES, serve=SERVED, kind=MASKS)
 def test_every_position_is_as_stock(family, serve, kind):
     stock, batch = family(), masked(kind)
     ours = serve(stock)
@@ -86,9 +85,7 @@ def test_every_position_is_as_stock(family, serve, kind):
     assert gradient_difference(stock, ours) <= GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@EVERY_WAY
-@EVERY_MASK
+@pairwise(2, serve=SERVED, kind=MASKS, implementation=["eager", "sdpa"])
 def test_a_cache_changes_nothing(serve, kind, implementation):
     stock, batch = t5_v1_1().eval(), masked(kind)
     stock.set_attn_implementation(implementation)
@@ -174,9 +171,7 @@ def source(kind: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-@ENCODERS
-@EVERY_WAY
-@pytest.mark.parametrize("kind", ["right", "left", "holes", "all"])
+@pairwise(2, made=ENCODERS, serve=SERVED, kind=["right", "left", "holes", "all"])
 def test_an_encoder_alone_computes_padding(made, serve, kind):
     """Image pipelines read these rows: Chroma one, IF all."""
     stock, batch = made(), source(kind)
@@ -192,9 +187,7 @@ def test_an_encoder_alone_computes_padding(made, serve, kind):
     assert gradient_difference(stock, ours) <= GRADIENT_TOLERANCE
 
 
-@ENCODERS
-@pytest.mark.parametrize("serve", [fat5_like, None], ids=["FAT5", "accelerate"])
-@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+@pairwise(2, made=ENCODERS, serve={"FAT5": fat5_like, "accelerate": None}, kind=["right", "left", "holes"])
 def test_an_encoder_leaves_padding_out_where_it_may(made, serve, kind):
     stock, batch = made().eval(), source(kind)
     ours, kept = serve_encoder(stock, serve, compute_padding=False), batch["attention_mask"].bool()

@@ -98,7 +98,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "recorder", "use_cache"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("kind", "recorder", "use_cache"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name == "strict" else ()) for name, case in CASES.items()],
+)
 def test_a_graph_heeds_both_masks(kind, recorder, use_cache):
     """Recorded with masks that hide nothing, and run with others, and with fewer tokens where a length is free."""
     stock = t5_v1_1(num_layers=2, num_decoder_layers=2).eval()
@@ -129,6 +132,7 @@ def test_a_graph_of_a_classifier():
     assert difference(program(ids, mask, use_cache=False)[0], ours(ids, mask, use_cache=False)[0]) <= LOGITS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_onnx_exporter_takes_the_class_itself(tmp_path: Path):
     import onnxruntime
 

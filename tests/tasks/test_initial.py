@@ -36,7 +36,6 @@ from stock import mt5, t5_v1_0, t5_v1_1, umt5
 __all__ = ["prepared"]
 
 SAME_LOSS = 1e-5  # the same weights and examples; the sum over packs may be taken in another order
-FAMILIES = {"v1.0": t5_v1_0, "v1.1": t5_v1_1, "mT5": mt5, "umT5": umt5}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +116,11 @@ def test_a_run_begins_where_another_ended(prepared: Path, first: Path, tmp_path:
     assert str(first.parent.parent) not in card, "the path of this machine"
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize(
+    "make",
+    [t5_v1_0, t5_v1_1, umt5, pytest.param(mt5, marks=pytest.mark.slow)],  # mT5 is v1.1 under its own model_type
+    ids=["v1.0", "v1.1", "umT5", "mT5"],
+)
 def test_the_loss_of_a_stock_checkpoint_is_the_evaluated_one(prepared: Path, tmp_path: Path, make: Any) -> None:
     """Tied and scaled, untied, a table in every layer: with the checkpoint's tokenizer nothing changes at step 0."""
     folder = stock_checkpoint(tmp_path / "stock", prepared / "tokenizer", make)
@@ -237,7 +240,10 @@ def test_a_pickle_of_tensors_in_bfloat16(prepared: Path, tmp_path: Path, make: A
     assert load_model(last_checkpoint(tmp_path / "run"), device="cpu").shared.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("positions", ["alibi", "rope", "absolute", "fire"])
+SLOW = [pytest.param(positions, marks=pytest.mark.slow) for positions in ("alibi", "rope")]
+
+
+@pytest.mark.parametrize("positions", ["absolute", "fire", *SLOW])
 def test_positions_are_the_checkpoint_s(prepared: Path, other: Path, tmp_path: Path, positions: Any) -> None:
     config = tiny(prepared, tmp_path / "one", steps=2)
     one = pretrain(replace(config, model=replace(config.model, position_encoding=positions)))

@@ -8,6 +8,7 @@ __all__ = ["prepared"]
 
 
 @pytest.fixture(autouse=True)
-def _known_peak(monkeypatch):
-    """Measuring the machine's peak has a test of its own; here it only costs."""
+def _no_drawing(monkeypatch):
+    """The drawing and the measured peak of the machine have tests of their own; here they only cost."""
+    monkeypatch.setattr("fat5.train.run.draw_run", lambda *arguments: None)
     monkeypatch.setattr("fat5.train.trainer.peak_flops", lambda *arguments: 1e12)

@@ -11,6 +11,19 @@ from fat5.tasks import pretrain
 from made_run import prepare_sample, tiny
 
 
+@pytest.fixture
+def drawn():
+    """The test looks at drawings."""
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(request, monkeypatch):
+    """The measured peak of the machine and, where no test looks at it, the drawing only cost here."""
+    monkeypatch.setattr("fat5.train.trainer.peak_flops", lambda *arguments: 1e12)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fat5.train.run.draw_run", lambda *arguments: None)
+
+
 def read_sample(language):
     rows = gzip.decompress(sample_path(language).read_bytes()).decode().splitlines()
     return {row["id"]: row for row in map(json.loads, rows)}

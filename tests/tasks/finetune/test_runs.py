@@ -38,7 +38,7 @@ def predictions(folder):
 
 
 @pytest.mark.parametrize("task", list(METRICS))
-def test_every_task(base, files, tmp_path, task):
+def test_every_task(base, files, tmp_path, drawn, task):
     summary = finetune(config(base, files, tmp_path / "run", task))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["metrics"]) == list(METRICS[task])
@@ -56,9 +56,9 @@ def test_every_task(base, files, tmp_path, task):
     first = predictions(tmp_path / "run")[0]
     assert widget["text"] == first["input"]
     assert ("context" in widget) == (task == "question-answering")
-    drawn = {path.name for path in (tmp_path / "run").glob("*.png")} - {"loss.png"}
+    pictures = {path.name for path in (tmp_path / "run").glob("*.png")} - {"loss.png"}
     wanted = {"sequence-classification": {"confusion.png", "classes.png"}, "token-classification": {"classes.png"}}
-    assert drawn == wanted.get(task, set())
+    assert pictures == wanted.get(task, set())
 
 
 def same_models(one, other):
