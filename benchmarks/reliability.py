@@ -43,9 +43,10 @@ from fat5.tasks.sizes import settle  # noqa: E402
 from fat5.train import World, read_rows, verify_checkpoint  # noqa: E402
 from fat5.train.checkpoint.files import _self_sha256  # noqa: E402
 from made_ranks import pid_of_rank, torchrun  # noqa: E402
-from made_run import (  # noqa: E402  # noqa: E402
+from made_run import (  # noqa: E402
     assert_same_run,
     command,
+    fork,
     last_checkpoint,
     prepare_sample,
     rows_without_times,
@@ -57,17 +58,9 @@ from made_run import (  # noqa: E402  # noqa: E402
 ENDLESS = {"steps": 1_000_000, "save_every": 1_000_000, "eval_every": 1_000_000}
 BEHIND = {"10^5": 10**5, "10^7": 10**7, "10^9": 10**9}
 """Tokens of text behind a restart."""
-RESTART = {
-    "data": {
-        "max_tokens": 256,
-        "encoder_tokens": 1024,
-        "decoder_tokens": 768,
-        "packs_per_step": 16,
-        "packs_per_micro_batch": 16,
-    },
-    "schedule": ScheduleConfig(name="constant", warmup_steps=0),
-    "eval_every": 10**9,
-}
+SHAPES = {"max_tokens": 256, "encoder_tokens": 1024, "decoder_tokens": 768}
+SHAPES |= {"packs_per_step": 16, "packs_per_micro_batch": 16}
+RESTART = {"data": SHAPES, "schedule": ScheduleConfig(name="constant", warmup_steps=0), "eval_every": 10**9}
 SEED = 20
 Rows = Iterator[dict[str, object]]
 
@@ -100,7 +93,7 @@ def kills(options: argparse.Namespace) -> Rows:
         config = tiny(options.prepared, run, **settings)
         for _ in range(5):
             reached = max((row["step"] for row in rows_without_times(run)), default=0) if run.exists() else 0
-            process = start(config)
+            process = fork(config)
             wait_for_step(run, reached + generator.randint(1, 13))
             time.sleep(generator.uniform(0.0, 0.2))
             process.send_signal(signal.SIGKILL)
@@ -170,17 +163,21 @@ def damage(options: argparse.Namespace) -> Rows:
 
 
 def signals(options: argparse.Namespace) -> Rows:
-    """SIGTERM at random moments, from the start of the process to its end."""
-    clean, began = options.folder / "signalled", time.perf_counter()
-    done(tiny(options.prepared, clean))
-    whole = time.perf_counter() - began
+    """SIGTERM at random moments, from the start of the process to its end; one in five pays for its imports."""
+    clean, whole = options.folder / "signalled", {}
+    for begin in (start, fork):
+        shutil.rmtree(clean, ignore_errors=True)
+        began = time.perf_counter()
+        begin(tiny(options.prepared, clean)).communicate(timeout=600)
+        whole[begin] = time.perf_counter() - began
     generator, kinds, right = random.Random(SEED), {"saved": 0, "before or after the steps": 0, "over": 0}, 0
     for turn in range(options.signals):
         run = options.folder / f"signal-{turn}"
         config = tiny(options.prepared, run)
-        process = start(config)
+        begin = start if turn % 5 == 0 else fork
+        process = begin(config)
         try:
-            _, error = process.communicate(timeout=generator.uniform(0.0, 1.1 * whole))
+            _, error = process.communicate(timeout=generator.uniform(0.0, 1.1 * whole[begin]))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             _, error = process.communicate(timeout=120)
