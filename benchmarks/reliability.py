@@ -56,8 +56,7 @@ from made_run import (  # noqa: E402
 )
 
 ENDLESS = {"steps": 1_000_000, "save_every": 1_000_000, "eval_every": 1_000_000}
-BEHIND = {"10^5": 10**5, "10^7": 10**7, "10^9": 10**9}
-"""Tokens of text behind a restart."""
+BEHIND = {"10^5": 10**5, "10^7": 10**7, "10^9": 10**9}  # tokens of text behind a restart
 SHAPES = {"max_tokens": 256, "encoder_tokens": 1024, "decoder_tokens": 768}
 SHAPES |= {"packs_per_step": 16, "packs_per_micro_batch": 16}
 RESTART = {"data": SHAPES, "schedule": ScheduleConfig(name="constant", warmup_steps=0), "eval_every": 10**9}
