@@ -75,7 +75,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         options.prepared = prepare_sample(options.folder)
-        done(tiny(options.prepared, options.folder / "first", steps=1))  # fills the cache of kernels (lab log)
         for name in options.sections:
             write(list(SECTIONS[name](options)))
 
