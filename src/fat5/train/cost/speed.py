@@ -13,8 +13,8 @@ the measured step. `messages`, with S shards and C = N / S copies:
             counts, and one block's part in any case. There are no CUDA graphs: a micro-batch takes LAUNCH_SECONDS a
             block or more
 
-Links reach LINK_SHARE of their data sheet. fat5-base on two H200 under ddp: 806,600 tokens/s measured, and predicted
-within 1% from the 429,200 of one.
+Links reach LINK_SHARE of their data sheet. LINK_SHARE and LAUNCH_SECONDS are from fat5-base on two H200 (806,600 tokens/s
+under ddp and 215,400 under fsdp, for 429,200 and 411,300 of one), so other models and numbers are the prediction.
 """
 
 from pathlib import Path
@@ -42,8 +42,8 @@ NETWORK = 50.0
 NODE = 8
 """Most devices of a node."""
 
-LAUNCH_SECONDS = 4e-3
-"""In which Python launches a block's kernels, forward and backward: 96 ms for fat5-small's 24 (decision 0088)."""
+LAUNCH_SECONDS = 10.9e-3
+"""In which Python launches what FSDP2 and a block do, forward and backward: fat5-base on two H200, 215,400 tokens/s."""
 
 UPDATE_BYTES, COPY_BYTES = 44, 16
 """Bytes a parameter that a step reads and writes after its backward pass (gradient three times for norm and clipping,
