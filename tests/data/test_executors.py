@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from preparing import config, manifest, write_jsonl
 
+from fat5.data.config import SlurmOptions
 from fat5.data.shards.plan import read_plan
-from fat5.data.shards.prepare import SlurmOptions, finish, prepare
+from fat5.data.shards.prepare import finish, prepare
 from fat5.errors import ConfigurationError, DataError
 from made_slurm import FakeSlurm
 

@@ -13,8 +13,8 @@ the measured step. `messages`, with S shards and C = N / S copies:
             counts, and one block's part in any case. There are no CUDA graphs: a micro-batch takes LAUNCH_SECONDS a
             block or more
 
-Links reach LINK_SHARE of their data sheet. LINK_SHARE and LAUNCH_SECONDS are from fat5-base on two H200 (806,600 tokens/s
-under ddp and 215,400 under fsdp, for 429,200 and 411,300 of one), so other models and numbers are the prediction.
+Links reach LINK_SHARE of their data sheet. LINK_SHARE and LAUNCH_SECONDS are from fat5-base on two H200 (806,600
+tokens/s under ddp and 215,400 under fsdp, for 429,200 and 411,300 of one), so other models are the prediction.
 """
 
 from pathlib import Path
