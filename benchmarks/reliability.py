@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
 from test_kill_in_save import POINTS  # noqa: E402
-from test_table_state import FILES, cut, flip, remove  # noqa: E402
+from test_table_state import FILES  # noqa: E402
 
 from fat5.errors import CheckpointError  # noqa: E402
 from fat5.files import file_sha256, is_leftover  # noqa: E402
@@ -46,9 +46,12 @@ from made_ranks import pid_of_rank, torchrun  # noqa: E402
 from made_run import (  # noqa: E402
     assert_same_run,
     command,
+    cut,
+    flip,
     fork,
     last_checkpoint,
     prepare_sample,
+    remove,
     rows_without_times,
     start,
     tiny,

@@ -7,7 +7,7 @@ import pytest
 
 from fat5.errors import CheckpointError
 from fat5.tasks import pretrain
-from made_run import assert_same_run, events, tiny
+from made_run import assert_same_run, cut, events, flip, remove, tiny
 
 FILES = (
     "model.safetensors",
@@ -28,20 +28,6 @@ def stopped(prepared, tmp_path_factory):
     for step in (2, 8):
         shutil.rmtree(folder / "stopped" / "checkpoints" / f"step-{step}")
     return folder
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def remove(path):
-    path.unlink()
 
 
 DAMAGES = [(damage, name) for damage in (flip, cut, remove) for name in (*FILES, "manifest.json")]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fat5.data import sample_path
-from made_run import assert_same_run, command, events, last_checkpoint, tiny
+from made_run import assert_same_run, command, cut, events, flip, last_checkpoint, remove, tiny
 
 FILES = (
     "model.safetensors",
@@ -23,20 +23,6 @@ FILES = (
     "config.json",
     "manifest.json",
 )
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def remove(path):
-    path.unlink()
 
 
 def damages(names, quick):
