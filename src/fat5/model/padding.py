@@ -56,7 +56,8 @@ class Segments:
 def segment_numbers(cu_seqlens: Tensor, total: int) -> Tensor:
     """(T,) int64: the segment of each packed token; N for those behind the last."""
     row = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    # Not of `cu_seqlens[1:]`: torch.compile searches from the first entry of what was sliced (pytorch issue 182343).
+    return torch.searchsorted(cu_seqlens, row, right=True) - 1
 
 
 def shift_right(labels: Tensor, positions: Tensor, start_id: int, pad_id: int) -> Tensor:

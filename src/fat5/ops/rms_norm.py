@@ -50,7 +50,10 @@ class _RMSNorm(torch.autograd.Function):
         inverse = _inverse(wide, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.eps = eps
-        return ((wide * inverse) * weight.to(wide.dtype)).to(x.dtype)
+        out = (wide * inverse) * weight.to(wide.dtype)
+        # A cast that casts nothing would be a second name of the output, which PyTorch 2.11 compiles to a gradient of
+        # zero (pytorch issue 180642).
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
