@@ -287,16 +287,6 @@ def test_which_weights_are_divided():
     assert not divides("block.0.relative_attention_bias.weight", torch.empty(32, 8), 2)
 
 
-def test_recorded_graphs_are_refused_where_weights_are_divided(prepared, tmp_path):
-    config = tiny(prepared, tmp_path / "run", parallel="fsdp", cuda_graphs=True)
-
-    def work():
-        with pytest.raises(ConfigurationError, match="no sharded weights"):
-            pretrain(config)
-
-    assert forked(work) == [0, 0]
-
-
 def test_the_main_processs_weights_count(prepared, tmp_path):
     """Every process begins with them, rows and vectors alike."""
     config = tiny(prepared, tmp_path / "run", steps=1, parallel="fsdp")

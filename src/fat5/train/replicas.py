@@ -120,8 +120,8 @@ class Replicas(Buckets):
         overlap: as of `Buckets`.
     """
 
-    can_be_recorded: ClassVar[bool] = True
-    """Whether a CUDA graph may hold the backward pass"""
+    records_steps: ClassVar[bool] = False
+    """Whether a CUDA graph holds all micro-batches of a step and the sum over the processes, or one micro-batch"""
     notes: ClassVar[tuple[str, ...]] = ()
     """Lines for the user"""
 
@@ -142,6 +142,9 @@ class Replicas(Buckets):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that the optimizer changes, under their names in the model."""
         return self.model.named_parameters()
+
+    def before_step(self) -> None:
+        """Nothing has to be undone."""
 
     def norm(self) -> Tensor:
         """The norm of the whole gradient, after `summing`."""

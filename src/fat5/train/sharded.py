@@ -36,7 +36,8 @@ class Shards:
         shards: processes that hold a matrix together, next to each other by rank; more processes hold copies.
     """
 
-    can_be_recorded: ClassVar[bool] = False
+    # A micro-batch leaves what the next adds to in memory that only FSDP2 knows.
+    records_steps: ClassVar[bool] = True
 
     def __init__(self, model: Any, world: World, precision: Precision, shards: int) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -74,11 +75,7 @@ class Shards:
         """Lines for the user."""
         copies = self.world.size // self.shards
         held = f", in {copies} copies" if copies > 1 else ""
-        note = f"shards  {self.shards} processes hold each matrix together{held}; no CUDA graphs, a graph a block"
-        if self.world.device.type != "cuda":
-            return (note,)
-        doubt = "on GPUs losses have differed from one card's by 1%, not explained yet: prefer ddp"
-        return note, f"shards  {doubt}"
+        return (f"shards  {self.shards} processes hold each matrix together{held}; a graph a block",)
 
     def compile(self, objective: Any, options: dict[str, Any]) -> Callable[..., Any]:
         """The module that a step runs, its blocks compiled: no graph can contain what FSDP2 does between them."""
@@ -93,6 +90,12 @@ class Shards:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that the optimizer changes, this process's rows of each, under their names in the model."""
         return iter(self._named)
+
+    def before_step(self) -> None:
+        """Gives back the embeddings that an evaluation gathered: a recorded step updates the weights without FSDP2's
+        hooks, which would take the old ones for gathered.
+        """
+        self.model.reshard()
 
     @contextmanager
     def summing(self) -> Iterator[None]:

@@ -69,14 +69,13 @@ class StepRunner:
         compiled = config.compile is True or (config.compile == "auto" and on_gpu)
         shards = shard_size(config) if world.size > 1 else 1
         kind = Shards if shards > 1 else Replicas
-        possible = compiled and on_gpu and self.precision.scaler is None and kind.can_be_recorded
+        possible = compiled and on_gpu and self.precision.scaler is None
         recorded = bool(possible and config.cuda_graphs)
         if config.cuda_graphs is True and not possible:
             how = "compiled" if compiled else "not compiled"
             raise ConfigurationError(
-                f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}"
-                + (f", divided by parallel {config.parallel}" if shards > 1 else ""),
-                hint="CUDA graphs need a GPU and a compiled model, no fp16 and no sharded weights: say auto",
+                f"cuda_graphs is true, the model is {how} and runs in {config.precision} on {self.device.type}",
+                hint="CUDA graphs need a GPU and a compiled model, no fp16: say auto",
             )
         self.parallel: Replicas | Shards = (
             Shards(model, world, self.precision, shards) if shards > 1 else Replicas(model, world, overlap=not recorded)
@@ -89,8 +88,12 @@ class StepRunner:
         # If the optimizer can, it skips on the device, and the host reads the numbers a step later.
         self.deferred = on_gpu and skips_on_device(self.optimizer) and self.precision.scaler is None
         self._backward: Callable[[PackedBatch, Tensor], Tensor] = self._forward_backward
-        if recorded:
-            self._backward = GraphedBackward(self._forward_backward, self.weights, self.device)
+        self._gradients: Callable[[Sequence[PackedBatch], Tensor], list[Tensor]] = self._accumulate
+        if recorded and kind.records_steps:
+            self._gradients = GraphedBackward(self._accumulate, self.weights, self.device)
+        elif recorded:
+            one = GraphedBackward(self._one_by_one, self.weights, self.device)
+            self._backward = lambda batch, count: one([batch], count)[0]
 
     def gathered(self) -> tuple[Any, Any]:
         """A model with whole weights, and the module that a step runs, for the main process alone; called by all."""
@@ -106,9 +109,8 @@ class StepRunner:
             group["lr"] = group["peak_lr"] * rate
         count = torch.full((), float(sum(batch.num_items for batch in batches)), device=self.device)
         self.world.all_sum(count)
-        losses = [self._backward(batch, count) for batch in batches[:-1]]
-        with self.parallel.summing():
-            losses.append(self._backward(batches[-1], count))
+        self.parallel.before_step()
+        losses = self._gradients(batches, count)
         scaler = self.precision.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -126,6 +128,16 @@ class StepRunner:
         if loss_scale is not None and finite_loss:
             return not finite_norm and loss_scale < LEAST_LOSS_SCALE
         return not (finite_loss and finite_norm)
+
+    def _accumulate(self, batches: Sequence[PackedBatch], count: Tensor) -> list[Tensor]:
+        """Losses of the micro-batches; leaves the gradients, summed over micro-batches and processes."""
+        losses = [self._backward(batch, count) for batch in batches[:-1]]
+        with self.parallel.summing():
+            losses.append(self._backward(batches[-1], count))
+        return losses
+
+    def _one_by_one(self, batches: Sequence[PackedBatch], count: Tensor) -> list[Tensor]:
+        return [self._forward_backward(batch, count) for batch in batches]
 
     def _forward_backward(self, batch: PackedBatch, count: Tensor) -> Tensor:
         inputs = batch.to(self.device)
