@@ -42,7 +42,7 @@ def speed(devices: int, packs: int = 128, parallel: str = "ddp", **changes) -> f
 
 
 @pytest.mark.parametrize(
-    ("devices", "parallel", "tokens_per_second"), [(1, "ddp", 429_200), (2, "ddp", 806_600), (2, "fsdp", 215_400)]
+    ("devices", "parallel", "tokens_per_second"), [(1, "ddp", 429_200), (2, "ddp", 806_600), (2, "fsdp", 775_200)]
 )
 def test_h200_as_measured(devices: int, parallel: str, tokens_per_second: int) -> None:
     assert speed(devices, 4, parallel) == pytest.approx(tokens_per_second, rel=WITHIN)
@@ -53,8 +53,7 @@ def test_more_devices_are_faster_and_never_more_than_so_many_times(parallel: str
     counts = (1, 16, 32) if parallel == "hsdp" else (1, 2, 4, 8, 16)
     speeds = [speed(devices, parallel=parallel) / devices for devices in counts]
     assert speeds == sorted(speeds, reverse=True)
-    # Python's launches cost divided weights three quarters.
-    assert speeds[-1] > (0.5 if parallel == "ddp" else 0.2) * speeds[0]
+    assert speeds[-1] > 0.5 * speeds[0]
 
 
 def test_a_divided_model_needs_less_of_each_device() -> None:

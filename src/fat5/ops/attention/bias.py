@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -60,7 +61,7 @@ class RelativeBias:
             raise ValueError(f"weight: expected shape (num_buckets, heads), got {tuple(weight.shape)}")
         if weight.shape[0] < (4 if bidirectional else 2):
             raise ValueError(f"weight: expected at least {4 if bidirectional else 2} buckets, got {weight.shape[0]}")
-        lookup = torch.tensor(bucket_lookup(weight.shape[0], bidirectional, max_distance), device=weight.device)
+        lookup = _on_device(bucket_lookup(weight.shape[0], bidirectional, max_distance), weight.device)
         chosen = lookup[:, None] == torch.arange(weight.shape[0], device=weight.device)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         # A gather, whose gradient is a plain sum: index_select's adds into 32 rows in no fixed order on a GPU.
@@ -78,8 +79,8 @@ class RelativeBias:
         Source: Press et al. 2022, section 3 (slopes 2^(-8i/H)).
         """
         slopes = alibi_slopes(2 * num_heads if asymmetric else num_heads)
-        left = torch.tensor(slopes[0::2] if asymmetric else slopes, dtype=torch.float32, device=device)
-        right = torch.tensor(slopes[1::2] if asymmetric else slopes, dtype=torch.float32, device=device)
+        left = _on_device(slopes[0::2] if asymmetric else slopes, device)
+        right = _on_device(slopes[1::2] if asymmetric else slopes, device)
         distance = torch.arange(-max_distance, max_distance + 1, dtype=torch.float32, device=device)
         penalty = torch.where(distance < 0, left[:, None] * distance, -right[:, None] * distance)
         return cls(penalty)
@@ -91,6 +92,19 @@ class RelativeBias:
         distance = torch.arange(key_length, device=device)[None, :] - queries
         index = distance.clamp(-reach, reach) + reach
         return self.vector[:, index][None]
+
+
+def _on_device(numbers: list[Any], device: torch.device | str | None) -> Tensor:
+    """Integers as int64, others as float32. On a GPU made once: a CUDA graph cannot hold a copy from the host."""
+    dtype = torch.int64 if isinstance(numbers[0], int) else torch.float32
+    if device is None or torch.device(device).type != "cuda" or torch.compiler.is_compiling() or detect_fake_mode():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return _kept(tuple(numbers), dtype, torch.device(device))
+
+
+@lru_cache(maxsize=32)
+def _kept(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -73,8 +73,6 @@ class Weights:
     """The weights of a model as FSDP2 divides them: blocks one by one, the rest together."""
 
     parameters: int
-    blocks: int
-    """How many there are"""
     outside: int
     """Parameters outside of them"""
     block: int
@@ -87,7 +85,7 @@ class Weights:
         """Those of a model, which may be on the meta device."""
         sizes = [sum(x.numel() for x in one.parameters()) for one in model.modules() if isinstance(one, Block)]
         parameters, travel = model.num_parameters(), 2 if precision.startswith("bf16") else 4
-        return cls(parameters, len(sizes), parameters - sum(sizes), max(sizes), travel)
+        return cls(parameters, parameters - sum(sizes), max(sizes), travel)
 
 
 def check_memory(plan: MemoryPlan, free: int | None, host: bool = True) -> None:

@@ -10,11 +10,10 @@ the measured step. `messages`, with S shards and C = N / S copies:
             (a compiled backward pass gives its gradients at its end)
     fsdp,   blocks are gathered in the precision of the arithmetic, twice a micro-batch, what is outside them once;
     hsdp    float32 gradients are scattered once a step, and summed over the copies. Only what outlasts the arithmetic
-            counts, and one block's part in any case. There are no CUDA graphs: a micro-batch takes LAUNCH_SECONDS a
-            block or more
+            counts, and one block's part in any case
 
-Links reach LINK_SHARE of their data sheet. LINK_SHARE and LAUNCH_SECONDS are from fat5-base on two H200 (806,600
-tokens/s under ddp and 215,400 under fsdp, for 429,200 and 411,300 of one), so other models are the prediction.
+Links reach LINK_SHARE of their data sheet, which is from fat5-base under ddp on two H200 (806,600 tokens/s for 429,200
+of one); fsdp and other models are the prediction.
 """
 
 from pathlib import Path
@@ -42,9 +41,6 @@ NETWORK = 50.0
 NODE = 8
 """Most devices of a node."""
 
-LAUNCH_SECONDS = 10.9e-3
-"""In which Python launches what FSDP2 and a block do, forward and backward: fat5-base on two H200, 215,400 tokens/s."""
-
 UPDATE_BYTES, COPY_BYTES = 44, 16
 """Bytes a parameter that a step reads and writes after its backward pass (gradient three times for norm and clipping,
 weight for its RMS, then weight, gradient and both moments), and to copy gradients into messages and back."""
@@ -66,7 +62,6 @@ def step_seconds(single: float, weights: Weights, sheet: Sheet, devices: int, sh
     if shards == 1:
         copies = COPY_BYTES * weights.parameters / memory
         return arithmetic + update + copies + 2 * _travel(gradients, devices, sheet)
-    arithmetic = max(arithmetic, micro_batches * weights.blocks * LAUNCH_SECONDS)
     inside = weights.parameters - weights.outside
     gathered = micro_batches * (2 * weights.travel_bytes * inside + 4 * weights.outside)
     messages = _travel(gathered + gradients, shards, sheet)
