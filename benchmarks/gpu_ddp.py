@@ -1,14 +1,20 @@
-"""Two GPUs of one host against one: tokens/s, losses of the same global batch, and a run whose second rank is killed.
+"""Many GPUs of one host against one: tokens/s, losses of the same global batch, and runs whose processes are killed.
 
     python benchmarks/gpu_shards.py SHARDS                     (on any machine, before)
-    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling kill sharded] [--preset fat5-base]
+    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling same kill elastic] [--devices 4]
+        [--preset fat5-base] [--parallel ddp fsdp]
 
-Runs unattended, one run after another, each by the command that a user types. `scaling` trains one recipe in bf16,
-compiled, with CUDA graphs: on one card; on all cards with the same global batch, whose losses must be those of one
-card; and on all cards with as much work a card as one card had. `kill` trains a smaller preset with dropout twice:
-undisturbed, and with SIGKILL of the last rank after the first checkpoint and the same command again; weights, optimizer
-and generators are compared byte by byte. `sharded` trains one recipe on one card, on all cards with `--parallel` (fsdp,
-hsdp), and on all cards by ddp, the same global batch each: tokens/s, losses, memory of a card.
+Runs unattended, one run after another, each by the command that a user types, in bf16, compiled, with CUDA graphs, by
+each way of `--parallel`.
+
+scaling     1, 2, 4, … cards with the same work a card: tokens/s, efficiency against one card, memory, and the share of
+            NCCL's kernels in three steps of the first and the last rank
+same        all cards with the global batch of one card, whose losses they must have
+kill        a smaller preset with dropout, twice: undisturbed, and with SIGKILL of the last rank after the first
+            checkpoint and the same command again; weights, optimizer and generators are compared byte by byte
+elastic     SIGKILL on all cards, again on half of them, and the end on one card, against one run without dropout that
+            nothing disturbs: the same examples in the same order, the same losses
+
 `--tiny` runs the same without a GPU. Every figure is printed, and written to OUTPUT_DIR/ddp.csv at once.
 """
 
@@ -48,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS), default=["scaling", "kill"])
-    parser.add_argument("--parallel", choices=["fsdp", "hsdp"], default="fsdp", help="of the section sharded")
+    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS), default=["scaling", "same", "kill"])
+    parser.add_argument("--parallel", nargs="*", choices=["ddp", "fsdp", "hsdp"], default=["ddp"])
     parser.add_argument("--hsdp_shard_size", type=int)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--preset", default="fat5-base")
@@ -60,6 +66,8 @@ def main() -> None:
     parser.add_argument("--no_cuda_graphs", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="packs of 256 tokens, width 32: a try without a GPU")
     options = parser.parse_args()
+    if options.tiny:
+        options.preset = options.kill_preset = "fat5-demo"
     results = Results(options.output_dir, "ddp")
     good = [SECTIONS[name](options, results) for name in options.sections]
     results.write()
@@ -77,7 +85,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.run, self.log, self.recipe = folder / "run", folder / "log.txt", folder / "recipe.yaml"
-        self.memory = folder
+        self.folder, self.profiled = folder, False
         self.recipe.write_text(yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)}))
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -85,7 +93,9 @@ class Run:
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.devices)]
         entry = [str(Path(__file__).with_name("gpu_rank.py")), "pretrain", "--config"]
         command = [sys.executable, *(many if self.devices > 1 else []), *entry]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "MEMORY": str(self.memory)}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "NOTES": str(self.folder)}
+        if self.profiled:
+            environment["PROFILE"] = str(self.options.steps - 3)
         environment.setdefault("OMP_NUM_THREADS", "1" if self.options.tiny else "4")
         if self.devices == 1:
             environment["CUDA_VISIBLE_DEVICES"] = "0"
@@ -136,28 +146,48 @@ class Run:
     def report(self) -> float:
         """Median tokens/s after the first steps, printed and kept with MFU and the share of waiting for data."""
         later = self.steps()[int(WARM * self.options.steps) :]
+        later = later[:-4] if self.profiled else later
         for key, unit in (("tokens_per_second", "tokens/s"), ("mfu", "ratio"), ("data_wait_fraction", "ratio")):
             values = np.array([row[key] for row in later if row.get(key) is not None])
             if values.size:
                 self.results.add(self.name, "fat5 pretrain", key, values, unit)
                 say(f"{self.name} {key}: median {np.median(values):,.4g}")
-        most = [json.loads(path.read_text()) for path in sorted(self.memory.glob("rank-*.json"))]
+        notes = [json.loads((self.folder / f"rank-{rank}.json").read_text()) for rank in range(self.devices)]
         for kind in ("allocated", "reserved"):
-            sizes = np.array([one[kind] / 2**30 for one in most])
-            self.results.add(self.name, "fat5 pretrain", f"most memory {kind} on a card", sizes, "GiB")
-            say(f"{self.name} memory {kind}: " + ", ".join(f"{size:.2f}" for size in sizes) + " GiB")
+            self.tell(f"most memory {kind} on a card", np.array([one[kind] / 2**30 for one in notes]), "GiB")
+        for rank in sorted({0, self.devices - 1}):
+            for kernels, milliseconds in notes[rank].get("step", {}).items():
+                self.tell(f"rank {rank}: {kernels} in a step", milliseconds, "ms")
         self.results.write()
         return float(np.median([row["tokens_per_second"] for row in later]))
 
+    def tell(self, metric: str, values: "np.ndarray | float", unit: str) -> None:
+        """Prints a figure and keeps it."""
+        self.results.add(self.name, "fat5 pretrain", metric, values, unit)
+        say(f"{self.name} {metric}: " + ", ".join(f"{value:.4g}" for value in np.atleast_1d(values)) + f" {unit}")
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.steps()]
+
+    def data_state(self) -> dict:
+        folder = self.run / "checkpoints" / f"step-{self.options.steps}"
+        return json.loads((folder / "trainer.json").read_text())["data"]
+
 
 def recipe_of(
-    options: argparse.Namespace, *, preset: str, packs: int, dropout: float, saves: int, parallel: str = "ddp"
+    options: argparse.Namespace,
+    *,
+    packs: int,
+    preset: str | None = None,
+    dropout: float = 0.0,
+    saves: int = 1,
+    parallel: str = "ddp",
 ) -> dict:
     encoder, decoder = (256, 256) if options.tiny else BUDGETS
     overrides = {"dropout_rate": dropout, "z_loss": 1e-4} | (TINY if options.tiny else {})
     gpu = torch.cuda.is_available()
     return {
-        "model": {"preset": preset, "overrides": overrides},
+        "model": {"preset": preset or options.preset, "overrides": overrides},
         "data": {
             "sources": [{"path": str(options.shards)}],
             "max_tokens": 64 if options.tiny else 1024,
@@ -181,57 +211,52 @@ def recipe_of(
 
 
 def scaling(options: argparse.Namespace, results: Results) -> bool:
-    """Whether all cards learn what one does; how much faster they are is printed."""
-    cards, preset = options.devices, "fat5-demo" if options.tiny else options.preset
-    plans = {
-        "one card": (1, PACKS),
-        f"{cards} cards, same batch": (cards, PACKS),
-        f"{cards} cards, same work a card": (cards, PACKS * cards),
-    }
-    rates: dict[str, float] = {}
-    losses: dict[str, list[float]] = {}
-    for name, (devices, packs) in plans.items():
-        run = Run(
-            options, results, f"{preset} {name}", devices, preset=preset, packs=packs, dropout=0.0, saves=1
-        ).start()
-        if run.wait():
-            return False
-        rates[name], losses[name] = run.report(), [row["loss"] for row in run.steps()]
-    one, same, more = plans
-    for name in (same, more):
-        results.add(
-            f"{preset} {name}", "fat5 pretrain", "times the tokens/s of one card", rates[name] / rates[one], "ratio"
-        )
-        say(f"{name}: {rates[name] / rates[one]:.3f} times the tokens/s of one card")
-    good = compare(f"{preset} {same}", losses[same], losses[one], results)
+    """Whether all runs ended; how much faster more cards are is printed."""
+    counts = [1]
+    while 2 * counts[-1] <= options.devices:
+        counts.append(2 * counts[-1])
+    alone = None
+    good = True
+    for parallel in options.parallel:
+        for cards in counts:
+            if cards == 1 and alone is not None:
+                continue  # one process trains alike under each
+            name = f"{options.preset} {cards} cards, {parallel}" if cards > 1 else f"{options.preset} one card"
+            run = Run(options, results, name, cards, packs=PACKS * cards, parallel=parallel if cards > 1 else "ddp")
+            run.profiled = True
+            if run.start().wait():
+                good = False
+                continue
+            rate = run.report()
+            alone = rate if cards == 1 else alone
+            if cards > 1 and alone is not None:
+                run.tell("times the tokens/s of one card", rate / alone, "ratio")
+                run.tell("efficiency", rate / alone / cards, "ratio")
     results.write()
     return good
 
 
-def sharded(options: argparse.Namespace, results: Results) -> bool:
-    """Whether cards that divide the weights learn what one card does; speed and memory are printed."""
-    cards, preset = options.devices, "fat5-demo" if options.tiny else options.preset
-    plans = {
-        "one card": (1, "ddp"),
-        f"{cards} cards, {options.parallel}": (cards, options.parallel),
-        f"{cards} cards, ddp": (cards, "ddp"),
-    }
-    rates: dict[str, float] = {}
-    losses: dict[str, list[float]] = {}
-    good = True
-    for name, (devices, parallel) in plans.items():
-        label = f"{preset} sharded, {name}"
-        keys = {"preset": preset, "packs": PACKS, "dropout": 0.0, "saves": 1, "parallel": parallel}
-        run = Run(options, results, label, devices, **keys).start()
-        if run.wait():
+def same(options: argparse.Namespace, results: Results) -> bool:
+    """Whether all cards learn what one does; how much faster they are is printed."""
+    cards, packs = options.devices, max(PACKS, options.devices)
+    one = Run(options, results, f"{options.preset} one card, {packs} packs", 1, packs=packs)
+    if one.start().wait():
+        return False
+    alone, good = one.report(), True
+    for parallel in options.parallel:
+        run = Run(
+            options,
+            results,
+            f"{options.preset} {cards} cards, same batch, {parallel}",
+            cards,
+            packs=packs,
+            parallel=parallel,
+        )
+        if run.start().wait():
             good = False
             continue
-        rates[name], losses[name] = run.report(), [row["loss"] for row in run.steps()]
-        if "one card" in rates and devices > 1:
-            ratio = rates[name] / rates["one card"]
-            results.add(label, "fat5 pretrain", "times the tokens/s of one card", ratio, "ratio")
-            say(f"{name}: {ratio:.3f} times the tokens/s of one card")
-            good &= compare(label, losses[name], losses["one card"], results)
+        run.tell("times the tokens/s of one card", run.report() / alone, "ratio")
+        good &= compare(run.name, run.losses(), one.losses(), results)
     results.write()
     return good
 
@@ -246,23 +271,60 @@ def compare(name: str, losses: list[float], reference: list[float], results: Res
 
 def kill(options: argparse.Namespace, results: Results) -> bool:
     """Whether all ranks end when one is killed, and the continued run has the bytes of the undisturbed one."""
-    keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "dropout": 0.1, "saves": 4}
-    clean, killed = (Run(options, results, f"kill {name}", options.devices, **keys) for name in ("clean", "killed"))
-    if clean.start().wait():
-        return False
-    code, seconds = killed.start().kill_last_rank(options.steps // 4 + options.steps // 8)
-    say(f"killed at step {killed.step()}: exit code {code}, all processes had ended after {seconds:.1f} s")
-    results.add("kill of the last rank", "fat5 pretrain", "until all have ended", seconds, "s")
-    if killed.start().wait():
-        return False
-    first, second = clean.digests(), killed.digests()
-    equal = [name for name in first if first[name] == second[name]]
-    results.add("kill of the last rank", "fat5 pretrain", "parts of the state equal", len(equal), f"of {len(first)}")
-    say(f"continued: equal to the undisturbed run in {', '.join(equal) or 'nothing'} ({len(equal)} of {len(first)})")
-    return code != 0 and seconds < SECONDS_TO_END and len(equal) == len(first)
+    good = True
+    for parallel in options.parallel:
+        keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "dropout": 0.1, "saves": 4}
+        clean, killed = (
+            Run(options, results, f"kill, {parallel}, {name}", options.devices, parallel=parallel, **keys)
+            for name in ("clean", "killed")
+        )
+        if clean.start().wait():
+            return False
+        good &= end_by_kill(killed.start(), options.steps * 3 // 8)
+        if killed.start().wait():
+            return False
+        first, second = clean.digests(), killed.digests()
+        equal = [name for name in first if first[name] == second[name]]
+        killed.tell("parts of the state equal", len(equal), f"of {len(first)}")
+        good &= len(equal) == len(first)
+    return good
 
 
-SECTIONS = {"scaling": scaling, "kill": kill, "sharded": sharded}
+def elastic(options: argparse.Namespace, results: Results) -> bool:
+    """Whether a run that is killed twice, and continued on half of the cards and on one, is the undisturbed one."""
+    good = True
+    for parallel in options.parallel:
+        keys = {"preset": options.kill_preset, "packs": 2 * options.devices, "saves": 6, "parallel": parallel}
+        clean, moved = (
+            Run(options, results, f"elastic, {parallel}, {name}", options.devices, **keys)
+            for name in ("clean", "moved")
+        )
+        if clean.start().wait():
+            return False
+        for devices, step in (
+            (options.devices, options.steps // 4),
+            (max(1, options.devices // 2), options.steps * 5 // 8),
+        ):
+            moved.devices = devices
+            good &= end_by_kill(moved.start(), step)
+        moved.devices = 1
+        if moved.start().wait():
+            return False
+        used, reference = moved.data_state(), clean.data_state()
+        moved.tell("examples and their order equal", float(used == reference), "1 = yes")
+        good &= used == reference and compare(moved.name, moved.losses(), clean.losses(), results)
+    return good
+
+
+def end_by_kill(run: "Run", step: int) -> bool:
+    """Whether all processes have ended soon, and not with 0, after a SIGKILL of the last rank behind a step."""
+    code, seconds = run.kill_last_rank(step)
+    say(f"{run.name}: killed at step {run.step()} on {run.devices} cards, exit code {code}")
+    run.tell(f"until all have ended, {run.devices} cards", seconds, "s")
+    return code != 0 and seconds < SECONDS_TO_END
+
+
+SECTIONS = {"scaling": scaling, "same": same, "kill": kill, "elastic": elastic}
 
 
 def _children(pid: int) -> list[int]:

@@ -23,7 +23,7 @@ from fat5.train import World, read_rows
 from fat5.train.config import RunConfig, shard_size
 from fat5.train.sharded import Shards, divides
 from fat5.train.step import StepRunner
-from made_ranks import forked, rank, stop_at
+from made_ranks import finish, forked, rank, stop_at, torchrun
 from made_run import last_checkpoint, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="waits for torch.distributed")
@@ -307,3 +307,20 @@ def test_the_main_processs_weights_count(prepared, tmp_path):
                 assert type(plain).__name__ == "FAT5ForConditionalGeneration"
 
     assert forked(work) == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("data", [FOUR, FOUR | {"packs_per_micro_batch": 2}], ids=["two", "one"])
+def test_a_recorded_step_is_a_launched_one(prepared, tmp_path, data):
+    """With two micro-batches and one; the evaluations between steps gather embeddings that the next step makes old."""
+    for graphs in (True, False):
+        run = tmp_path / str(graphs)
+        settings = {"steps": 8, "eval_every": 2, "save_every": 4, "precision": "bf16", "compile": True}
+        config = tiny(prepared, run, parallel="fsdp", cuda_graphs=graphs, overrides=PLAIN, data=data, **settings)
+        recipe = tmp_path / f"{graphs}.yaml"
+        recipe.write_text(config.to_yaml())
+        code, _, error = finish(torchrun("pretrain", "--config", str(recipe)))
+        assert code == 0, error
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=LOSS)
+    assert norms(tmp_path / "True") == pytest.approx(norms(tmp_path / "False"), rel=10 * LOSS)
