@@ -8,7 +8,13 @@ import pytest
 import torch
 from test_cuda_graph import batch
 
-from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.model import (
+    FAT5Config,
+    FAT5ForConditionalGeneration,
+    FAT5ForQuestionAnswering,
+    FAT5ForSequenceClassification,
+    FAT5ForTokenClassification,
+)
 from fat5.model.padding import Segments, segment_numbers
 from fat5.tasks import PretrainConfig
 from fat5.train.step import StepRunner
@@ -52,6 +58,40 @@ def test_the_compiled_step_has_the_gradients_of_the_plain_one(device, precision,
         name: float((compiled[name] - plain[name]).norm() / plain[name].norm().clamp(min=least)) for name in plain
     }
     assert {name: error for name, error in errors.items() if not error <= ERROR[precision]} == {}
+
+
+HEADS = {
+    "classification": (FAT5ForSequenceClassification, {}),
+    "at-eos": (FAT5ForSequenceClassification, {"head_form": "encoder-eos"}),
+    "decoder": (FAT5ForSequenceClassification, {"head_form": "encoder-decoder", "position_encoding": "rope"}),
+    "tokens": (FAT5ForTokenClassification, {"position_encoding": "absolute"}),
+    "answers": (FAT5ForQuestionAnswering, {"num_labels": 2}),
+}
+
+
+@pytest.mark.parametrize("device", [COMPILED_ON_CPU, GPU])
+@pytest.mark.parametrize("head", list(HEADS))
+def test_compiled_heads_have_the_gradients_of_plain_ones(device, head):
+    kind, changes = HEADS[head]
+    packed = batch(0).to(device)
+    packed.input_ids[packed.cu_seqlens[1:].long() - 1] = 1  # EOS
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        dropout = {"dropout_rate": 0.0, "classifier_dropout": 0.0}
+        model = kind(FAT5Config(**TINY | dropout | {"vocab_size": 512, "num_labels": 3} | changes)).to(device).train()
+        call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        output = call(packed.input_ids, cu_seqlens=packed.cu_seqlens, max_seqlen=packed.max_seqlen)
+        logits = torch.cat([value.flatten() for name, value in output.items() if "logits" in name])
+        (logits * torch.linspace(-1, 1, len(logits), device=device)).sum().backward()
+        found.append(
+            {name: weight.grad.double() for name, weight in model.named_parameters() if weight.grad is not None}
+        )
+    plain, compiled = found
+    assert compiled.keys() == plain.keys()
+    errors = {name: float((compiled[name] - plain[name]).norm() / plain[name].norm()) for name in plain}
+    assert {name: error for name, error in errors.items() if not error <= ERROR["fp32"]} == {}
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
