@@ -127,7 +127,7 @@ def test_a_signal_that_the_launcher_passes_on_is_no_second_one(monkeypatch):
     """Slurm sends SIGTERM to every process, and torchrun sends it again to its own."""
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with StopRequest(echo=60.0) as stop:
+    with StopRequest(echo=1.0) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.received, left) == (signal.SIGTERM, [])
