@@ -29,9 +29,12 @@ class GenerateConfig(Decoding):
     output: str | None = None
     """File for the answers, one a line; by default standard output"""
     mode: Literal["auto", "infill", "continue", "text"] = "auto"
-    """text passes the prompt as it is (fine-tuned tasks); auto is infill for a prompt with a blank, else continue"""
+    """text passes the prompt behind the prefix (fine-tuned tasks); auto is text for a fine-tuned model, infill for one
+    with a blank, else continue"""
     mode_token: str | None = None
     """First token of the input: [R], [S], [X] or "" for none; by default [R] for infill and [S] for continue"""
+    prefix: str | None = None
+    """Stands before a prompt in mode text; by default that of the model's task"""
     json_lines: bool = False
     """Write a line {"prompt", "completion", "text"} instead of the text alone"""
     device: str = "auto"
@@ -60,6 +63,7 @@ def main(argv: list[str]) -> int:
         texts,
         mode=config.mode,
         mode_token=config.mode_token,
+        prefix=config.prefix,
         decoding=config,
     )
     lines = [

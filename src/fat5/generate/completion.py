@@ -45,6 +45,7 @@ def complete(
     *,
     mode: str = "auto",
     mode_token: str | None = None,
+    prefix: str | None = None,
     decoding: Decoding | None = None,
 ) -> list[Completion]:
     """Completes each prompt; answers come in the order of the prompts.
@@ -52,10 +53,12 @@ def complete(
     Args:
         model: a FAT5 or stock T5 model with `generate`.
         prompts: texts. Blanks are `___` or `<extra_id_0>`, in order.
-        mode: "infill" fills blanks, "continue" continues the text, "text" passes the text as it is (translation and
-            other fine-tuned tasks); "auto" is infill for a prompt with a blank, else continue.
+        mode: "infill" fills blanks, "continue" continues the text, "text" passes the text behind the prefix
+            (translation and other fine-tuned tasks); "auto" is text for a model that was fine-tuned, infill for a
+            prompt with a blank, else continue.
         mode_token: the first token of the input; None takes [R] for infill and [S] for continue if the tokenizer has
             them (tokenizers of other T5s do not); "" puts none.
+        prefix: stands before a text; None takes that of the model's configuration, which `fat5 finetune` writes.
         decoding: None takes the model's generation configuration, or greedy decoding without one.
 
     Raises:
@@ -75,7 +78,11 @@ def complete(
             "them",
             hint="They do not belong together; give the model its own tokenizer",
         )
-    encoded = [_encode(tokenizer, prompt, mode, mode_token) for prompt in prompts]
+    learned = getattr(model.config, "prefix", None)
+    if mode == "auto" and learned is not None:
+        mode = "text"
+    prefix = (learned or "") if prefix is None else prefix
+    encoded = [_encode(tokenizer, prompt, mode, mode_token, prefix) for prompt in prompts]
     # Prompts of similar length share a batch, for less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i][1]), reverse=True)
     answers: dict[int, Completion] = {}
@@ -141,7 +148,7 @@ def _check_memory(model: Any, rows: int, config: Any) -> None:
         )
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None) -> tuple[str, list[int]]:
+def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None, prefix: str) -> tuple[str, list[int]]:
     """(resolved mode, input ids): opening, mode token, text with sentinels, EOS, as in training."""
     info = tokenizer.info
     has_blank = BLANK.search(prompt) is not None
@@ -154,7 +161,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, mode: str, mode_token: str | None
     if mode_token:
         ids.append(info.mode_ids[mode_token])
     if mode == "text":
-        return mode, [*ids, *tokenizer.encode(prompt, special=True), info.eos_id]
+        return mode, [*ids, *tokenizer.encode(prefix + prompt.removeprefix(prefix), special=True), info.eos_id]
     if mode == "continue":
         return mode, [*ids, *tokenizer.encode(prompt.rstrip(" ")), info.sentinel_ids[0], info.eos_id]
     if not has_blank:

@@ -68,6 +68,7 @@ class InitialModel:
             ConfigurationError: an override that the weights do not allow, or with an impossible value.
         """
         config = copy.deepcopy(self.config)
+        config.prefix = None  # of a task that the checkpoint was fine-tuned on
         if self.tokenizer is not None:
             config.pad_token_id, config.eos_token_id = info.pad_id, info.eos_id
             if self.tokenizer.info.sha256 == info.sha256:

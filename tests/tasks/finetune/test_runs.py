@@ -33,6 +33,21 @@ def config(base, files, folder, task, *, data=None, **changes):
     return FinetuneConfig(output_dir=str(folder), model=str(base), task=task, data=given, **settings)
 
 
+def test_a_fine_tuned_model_knows_its_prefix(base, files, tmp_path, capsys):
+    """`fat5 generate` writes what the run predicted, from the plain text and from one that has the prefix already."""
+    finetune(config(base, files, tmp_path / "run", "text-to-text", data={"prefix": "fr: "}))
+    first = predictions(tmp_path / "run")[0]
+    plain = first["input"].removeprefix("fr: ")
+    assert plain != first["input"]
+    words = ["generate", "--model", str(tmp_path / "run"), "--max_new_tokens", "6"]
+    said = []
+    for more in ([plain], [first["input"]], [plain, "--mode", "text"], [plain, "--prefix", ""]):
+        capsys.readouterr()
+        assert main([*words, *more]) == 0
+        said.append(capsys.readouterr().out.strip())
+    assert said[:3] == [first["prediction"].strip()] * 3
+
+
 def predictions(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 

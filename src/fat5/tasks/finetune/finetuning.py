@@ -243,6 +243,9 @@ class Finetuning:
             adapter.write_adapter(model, run.path / "adapter", str(base.absolute() if base else "none"))
         plain, split = adapter.merged(model), self.test or self.validation
         plain.config.label_smoothing = self.model_config.label_smoothing
+        if self.form.model == "ForConditionalGeneration":
+            # `fat5 generate` and transformers' pipelines put it before a text.
+            plain.config.prefix = self.config.data.prefix
         plot = run.plot if run.plot.is_file() else None
         facts = CardFacts(
             name=Path(self.config.output_dir).absolute().name,
