@@ -1,6 +1,7 @@
 """Every test: one torch thread, no hub, no tuned rows of this machine, and memory that starts as NaN."""
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,13 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which any test file may bring about, so it stands here.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not walk through torch and transformers each time: what is imported stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -53,6 +53,7 @@ def test_triton_is_the_one_that_the_published_torch_names() -> None:
     assert unmet([PUBLISHED[pins["torch"]]], pins | {"triton": "3.9.0"}) != [], "what stood here before"
 
 
+@pytest.mark.slow
 def test_the_index_confirms_it() -> None:
     requirements = published_metadata()["requires_dist"]
     assert PUBLISHED[pinned()["torch"]] in requirements

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ import pytest
 from fat5.cli import parsing
 from fat5.cli.main import VERBS, main
 from fat5.data import sample_path
+from made_shell import fat5_on_path
 
 ROOT = Path(__file__).parents[1]
 # In the order in which a reader meets them: later pages use what earlier ones made.
@@ -113,8 +113,9 @@ def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
             target = line.split()[1]
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(), line
         elif " | fat5 " in line:
-            shell = line.replace("| fat5 ", f"| {shlex.quote(sys.executable)} -m fat5 ") + " --max_new_tokens 3"
-            assert subprocess.run(["bash", "-o", "pipefail", "-c", shell], check=False).returncode == 0, line
+            shell = ["bash", "-o", "pipefail", "-c", f"{line} --max_new_tokens 3"]
+            with fat5_on_path() as environment:
+                assert subprocess.run(shell, env=environment, check=False).returncode == 0, line
         else:
             assert_run_elsewhere(page, shlex.split(line))
 

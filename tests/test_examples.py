@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from fat5.data import load_tokenizer, sample_path
+from made_shell import fat5_on_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 16}
@@ -27,15 +27,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
     (folder / "my_text.jsonl").write_text("".join(rows), encoding="utf-8")
-    commands = folder / "bin"
-    commands.mkdir()
-    (commands / "fat5").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fat5 "$@"\n')
-    (commands / "fat5").chmod(0o755)
-    search = f"{commands}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": search, "VOCAB_SIZE": "1024", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    environment |= {"EPOCHS": "0.05"}
     script = ["sh", str(EXAMPLES / "command_line.sh"), "my_text.jsonl", "made", *TINY]
-    ran = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    with fat5_on_path() as environment:
+        environment |= {"VOCAB_SIZE": "1024", "EPOCHS": "0.05"}
+        ran = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return folder / "made", ran.stdout
 

@@ -111,7 +111,14 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, script):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No module named parameterized; install it there" in error
+
+
+@pytest.mark.slow
+def test_a_suite_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, script):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_modeling_common.py").write_text("raise RuntimeError('broken')")
     (tmp_path / "parameterized.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert script["main"]([str(tmp_path), "--ways", "stock"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -91,7 +91,7 @@ def without_and_with(monkeypatch: pytest.MonkeyPatch, steps: int, **options) -> 
     ("steps", "options", "own"),
     [
         pytest.param(8, {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}, BIAS, marks=pytest.mark.slow),
-        (3, {"position_encoding": "rope", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}, {"rotary"}),
+        (2, {"position_encoding": "rope", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}, {"rotary"}),
     ],
     ids=["t5-dropout", "rope"],
 )

@@ -1,12 +1,12 @@
 """The commands in the pages of this room, run as they are written."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from made_shell import fat5_on_path
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -15,9 +15,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_every_command_runs(tmp_path: Path, page: str) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 3
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = "set -eu\n" + "\n".join(blocks)
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True)
+    with fat5_on_path() as environment:
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 

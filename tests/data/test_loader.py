@@ -235,7 +235,9 @@ def test_a_killed_worker_is_named(shards):
         exhaust(stream)
 
 
-def test_a_silent_worker_is_given_up(shards):
+def test_a_silent_worker_is_given_up(shards, monkeypatch):
+    # torch waits for a worker that has stopped as long again, twice.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     stream = iter(loader(shards, num_workers=1, timeout=2.0))
     next(stream)
     (victim,) = multiprocessing.active_children()

@@ -17,7 +17,7 @@ LETTERS = {
 }
 
 
-@pytest.fixture(scope="module", params=LETTERS)
+@pytest.fixture(scope="module", params=[pytest.param("chinese", marks=pytest.mark.slow), "thai"])
 def spaceless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Pages of 4,000 characters without a space or a full stop, written with 500 words of one to three letters."""
     rng = np.random.default_rng(0)

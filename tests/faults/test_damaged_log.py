@@ -60,7 +60,9 @@ def test_the_other_rows_stay_and_the_line_is_put_aside(stopped, tmp_path, damage
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_plots_draw_the_other_rows_and_name_the_line(stopped, tmp_path, damage, caplog):
+def test_plots_draw_the_other_rows_and_name_the_line(stopped, tmp_path, damage, caplog, monkeypatch):
+    if damage != DAMAGES["byte"]:  # what is drawn is made up by then, and one picture shows that it can be written
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **settings: None)
     run = damaged(stopped, tmp_path, damage)
     assert read_rows(run / "metrics.jsonl") == read_rows(stopped / "metrics.jsonl")
     draw_run(run / "metrics.jsonl", tmp_path / "one.png")

@@ -25,7 +25,7 @@ def clean(prepared, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_three_kills(prepared, clean, tmp_path, workers):
     config = tiny(prepared, tmp_path / "run", overrides=DROPOUT, data={"num_workers": workers})
 

@@ -47,9 +47,10 @@ def kill_at(point, passes):
 
 
 def all_points():
-    """The points around each file; all but the first and last file's take the slow lane."""
-    fast = ("model.safetensors", "trainer.json", "manifest", "rename", "removing")
-    return [pytest.param(p, marks=() if p.endswith(fast) else pytest.mark.slow, id=p) for p in POINTS]
+    """Each kind of point once: inside the files, before the manifest, around the rename, in the pruning."""
+    fast = {"before model.safetensors", "after trainer.json", "before manifest", "before rename", "after rename"}
+    fast |= {"before fsync of trainer.json", "while removing"}
+    return [pytest.param(p, marks=() if p in fast else pytest.mark.slow, id=p) for p in POINTS]
 
 
 @pytest.mark.parametrize("point", all_points())

@@ -10,7 +10,7 @@ import pytest
 from fat5.errors import RunDirectoryError
 from fat5.tasks import pretrain
 from fat5.train import RunDirectory, run_directory
-from made_run import start, tiny, wait_for_step
+from made_run import fork, tiny, wait_for_step
 
 
 def write_lock(folder, **content):
@@ -20,14 +20,14 @@ def write_lock(folder, **content):
 
 def test_the_second_exits_and_names_the_first(prepared, tmp_path):
     config = tiny(prepared, tmp_path / "run", steps=100_000, save_every=100_000, eval_every=100_000)
-    first = start(config)
+    first = fork(config)
     wait_for_step(tmp_path / "run", 1)
     log_began = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(RunDirectoryError, match=f"in use by process {first.pid} on {socket.gethostname()}"):
         pretrain(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(log_began)
     first.kill()
-    first.wait()
+    first.communicate()
     with RunDirectory(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / "run.lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "run" / "run.lock").exists()

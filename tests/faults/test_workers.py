@@ -11,7 +11,7 @@ import pytest
 
 from fat5.optim import ScheduleConfig
 from fat5.train import verify_checkpoint
-from made_run import assert_same_run, last_checkpoint, start, tiny, wait_for_step
+from made_run import assert_same_run, command, fork, last_checkpoint, tiny, wait_for_step
 
 SECONDS_TO_DIE = 5.0  # a worker looks once a second
 ENDLESS = {"steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
@@ -75,7 +75,7 @@ def test_workers_die_with_a_killed_parent(prepared, context):
 
 def running(prepared, run, **changes):
     """A run with two workers that has made two steps."""
-    process = start(tiny(prepared, run, data={"num_workers": 2}, **(ENDLESS | changes)))
+    process = fork(tiny(prepared, run, data={"num_workers": 2}, **(ENDLESS | changes)))
     wait_for_step(run, 2)
     assert len(in_session(process.pid)) == 2
     return process
@@ -125,7 +125,6 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_resume_is_exact(prepared, 
     assert at >= 2
     # Each part in a process of its own, as the command runs: this one has run other tests (lab log, 2026-11-28).
     for name in ("clean", "run"):
-        process = start(tiny(prepared, tmp_path / name, steps=at + 3, **settings))
-        _, error = process.communicate(timeout=100)
-        assert process.returncode == 0, error
+        code, error = command(tiny(prepared, tmp_path / name, steps=at + 3, **settings), seconds=100)
+        assert code == 0, error
     assert_same_run(tmp_path / "clean", tmp_path / "run")

@@ -96,8 +96,15 @@ def test_replayed_steps_write_the_same_tokens_from_one_recording_a_window_and_sh
     assert [len(graph.step.memory_bias[0, 0]) for graph in graphs] == [256, 256, 128, 128]
 
 
-@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+@pytest.mark.parametrize(
+    ("how", "encoding"),
+    [
+        # Beams know nothing of positions.
+        pytest.param(how, encoding, id=f"{name}-{encoding}", marks=pytest.mark.slow if how and encoding != "t5" else ())
+        for name, how in (("greedy", {}), ("beam", {"num_beams": 3}))
+        for encoding in POSITION_ENCODINGS
+    ],
+)
 def test_every_position_encoding(encoding, how):
     torch.manual_seed(0)
     model = FAT5ForConditionalGeneration(FAT5Config(**SIZES, position_encoding=encoding)).eval()

@@ -130,7 +130,7 @@ def test_z_loss_and_smoothing_reach_both_forwards():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole_and_once(backend):
     """No graph break, and one compilation for every batch of equal budget."""
-    net = model()
+    net = model(num_layers=1, num_decoder_layers=1)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(net, fullgraph=True, backend=counter)

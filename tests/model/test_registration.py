@@ -19,7 +19,9 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", [*list(ORDERS)[:2], *(pytest.param(order, marks=SLOW) for order in list(ORDERS)[2:])])
+@pytest.mark.parametrize(
+    "order", [next(iter(ORDERS)), *(pytest.param(order, marks=SLOW) for order in list(ORDERS)[1:])]
+)
 def test_in_any_order(order: str, tmp_path: Path) -> None:
     FAT5ForConditionalGeneration(FAT5Config(**SIZES, position_encoding="alibi")).save_pretrained(tmp_path / "alibi")
     FAT5ForConditionalGeneration(FAT5Config(**SIZES)).save_pretrained(tmp_path / "t5")

@@ -30,6 +30,12 @@ peft = pytest.importorskip("peft")
 ADAPTER_TOLERANCE = 20 * GRADIENT_TOLERANCE
 LAYERS = ["embed_tokens", "relative_attention_bias", "q", "k", "v", "o", "wo", "lm_head"]
 LAYERS_OF = {t5_v1_0: [*LAYERS, "wi"], t5_v1_1: [*LAYERS, "wi_0", "wi_1"], umt5: [*LAYERS, "wi_0", "wi_1"]}
+# Every layer of one family, and of the others where they differ: tied tables, one matrix more, a bias in every block.
+QUICK = {
+    t5_v1_0: ["embed_tokens", "lm_head", "wi"],
+    t5_v1_1: LAYERS_OF[t5_v1_1],
+    umt5: ["relative_attention_bias", "q"],
+}
 MATRICES = ["q", "v", "wo"]
 METHODS = {
     "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=MATRICES),
@@ -96,7 +102,14 @@ def prompts():
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize(("family", "layer"), [(family, layer) for family in LAYERS_OF for layer in LAYERS_OF[family]])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        pytest.param(family, layer, marks=() if layer in quick else pytest.mark.slow)
+        for family, quick in QUICK.items()
+        for layer in LAYERS_OF[family]
+    ],
+)
 def test_lora_on_each_layer(family, layer):
     """Trained, decoded and merged: everywhere as in the stock class."""
     want, mine = compare(family(), lambda: peft.LoraConfig(r=4, init_lora_weights=False, target_modules=[layer]))

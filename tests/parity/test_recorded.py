@@ -28,7 +28,10 @@ def encoder(positions: str) -> Any:
     return fat5.FAT5EncoderModel(fat5.FAT5Config(**options)).eval()
 
 
-@POSITIONS
+@pytest.mark.parametrize(
+    "positions",  # an export takes seconds, a trace of each is below
+    ["t5", "fire", pytest.param("alibi", marks=pytest.mark.slow), pytest.param("rope", marks=pytest.mark.slow)],
+)
 def test_export(positions):
     ours, seen, new = encoder(positions), batch((9, 4)), batch((170, 20, 1))
     _bucket_lookup.cache_clear()  # the first thing a process does
@@ -98,9 +101,13 @@ CASES = {
 }
 
 
+# An export takes seconds; the other one keeps exports here, and a trace this kind.
+SECONDS = {"strict", "attn_implementation-export"}
+
+
 @pytest.mark.parametrize(
     ("kind", "recorder", "use_cache"),
-    [pytest.param(*case, id=name, marks=pytest.mark.slow if name == "strict" else ()) for name, case in CASES.items()],
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SECONDS else ()) for name, case in CASES.items()],
 )
 def test_a_graph_heeds_both_masks(kind, recorder, use_cache):
     """Recorded with masks that hide nothing, and run with others, and with fewer tokens where a length is free."""

@@ -76,14 +76,17 @@ def _selected() -> Iterator[torch.Tensor]:
 MEASURED = """
 import sys
 from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, pretraining
+from fat5.train import run, trainer
+run.draw_run, trainer.peak_flops = lambda *arguments: None, lambda *arguments: 1e12
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
 plan, check = [], pretraining.check_memory
 pretraining.check_memory = lambda made, free: (plan.extend([made.total, kilobytes("VmRSS") * 1024]), check(made, free))
-data = DataConfig([SourceConfig(sys.argv[1])], max_tokens=256, encoder_tokens=4096, decoder_tokens=2944)
-pretrain(PretrainConfig(sys.argv[2], model=ModelConfig("fat5-demo"), data=data, steps=3, save_every=1, eval_tokens=256))
+sizes = {"max_tokens": 256, "encoder_tokens": 4096, "decoder_tokens": 2944, "packs_per_step": 1}
+data, model = DataConfig([SourceConfig(sys.argv[1])], **sizes), ModelConfig("fat5-demo")
+pretrain(PretrainConfig(sys.argv[2], model=model, data=data, steps=2, save_every=1, eval_tokens=256))
 print(plan[0], kilobytes("VmHWM") * 1024 - plan[1])
 """
 

@@ -65,47 +65,49 @@ def noting(folder, work):
     (folder / f"rank-{rank()}.json").write_text(json.dumps(noted))
 
 
-def test_four_processes_train_as_one(prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param("fsdp-4", {"parallel": "fsdp"}, marks=pytest.mark.slow),  # two of them are below
+        pytest.param("hsdp", {"parallel": "hsdp", "hsdp_shard_size": 2}),
+    ],
+)
+def test_four_processes_train_as_one(prepared, tmp_path, name, how):
     """Losses, gradient norms and weights of one process; each piece once; a process holds its share of the weights."""
     settings = {"steps": 5, "save_every": 5, "eval_every": 5, "overrides": PLAIN, "data": FOUR}
     pretrain(tiny(prepared, tmp_path / "one", parallel="fsdp", **settings))
     alone = World(torch.device("cpu"))
     stream = Pretraining.open(settle(tiny(prepared, tmp_path / "none", **settings), alone), alone).loader.stream
     total = sum(tensor.numel() for tensor in tensors(tmp_path / "one").values())
-    for name, processes, how in (
-        ("fsdp-4", 4, {"parallel": "fsdp"}),
-        ("hsdp", 4, {"parallel": "hsdp", "hsdp_shard_size": 2}),
-    ):
-        config, folder = tiny(prepared, tmp_path / name, **settings, **how), tmp_path / f"{name}-noted"
-        folder.mkdir()
-        assert forked(lambda: noting(folder, lambda: pretrain(config)), processes) == [0] * processes  # noqa: B023
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=LOSS)
-        assert norms(tmp_path / name) == pytest.approx(norms(tmp_path / "one"), rel=10 * LOSS)
-        for file in ("model", "optimizer"):
-            one, many = tensors(tmp_path / "one", file), tensors(tmp_path / name, file)
-            assert one.keys() == many.keys()
-            for key in one:
-                torch.testing.assert_close(many[key], one[key], rtol=1e-3, atol=1e-5, msg=f"{name} {file} {key}")
-        noted = [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(processes)]
-        shards = how.get("hsdp_shard_size", processes)
-        assert all(one["held"] < 1.1 * total / shards for one in noted)
-        state = json.loads((last_checkpoint(tmp_path / name) / "trainer.json").read_text())["data"]
-        used = np.setdiff1d(np.arange(state["cursor"]), state["window"])
-        assert sorted(piece for one in noted for piece in one["pieces"]) == sorted(stream.resolve(used).piece.tolist())
+    config, folder = tiny(prepared, tmp_path / name, **settings, **how), tmp_path / f"{name}-noted"
+    folder.mkdir()
+    assert forked(lambda: noting(folder, lambda: pretrain(config)), 4) == [0] * 4
+    assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=LOSS)
+    assert norms(tmp_path / name) == pytest.approx(norms(tmp_path / "one"), rel=10 * LOSS)
+    for file in ("model", "optimizer"):
+        one, many = tensors(tmp_path / "one", file), tensors(tmp_path / name, file)
+        assert one.keys() == many.keys()
+        for key in one:
+            torch.testing.assert_close(many[key], one[key], rtol=1e-3, atol=1e-5, msg=f"{name} {file} {key}")
+    noted = [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(4)]
+    assert all(one["held"] < 1.1 * total / how.get("hsdp_shard_size", 4) for one in noted)
+    state = json.loads((last_checkpoint(tmp_path / name) / "trainer.json").read_text())["data"]
+    used = np.setdiff1d(np.arange(state["cursor"]), state["window"])
+    assert sorted(piece for one in noted for piece in one["pieces"]) == sorted(stream.resolve(used).piece.tolist())
 
 
 def test_a_checkpoint_continues_whole_or_divided(prepared, tmp_path):
     """Two that divide the weights, then one; and one, then two that divide. The model folder is that of any run."""
-    settings = {"steps": 8, "save_every": 4, "eval_every": 8, "overrides": PLAIN, "data": FOUR}
+    settings = {"steps": 4, "save_every": 2, "eval_every": 4, "overrides": PLAIN, "data": FOUR}
     pretrain(tiny(prepared, tmp_path / "straight", **settings))
 
     def part(name, steps, parallel):
         config = tiny(prepared, tmp_path / name, parallel=parallel, **settings)
         return lambda: pretrain(config) if steps is None else stop_at(steps, lambda: pretrain(config))
 
-    assert forked(part("divided-whole", 4, "fsdp")) == [0, 0]
+    assert forked(part("divided-whole", 2, "fsdp")) == [0, 0]
     part("divided-whole", None, "ddp")()
-    part("whole-divided", 4, "ddp")()
+    part("whole-divided", 2, "ddp")()
     assert forked(part("whole-divided", None, "fsdp")) == [0, 0]
     for name in ("divided-whole", "whole-divided"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "straight"), rel=LOSS)
