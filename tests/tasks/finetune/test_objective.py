@@ -11,6 +11,7 @@ from fat5 import model as fat5_model
 from fat5.data import BatchConfig
 from fat5.model import FAT5Config
 from fat5.tasks.finetune.examples import ExampleSet
+from fat5.tasks.finetune.model import widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
 
 CLASSES = {
@@ -160,3 +161,27 @@ def test_scores_of_each_target_are_plain(kind):
         right += (scores.T if kind == "answers" else scores).argmax(dim=-1).tolist()
     hits = torch.tensor(right) == torch.from_numpy(examples.targets)
     assert output.token_correct[: len(right)].tolist() == hits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "head"),
+    [
+        ("classification", "encoder", "classification_head.dense"),
+        ("classification", "encoder-decoder", "classification_head.dense"),
+        ("entities", "encoder", "classifier"),
+        ("answers", "encoder", "qa_outputs"),
+    ],
+)
+def test_a_new_head_reads_small_states_as_large_ones(kind, form, head):
+    """A head of the checkpoint's own stays; a new one takes the size of the last norm's weight, which it reads."""
+    model = model_of(kind, form)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    read = "decoder" if form == "encoder-decoder" else "encoder"
+    last = next(module for name, module in model.named_modules() if name.endswith(f"{read}.final_layer_norm"))
+    torch.nn.init.constant_(last.weight, 0.25)
+    widen_new_head(model, [])
+    assert torch.equal(model.state_dict()[f"{head}.weight"], before[f"{head}.weight"])
+    widen_new_head(model, list(before))
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {f"{head}.weight", *(name for name in before if name.endswith(f"{read}.final_layer_norm.weight"))}
+    torch.testing.assert_close(model.state_dict()[f"{head}.weight"], 4 * before[f"{head}.weight"])

@@ -23,7 +23,7 @@ from fat5.tasks.finetune.card import PIPELINES, results_section
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
 from fat5.tasks.finetune.form import Form
-from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer
+from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import RESULTS, score, write_outcome
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
@@ -160,10 +160,11 @@ class Finetuning:
             else:
                 folder = base_and_tokenizer(config)[0]
                 # The run trains a new head, so that no warning of one is due.
-                model, _ = cls.from_pretrained(
+                model, found = cls.from_pretrained(
                     folder, config=self.model_config, dtype=torch.float32, output_loading_info=True
                 )
                 check_finite(model, folder)
+                widen_new_head(model, found["missing_keys"])
         return adapter.add_adapters(model, config.lora, self.form.model) if config.lora.rank else model
 
     def objective(self, model: Any) -> Any:

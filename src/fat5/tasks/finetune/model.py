@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, TokenizerError
 from fat5.model import FAT5Config, quiet
+from fat5.model.layers import HeadProjection
 from fat5.tasks.base_model import find_tokenizer
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.train.checkpoint.state import unique_weights
@@ -118,3 +120,24 @@ def weights_sha256(model: Any) -> str:
     for _, weight in unique_weights(model):
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def widen_new_head(model: Any, missing: Iterable[str]) -> None:
+    """Makes a new head read states of size 1, as a random model's are.
+
+    Pretraining shrinks the weight of a stack's last norm (to 0.36 in the demo), and with it the states: a head of the
+    usual size learns as much slower (docs/lab-log.md, 2026-11-28).
+
+    Args:
+        missing: names of the weights that the checkpoint lacks, which are random.
+    """
+    for name, layer in model.named_modules():
+        if (
+            isinstance(layer, HeadProjection)
+            and layer.in_features == model.config.d_model
+            and f"{name}.weight" in missing
+        ):
+            stack = model.get_decoder() if model.config.head_form == "encoder-decoder" else model.get_encoder()
+            layer.weight /= stack.final_layer_norm.weight.square().mean().sqrt()
+            return
