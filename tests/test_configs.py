@@ -17,7 +17,7 @@ from fat5.errors import ConfigurationError
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.optim import build_optimizer
 from fat5.tasks import PretrainConfig
-from fat5.tasks.demo_config import DemoConfig
+from fat5.tasks.config import DemoConfig
 from fat5.tasks.sizes import configure_model, settle
 from fat5.train import World
 

@@ -6,7 +6,7 @@ from made_corpus import made_documents, write_corpus
 
 from fat5.data import Denoiser, load_tokenizer, sample_path
 from fat5.data.audit import audit
-from fat5.data.audit_config import AuditConfig
+from fat5.data.examples.config import AuditConfig
 from fat5.data.examples.order import PieceStream
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.data.tokenizer.loading import Tokenizer

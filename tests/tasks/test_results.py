@@ -10,8 +10,7 @@ import sklearn.metrics
 from matplotlib.image import imread
 
 from fat5.tasks.metrics import measure, measure_with_intervals
-from fat5.tasks.metrics.by_class import measure_by_class
-from fat5.tasks.metrics.labels import confusion
+from fat5.tasks.metrics.labels import confusion, measure_by_class
 from fat5.tasks.results import aggregate, draw_classes, draw_confusion, results_of, results_table, results_text
 
 HEAD = {"examples": 3, "split": "test", "model": "runs/m", "task": "regression"}

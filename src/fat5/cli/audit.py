@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from fat5.cli.parsing import parse
-from fat5.data.audit_config import AuditConfig
+from fat5.data.examples.config import AuditConfig
 
 SPECIALS = re.compile(r"(<extra_id_\d+>)|(\[[RSX]\])|(</s>)")
 VERDICTS = {"ok": "green", "short documents": "yellow", "FAIL": "bold red"}

@@ -3,7 +3,7 @@
 import sys
 
 from fat5.cli.parsing import parse
-from fat5.tasks.demo_config import DemoConfig
+from fat5.tasks.config import DemoConfig
 
 
 def main(argv: list[str]) -> int:

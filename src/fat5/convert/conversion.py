@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from fat5.convert.config import ConvertConfig
+from fat5.convert import ConvertConfig
 from fat5.convert.flash_t5_formulas import FORMULAS_TOLERANCE, FlashT5Formulas
 from fat5.convert.source import (
     STOCK_PREFIX,

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fat5.data.audit_config import AuditConfig
 from fat5.data.examples import kernels
 from fat5.data.examples.batch import PackedBatch
-from fat5.data.examples.config import BatchConfig
+from fat5.data.examples.config import AuditConfig, BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers, reconstruct
 from fat5.data.examples.loader import PackedLoader
 from fat5.data.examples.order import PieceStream, WeightedShards

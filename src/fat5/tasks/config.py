@@ -1,9 +1,10 @@
-"""The keys of `fat5 pretrain` and `fat5 evaluate`; imports no torch, so that their --help answers at once."""
+"""The keys of `fat5 pretrain`, `fat5 evaluate` and `fat5 demo`; imports no torch, so that --help answers at once."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from fat5.data.config import PrepareConfig, TokenizerTraining
 from fat5.data.examples.config import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
 from fat5.tasks.finetune.config import TaskName
@@ -187,3 +188,24 @@ class EvaluateConfig:
         """Those of some keys that have a value."""
         values = {key: getattr(self, key) for key in keys}
         return {key: value for key, value in values.items() if value not in (None, [], {})}
+
+
+@dataclass
+class DemoConfig:
+    """Run the whole chain on the sample corpus: tokenizer, shards, pretraining, plot, samples.
+
+    Args:
+        output_dir: folder for everything the demo makes; run again, it goes on where it stopped.
+        language: takes the sample corpus in this language in place of the recipe's; fr where neither names one.
+        tokenizer: the tokenizer's keys, as for `fat5 tokenizer`.
+        prepare: the shards' keys, as for `fat5 prepare`.
+        pretrain: the training's keys, as for `fat5 pretrain`.
+        prompts: texts to complete at the end; by default five of the language.
+    """
+
+    output_dir: str = "demo"
+    language: Literal["fr", "en", "de"] | None = None
+    tokenizer: TokenizerTraining = field(default_factory=lambda: TokenizerTraining(inputs=[], output_dir=""))
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    prompts: list[str] | None = None

@@ -14,8 +14,7 @@ from fat5.data.tokenizer.training import train_tokenizer
 from fat5.files import write_atomically
 from fat5.generate import Decoding, complete
 from fat5.launch import refuse_many_processes
-from fat5.tasks.config import SourceConfig
-from fat5.tasks.demo_config import DemoConfig
+from fat5.tasks.config import DemoConfig, SourceConfig
 from fat5.tasks.pretraining import pretrain
 from fat5.tasks.samples import PROMPTS
 from fat5.train.run_directory import RunDirectory

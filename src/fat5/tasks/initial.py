@@ -2,10 +2,12 @@
 
 find_initial   where the weights are, and the model they make        InitialModel.build   the model with the new rows
 adopt          the keys of a configuration that follow from it
+fingerprint    a hash of a model's weights                           find_tokenizer       what it was trained with
 """
 
 import copy
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,16 @@ from torch import Tensor
 from fat5.convert.source import read_source
 from fat5.data import Tokenizer, TokenizerInfo, load_tokenizer
 from fat5.data.tokenizer.matching import TokenMatch, match_tokens
-from fat5.errors import CheckpointError, ConfigurationError, FAT5Error
+from fat5.errors import CheckpointError, ConfigurationError, FAT5Error, TokenizerError
 from fat5.files import is_count
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration, load_model
 from fat5.model.configuration import PRESETS
-from fat5.model.loading import is_tied, readable
-from fat5.tasks.base_model import find_tokenizer, fingerprint
+from fat5.model.loading import is_tied, readable, weight_files
 from fat5.tasks.config import INIT_FROM, PretrainConfig
-from fat5.train.checkpoint.state import read_trainer_state
+from fat5.train.checkpoint.state import TRAINER, read_trainer_state
 from fat5.train.checkpoint.store import CheckpointStore
 from fat5.train.run_directory import RunDirectory
+from fat5.yaml_text import read_yaml
 
 CHANGEABLE = (
     "dropout_rate",
@@ -39,6 +41,9 @@ CHANGEABLE = (
 """The model's keys that may differ from the checkpoint's: its weights keep their shapes and their meaning."""
 
 COUNTS = ("kept", "averaged", "fresh")
+
+SAMPLE_BYTES = 1 << 20
+"""Of each end of a file of weights: two states of a training differ in every tensor."""
 
 
 @dataclass
@@ -183,6 +188,51 @@ def transfer_rows(table: Tensor, match: TokenMatch, used: int) -> Tensor:
     for index, ids in match.spelled.items():
         rows[index] = table[ids].mean(0, dtype=torch.float64).to(table.dtype)
     return rows
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of config.json, and of the size and both ends of each file of weights: quick for any size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    with readable(folder):
+        for path in weight_files(folder):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(f"{size}\n".encode() + file.read(SAMPLE_BYTES))
+                file.seek(max(0, size - SAMPLE_BYTES))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def find_tokenizer(checkpoint: Path, prepared: Sequence[str] = (), key: str = "tokenizer") -> Path:
+    """The folder of a checkpoint's tokenizer: in prepared data, in the checkpoint's run, or in the data of that run.
+
+    Args:
+        checkpoint: a folder `step-N`.
+        prepared: folders made by `fat5 prepare`, which are looked at first.
+        key: of the configuration, which the error names.
+
+    Raises:
+        TokenizerError: none of these folders has a tokenizer of the hash that the checkpoint recorded.
+    """
+    if (checkpoint / TRAINER).is_file():
+        wanted, run = read_trainer_state(checkpoint)["configuration"].get("tokenizer"), checkpoint.absolute().parents[1]
+        recipe = read_yaml(run / "config.yaml", run / "config.yaml") if (run / "config.yaml").is_file() else {}
+        data = recipe.get("data")
+        sources = data.get("sources") if isinstance(data, dict) else None
+        own = [one["path"] for one in sources or [] if isinstance(one, dict) and isinstance(one.get("path"), str)]
+        for place in [*(Path(path) / "tokenizer" for path in [*prepared, *own]), run / "model"]:
+            if _hash(place) == wanted:
+                return place
+    raise TokenizerError(
+        "holds no tokenizer", where=checkpoint, hint=f"Give the one that the model was trained with: --{key} DIR"
+    )
+
+
+def _hash(folder: Path) -> str | None:
+    try:
+        return load_tokenizer(folder).info.sha256 if folder.is_dir() else None
+    except TokenizerError:
+        return None
 
 
 def _held(config: PretrainConfig) -> InitialModel | None:

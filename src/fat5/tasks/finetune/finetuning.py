@@ -17,18 +17,17 @@ from fat5.machine import free_memory
 from fat5.model import FAT5Config, quiet
 from fat5.model.card import CardFacts
 from fat5.model.loading import check_finite
-from fat5.tasks.base_model import fingerprint
 from fat5.tasks.finetune import adapter, predicting
-from fat5.tasks.finetune.card import PIPELINES, results_section
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
 from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
-from fat5.tasks.finetune.outcome import RESULTS, score, write_outcome
+from fat5.tasks.finetune.outcome import PIPELINES, RESULTS, results_section, score, write_outcome
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
 from fat5.tasks.finetune.table import Table
+from fat5.tasks.initial import fingerprint
 from fat5.tasks.metrics import LOWER_IS_BETTER, measure
 from fat5.tasks.results import aggregate
 from fat5.train.checkpoint.state import RunState

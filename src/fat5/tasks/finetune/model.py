@@ -12,8 +12,8 @@ from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError, TokenizerError
 from fat5.model import FAT5Config, quiet
 from fat5.model.layers import HeadProjection
-from fat5.tasks.base_model import find_tokenizer
 from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.initial import find_tokenizer
 from fat5.train.checkpoint.state import unique_weights
 from fat5.train.checkpoint.store import model_folder
 

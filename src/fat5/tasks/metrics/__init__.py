@@ -2,7 +2,7 @@
 
     measure     the values              measure_with_intervals   with the bounds of a 95% interval
     KINDS       kind → its metrics      check_metric             refuses a name that a kind does not have
-    by_class.measure_by_class, labels.confusion   for the drawings of fat5.tasks.results
+    labels.measure_by_class, labels.confusion   for the drawings of fat5.tasks.results
 
 bleu, chrf and rouge are on their usual scale of 0 to 100. All others are fractions of 0 to 1, but for matthews, pearson
 and spearman (-1 to 1) and mean_squared_error (the square of the targets' unit).

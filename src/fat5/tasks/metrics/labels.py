@@ -1,9 +1,10 @@
-"""Classes and numbers: accuracy, macro-F1, Matthews' correlation; Pearson, Spearman, mean squared error.
+"""Classes and numbers: accuracy, macro-F1, Matthews' correlation; Pearson, Spearman, mean squared error; each class.
 
 Values are scikit-learn's and scipy's. Samples of the bootstrap use the same formulas, for all samples at once.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fat5.tasks.metrics.bootstrap import Floats, Metric, eval_library, mean_of, ratio
+from fat5.tasks.metrics.entities import entities
 
 Codes = NDArray[np.int64]
+
+ClassScores = dict[str, dict[str, float]]
+"""Class → precision, recall, f1 (0 to 1), and support: how many targets are of it."""
 
 ALIKE = 1e-12
 """A sample whose variance is below this share of its mean square is constant but for rounding."""
@@ -94,6 +99,42 @@ def confusion(predictions: Sequence[str], targets: Sequence[str], labels: Sequen
     matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
     np.add.at(matrix, ([place[label] for label in targets], [place[label] for label in predictions]), 1)
     return matrix
+
+
+def measure_by_class(kind: str, predictions: Sequence[Any], targets: Sequence[Any]) -> ClassScores:
+    """The scores of each class that is predicted or right at least once, by name.
+
+    Args:
+        kind: classification (labels) or entities (lists of tags).
+        predictions: one an example, as `measure` takes them.
+        targets: likewise.
+    """
+    find = _types if kind == "entities" else _label
+    hits: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    wanted: Counter[str] = Counter()
+    for said, right in zip(predictions, targets, strict=True):
+        given, true = find(said), find(right)
+        hits.update(name for name, _ in given & true)
+        found.update(name for name, _ in given)
+        wanted.update(name for name, _ in true)
+    return {
+        name: {
+            "precision": hits[name] / max(1, found[name]),
+            "recall": hits[name] / max(1, wanted[name]),
+            "f1": 2 * hits[name] / (found[name] + wanted[name]),
+            "support": wanted[name],
+        }
+        for name in sorted(found | wanted)
+    }
+
+
+def _types(tags: Sequence[str]) -> set[tuple[str, Any]]:
+    return {(name, (start, end)) for name, start, end in entities(tags)}
+
+
+def _label(label: str) -> set[tuple[str, Any]]:
+    return {(label, None)}
 
 
 def _matthews(learn: Any, right: list[str], said: list[str]) -> float:
