@@ -183,7 +183,10 @@ def choose_sizes(
         config = _with(config, "data.num_workers", 2 if gpu else 0)
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
     asked = config.data
-    text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
+    text = replace(WEB_PAGES, tokens=tokens)
+    if prepared:  # under any seed of the run, sizes are those of seed 0
+        mixture, info = data.denoisers(), _tokenizer(config)
+        text = Text.of(PieceStream(_sources(config), mixture, info, data.max_tokens, seed=0))
     config = replace(config, data=_rest(data, asked, text, world.size))
     if asked.encoder_tokens == "auto":
         info = stand_in or _tokenizer(config)
@@ -308,11 +311,6 @@ def _sources(config: PretrainConfig) -> list[WeightedShards]:
 
 def _tokenizer(config: PretrainConfig) -> TokenizerInfo:
     return load_tokenizer(Path(config.data.sources[0].path) / "tokenizer").info
-
-
-def _stream(config: PretrainConfig) -> PieceStream:
-    """The run's stream, but for its seed: sizes are the same under every seed."""
-    return PieceStream(_sources(config), config.data.denoisers(), _tokenizer(config), config.data.max_tokens, seed=0)
 
 
 def _with(config: PretrainConfig, key: str, value: Any) -> PretrainConfig:

@@ -141,7 +141,11 @@ class DataCollatorForUL2:
         for row, feature in enumerate(features):
             if column not in feature:
                 what = "neither input_ids nor text" if column == "text" else "no input_ids, and others have"
-                raise DataError(f"holds {what}, but {_names(feature)}", where=f"document {row}", hint=COLUMN_HINT)
+                raise DataError(
+                    f"holds {what}, but {', '.join(map(str, feature)) or 'nothing'}",
+                    where=f"document {row}",
+                    hint=COLUMN_HINT,
+                )
         documents = self._tokens([feature[column] for feature in features], column)
         for row, document in enumerate(documents):
             if not 2 <= document.size <= self.max_tokens:
@@ -272,7 +276,3 @@ def _whole(value: Any, name: str, end: int) -> int:
     if not 0 <= number < end:
         raise DataError(f"must be a whole number in [0, {end:,}), not {value!r}", where=name)
     return number
-
-
-def _names(feature: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, feature)) or "nothing"

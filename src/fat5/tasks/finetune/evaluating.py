@@ -1,7 +1,6 @@
 """`fat5 evaluate` for a task: any model of the T5 family on any examples, with the results of a fine-tuning run."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -78,7 +77,8 @@ def evaluate_task(config: EvaluateConfig, recipe: Mapping[str, Any]) -> dict[str
     scorer = Scorer(model, precision, World(device), forward)
     batch = batch_config(form, split.examples, [], _room(settings, split.examples, device), 1)
     file = None
-    if config.predictions and form.kind == "text" and not _is_special(config.predictions):
+    given = Path(config.predictions) if config.predictions and form.kind == "text" else None
+    if given is not None and (given.is_file() or not given.exists()):  # nothing is kept beside a device or a pipe
         file = PredictionFile(
             Path(f"{config.predictions}.partial"), prediction_key(settings, split, model, tokenizer, precision)
         )
@@ -267,8 +267,3 @@ def _check_numbers(found: Sequence[Prediction], precision: Precision, where: Pat
                     f"its logits on these examples are {one} in {precision.name}", where=where,
                     hint="Use --precision fp32; if they are no numbers there either, the weights are of no use",
                 )  # fmt: skip
-
-
-def _is_special(path: str) -> bool:
-    """Whether a path is a device or a pipe, beside which nothing is kept."""
-    return os.path.exists(path) and not os.path.isfile(path)

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import eq
 
 from fat5.errors import ConfigurationError
 from fat5.tasks.metrics.bootstrap import Metric, mean_of
@@ -30,7 +31,7 @@ def answer_metrics(
     """
     if articles is not None and articles not in ARTICLES:
         raise ConfigurationError(f"articles is {articles!r}", hint=f"Choose {', '.join(ARTICLES)} or null")
-    scores: dict[str, Callable[[list[str], list[str]], float]] = {"exact_match": _exact_match, "f1": _f1}
+    scores: dict[str, Callable[[list[str], list[str]], float]] = {"exact_match": eq, "f1": _f1}
     pairs = [
         (normalise(said, articles).split(), [normalise(one, articles).split() for one in right])
         for said, right in zip(predictions, targets, strict=True)
@@ -50,16 +51,12 @@ def normalise(answer: str, articles: str | None = "en") -> str:
     """
     answer = answer.lower()
     if articles == "en":
-        answer = ARTICLES["en"].sub(" ", answer.translate(_nothing(string.punctuation)))
+        answer = ARTICLES["en"].sub(" ", answer.translate(_punctuation(of_any_script=False)))
     else:
         if articles is not None:
             answer = ARTICLES[articles].sub(" ", answer)
-        answer = answer.translate(_nothing(string.punctuation + _punctuation()))
+        answer = answer.translate(_punctuation(of_any_script=True))
     return " ".join(answer.split())
-
-
-def _exact_match(said: list[str], right: list[str]) -> float:
-    return float(said == right)
 
 
 def _f1(said: list[str], right: list[str]) -> float:
@@ -69,10 +66,9 @@ def _f1(said: list[str], right: list[str]) -> float:
     return 2 * same / (len(said) + len(right))
 
 
-def _nothing(letters: str) -> dict[int, None]:
-    return dict.fromkeys(map(ord, letters))
-
-
 @cache
-def _punctuation() -> str:
-    return "".join(letter for letter in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(letter)[0] == "P")
+def _punctuation(of_any_script: bool) -> dict[int, None]:
+    """What `str.translate` removes punctuation by: ASCII's, or that of any script too."""
+    wide = map(chr, range(sys.maxunicode + 1)) if of_any_script else ""
+    letters = [*string.punctuation, *(letter for letter in wide if unicodedata.category(letter)[0] == "P")]
+    return dict.fromkeys(map(ord, letters))

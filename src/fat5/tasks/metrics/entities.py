@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fat5.errors import DataError
-from fat5.tasks.metrics.bootstrap import Floats, Metric, ratio
+from fat5.tasks.metrics.bootstrap import Metric, ratio
 
 OUTSIDE = "O"
 PREFIXED = re.compile(r"([BIES])|([BIESLU])-(.*)", re.DOTALL)
@@ -39,7 +39,7 @@ def entity_metrics(
 
     def quotient(above: Sequence[float], below: Sequence[float]) -> Metric:
         sums = statistics @ np.array([above, below]).T
-        return Metric(len(sums), lambda counts: _quotients(counts @ sums))
+        return Metric(len(sums), lambda counts: ratio(*(counts @ sums).T))
 
     metrics = {
         "precision": quotient((1, 0, 0, 0, 0), (0, 1, 0, 0, 0)),
@@ -78,7 +78,3 @@ def _parse(tag: str) -> tuple[str, str]:
         return "I", tag
     place = prefixed[1] or prefixed[2]
     return OTHER_NAMES.get(place, place), prefixed[3] or "_"
-
-
-def _quotients(sums: Floats) -> Floats:
-    return ratio(sums[:, 0], sums[:, 1])

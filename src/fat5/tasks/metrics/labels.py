@@ -53,10 +53,13 @@ def classification_metrics(
         spread = (total**2 - (predicted**2).sum(1)) * (total**2 - (wanted**2).sum(1))
         return ratio(hits.sum(1) * total - (predicted * wanted).sum(1), np.sqrt(spread))
 
+    def matthews_of_set() -> float:  # scikit-learn warns of a single label, which is no fault of the user
+        return learn.matthews_corrcoef(right, said) if count > 1 else 0.0
+
     metrics = {
         "accuracy": Metric(examples, mean_of(given == true).resample, lambda: learn.accuracy_score(right, said)),
         "macro_f1": Metric(examples, macro_f1, lambda: learn.f1_score(right, said, average="macro", zero_division=0.0)),
-        "matthews": Metric(examples, matthews, lambda: _matthews(learn, right, said)),
+        "matthews": Metric(examples, matthews, matthews_of_set),
     }
     return {name: metrics[name] for name in names}
 
@@ -109,15 +112,14 @@ def measure_by_class(kind: str, predictions: Sequence[Any], targets: Sequence[An
         predictions: one an example, as `measure` takes them.
         targets: likewise.
     """
-    find = _types if kind == "entities" else _label
     hits: Counter[str] = Counter()
     found: Counter[str] = Counter()
     wanted: Counter[str] = Counter()
-    for said, right in zip(predictions, targets, strict=True):
-        given, true = find(said), find(right)
-        hits.update(name for name, _ in given & true)
-        found.update(name for name, _ in given)
-        wanted.update(name for name, _ in true)
+    for pair in zip(predictions, targets, strict=True):
+        given, true = (set(entities(one)) if kind == "entities" else {(one,)} for one in pair)
+        hits.update(name for name, *_ in given & true)
+        found.update(name for name, *_ in given)
+        wanted.update(name for name, *_ in true)
     return {
         name: {
             "precision": hits[name] / max(1, found[name]),
@@ -127,19 +129,6 @@ def measure_by_class(kind: str, predictions: Sequence[Any], targets: Sequence[An
         }
         for name in sorted(found | wanted)
     }
-
-
-def _types(tags: Sequence[str]) -> set[tuple[str, Any]]:
-    return {(name, (start, end)) for name, start, end in entities(tags)}
-
-
-def _label(label: str) -> set[tuple[str, Any]]:
-    return {(label, None)}
-
-
-def _matthews(learn: Any, right: list[str], said: list[str]) -> float:
-    # scikit-learn warns of a single label, which is no fault of the user.
-    return learn.matthews_corrcoef(right, said) if len({*right, *said}) > 1 else 0.0
 
 
 def _sum_by(counts: Floats, codes: Codes, classes: int) -> Floats:

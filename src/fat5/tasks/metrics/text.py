@@ -44,12 +44,9 @@ class Words:
 
     def tokenize(self, text: str) -> list[str]:
         """The words in their order; composed and decomposed accents are the same."""
-        kept = (letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in _folded(text))
+        folded = unicodedata.normalize("NFC", text).lower()
+        kept = (letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
         return "".join(kept).split()
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).lower()
 
 
 def _corpus_metric(name: str, predictions: Sequence[str], references: list[list[str]]) -> Metric:

@@ -86,7 +86,12 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: ob
         for key in sorted(old.keys() | new.keys())
         if old.get(key, _ABSENT) != new.get(key, _ABSENT)
     ]
-    refused = [change for change in differing if not _among(change[0], HARMLESS + WARNED) or _to_other_weights(change)]
+    refused = [
+        (key, old, new)
+        for key, old, new in differing
+        if not _among(key, HARMLESS + WARNED)
+        or (key == "precision" and (old == "bf16-pure") != (new == "bf16-pure"))  # the weights are of another dtype
+    ]
     if refused:
         told = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new in refused)
         raise CheckpointError(
@@ -99,11 +104,6 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], where: ob
         for key, old, new in differing
         if _among(key, WARNED)
     ]
-
-
-def _to_other_weights(change: tuple[str, Any, Any]) -> bool:
-    key, old, new = change
-    return key == "precision" and (old == "bf16-pure") != (new == "bf16-pure")
 
 
 def _among(key: str, keys: tuple[str, ...]) -> bool:

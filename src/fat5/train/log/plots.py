@@ -73,7 +73,7 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
     span = _window(max((len(train) for train, _ in logs), default=0))
     for index, ((train, evals), name) in enumerate(zip(logs, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
-        places = {row["step"]: _place(row, x) for row in train}
+        places = {row["step"]: row["seconds"] / 3600 if x == "hours" else float(row[x]) for row in train}
         _curve(axes[0], list(places.values()), [_number(row["loss"]) for row in train], span, colour, name)
         held = [row for row in evals if row["step"] in places or row["step"] == 0]
         _mark(axes[1], [places.get(row["step"], 0) for row in held], [row["loss"] for row in held], colour, name)
@@ -100,7 +100,8 @@ def draw_evaluations(axes: Any, evals: Rows) -> None:
     """The loss by part; where there is one part, which repeats the loss, the scores of the task, else the accuracy."""
     part = next((parts(row)[0] for row in evals), "part")
     names = list(dict.fromkeys(name for row in evals for name in parts(row)[1]))
-    scores = [name for name in dict.fromkeys(name for row in evals for name in scores_of(row)) if not _is_error(name)]
+    # Errors have another scale than scores between 0 and 1.
+    scores = dict.fromkeys(name for row in evals for name in scores_of(row) if not name.endswith("_error"))
     if len(names) != 1 or part == "denoiser":
         curves = {name: {row["step"]: parts(row)[1].get(name, {}).get("loss") for row in evals} for name in names}
         title, unit = f"validation loss by {part}", _unit(evals)
@@ -115,11 +116,6 @@ def draw_evaluations(axes: Any, evals: Rows) -> None:
     shown = axes.get_legend_handles_labels()[1]
     if len(shown) == 1:
         axes.set_title(f"validation {shown[0]}", loc="left", fontsize=11, color=INK, fontweight="bold")
-
-
-def _is_error(name: str) -> bool:
-    """Whether a score is one of errors, which has another scale than those between 0 and 1."""
-    return name.endswith("_error")
 
 
 def _unit(evals: Rows) -> str:
@@ -216,10 +212,6 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _place(row: dict[str, Any], x: Axis) -> float:
-    return float(row["seconds"]) / 3600 if x == "hours" else float(row[x])
 
 
 def _distinct(runs: Sequence[Path]) -> list[str]:
