@@ -75,60 +75,56 @@ class Tracker(ABC):
     """
 
     name = ""
-    module = ""
-    extra = ""
+    """Its own, which its library has too"""
 
     def __init__(self, folder: Path, run: str, step: int, config: dict[str, Any]) -> None:
         self.folder, self.run, self.step, self.config = folder, run, step, config
         self.title = folder.resolve().name
+        self._run: Any = None
 
     @abstractmethod
     def open(self) -> str | None:
         """Starts or continues the tracker's run; says where to see it."""
 
-    @abstractmethod
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds the numbers of a step."""
+        """Adds the numbers of a step; wandb ignores those of steps that the run already has."""
+        self._run.log(scalars, step=step)
 
-    @abstractmethod
     def close(self) -> None:
-        """Ends it; returns when all is written."""
+        """Ends it; returns when all is written, or after the time that the library allows."""
+        self._run.finish()
 
 
 class TensorBoard(Tracker):
     """Event files in DIR/tensorboard; TensorBoard hides later events of an interrupted part."""
 
-    name, module = "tensorboard", "tensorboard"
+    name = "tensorboard"
 
     def open(self) -> str | None:
-        """Opens a new event file."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        self._run = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
         return None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds the numbers of a step."""
         for key, value in scalars.items():
-            self._writer.add_scalar(key, value, step)
+            self._run.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._writer.close()
+        self._run.close()
 
 
 class WandB(Tracker):
     """Weights & Biases, with its files in DIR/wandb. Its environment variables (WANDB_MODE=offline, …) hold."""
 
-    name, module, extra = "wandb", "wandb", "wandb"
+    name = "wandb"
 
     def open(self) -> str | None:
-        """Starts or continues the run of this id; asks for nothing on the terminal."""
         for name, value in WANDB_DEFAULTS.items():
             os.environ.setdefault(name, value)
         import wandb
 
-        self._run: Any = wandb.init(
+        self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=self.run,
             name=os.environ.get("WANDB_NAME", self.title),
@@ -140,45 +136,28 @@ class WandB(Tracker):
             return f"offline; to upload it: wandb sync {self.folder / 'wandb'}/offline-run-*-{self.run}"
         return getattr(self._run, "url", None)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds the numbers of a step; those of steps that the run already has are ignored there."""
-        self._run.log(scalars, step=step)
-
-    def close(self) -> None:
-        """Waits for the upload, as long as finish_timeout allows."""
-        self._run.finish()
-
 
 class Trackio(Tracker):
     """Trackio, on this machine, or where its environment variables (TRACKIO_SPACE_ID, …) say."""
 
-    name, module, extra = "trackio", "trackio", "trackio"
+    name = "trackio"
 
     def open(self) -> str | None:
-        """Starts or continues the run; runs are told apart by name."""
         import trackio
 
         self._keep_stdout_clean()
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        name = f"{self.title}-{self.run}"
-        self._run: Any = trackio.init(project=project, name=name, resume="allow", config=self.config, embed=False)
+        name = f"{self.title}-{self.run}"  # by which Trackio tells runs apart
+        self._run = trackio.init(project=project, name=name, resume="allow", config=self.config, embed=False)
         self._keep_stdout_clean()
         return f'to see it: trackio show --project "{project}"'
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds the numbers of a step."""
-        self._run.log(scalars, step=step)
-
-    def close(self) -> None:
-        """Waits until all is written."""
-        self._run.finish()
 
     def _keep_stdout_clean(self) -> None:
         """Takes the place of `print` in trackio, which prints its news: stdout carries the summary of a run, which
         another program may read.
         """
         for name, module in list(sys.modules.items()):
-            if name.split(".")[0] == self.module and module is not None:
+            if name.split(".")[0] == self.name and module is not None:
                 vars(module)["print"] = _print_warnings
 
 
@@ -288,9 +267,8 @@ class Trackers:
         """Hands on a row of metrics.jsonl, train or eval."""
         is_train = row["kind"] == "train"
         for feed in self.feeds:
-            if (
-                is_train
-            ):  # not earlier: the first step forks the data's workers, which a thread might leave with its locks
+            # Not earlier: the first step forks the data's workers, which a thread might leave with its locks.
+            if is_train:
                 feed.start()
             if not is_train or row["step"] % self.every == 0:
                 feed.write(row["step"], scalars(row))
@@ -318,12 +296,9 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 def check_trackers(names: Sequence[str]) -> None:
     """Raises ConfigurationError for a tracker whose library is not installed; imports none."""
     for name in names:
-        kind = TRACKERS[name]
-        if sys.modules.get(kind.module) is None and find_spec(kind.module) is None:
-            install = f"pip install 'fat5[{kind.extra}]'" if kind.extra else f"pip install {kind.module}"
-            raise ConfigurationError(
-                f"report_to names {name}, and the {kind.module} package is not installed", hint=install
-            )
+        if sys.modules.get(name) is None and find_spec(name) is None:
+            install = "pip install tensorboard" if name == "tensorboard" else f"pip install 'fat5[{name}]'"
+            raise ConfigurationError(f"report_to names {name}, and the {name} package is not installed", hint=install)
 
 
 def _runs(names: Sequence[str], path: Path, warn: Say) -> dict[str, str]:
