@@ -165,8 +165,7 @@ class DataCollatorForUL2:
             for row, text in enumerate(rows):
                 if not isinstance(text, str):
                     raise DataError(f"text is {type(text).__name__}, not a string", where=f"document {row}")
-            tokens, lengths = self.tokenizer.encode_documents(rows)
-            return np.split(tokens.astype(np.uint32), np.cumsum(lengths)[:-1]) if rows else []
+            return [tokens.astype(np.uint32) for tokens in self.tokenizer.encode_each(rows)]
         return [self._checked(ids, f"document {row}") for row, ids in enumerate(rows)]
 
     def _checked(self, ids: Any, where: str) -> np.ndarray:

@@ -162,6 +162,11 @@ class Tokenizer:
             raise TokenizerError("a document encodes to a special token", hint="Report this text as an issue of FAT5")
         return tokens, lengths
 
+    def encode_each(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text, as `encode_documents` gives them."""
+        tokens, lengths = self.encode_documents(texts)
+        return np.split(tokens, np.cumsum(lengths)[:-1]) if len(texts) else []
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """For each text: its token ids as `encode_documents` gives them, and the characters [begin, end) of each."""
         try:
@@ -180,8 +185,7 @@ class Tokenizer:
             return _ids(self.backend, [text])[0]
         if not after:
             return [int(token) for token in self.encode_documents([text])[0]]
-        tokens, lengths = self.encode_documents([text, after, after + text])
-        alone, before, whole = (part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1]))
+        alone, before, whole = (part.tolist() for part in self.encode_each([text, after, after + text]))
         return whole[len(before) :] if whole[: len(before)] == before else alone
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, after: Iterable[int] = ()) -> str:

@@ -134,14 +134,10 @@ def _spell(old: Tokenizer, known: dict[Meaning, int], texts: Sequence[bytes]) ->
             ids = [known.get(("byte", byte), known.get(("text", bytes([byte])), -1)) for byte in text]
             found[place] = ids if -1 not in ids else []
     for anchor in (*ANCHORS, ""):
-        head, *rows = _encode(old, [anchor, *(anchor + text for text in left.values())])
+        texts_behind = [anchor, *(anchor + text for text in left.values())]
+        head, *rows = (part.tolist() for part in old.encode_each(texts_behind))
         for place, row in zip(list(left), rows):
             if row[: len(head)] == head and old.info.unk_id not in head:
                 found[place] = row[len(head) :]
                 del left[place]
     return [[] if old.info.unk_id in ids else ids for ids in found]
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    tokens, lengths = tokenizer.encode_documents(texts)
-    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]

@@ -141,8 +141,5 @@ def check_prefix(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text, without EOS."""
-    found: list[np.ndarray] = []
-    for start in range(0, len(texts), ENCODED_AT_ONCE):
-        tokens, lengths = tokenizer.encode_documents(texts[start : start + ENCODED_AT_ONCE])
-        found += np.split(tokens, np.cumsum(lengths)[:-1])
-    return found
+    starts = range(0, len(texts), ENCODED_AT_ONCE)
+    return [ids for start in starts for ids in tokenizer.encode_each(texts[start : start + ENCODED_AT_ONCE])]
