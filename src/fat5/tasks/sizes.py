@@ -26,7 +26,7 @@ from fat5.data import (
     open_shards,
     suggest_budgets,
 )
-from fat5.data.examples.packing import BUDGET_MULTIPLE
+from fat5.data.examples.config import BUDGET_MULTIPLE, rounded_up
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.configuration import MODEL_KEYS
@@ -250,7 +250,7 @@ def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
         wanted = max(1, PASSES * tokens // STEPS_WANTED)
         encoder = max(SMALLEST_PACK, min(largest, 1 << (wanted.bit_length() - 1)))
         if longest != "auto":
-            encoder = max(encoder, -(-4 * longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE)
+            encoder = max(encoder, rounded_up(4 * longest))
     if longest == "auto":
         longest = min(1_024, max(2, encoder // 4))
     return replace(data, encoder_tokens=encoder, max_tokens=longest)
@@ -262,7 +262,7 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text, processes: int) -> Da
     if decoder == "auto":
         longest = max(data.denoisers().max_lengths(data.max_tokens, SENTINELS)[1], 1)
         suggested = suggest_budgets(text.encoder, text.decoder, data.encoder_tokens)[1]
-        decoder = max(suggested, -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE)
+        decoder = max(suggested, rounded_up(longest))
     if packs == "auto":
         most = MOST_PACKS * LARGEST_PACK // data.encoder_tokens
         wanted = PASSES * text.tokens // STEPS_WANTED // data.encoder_tokens

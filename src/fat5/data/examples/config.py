@@ -1,5 +1,6 @@
 """The keys of batches, mixtures and `fat5 audit`; imports no torch and no numba, so that --help answers at once."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -7,6 +8,11 @@ from fat5.errors import ConfigurationError, check_whole
 
 BUDGET_MULTIPLE = 128
 EXAMPLE_TOKENS = 16  # encoder tokens of a pack per example it may hold
+
+
+def rounded_up(tokens: float) -> int:
+    """The next multiple of 128."""
+    return -(-math.ceil(tokens) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
 
 
 class Budget(NamedTuple):
@@ -48,10 +54,8 @@ class BatchConfig:
         for name in ("encoder_tokens", "decoder_tokens"):
             value = getattr(self, name)
             if value % BUDGET_MULTIPLE:
-                nearest = -(-value // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-                raise ConfigurationError(
-                    f"must be a multiple of {BUDGET_MULTIPLE}, not {value}", where=f"data.{name}", hint=f"Try {nearest}"
-                )
+                what = f"must be a multiple of {BUDGET_MULTIPLE}, not {value}"
+                raise ConfigurationError(what, where=f"data.{name}", hint=f"Try {rounded_up(value)}")
         if self.packs_per_step % self.packs_per_micro_batch:
             raise ConfigurationError(
                 f"{self.packs_per_step} is not a multiple of packs_per_micro_batch ({self.packs_per_micro_batch})",
@@ -72,12 +76,11 @@ class BatchConfig:
         sides = (("encoder", encoder, self.encoder_tokens), ("decoder", decoder, self.decoder_tokens))
         for side, longest, room in sides:
             if longest > room:
-                enough = -(-longest // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
                 raise ConfigurationError(
                     f"{room:,} is smaller than one example: a piece of max_tokens {self.max_tokens:,} can have "
                     f"{longest:,} {side} tokens",
                     where=f"data.{side}_tokens",
-                    hint=f"Raise {side}_tokens to at least {enough}, or lower max_tokens",
+                    hint=f"Raise {side}_tokens to at least {rounded_up(longest)}, or lower max_tokens",
                 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fat5.data.examples import fit
-from fat5.data.examples.config import BUDGET_MULTIPLE, Budget
+from fat5.data.examples.config import BatchConfig, Budget, rounded_up
 from fat5.errors import ConfigurationError, DataError
 
 DEFAULT_WINDOW = 1024
@@ -124,6 +124,20 @@ def pack(
     return packs
 
 
+def packs_of_rank(
+    encoder: np.ndarray, decoder: np.ndarray, config: BatchConfig, rank: int, world_size: int
+) -> list[np.ndarray]:
+    """Indices of the examples in each micro-batch of one rank, int64, where every example is packed once.
+
+    Sharded models run in step, so every rank gets as many micro-batches as the others; the last may be empty.
+    """
+    width = config.packs_per_micro_batch
+    budgets = width * config.encoder_tokens, width * config.decoder_tokens
+    packs = pack(encoder, decoder, *budgets, max_examples=width * config.examples_per_pack)
+    packs += [[]] * (-len(packs) % world_size)
+    return [np.array(members, np.int64) for members in packs[rank::world_size]]
+
+
 def fill(packs: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> float:
     """Share of a side's budget that the packs use."""
     return float(sum(int(lengths[list(pack)].sum()) for pack in packs) / (budget * len(packs))) if packs else 0.0
@@ -134,6 +148,5 @@ def suggest_budgets(mean_encoder: float, mean_decoder: float, encoder_tokens: in
 
     The decoder gets half a percent more: of two sides equally tight, chance would leave both unfilled.
     """
-    encoder = -(-encoder_tokens // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
-    decoder = encoder * mean_decoder / mean_encoder * (1 + SLACK)
-    return encoder, -(-int(np.ceil(decoder)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
+    encoder = rounded_up(encoder_tokens)
+    return encoder, rounded_up(encoder * mean_decoder / mean_encoder * (1 + SLACK))

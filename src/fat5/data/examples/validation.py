@@ -13,7 +13,7 @@ from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers
 from fat5.data.examples.loader import check_rank
 from fat5.data.examples.order import PieceStream, WeightedShards
-from fat5.data.examples.packing import pack
+from fat5.data.examples.packing import packs_of_rank
 from fat5.errors import check_whole
 
 if TYPE_CHECKING:
@@ -52,16 +52,8 @@ def validation_batches(
     examples = kernels.Examples(*(np.concatenate(column) for column in zip(*parts)))
     # Round-robin over denoisers, so that each pack holds some of all.
     order = np.argsort(np.concatenate([np.arange(part.piece.size) for part in parts]), kind="stable")
-    packs = pack(
-        examples.encoder[order],
-        examples.decoder[order],
-        config.packs_per_micro_batch * config.encoder_tokens,
-        config.packs_per_micro_batch * config.decoder_tokens,
-        max_examples=config.packs_per_micro_batch * config.examples_per_pack,
-    )
-    # Sharded models run in step, so every rank gets as many batches as the others; the last may be empty.
-    packs += [[]] * (-len(packs) % world_size)
-    chosen = [examples.take(order[np.array(members, np.int64)]) for members in packs[rank::world_size]]
+    batches = packs_of_rank(examples.encoder[order], examples.decoder[order], config, rank, world_size)
+    chosen = [examples.take(order[members]) for members in batches]
     return [write_packed(stream, config, members, kernels.VALIDATION) for members in chosen]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fat5 import model as fat5_model
 from fat5.data import load_tokenizer
+from fat5.data.examples.config import rounded_up
 from fat5.data.text.corpus import is_dataset
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError, check_whole
 from fat5.files import write_output
@@ -24,7 +25,7 @@ from fat5.tasks.finetune.model import base_and_tokenizer, check_vocabulary
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import outcome, prediction_lines
 from fat5.tasks.finetune.predicting import Prediction, PredictionFile, predict, prediction_key
-from fat5.tasks.finetune.sizes import LARGEST_PACK, LARGEST_PACK_CPU, batch_config, rounded
+from fat5.tasks.finetune.sizes import LARGEST_PACK, LARGEST_PACK_CPU, batch_config
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
 from fat5.tasks.finetune.table import Table, read_table
 from fat5.tasks.metrics import measure
@@ -255,7 +256,7 @@ def _room(settings: FinetuneConfig, examples: ExampleSet, device: torch.device) 
     given = settings.data.encoder_tokens
     largest = LARGEST_PACK if device.type == "cuda" else LARGEST_PACK_CPU
     wanted = min(largest, int(examples.input_lengths.sum())) if given == "auto" else given
-    return rounded(max(wanted, int(examples.input_lengths.max())))
+    return rounded_up(max(wanted, int(examples.input_lengths.max())))
 
 
 def _check_numbers(found: Sequence[Prediction], precision: Precision, where: Path) -> None:

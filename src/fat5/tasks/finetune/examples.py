@@ -16,7 +16,7 @@ import torch
 from fat5.data import BatchConfig, PackedBatch, PackedLoader
 from fat5.data.examples import kernels
 from fat5.data.examples.denoisers import split_seed
-from fat5.data.examples.packing import pack
+from fat5.data.examples.packing import packs_of_rank
 from fat5.errors import DataError
 
 ORDER = 7 << kernels.DOMAIN_SHIFT
@@ -126,16 +126,8 @@ class ExampleSet:
 
     def batches(self, config: BatchConfig, pad_id: int, rank: int = 0, world_size: int = 1) -> list[PackedBatch]:
         """Every example once, in as few batches as fit; every rank gets as many batches as the others."""
-        packs_at_once = config.packs_per_micro_batch
-        packs = pack(
-            self.input_lengths,
-            self.target_lengths,
-            packs_at_once * config.encoder_tokens,
-            packs_at_once * config.decoder_tokens,
-            max_examples=packs_at_once * config.examples_per_pack,
-        )
-        packs += [[]] * (-len(packs) % world_size)
-        return [self.batch(np.array(members, np.int64), config, pad_id) for members in packs[rank::world_size]]
+        batches = packs_of_rank(self.input_lengths, self.target_lengths, config, rank, world_size)
+        return [self.batch(members, config, pad_id) for members in batches]
 
 
 class ExampleStream:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fat5.data import BatchConfig
-from fat5.data.examples.packing import BUDGET_MULTIPLE, pack
+from fat5.data.examples.config import BUDGET_MULTIPLE, rounded_up
+from fat5.data.examples.packing import pack
 from fat5.errors import ConfigurationError
 from fat5.files import is_count
 from fat5.tasks.finetune.config import FinetuneConfig
@@ -54,7 +55,7 @@ def choose_sizes(
         wanted = data.batch_size * float(lengths.mean())
         for _ in range(2):  # how full packs become depends on their size
             packs = world.size * max(1, int(np.ceil(wanted / (world.size * largest))))
-            encoder = max(rounded(longest), BUDGET_MULTIPLE * round(wanted / packs / BUDGET_MULTIPLE))
+            encoder = max(rounded_up(longest), BUDGET_MULTIPLE * round(wanted / packs / BUDGET_MULTIPLE))
             wanted = tokens_wanted(encoder)
         while _packs(wanted, encoder) % world.size and encoder - BUDGET_MULTIPLE >= longest:
             encoder -= BUDGET_MULTIPLE
@@ -62,12 +63,12 @@ def choose_sizes(
     elif encoder % BUDGET_MULTIPLE:
         raise ConfigurationError(
             f"must be a multiple of {BUDGET_MULTIPLE}, not {encoder}", where="data.encoder_tokens",
-            hint=f"Try {rounded(encoder)}",
+            hint=f"Try {rounded_up(encoder)}",
         )  # fmt: skip
     elif longest > encoder:
         raise ConfigurationError(
             f"a pack of {encoder:,} tokens has no room for the longest example, which has {longest:,}",
-            where="data.encoder_tokens", hint=f"Raise it to {rounded(longest)}, or lower data.max_source_tokens",
+            where="data.encoder_tokens", hint=f"Raise it to {rounded_up(longest)}, or lower data.max_source_tokens",
         )  # fmt: skip
     wanted = tokens_wanted(encoder)
     packs = _packs(wanted, encoder)
@@ -118,9 +119,9 @@ def batch_config(form: Any, train: ExampleSet, others: Sequence[ExampleSet], enc
     elif form.kind == "text":
         longest = max(int(examples.target_lengths.max()) for examples in (train, *others))
         ratio = float(train.target_lengths.mean() / train.input_lengths.mean())
-        decoder = rounded(max(longest, 1.05 * ratio * encoder))
+        decoder = rounded_up(max(longest, 1.05 * ratio * encoder))
     else:
-        decoder = rounded(most * (2 if form.kind == "answers" else 1))
+        decoder = rounded_up(most * (2 if form.kind == "answers" else 1))
     return BatchConfig(
         max_tokens=encoder, encoder_tokens=encoder, decoder_tokens=decoder, packs_per_step=packs, max_examples=most
     )
@@ -137,8 +138,3 @@ def examples_a_step(batch: BatchConfig, examples: ExampleSet) -> float:
     # The last pack has what was left.
     a_pack = len(order) if len(packs) == 1 else (len(order) - len(packs[-1])) / (len(packs) - 1)
     return float(min(a_pack, size) * batch.packs_per_step)
-
-
-def rounded(tokens: float) -> int:
-    """The next multiple of 128."""
-    return -(-int(np.ceil(tokens)) // BUDGET_MULTIPLE) * BUDGET_MULTIPLE
