@@ -14,10 +14,9 @@ from fat5.data.examples.batch import PackedBatch
 from fat5.data.examples.config import AuditConfig, BatchConfig
 from fat5.data.examples.denoisers import MixtureOfDenoisers, reconstruct
 from fat5.data.examples.loader import PackedLoader
-from fat5.data.examples.order import PieceStream, WeightedShards
+from fat5.data.examples.order import PieceStream, WeightedShards, open_weighted
 from fat5.data.examples.packing import fill, pack, suggest_budgets
 from fat5.data.examples.padded import unpack
-from fat5.data.shards.token_shards import open_shards
 from fat5.data.tokenizer.loading import Tokenizer, TokenizerInfo, load_tokenizer
 from fat5.errors import ConfigurationError, check_whole, check_writable
 from fat5.files import naming, write_atomically
@@ -187,16 +186,12 @@ def _open(config: AuditConfig) -> tuple[list[WeightedShards], Tokenizer]:
         raise ConfigurationError(
             "no prepared folder is given", where="inputs", hint="Try `fat5 audit DIR --output_dir OUT`"
         )
-    weights = config.weights or [1.0] * len(config.inputs)
-    if len(weights) != len(config.inputs):
-        raise ConfigurationError(f"{len(weights)} weights for {len(config.inputs)} folders", where="weights")
     check_whole(config.tokens, "tokens", most=MOST_TOKENS)
     check_whole(config.examples, "examples", least=0)
     check_whole(config.encoder_tokens, "encoder_tokens")
     check_writable(config.output_dir, folder=True, key="output_dir")
-    shards = [open_shards(folder, config.split) for folder in config.inputs]
-    tokenizer = load_tokenizer(Path(config.inputs[0]) / "tokenizer")
-    return [WeightedShards(*pair) for pair in zip(shards, weights)], tokenizer
+    sources = open_weighted(config.inputs, config.weights, config.split)
+    return sources, load_tokenizer(Path(config.inputs[0]) / "tokenizer")
 
 
 def _measure(config: AuditConfig, stream: PieceStream) -> dict[str, np.ndarray]:

@@ -16,9 +16,7 @@ from fat5.data import (
     PackedLoader,
     PieceStream,
     TokenizerInfo,
-    WeightedShards,
     load_tokenizer,
-    open_shards,
     validation_batches,
 )
 from fat5.data.text.corpus import is_dataset
@@ -30,7 +28,7 @@ from fat5.model.card import CardFacts, training_section, usage_section
 from fat5.tasks.config import PretrainConfig
 from fat5.tasks.initial import InitialModel, find_initial
 from fat5.tasks.samples import PROMPTS, validation_samples
-from fat5.tasks.sizes import Text, configure_model, on_meta, settle
+from fat5.tasks.sizes import Text, configure_model, on_meta, open_sources, settle
 from fat5.train.checkpoint.state import RunState
 from fat5.train.config import shard_size
 from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
@@ -86,12 +84,8 @@ class Pretraining:
         Raises:
             DataError, TokenizerError, ConfigurationError: from the data.
         """
-        sources = [(Path(source.path), source.weight) for source in config.data.sources]
-        train, held_out = (
-            [WeightedShards(open_shards(folder, split), weight) for folder, weight in sources]
-            for split in ("train", "validation")
-        )
-        tokenizer = sources[0][0] / "tokenizer"
+        train, held_out = open_sources(config), open_sources(config, "validation")
+        tokenizer = Path(config.data.sources[0].path) / "tokenizer"
         info = load_tokenizer(tokenizer).info
         initial = find_initial(config)
         model_config = configure_model(config, info, initial)

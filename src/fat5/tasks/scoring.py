@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from fat5.data import BatchConfig, MixtureOfDenoisers, WeightedShards, load_tokenizer, open_shards, validation_batches
+from fat5.data import BatchConfig, MixtureOfDenoisers, WeightedShards, load_tokenizer, validation_batches
+from fat5.data.examples.order import open_weighted
 from fat5.data.text.corpus import SAMPLE, is_dataset
 from fat5.errors import CheckpointError, ConfigurationError, TokenizerError
 from fat5.model import load_model
@@ -117,12 +118,7 @@ def _sources(config: EvaluateConfig, recipe: dict[str, Any]) -> list[WeightedSha
         weights = weights or [source.get("weight", 1.0) for source in own]
     if not named:
         raise ConfigurationError("data is not given", hint="Give a folder made by `fat5 prepare`: --data DIR")
-    weights = weights or [1.0] * len(named)
-    if len(weights) != len(named):
-        raise ConfigurationError(f"{len(weights)} weights for {len(named)} folders", where="weights")
-    return [
-        WeightedShards(open_shards(path, config.split or "validation"), weight) for path, weight in zip(named, weights)
-    ]
+    return open_weighted(named, weights, config.split or "validation")
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

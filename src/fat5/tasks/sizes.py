@@ -173,7 +173,7 @@ def choose_sizes(
     if not open_keys(config):
         return config
     prepared = stand_in is None
-    tokens = sum(source.shards.num_tokens for source in _sources(config)) if prepared else WEB_PAGES.tokens
+    tokens = sum(source.shards.num_tokens for source in open_sources(config)) if prepared else WEB_PAGES.tokens
     if config.model.preset == "auto":
         on_gpu = "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
         config = _with(config, "model.preset", on_gpu if gpu else "fat5-demo")
@@ -186,7 +186,7 @@ def choose_sizes(
     text = replace(WEB_PAGES, tokens=tokens)
     if prepared:  # under any seed of the run, sizes are those of seed 0
         mixture, info = data.denoisers(), _tokenizer(config)
-        text = Text.of(PieceStream(_sources(config), mixture, info, data.max_tokens, seed=0))
+        text = Text.of(PieceStream(open_sources(config), mixture, info, data.max_tokens, seed=0))
     config = replace(config, data=_rest(data, asked, text, world.size))
     if asked.encoder_tokens == "auto":
         info = stand_in or _tokenizer(config)
@@ -305,8 +305,9 @@ def _length(config: PretrainConfig, text: Text) -> PretrainConfig:
     return replace(config, schedule=config.schedule.resolved(config.steps))
 
 
-def _sources(config: PretrainConfig) -> list[WeightedShards]:
-    return [WeightedShards(open_shards(source.path, "train"), source.weight) for source in config.data.sources]
+def open_sources(config: PretrainConfig, split: str = "train") -> list[WeightedShards]:
+    """One split of the prepared folders that a configuration names, with their weights."""
+    return [WeightedShards(open_shards(source.path, split), source.weight) for source in config.data.sources]
 
 
 def _tokenizer(config: PretrainConfig) -> TokenizerInfo:

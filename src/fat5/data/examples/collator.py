@@ -14,8 +14,8 @@ from torch.utils.data import get_worker_info
 
 from fat5.data.examples import kernels
 from fat5.data.examples.config import BatchConfig
-from fat5.data.examples.denoisers import Mixture, MixtureOfDenoisers, sentinel_array, split_seed
-from fat5.data.examples.order import MIN_MAX_TOKENS, empty_examples
+from fat5.data.examples.denoisers import Mixture, MixtureOfDenoisers, split_seed
+from fat5.data.examples.order import MIN_MAX_TOKENS, empty_examples, mixture_tables
 from fat5.data.examples.padded import PAD_MULTIPLE, PaddedBatch, pad
 from fat5.data.tokenizer.loading import as_tokenizer
 from fat5.errors import DataError, check_whole
@@ -215,33 +215,10 @@ class DataCollatorForUL2:
 
     def _make_tables(self) -> kernels.StreamTables:
         """One source of one shard, which each batch brings, and the mixture."""
-        info = self.tokenizer.info
-        sentinels = sentinel_array(info)
-        noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
-        none = np.zeros(1, np.int64)
+        tables: dict[str, Any] = dict.fromkeys(kernels.StreamTables._fields, np.zeros(1, np.int64))
+        tables |= {"simple": np.ones(1, bool), "token_bytes": np.full(1, 4, np.int64)}
         return kernels.StreamTables(
-            pieces=none,
-            simple=np.ones(1, bool),
-            index_first=none,
-            blocks=none,
-            shard_first=none,
-            first_document=none,
-            documents=none,
-            ends_address=none,
-            tokens_address=none,
-            token_bytes=np.full(1, 4, np.int64),
-            blend_source=none,
-            blend_rank=none,
-            blend_count=none,
-            thresholds=self.mixture.thresholds(),
-            noise=noise,
-            spans=spans,
-            mode=np.array([denoiser.mode_id(info) for denoiser in self.mixture.denoisers], np.int64),
-            sentinels=sentinels,
-            eos=info.eos_id,
-            max_tokens=self.max_tokens,
-            seed_low=self._key[0],
-            seed_high=self._key[1],
+            **tables | mixture_tables(self.mixture, self.tokenizer.info, self.max_tokens, self.seed)
         )
 
 

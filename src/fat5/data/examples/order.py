@@ -15,10 +15,10 @@ import numpy as np
 
 from fat5.data.examples import kernels
 from fat5.data.examples.denoisers import MixtureOfDenoisers, check_share, sentinel_array, split_seed
+from fat5.data.shards.token_shards import TokenShards, open_shards
 from fat5.errors import ConfigurationError, DataError, TokenizerError, check_whole
 
 if TYPE_CHECKING:
-    from fat5.data.shards.token_shards import TokenShards
     from fat5.data.tokenizer.loading import TokenizerInfo
 
 BLEND_PERIOD = 1 << 14
@@ -31,6 +31,18 @@ class WeightedShards:
 
     shards: TokenShards
     weight: float = 1.0
+
+
+def open_weighted(folders: Sequence[str], weights: Sequence[float], split: str) -> list[WeightedShards]:
+    """One split of prepared folders; without weights their shares are equal.
+
+    Raises:
+        ConfigurationError: another number of weights than of folders. DataError: as `open_shards`.
+    """
+    if weights and len(weights) != len(folders):
+        raise ConfigurationError(f"{len(weights)} weights for {len(folders)} folders", where="weights")
+    shards = [open_shards(folder, split) for folder in folders]
+    return [WeightedShards(*pair) for pair in zip(shards, weights or [1.0] * len(shards))]
 
 
 class PieceStream:
@@ -96,10 +108,7 @@ class PieceStream:
         mean = np.array([source.shards.num_tokens / pieces for source, pieces in zip(self.sources, self.num_pieces)])
         draws = np.array([source.weight for source in self.sources]) / mean
         blend_source, blend_rank, blend_count = blend(draws / draws.sum())
-        sentinels = sentinel_array(self.info)
-        noise, spans = self.mixture.tables(self.max_tokens, sentinels.size)
-        self.max_lengths = self.mixture.max_lengths(self.max_tokens, sentinels.size)
-        low, high = split_seed(self.seed)
+        self.max_lengths = self.mixture.max_lengths(self.max_tokens, sentinel_array(self.info).size)
         self.tables = kernels.StreamTables(
             pieces=np.array(self.num_pieces, np.int64),
             simple=np.array([short == 0 and cut == 0 for short, cut in zip(self.short_documents, self.cut_documents)]),
@@ -114,15 +123,7 @@ class PieceStream:
             blend_source=blend_source,
             blend_rank=blend_rank,
             blend_count=blend_count,
-            thresholds=self.mixture.thresholds(),
-            noise=noise,
-            spans=spans,
-            mode=np.array([denoiser.mode_id(self.info) for denoiser in self.mixture.denoisers], np.int64),
-            sentinels=sentinels,
-            eos=self.info.eos_id,
-            max_tokens=self.max_tokens,
-            seed_low=low,
-            seed_high=high,
+            **mixture_tables(self.mixture, self.info, self.max_tokens, self.seed),
         )
 
     def _count_pieces(self, shards: list[np.ndarray]) -> np.ndarray:
@@ -225,6 +226,24 @@ class PieceStream:
         """A spawned worker maps the files again, at other addresses."""
         self.__dict__.update(state)
         self._build()
+
+
+def mixture_tables(mixture: MixtureOfDenoisers, info: TokenizerInfo, max_tokens: int, seed: int) -> dict[str, Any]:
+    """The part of `StreamTables` that says how a piece is corrupted."""
+    sentinels = sentinel_array(info)
+    noise, spans = mixture.tables(max_tokens, sentinels.size)
+    low, high = split_seed(seed)
+    return {
+        "thresholds": mixture.thresholds(),
+        "noise": noise,
+        "spans": spans,
+        "mode": np.array([denoiser.mode_id(info) for denoiser in mixture.denoisers], np.int64),
+        "sentinels": sentinels,
+        "eos": info.eos_id,
+        "max_tokens": max_tokens,
+        "seed_low": low,
+        "seed_high": high,
+    }
 
 
 def blend(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
