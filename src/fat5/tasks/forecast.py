@@ -65,7 +65,6 @@ class PlannedWorld(World):
         return value
 
     def free_memory(self) -> int | None:
-        """Bytes free on each device."""
         return self.free
 
 

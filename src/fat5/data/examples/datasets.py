@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from fat5.data.examples.config import BatchConfig
 from fat5.data.examples.denoisers import Mixture, MixtureOfDenoisers
-from fat5.data.examples.loader import check_rank, fingerprint
+from fat5.data.examples.loader import check_rank, differing, fingerprint
 from fat5.data.examples.order import PieceStream, WeightedShards
 from fat5.data.examples.packing import ENDLESS
 from fat5.data.examples.padded import PaddedBatch, pad
@@ -185,10 +185,7 @@ class UL2Dataset(IterableDataset[Example]):
             known = False
         if not known:
             raise ConfigurationError("not the state of a UL2Dataset of this version", where="data state")
-        mine, saved = fingerprint(self.examples.stream, []), state.get("fingerprint")
-        if saved != mine:
-            saved = saved if isinstance(saved, dict) else {}
-            differs = [key for key, value in mine.items() if saved.get(key) != value]
+        if differs := differing(state.get("fingerprint"), fingerprint(self.examples.stream, [])):
             raise ConfigurationError(f"the state is of another {', '.join(differs)}", where="data state")
         if made and division != [self.batch_size, self._share()[1]]:
             raise ConfigurationError(

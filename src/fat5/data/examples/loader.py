@@ -153,14 +153,9 @@ class Loader(ABC, Generic[Batch]):
         )
         if not fits or state["version"] != STATE_VERSION:
             raise ConfigurationError("not the state of a data loader of this version", where="data state")
-        if saved != self._fingerprint:
-            saved = saved if isinstance(saved, dict) else {}
-            differs = [key for key, value in self._fingerprint.items() if saved.get(key) != value]
-            raise ConfigurationError(
-                f"the run was started with another {', '.join(differs)}",
-                where="data state",
-                hint="Restore it, or start a new run",
-            )
+        if differs := differing(saved, self._fingerprint):
+            what = f"the run was started with another {', '.join(differs)}"
+            raise ConfigurationError(what, where="data state", hint="Restore it, or start a new run")
         consumed = state["micro_batch"]
         if consumed and (division != self._division or consumed >= self.micro_batches_per_step):
             raise ConfigurationError(
@@ -199,7 +194,6 @@ class PackedLoader(Loader[PackedBatch]):
         self.config = config
 
     def examples(self) -> Iterator[tuple[Examples, State | None]]:
-        """As `Loader.examples`."""
         window = Window(self.config.budget(), self.stream.lengths)
         window.restore(self._state["cursor"], self._state["window"])
         step, first, width = self.step, self._consumed, self.config.packs_per_micro_batch
@@ -216,7 +210,6 @@ class PackedLoader(Loader[PackedBatch]):
             first = 0
 
     def write(self, examples: Examples) -> PackedBatch:
-        """As `Loader.write`."""
         return write_packed(self.stream, self.config, examples)
 
 
@@ -230,3 +223,9 @@ def fingerprint(stream: Stream, packing: list[int]) -> dict[str, str]:
     """Hashes of what the order depends on, part by part: a state of another order is refused by the part's name."""
     parts = {**stream.identity(), "packing": packing}
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+
+def differing(saved: Any, own: dict[str, str]) -> list[str]:
+    """The parts of a fingerprint that a saved one, which may be anything, has otherwise."""
+    saved = saved if isinstance(saved, dict) else {}
+    return [str(name) for name in own | saved if saved.get(name) != own.get(name)]

@@ -83,7 +83,6 @@ class PaddedLoader(Loader[PaddedBatch]):
         self.batch_size = batch_size
 
     def examples(self) -> Iterator[tuple[kernels.Examples, State | None]]:
-        """As `Loader.examples`."""
         batches = GROUP_BATCHES * self.world_size
         step, cursor, first = self.step, int(self._state["cursor"]), self._consumed
         while True:
@@ -101,7 +100,6 @@ class PaddedLoader(Loader[PaddedBatch]):
             first = 0
 
     def write(self, examples: kernels.Examples) -> PaddedBatch:
-        """As `Loader.write`."""
         inputs, targets, cu_inputs, cu_targets = self.stream.write(examples)
         batch = pad(np.split(inputs, cu_inputs[1:-1]), np.split(targets, cu_targets[1:-1]), self.stream.info.pad_id)
         batch.tokens = int(examples.length.sum())

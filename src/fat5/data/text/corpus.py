@@ -5,7 +5,7 @@ skip`, rows that cannot be read are counted instead. Files are streamed, and a l
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -109,7 +109,7 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
     for name in inputs:
         path = Path(name).expanduser()
         if path.is_dir():
-            files += _files_in(path)
+            files += files_in(path, extension_of, "text files", READ)
         elif path.exists():
             files.append(str(path))
         else:
@@ -178,16 +178,20 @@ def _read_streamed(part: Chunk, options: CorpusOptions, columns: Sequence[str] =
             yield found
 
 
-def _files_in(folder: Path) -> list[str]:
+def files_in(folder: Path, extension: Callable[[Path], str | None], what: str, hint: str) -> list[str]:
+    """The files of a folder and those below it that have a known extension, by name; hidden ones are left out.
+
+    DataError if there is none, or one that likely holds data in another form; `hint` says which forms are read.
+    """
     found = []
     for path in sorted(folder.rglob("*"), key=str):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or path.name in NO_DATA or not path.is_file():
             continue
-        if extension_of(path.name):
+        if extension(path):
             found.append(str(path))
         elif path.suffix.lower() in UNREAD:
-            raise DataError("a form of data that is not read", where=path, hint=f"{READ}; convert it or move it away")
+            raise DataError("a form of data that is not read", where=path, hint=f"{hint}; convert it or move it away")
     if not found:
-        raise DataError("no text files in this folder", where=folder, hint=READ)
+        raise DataError(f"no {what} in this folder", where=folder, hint=hint)
     return found

@@ -37,7 +37,7 @@ _PARQUET_ROWS = 16  # decoded at a time: a small file can name one large documen
 _HOW_LINES_LOOK = 'Each line is {"text": "…"}; `jq -c ".[]" FILE` makes lines of an array'
 
 
-def extension_of(name: str) -> str | None:
+def extension_of(name: str | Path) -> str | None:
     """The known extension of a file name, or None."""
     lowered = Path(name).name.lower()
     return next((extension for extension in EXTENSIONS if lowered.endswith(extension)), None)

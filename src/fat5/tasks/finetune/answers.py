@@ -34,11 +34,9 @@ class Answers(Form):
         self.may_be_missing = not all(self.references(table))
 
     def keys(self, table: Table) -> list[str]:
-        """What decides which rows stay together when some are held out: questions on one context do."""
-        return table.texts(self.config.data.columns.context)
+        return table.texts(self.config.data.columns.context)  # questions on one context stay together
 
     def inputs(self, table: Table) -> list[str]:
-        """The questions."""
         return table.texts(self.config.data.columns.question)
 
     def references(self, table: Table) -> list[Any]:
@@ -131,8 +129,7 @@ class Answers(Form):
         for index, value in enumerate(table.column(columns.answers)):
             texts, starts = (value.get(key) if isinstance(value, dict) else None for key in ("text", "answer_start"))
             if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-                hint = "Give {text: [...], answer_start: [...]}, as SQuAD does"
-                raise DataError(f"column {columns.answers!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(index, columns.answers, "Give {text: [...], answer_start: [...]}, as SQuAD does")
             for text, start in zip(texts, starts, strict=True):
                 stands = isinstance(text, str) and type(start) is int and start >= 0 and text.strip()
                 if not stands or contexts[index][start : start + len(text)] != text:

@@ -56,8 +56,9 @@ class Classification(Form):
         labels = []
         for index, value in enumerate(table.column(column)):
             if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-                hint = "A label is a name or a whole number; other numbers are --task regression"
-                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(
+                    index, column, "A label is a name or a whole number; other numbers are --task regression"
+                )
             labels.append(str(value))
         return labels
 
@@ -124,7 +125,6 @@ class Regression(Classification):
         """Nothing: the targets are numbers."""
 
     def references(self, table: Table) -> list[Any]:
-        """The numbers."""
         column = self.config.data.columns.label
         numbers = []
         for index, value in enumerate(table.column(column)):
@@ -133,13 +133,11 @@ class Regression(Classification):
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
             if not abs(number) <= LARGEST_NUMBER:
-                hint = f"Regression needs a number of at most {LARGEST_NUMBER:g}"
-                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(index, column, f"Regression needs a number of at most {LARGEST_NUMBER:g}")
             numbers.append(number)
         return numbers
 
     def weights(self, table: Table) -> list[float] | None:
-        """None."""
         return None
 
     def predictions(self, logits: Tensor) -> tuple[list[Any], list[float]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Literal
 
 from fat5.errors import LARGEST_SIZE, ConfigurationError, check_whole
 from fat5.tasks.metrics import KINDS
@@ -25,6 +25,9 @@ METRICS = {
     "question-answering": KINDS["answers"],
 }
 """Task → its metrics; each task has loss and accuracy as well."""
+
+RATES = {"adamw_scale": 2e-3, "adamw": 1e-4}
+"""Learning rates of fine-tuning where it has others than pretraining."""
 
 MOST_SEEDS, LARGEST_RANK = 100, 4096
 FEWEST_TOKENS = 8
@@ -176,8 +179,11 @@ class FinetuneConfig(RunConfig):
             ConfigurationError: a key is missing or has a value that cannot work.
         """
         optimizer = self.optimizer
-        if optimizer.lr is None and optimizer.name in ("adamw_scale", "adamw"):
-            optimizer = replace(optimizer, **_default_optimizer(optimizer.name, self.lora.rank > 0))
+        if optimizer.lr is None and self.lora.rank > 0 and optimizer.name in RATES:
+            # Low-rank matrices begin at 0, where a rate relative to the RMS is none.
+            optimizer = replace(optimizer, name="adamw", lr=1e-3)
+        elif optimizer.lr is None:
+            optimizer = replace(optimizer, lr=RATES.get(optimizer.name))
         config = super(FinetuneConfig, replace(self, optimizer=optimizer)).resolved()
         if not self.model:
             raise ConfigurationError("model is not given", hint="Give a folder: --model DIR, or none")
@@ -243,10 +249,3 @@ class FinetuneConfig(RunConfig):
                 f"{section}stride is {data.stride}, and an input has {data.max_source_tokens:,} tokens",
                 hint=f"Give a stride below {section}max_source_tokens",
             )
-
-
-def _default_optimizer(name: str, lora: bool) -> dict[str, Any]:
-    """The learning rate of fine-tuning. Low-rank matrices begin at 0, where a rate relative to the RMS is none."""
-    if lora:
-        return {"name": "adamw", "lr": 1e-3}
-    return {"lr": 2e-3 if name == "adamw_scale" else 1e-4}

@@ -178,7 +178,6 @@ class ExampleLoader(PackedLoader):
     """Endless packed batches of a task's examples."""
 
     def write(self, examples: Any) -> PackedBatch:
-        """The packed batch with these examples."""
         examples_of: ExampleSet = self.stream.examples
         return examples_of.batch(examples.piece, self.config, self.stream.pad_id)
 

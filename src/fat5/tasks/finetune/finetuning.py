@@ -17,13 +17,14 @@ from fat5.machine import free_memory
 from fat5.model import FAT5Config, quiet
 from fat5.model.card import CardFacts
 from fat5.model.loading import check_finite
-from fat5.tasks.finetune import adapter, predicting
+from fat5.tasks.finetune import adapter
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
 from fat5.tasks.finetune.form import Form
 from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import PIPELINES, RESULTS, results_section, score, write_outcome
+from fat5.tasks.finetune.predicting import PredictionFile, predict, prediction_key
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
 from fat5.tasks.finetune.table import Table
@@ -136,13 +137,13 @@ class Finetuning:
         cut = sum(split.examples.cut for split in self._splits())
         what = f" ({len(self.form.label_names):,} labels)" if self.form.label_names else ""
         packs = f"{batch.packs_per_step} pack{'s' * (batch.packs_per_step > 1)} of {batch.encoder_tokens:,} tokens"
+        a_step = examples_a_step(batch, self.train.examples)
         lines = [
             f"model   {config.model}, {model.num_parameters():,} parameters"
             + (f", adapters of rank {config.lora.rank} train" if config.lora.rank else ""),
             f"task    {config.task}{what}: {', '.join(counts)} examples",
-            f"step    about {self._examples_a_step():.0f} examples: {packs}; {config.optimizer.name} at "
-            f"{config.optimizer.lr:g}",
-            f"run     {config.steps:,} steps, {self._examples_a_step() * config.steps / len(self.train.examples):.2g} "
+            f"step    about {a_step:.0f} examples: {packs}; {config.optimizer.name} at {config.optimizer.lr:g}",
+            f"run     {config.steps:,} steps, {a_step * config.steps / len(self.train.examples):.2g} "
             f"passes; the best {config.metric} is kept",
             f"memory  about {plan.describe()}" + (f" of {free / GIB:.1f} GiB free" if free is not None else ""),
         ]
@@ -203,7 +204,7 @@ class Finetuning:
         most = self.config.eval_examples if self.form.kind == "text" else None
 
         def measured(alone: Scorer) -> dict[str, Any]:
-            predictions = self.predict(alone, split, most=most)
+            predictions = predict(self.config, self.form, self.tokenizer, self.batch, alone, split, most=most)
             return score(self.config, self.form, split.table, predictions)
 
         return row | scorer.on_main(measured)
@@ -228,11 +229,11 @@ class Finetuning:
         """Writes predictions.jsonl, results.json and their plots, for the test examples or those of validation."""
         split = self.test or self.validation
         partial = run.path / "predictions.partial.jsonl"
-        key = predicting.prediction_key(self.config, split, scorer.model, self.tokenizer, scorer.precision)
-        file = predicting.PredictionFile(partial, key)
+        config, form, tokenizer = self.config, self.form, self.tokenizer
+        file = PredictionFile(partial, prediction_key(config, split, scorer.model, tokenizer, scorer.precision))
         with CountDisplay("predict", f"{split.name} examples") as display:
-            predictions = self.predict(scorer, split, file=file, show=display.show)
-        found = write_outcome(run.path, self.config, self.form, split, predictions)
+            predictions = predict(config, form, tokenizer, self.batch, scorer, split, file=file, show=display.show)
+        found = write_outcome(run.path, config, form, split, predictions)
         partial.unlink(missing_ok=True)
         return {"results": {name: value["value"] for name, value in found["metrics"].items()}}
 
@@ -261,26 +262,6 @@ class Finetuning:
             copy_tokenizer(self.tokenizer, self.tokenizer_folder, Path(place))
             export(plain, Path(place), run.model, facts, plot)
 
-    def predict(
-        self,
-        scorer: Scorer,
-        split: Split,
-        *,
-        most: int | None = None,
-        file: predicting.PredictionFile | None = None,
-        show: Callable[[int, int], None] | None = None,
-    ) -> list[predicting.Prediction]:
-        """What the model says of a split's rows, in their order.
-
-        Args:
-            most: take at most this many rows, the first ones.
-            file: keeps predictions as they come, and has those of an earlier attempt.
-            show: gets the number of examples that are done, and of all.
-        """
-        return predicting.predict(
-            self.config, self.form, self.tokenizer, self.batch, scorer, split, most=most, file=file, show=show
-        )
-
     def _widget(self, row: Table) -> dict[str, str]:
         """A row as the hub's widget of the task takes it."""
         example: dict[str, str] = {"text": self.form.inputs(row)[0]}
@@ -293,6 +274,3 @@ class Finetuning:
 
     def _splits(self) -> list[Split]:
         return [split for split in (self.train, self.validation, self.test) if split is not None]
-
-    def _examples_a_step(self) -> float:
-        return examples_a_step(self.batch, self.train.examples)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fat5.data.text.corpus import NO_DATA, SAMPLE, UNREAD, is_dataset, sample_path
+from fat5.data.text.corpus import SAMPLE, files_in, is_dataset, sample_path
 from fat5.data.text.formats import CODECS, CsvLines, naming_damage, open_parquet, sniff
 from fat5.data.text.rows import LARGEST_DOCUMENT, Lines, decompressed
 from fat5.errors import DataError
@@ -31,20 +31,7 @@ def find_sources(name: str) -> list[str]:
         return [name]
     if not path.exists():
         raise DataError("no such file or folder", where=name, hint="Check the path; a hub dataset is hf:owner/name")
-    if not path.is_dir():
-        return [str(path)]
-    found = []
-    for file in sorted(path.rglob("*"), key=str):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or file.name in NO_DATA or not file.is_file():
-            continue
-        if _extension(file) is not None:
-            found.append(str(file))
-        elif file.suffix.lower() in UNREAD:
-            raise DataError("a form of data that is not read", where=file, hint=f"{READ}; convert it or move it away")
-    if not found:
-        raise DataError("no examples in this folder", where=name, hint=READ)
-    return found
+    return files_in(path, _extension, "examples", READ) if path.is_dir() else [str(path)]
 
 
 def source_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[int, dict[str, Any]]]:

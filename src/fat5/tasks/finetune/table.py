@@ -68,6 +68,10 @@ class Table:
             value = value[key]
         return value
 
+    def odd(self, index: int, name: str, hint: str) -> DataError:
+        """The error for a value that a column may not have."""
+        return DataError(f"column {name!r} holds {self.value(index, name)!r:.60}", where=self.where(index), hint=hint)
+
     def texts(self, name: str, required: bool = True) -> list[str]:
         """A column of texts.
 

@@ -33,7 +33,6 @@ class Tagging(Form):
         return [" ".join(words) for words in self._lists(table, self.config.data.columns.tokens)]
 
     def references(self, table: Table) -> list[Any]:
-        """The tags of each text."""
         columns = self.config.data.columns
         words, tags = self._lists(table, columns.tokens), self._lists(table, columns.tags)
         for index, (some, others) in enumerate(zip(words, tags, strict=True)):
@@ -123,8 +122,7 @@ class Tagging(Form):
                 and all(isinstance(one, str | int) and not isinstance(one, bool) for one in value)
             )
             if not fits or (column == self.config.data.columns.tags and "" in value):
-                hint = "Give a list of words (tokens) and one of tags"
-                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(index, column, "Give a list of words (tokens) and one of tags")
         return [[str(one) for one in value] for value in values]
 
 

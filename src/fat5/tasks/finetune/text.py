@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fat5.data import Tokenizer
-from fat5.errors import ConfigurationError, DataError
+from fat5.errors import ConfigurationError
 from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
 from fat5.tasks.finetune.form import Form
@@ -22,11 +22,9 @@ class TextToText(Form):
     model: ClassVar = "ForConditionalGeneration"
 
     def inputs(self, table: Table) -> list[str]:
-        """What the model reads."""
         return [self.config.data.prefix + text for text in table.texts(self.config.data.columns.source)]
 
     def references(self, table: Table) -> list[Any]:
-        """What it should write, as the metrics compare it."""
         return self.targets(table)
 
     @property
@@ -102,8 +100,7 @@ class Instructions(TextToText):
         for index, value in enumerate(table.column(column)):
             texts = value if isinstance(value, list) else [value]
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                hint = "Give a text, or a list of texts"
-                raise DataError(f"column {column!r} holds {value!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(index, column, "Give a text, or a list of texts")
             found.append(texts)
         return found
 
@@ -122,8 +119,7 @@ class Instructions(TextToText):
         for example in given if isinstance(given, list) else [given]:
             one, other = (example.get(key) if isinstance(example, dict) else None for key in ("input", "output"))
             if not isinstance(one, str) or not isinstance(other, str):
-                hint = "Give a list of {input: text, output: text}"
-                raise DataError(f"column {column!r} holds {given!r:.60}", where=table.where(index), hint=hint)
+                raise table.odd(index, column, "Give a list of {input: text, output: text}")
             pairs.append((one, other))
         return pairs
 

@@ -10,7 +10,7 @@ and spearman (-1 to 1) and mean_squared_error (the square of the targets' unit).
 text.py, labels.py, entities.py and answers.py say how each kind is measured; bootstrap.py draws the samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -109,25 +109,17 @@ def _metrics(
         check_metric(kind, name)
     if len(predictions) != len(targets):
         raise DataError(f"{len(predictions)} predictions for {len(targets)} targets")
-    if kind == "text":
-        from fat5.tasks.metrics.text import text_metrics
+    from fat5.tasks.metrics import answers, entities, labels, text
 
-        return text_metrics(predictions, targets, names)
-    if kind == "classification":
-        from fat5.tasks.metrics.labels import classification_metrics
-
-        return classification_metrics(predictions, targets, names)
-    if kind == "regression":
-        from fat5.tasks.metrics.labels import regression_metrics
-
-        return regression_metrics(predictions, targets, names)
-    if kind == "entities":
-        from fat5.tasks.metrics.entities import entity_metrics
-
-        return entity_metrics(predictions, targets, names)
-    from fat5.tasks.metrics.answers import answer_metrics
-
-    return answer_metrics(predictions, targets, names, articles)
+    if kind == "answers":
+        return answers.answer_metrics(predictions, targets, names, articles)
+    make: dict[str, Callable[..., dict[str, Any]]] = {
+        "text": text.text_metrics,
+        "classification": labels.classification_metrics,
+        "regression": labels.regression_metrics,
+        "entities": entities.entity_metrics,
+    }
+    return make[kind](predictions, targets, names)
 
 
 def _nearest(name: str, names: tuple[str, ...]) -> str:
