@@ -9,7 +9,7 @@ from torch import nn
 
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, build_optimizer, skips_on_device
-from fat5.optim.combined import CombinedOptimizer
+from fat5.optim.registry import CombinedOptimizer
 
 NAMES = ["adamw_scale", "adamw", "adafactor", "muon", "lamb"]
 

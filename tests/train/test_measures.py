@@ -243,7 +243,7 @@ def test_a_count_is_shown_with_its_rate_and_the_time_left(monkeypatch, capsys, l
     now = iter([0.0, 10.0, 20.0, 60.0])
     monkeypatch.setattr(display.os, "isatty", lambda descriptor: live)
     monkeypatch.setattr(display.time, "perf_counter", lambda: next(now))
-    with CountDisplay("predict", "examples") as count:
+    with CountDisplay("examples") as count:
         count.show(100, 1100)  # of an earlier attempt: not part of the rate
         count.show(110, 1100)
         count.show(200, 1100)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fat5.errors import DataError
-from fat5.tasks.finetune.examples import ExampleSet, refuse_no_tokens
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
 
 LONGEST_ANSWER = 64

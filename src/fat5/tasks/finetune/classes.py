@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fat5.errors import DataError
-from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form, cut_to, refuse_cut, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
 from fat5.tasks.finetune.text import check_prefix, encode_all
 

@@ -83,7 +83,7 @@ def evaluate_task(config: EvaluateConfig, recipe: Mapping[str, Any]) -> dict[str
         file = PredictionFile(
             Path(f"{config.predictions}.partial"), prediction_key(settings, split, model, tokenizer, precision)
         )
-    with CountDisplay("predict", "examples") as display:
+    with CountDisplay("examples") as display:
         found = predict(settings, form, tokenizer, batch, scorer, split, file=file, show=display.show)
     _check_numbers(found, precision, weights)
     content = outcome(replace(settings, model=str(weights)), form, split, found)

@@ -1,4 +1,4 @@
-"""Encoded examples of a task, their endless order in training, and their packed batches.
+"""Forms of tasks, which make examples of rows; the encoded examples, their endless order, and their packed batches.
 
 An example has inputs (encoder tokens) and targets: decoder tokens, a class, a number, a tag for each input token, or
 the first and last token of an answer. `PackedBatch.labels` holds the targets one after another, whatever they are.
@@ -6,21 +6,67 @@ the first and last token of an answer. `PackedBatch.labels` holds the targets on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from fat5.data import BatchConfig, PackedBatch, PackedLoader
+from fat5.data import BatchConfig, PackedBatch, PackedLoader, Tokenizer
 from fat5.data.examples import kernels
 from fat5.data.examples.denoisers import split_seed
 from fat5.data.examples.packing import packs_of_rank
 from fat5.errors import DataError
+from fat5.tasks.finetune.config import FinetuneConfig
+from fat5.tasks.finetune.table import Table
 
 ORDER = 7 << kernels.DOMAIN_SHIFT
 """The domain of the random numbers that order a pass; the stream of pretraining has others."""
+
+
+class Form(ABC):
+    """A form of task, for one configuration and tokenizer.
+
+    Attributes:
+        kind: of its metrics (`fat5.tasks.metrics.KINDS`), and of its loss.
+        model: the model's class without its family, such as ForConditionalGeneration.
+        label_names: the classes or tags in the order of the model's outputs; None where there are none.
+    """
+
+    kind: ClassVar[str]
+    model: ClassVar[str]
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
+        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
+
+    def learn(self, table: Table) -> None:  # noqa: B027  (most have nothing to learn)
+        """Takes from the training rows what the other splits are read by: classes, tags."""
+
+    def keys(self, table: Table) -> list[str]:
+        """What decides which rows stay together when some are held out."""
+        return self.inputs(table)
+
+    @abstractmethod
+    def inputs(self, table: Table) -> list[str]:
+        """What the model reads of each row, for a person."""
+
+    @abstractmethod
+    def references(self, table: Table) -> list[Any]:
+        """What is right for each row, as the metrics compare it."""
+
+    @abstractmethod
+    def encode(self, table: Table) -> ExampleSet:
+        """The examples of the rows.
+
+        Raises:
+            DataError: a row that does not fit, with its place.
+        """
+
+    def weights(self, table: Table) -> list[float] | None:
+        """The weight of each class in the loss; None if all are equal, or there are no classes."""
+        return None
 
 
 class Chosen(NamedTuple):

@@ -19,8 +19,7 @@ from fat5.model.card import CardFacts
 from fat5.model.loading import check_finite
 from fat5.tasks.finetune import adapter
 from fat5.tasks.finetune.config import METRICS, FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream, Form
 from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import PIPELINES, RESULTS, results_section, score, write_outcome
@@ -231,7 +230,7 @@ class Finetuning:
         partial = run.path / "predictions.partial.jsonl"
         config, form, tokenizer = self.config, self.form, self.tokenizer
         file = PredictionFile(partial, prediction_key(config, split, scorer.model, tokenizer, scorer.precision))
-        with CountDisplay("predict", f"{split.name} examples") as display:
+        with CountDisplay(f"{split.name} examples") as display:
             predictions = predict(config, form, tokenizer, self.batch, scorer, split, file=file, show=display.show)
         found = write_outcome(run.path, config, form, split, predictions)
         partial.unlink(missing_ok=True)

@@ -16,8 +16,7 @@ from fat5.generate.decoding import Decoder
 from fat5.generate.replay import pays
 from fat5.tasks.finetune.adapter import merged
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form
 from fat5.tasks.finetune.model import weights_sha256
 from fat5.tasks.finetune.splits import Split
 from fat5.train.evaluation import Scorer

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fat5.tasks.finetune.answers import Answers
 from fat5.tasks.finetune.classes import Classification, Regression
 from fat5.tasks.finetune.config import TaskData
-from fat5.tasks.finetune.examples import ExampleSet
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form
 from fat5.tasks.finetune.table import Table, hold_out, read_table
 from fat5.tasks.finetune.tags import Tagging
 from fat5.tasks.finetune.text import Instructions, TextToText

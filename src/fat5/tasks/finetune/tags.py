@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fat5.errors import DataError
 from fat5.tasks.finetune.classes import check_classes, class_weights, unseen_label
-from fat5.tasks.finetune.examples import ExampleSet, refuse_cut
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form, refuse_cut
 from fat5.tasks.finetune.table import Table
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from fat5.data import Tokenizer
 from fat5.errors import ConfigurationError
 from fat5.tasks.finetune.config import FinetuneConfig
-from fat5.tasks.finetune.examples import ExampleSet, cut_to, refuse_cut, refuse_no_tokens
-from fat5.tasks.finetune.form import Form
+from fat5.tasks.finetune.examples import ExampleSet, Form, cut_to, refuse_cut, refuse_no_tokens
 from fat5.tasks.finetune.table import Table
 
 ENCODED_AT_ONCE = 1024

@@ -111,15 +111,12 @@ class RunDisplay:
 
 
 class CountDisplay:
-    """Shows on stderr how many of some things are done, the rate and the time left: a live line on a terminal, else a
-    line at times. A context manager.
-
-    Args:
-        verb: what is done to them; noun: what they are, in the plural.
+    """Shows on stderr how many of some things (`noun`, in the plural) are predicted, the rate and the time left: a live
+    line on a terminal, else a line at times. A context manager.
     """
 
-    def __init__(self, verb: str, noun: str) -> None:
-        self.verb, self.noun = verb, noun
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
         self._live = os.isatty(2)
         self._began = self._last_line = time.perf_counter()
         self._before: int | None = None
@@ -139,7 +136,7 @@ class CountDisplay:
         if not self._live and now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
-        line = f"{self.verb} {done:,} of {total:,} {self.noun}"
+        line = f"predict {done:,} of {total:,} {self.noun}"
         made, took = done - self._before, now - self._began
         if made:
             line += f"  {made / took:,.3g} a second  {_clock((total - done) * took / made)} left"
