@@ -47,16 +47,13 @@ class PlannedWorld(World):
         if gpu is None:
             device = training_device()
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-            return cls._of(device, devices, name, sheet_of(name), free_memory(device))
-        sheet = sheet_of(gpu)
-        if sheet is None:
-            raise ConfigurationError(f"no data sheet of {gpu!r}", where="gpu", hint=f"Known are {', '.join(SHEETS)}")
-        return cls._of(torch.device("cuda"), devices, gpu, sheet, int(0.99 * sheet.memory * GIB))
-
-    @classmethod
-    def _of(
-        cls, device: torch.device, devices: int, name: str, sheet: Sheet | None, free: int | None
-    ) -> "PlannedWorld":
+            sheet, free = sheet_of(name), free_memory(device)
+        else:
+            device, name, sheet = torch.device("cuda"), gpu, sheet_of(gpu)
+            if sheet is None:
+                hint = f"Known are {', '.join(SHEETS)}"
+                raise ConfigurationError(f"no data sheet of {gpu!r}", where="gpu", hint=hint)
+            free = int(0.99 * sheet.memory * GIB)
         launch = Launch(0, devices, 0, min(devices, NODE))
         return cls(device, size=devices, launch=launch, name=name, sheet=sheet, free=free)
 

@@ -44,12 +44,7 @@ logger = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Carries out a pretraining run, or the rest of one, in `config.output_dir`.
 
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        FAT5Error: something that the user can mend; nothing half-written is left behind.
-        RunStopped: a signal stopped the run after its state was saved.
+    Returns and raises as `fat5.train.run.run`.
     """
     with World.here() as world:
         return run(Pretraining.open(settle(config, world), world), world)

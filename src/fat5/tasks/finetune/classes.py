@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -94,23 +95,19 @@ class Classification(Form):
 
     def weights(self, table: Table) -> list[float] | None:
         """The weight of each class, scaled so that the examples' mean weight is 1; None if all are equal."""
-        given, names = self.config.class_weights, self.label_names or []
-        counts = Counter(self.references(table))
-        return class_weights(given, names, [counts[name] for name in names])
+        return class_weights(self.config.class_weights, self.label_names, Counter(self.references(table)))
 
     def predictions(self, logits: Tensor) -> tuple[list[Any], list[float]]:
         """(N, C) → the likeliest classes and their probabilities."""
         best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
-        names = self.label_names or []
-        return [names[index] for index in best.indices.tolist()], best.values.tolist()
+        return [self.label_names[index] for index in best.indices.tolist()], best.values.tolist()
 
     def _targets(self, table: Table) -> list[float]:
-        names = self.label_names or []
-        number = {name: index for index, name in enumerate(names)}
+        number = {name: index for index, name in enumerate(self.label_names)}
         targets: list[float] = []
         for index, label in enumerate(self.references(table)):
             if label not in number:
-                raise unseen_label(label, names, table.where(index))
+                raise unseen_label(label, self.label_names, table.where(index))
             targets.append(number[label])
         return targets
 
@@ -171,8 +168,8 @@ def check_classes(names: list[str], column: str, what: str, table: Table) -> Non
         )
 
 
-def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float] | None:
-    """A weight for each class, scaled so that the mean over `counts` examples is 1.
+def class_weights(given: Any, names: list[str], counts: Mapping[str, int]) -> list[float] | None:
+    """A weight for each class, scaled so that the mean over the examples, `counts` of each class, is 1.
 
     Raises:
         DataError: a weight is given for an unknown label, or is not above 0.
@@ -180,7 +177,7 @@ def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float
     if given is None:
         return None
     if given == "balanced":
-        weights = [1.0 / max(count, 1) for count in counts]
+        weights = [1.0 / max(counts[name], 1) for name in names]
     else:
         given = {str(label): weight for label, weight in given.items()}
         for label, weight in given.items():
@@ -189,5 +186,6 @@ def class_weights(given: Any, names: list[str], counts: list[int]) -> list[float
             if not 0 < weight < math.inf:
                 raise DataError(f"{label} has weight {weight}", where="class_weights", hint="Give a number above 0")
         weights = [float(given.get(name, 1.0)) for name in names]
-    mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / sum(counts)
+    examples = [counts[name] for name in names]
+    mean = sum(weight * count for weight, count in zip(weights, examples, strict=True)) / sum(examples)
     return [weight / mean for weight in weights]

@@ -32,14 +32,15 @@ class Form(ABC):
     Attributes:
         kind: of its metrics (`fat5.tasks.metrics.KINDS`), and of its loss.
         model: the model's class without its family, such as ForConditionalGeneration.
-        label_names: the classes or tags in the order of the model's outputs; None where there are none.
+        label_names: the classes or tags in the order of the model's outputs; empty where there are none.
     """
 
     kind: ClassVar[str]
     model: ClassVar[str]
 
-    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, label_names: list[str] | None = None) -> None:
-        self.config, self.tokenizer, self.label_names = config, tokenizer, label_names
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.label_names: list[str] = []
 
     def learn(self, table: Table) -> None:  # noqa: B027  (most have nothing to learn)
         """Takes from the training rows what the other splits are read by: classes, tags."""

@@ -46,12 +46,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Carries out a fine-tuning run, or the rest of one, in `config.output_dir`; with `seeds` above 1 one run for each
     seed, in `seed-N`.
 
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        FAT5Error: something that the user can mend; nothing half-written is left behind.
-        RunStopped: a signal stopped the run after its state was saved.
+    Returns and raises as `fat5.train.run.run`.
     """
     with World.here() as world:
         if config.seeds == 1:
@@ -185,7 +180,7 @@ class Finetuning:
             plain["data"][split] = None if found is None else found.table.sha256()
         base = base_and_tokenizer(self.config)[0]
         plain["model"] = "none" if base is None else fingerprint(base)
-        return plain | {"tokenizer": self.tokenizer.info.sha256, "labels": self.form.label_names}
+        return plain | {"tokenizer": self.tokenizer.info.sha256, "labels": self.form.label_names or None}
 
     def evaluate(self, scorer: Scorer) -> dict[str, Any]:
         """Loss and accuracy of the validation targets, and the task's metrics (of texts only if `metric` is one).

@@ -67,7 +67,7 @@ def configure_model(
             decoder_start_token_id=info.pad_id,
         )  # fmt: skip
     check_vocabulary(tokenizer, found, where)
-    if form.label_names is not None:
+    if form.label_names:
         found.id2label = dict(enumerate(form.label_names))
         found.label2id = {name: index for index, name in enumerate(form.label_names)}
     elif form.kind in ("regression", "answers"):
@@ -96,7 +96,7 @@ def check_head(found: FAT5Config, base: Path, config: FinetuneConfig, form: Any)
         raise ConfigurationError(
             f"{own} has no decoder, which {what} needs", where=base, hint="Give the model that it was made from"
         )
-    wanted = {"regression": 1, "answers": 2}.get(form.kind, len(form.label_names or []))
+    wanted = {"regression": 1, "answers": 2}.get(form.kind, len(form.label_names))
     if own.endswith(form.model) and headed and found.num_labels != wanted:
         raise ConfigurationError(
             f"its head gives {found.num_labels:,} numbers, and these examples need {wanted:,}",

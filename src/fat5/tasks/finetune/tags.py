@@ -47,7 +47,7 @@ class Tagging(Form):
         Raises:
             DataError: lists of different lengths, or a tag that the model does not have.
         """
-        number = {name: index for index, name in enumerate(self.label_names or [])}
+        number = {name: index for index, name in enumerate(self.label_names)}
         all_words, all_tags = self._lists(table, self.config.data.columns.tokens), self.references(table)
         eos, most = self.tokenizer.info.eos_id, self.config.data.max_source_tokens - 1
         inputs: list[list[int]] = []
@@ -58,7 +58,7 @@ class Tagging(Form):
         for index, (words, tags) in enumerate(zip(all_words, all_tags, strict=True)):
             for tag in tags:
                 if tag not in number:
-                    raise unseen_label(tag, self.label_names or [], table.where(index))
+                    raise unseen_label(tag, self.label_names, table.where(index))
             encoded = self._pieces(words)
             if not any(encoded):
                 raise DataError("the tokens encode to none of the model's", where=table.where(index), hint="Remove it")
@@ -83,16 +83,14 @@ class Tagging(Form):
 
     def weights(self, table: Table) -> list[float] | None:
         """The weight of each tag, scaled so that the words' mean weight is 1; None if all are equal."""
-        names = self.label_names or []
         counts = Counter(tag for tags in self.references(table) for tag in tags)
-        return class_weights(self.config.class_weights, names, [counts[name] for name in names])
+        return class_weights(self.config.class_weights, self.label_names, counts)
 
     def predictions(self, logits: Tensor, places: list[tuple[int, int]]) -> tuple[list[tuple[int, str]], float]:
         """(T, C) of one example → the tag of each word in it, and the least probability among them."""
         best = torch.softmax(logits.float(), dim=-1).max(dim=-1)
         indices, shares = best.indices.tolist(), best.values.tolist()
-        names = self.label_names or []
-        tags = [(word, names[indices[place]]) for word, place in places]
+        tags = [(word, self.label_names[indices[place]]) for word, place in places]
         return tags, min((shares[place] for _, place in places), default=1.0)
 
     def _pieces(self, words: list[str]) -> list[list[int]]:
