@@ -160,7 +160,6 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
     """The content of a JSON text; `NaN` and `Infinity`, which Python writes, are read.
 
     Args:
-        text: in UTF-8, if bytes.
         strict: refuse what `json` reads otherwise than it is written: a key twice in an object, half a surrogate pair.
 
     Raises:

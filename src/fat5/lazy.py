@@ -11,9 +11,7 @@ from typing import Any
 def lazy(room: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package (PEP 562), for the names that it imports under `if TYPE_CHECKING:`.
 
-    Args:
-        room: the package's `__name__`.
-        file: its `__file__`.
+    `room` and `file` are its `__name__` and `__file__`.
     """
     homes = {
         imported.name: line.module

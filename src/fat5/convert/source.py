@@ -36,7 +36,6 @@ class SourceModel:
     Args:
         model_type: t5, mt5, umt5, fat5 or flash_t5.
         kind: the class's name without its family, one of `KINDS`.
-        tokenizer: folder of its tokenizer.
     """
 
     folder: Path
@@ -57,8 +56,7 @@ def read_source(path: str | Path, tokenizer: str | None = None, key: str = "toke
 
     Args:
         path: folder of a model, a checkpoint, or a run.
-        tokenizer: its folder, if it is not the model's.
-        key: the configuration key that gives it.
+        tokenizer: its folder, if it is not the model's; `key` is the configuration key that gives it.
 
     Raises:
         CheckpointError: no folder, no configuration, another type of model.

@@ -90,12 +90,8 @@ def pack_work(model: Any, encoder: int, decoder: int, longest: int) -> float:
 def predict_speed(
     config: PretrainConfig, model: Any, world: PlannedWorld, assumed: float | None, measured: str | None
 ) -> Speed | None:
-    """Speed and duration of a settled configuration; None if nothing is known of one device.
-
-    Args:
-        model: of that configuration; it may be on the meta device.
-        assumed: tokens/s of one device.
-        measured: a run on one device.
+    """Speed and duration of a settled configuration, whose model may be on the meta device, from the tokens/s of one
+    device: assumed, of a run that measured them, or known; None without any.
 
     Raises:
         DataError, ConfigurationError: from the run.

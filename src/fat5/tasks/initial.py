@@ -207,7 +207,6 @@ def find_tokenizer(checkpoint: Path, prepared: Sequence[str] = (), key: str = "t
     """The folder of a checkpoint's tokenizer: in prepared data, in the checkpoint's run, or in the data of that run.
 
     Args:
-        checkpoint: a folder `step-N`.
         prepared: folders made by `fat5 prepare`, which are looked at first.
         key: of the configuration, which the error names.
 

@@ -200,10 +200,9 @@ class Pretraining:
     def export(self, model: Any, run: RunDirectory, summary: dict[str, Any]) -> None:
         """Writes model/, its card on architecture, use and training."""
         tokenizer, language = load_tokenizer(self.tokenizer), (self.config.languages or ["en"])[0]
-        plot = run.plot if run.plot.is_file() else None
         before, _, after = PROMPTS.get(language, PROMPTS["en"])[0].partition("___")
         use = usage_section(before, after, "[R]" in tokenizer.own_modes)
-        training = training_section(self.config.to_dict(), summary, self.manifests, plot is not None)
+        training = training_section(self.config.to_dict(), summary, self.manifests, run.plot.is_file())
         facts = CardFacts(
             name=Path(self.config.output_dir).absolute().name,
             kind="ForConditionalGeneration",
@@ -213,7 +212,7 @@ class Pretraining:
             languages=self.config.languages,
             datasets=[held.name.removeprefix("hf:") for held in self.manifests if is_dataset(held.name)],
         )
-        export(model, self.tokenizer, run.model, facts, plot)
+        export(model, self.tokenizer, run, facts)
 
     def _passes(self, text: Text) -> str:
         taken = text.tokens_a_step(self.config.data.batch()) * self.config.steps

@@ -38,10 +38,7 @@ def results_of(
 
     Args:
         metrics: of `measure`, `measure_with_intervals` or `aggregate`.
-        examples: how many were scored.
         split: validation, test, or a file.
-        model: the folder of the model.
-        task: such as text-to-text.
         more: further keys of the file, such as by_class.
 
     Returns:
@@ -84,10 +81,7 @@ def results_table(content: Mapping[str, Any]) -> str:
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each metric over several runs that differ in their seed.
-
-    Args:
-        results: contents of results.json, with the same metrics.
+    """Each metric over several runs that differ in their seed, from the contents of their results.json.
 
     Returns:
         Name → mean, low and high of a 95% t-interval of the mean, and the values. The bounds are null for one run; all
@@ -104,9 +98,7 @@ def draw_confusion(labels: Sequence[str], matrix: Any, path: Path) -> None:
     """Draws a confusion matrix: shares of each row, with the counts where there are few classes.
 
     Args:
-        labels: the classes.
         matrix: counts (classes, classes), rows are targets and columns predictions.
-        path: the PNG, replaced at once when complete.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -137,12 +129,7 @@ def draw_confusion(labels: Sequence[str], matrix: Any, path: Path) -> None:
 
 
 def draw_classes(by_class: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Draws the F1 of each class, lowest last, with its number of targets.
-
-    Args:
-        by_class: of `measure_by_class`.
-        path: the PNG, replaced at once when complete.
-    """
+    """Draws the F1 of each class of `measure_by_class`, lowest last, with its number of targets."""
     ranked = sorted(by_class.items(), key=lambda item: -item[1]["f1"])[-DRAWN_CLASSES:]
     figure = new_figure(7.5, max(2.4, 1.2 + 0.3 * len(ranked)))
     axes = figure.add_subplot()

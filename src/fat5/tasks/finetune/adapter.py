@@ -105,9 +105,7 @@ def load_adapted(cls: Any, config: Any, folder: Path, task: str) -> Any:
     """A plain model with an adapter merged into its base.
 
     Args:
-        cls: the model's class, `FAT5{task}`.
         config: of the model, with the labels that the adapter's head was trained for.
-        folder: as `write_adapter`, or PEFT, wrote it.
 
     Raises:
         CheckpointError: the base is missing, or the adapter is damaged or of another task.

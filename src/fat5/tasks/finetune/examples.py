@@ -181,9 +181,6 @@ class ExampleStream:
     """Positions 0, 1, 2, … of endless training: position p is in pass p // n, and each pass has its own order.
 
     Args:
-        examples: the training examples.
-        seed: of the order.
-        pad_id: fills the tail of a batch.
         sha256: of the data, by which a checkpoint of other data is told.
     """
 

@@ -241,20 +241,19 @@ class Finetuning:
         if self.form.model == "ForConditionalGeneration":
             # `fat5 generate` and transformers' pipelines put it before a text.
             plain.config.prefix = self.config.data.prefix
-        plot = run.plot if run.plot.is_file() else None
         facts = CardFacts(
             name=Path(self.config.output_dir).absolute().name,
             kind=self.form.model,
             config=plain.config,
             parameters=plain.num_parameters(),
-            training=results_section(self.config, summary, run.path, plot is not None),
+            training=results_section(self.config, summary, run),
             languages=self.config.languages,
             pipeline=PIPELINES[self.config.task],
             examples=[self._widget(split.table.select([0]))],
         )
         with tempfile.TemporaryDirectory() as place:
             copy_tokenizer(self.tokenizer, self.tokenizer_folder, Path(place))
-            export(plain, Path(place), run.model, facts, plot)
+            export(plain, Path(place), run, facts)
 
     def _widget(self, row: Table) -> dict[str, str]:
         """A row as the hub's widget of the task takes it."""

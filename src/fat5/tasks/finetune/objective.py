@@ -25,9 +25,8 @@ class HeadObjective(nn.Module):
     """A model with a head and the loss of its task. Forward takes what `FAT5ForConditionalGeneration` takes packed.
 
     Args:
-        model: `FAT5ForSequenceClassification`, `FAT5ForTokenClassification` or `FAT5ForQuestionAnswering`.
-        kind: classification, regression, entities or answers.
-        weights: of the classes, or None.
+        kind: classification, regression, entities or answers, for which the model has the head.
+        weights: of the classes.
         label_smoothing: share of each target spread over all classes.
     """
 

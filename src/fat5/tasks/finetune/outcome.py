@@ -15,6 +15,7 @@ from fat5.tasks.finetune.splits import Split
 from fat5.tasks.finetune.table import Table
 from fat5.tasks.metrics import measure, measure_with_intervals
 from fat5.tasks.metrics.labels import confusion, measure_by_class
+from fat5.train.run_directory import RunDirectory
 
 PREDICTIONS, RESULTS, CONFUSION, CLASSES = "predictions.jsonl", "results.json", "confusion.png", "classes.png"
 MOST_DRAWN_CLASSES = 200
@@ -73,11 +74,7 @@ def outcome(config: FinetuneConfig, form: Any, split: Split, predictions: Sequen
 def write_outcome(
     folder: Path, config: FinetuneConfig, form: Any, split: Split, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
-    """Writes predictions.jsonl, results.json and, for classes, confusion.png and classes.png.
-
-    Returns:
-        The content of results.json.
-    """
+    """Writes predictions.jsonl, results.json (which is returned) and, for classes, confusion.png and classes.png."""
     with whole_file(folder / PREDICTIONS) as file:
         for line in prediction_lines(form, split.table, predictions):
             file.write(line.encode())
@@ -90,7 +87,7 @@ def write_outcome(
     return content
 
 
-def results_section(config: FinetuneConfig, summary: dict[str, Any], run: Path, plot: bool) -> str:
+def results_section(config: FinetuneConfig, summary: dict[str, Any], run: RunDirectory) -> str:
     """Task, training, results with their intervals, and the plots, in Markdown."""
     optimizer, examples = config.optimizer, summary["examples"]
     counts = ", ".join(f"{count:,} {name}" for name, count in examples.items())
@@ -107,7 +104,7 @@ def results_section(config: FinetuneConfig, summary: dict[str, Any], run: Path, 
         lines.append(f"Each input begins with `{config.data.prefix.strip()}`.")
     if config.task == "token-classification":
         lines.append("The words of a text stand with spaces between them; the first token of a word gives its tag.")
-    path = run / RESULTS
+    path = run.path / RESULTS
     if path.is_file():
         found = json.loads(path.read_text())
         lines += [
@@ -118,7 +115,7 @@ def results_section(config: FinetuneConfig, summary: dict[str, Any], run: Path, 
                 for name, score in found["metrics"].items()
             ),
         ]
-    if plot:
+    if run.plot.is_file():
         lines.append(f"![Loss, rate and throughput]({PLOT})")
     return "\n\n".join(lines)
 

@@ -158,10 +158,8 @@ def read_logits(
 
 
 def of_rows(found: list[Any], examples: ExampleSet, form: Any, lengths: list[int]) -> list[Prediction]:
-    """Predictions of examples as those of rows: the tags of all windows together, the best answer of all windows.
-
-    Args:
-        lengths: words of each row, for tags.
+    """Predictions of examples as those of rows: the tags of all windows together (`lengths` are the words of each row),
+    the best answer of all windows.
     """
     if form.kind == "entities":
         tags = [[form.label_names[0]] * length for length in lengths]  # O if there is one, for a word without tokens
@@ -198,11 +196,9 @@ def prediction_key(
 
 
 class PredictionFile:
-    """Predictions as they come, a line a row, under a key that says what they belong to.
+    """Predictions as they come, a line a row, under a key that says which model and data they belong to.
 
-    Args:
-        path: the file; a file of another key, or a damaged one, is begun anew.
-        key: of the model and data.
+    A file of another key, or a damaged one, is begun anew.
     """
 
     def __init__(self, path: Path, key: str) -> None:

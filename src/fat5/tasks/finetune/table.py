@@ -136,11 +136,7 @@ def read_table(inputs: Sequence[str], split: str, subset: str | None = None, lim
 
 
 def hold_out(table: Table, keys: Sequence[str], fraction: float) -> tuple[Table, Table]:
-    """Splits a table by a hash of each row's key, so that equal keys stay together.
-
-    Args:
-        keys: the input of each row.
-        fraction: share that goes into the second table.
+    """Splits a table by a hash of each row's key, so that equal keys stay together; `fraction` goes into the second.
 
     Raises:
         ConfigurationError: one of the two would be empty.

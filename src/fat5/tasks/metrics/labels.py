@@ -105,12 +105,8 @@ def confusion(predictions: Sequence[str], targets: Sequence[str], labels: Sequen
 
 
 def measure_by_class(kind: str, predictions: Sequence[Any], targets: Sequence[Any]) -> ClassScores:
-    """The scores of each class that is predicted or right at least once, by name.
-
-    Args:
-        kind: classification (labels) or entities (lists of tags).
-        predictions: one an example, as `measure` takes them.
-        targets: likewise.
+    """The scores of each class (kind classification) or type of entity (entities) that is predicted or right at least
+    once, by name. Predictions and targets are as `measure` takes them.
     """
     hits: Counter[str] = Counter()
     found: Counter[str] = Counter()

@@ -70,7 +70,6 @@ def training_flops(config: Any, encoder_lengths: torch.Tensor, decoder_lengths: 
     """Operations of a forward and backward pass over packed documents.
 
     Args:
-        config: a T5 configuration.
         encoder_lengths, decoder_lengths: (N,) tokens of each document's two sides, on the host.
     """
     encoder, decoder = encoder_lengths.double(), decoder_lengths.double()

@@ -248,12 +248,8 @@ class Trackers:
 
     Args:
         names: keys of TRACKERS.
-        folder: of the training run.
-        step: where it continues.
-        config: its configuration, plain values.
         every: steps between two train rows that are handed on.
-        say: called with where to see a tracker's run.
-        warn: called when a tracker fails.
+        folder, step, config, say, warn: as in `Tracker` and `Feed`.
     """
 
     def __init__(
