@@ -183,10 +183,7 @@ def choose_sizes(
         config = _with(config, "data.num_workers", 2 if gpu else 0)
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
     asked = config.data
-    text = replace(WEB_PAGES, tokens=tokens)
-    if prepared:  # under any seed of the run, sizes are those of seed 0
-        mixture, info = data.denoisers(), _tokenizer(config)
-        text = Text.of(PieceStream(open_sources(config), mixture, info, data.max_tokens, seed=0))
+    text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)
     config = replace(config, data=_rest(data, asked, text, world.size))
     if asked.encoder_tokens == "auto":
         info = stand_in or _tokenizer(config)
@@ -308,6 +305,12 @@ def _length(config: PretrainConfig, text: Text) -> PretrainConfig:
 def open_sources(config: PretrainConfig, split: str = "train") -> list[WeightedShards]:
     """One split of the prepared folders that a configuration names, with their weights."""
     return [WeightedShards(open_shards(source.path, split), source.weight) for source in config.data.sources]
+
+
+def _stream(config: PretrainConfig) -> PieceStream:
+    """The run's stream, but for its seed: sizes are the same under every seed."""
+    info, data = _tokenizer(config), config.data
+    return PieceStream(open_sources(config), data.denoisers(), info, data.max_tokens, seed=0)
 
 
 def _tokenizer(config: PretrainConfig) -> TokenizerInfo:
