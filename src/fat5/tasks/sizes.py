@@ -142,7 +142,7 @@ def open_keys(config: PretrainConfig) -> list[str]:
 
 
 def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainConfig:
-    """A copy whose open keys have the values that the run had before, as its config.yaml or a checkpoint has them."""
+    """A copy whose open keys have the values of another configuration: the run's config.yaml, a checkpoint's, defaults."""
     for key in open_keys(config):
         value: Any = earlier
         for part in key.split("."):
@@ -174,13 +174,9 @@ def choose_sizes(
         return config
     prepared = stand_in is None
     tokens = sum(source.shards.num_tokens for source in open_sources(config)) if prepared else WEB_PAGES.tokens
-    if config.model.preset == "auto":
-        on_gpu = "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
-        config = _with(config, "model.preset", on_gpu if gpu else "fat5-demo")
-    if config.model.position_encoding == "auto":
-        config = _with(config, "model.position_encoding", "t5")
-    if config.data.num_workers == "auto":
-        config = _with(config, "data.num_workers", 2 if gpu else 0)
+    on_gpu = "fat5-base" if tokens >= LARGE_CORPUS else "fat5-small"
+    model = {"preset": on_gpu if gpu else "fat5-demo", "position_encoding": "t5"}
+    config = take_over(config, {"model": model, "data": {"num_workers": 2 if gpu else 0}})
     data = _pack(config.data, tokens, LARGEST_PACK if gpu else LARGEST_PACK_CPU)
     asked = config.data
     text = Text.of(_stream(replace(config, data=data))) if prepared else replace(WEB_PAGES, tokens=tokens)

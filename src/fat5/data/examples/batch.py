@@ -41,6 +41,27 @@ class PackedBatch:
     num_examples: int
     tokens: int
 
+    @classmethod
+    def of(
+        cls,
+        inputs: tuple[np.ndarray, np.ndarray],
+        labels: tuple[np.ndarray, np.ndarray],
+        longest: tuple[int, int],
+        denoiser: np.ndarray,
+        piece: np.ndarray,
+        tokens: int,
+    ) -> PackedBatch:
+        """From the tokens and cu_seqlens of both sides, and what its examples alone have: denoisers and pieces."""
+        count, most = piece.size, inputs[1].size - 1
+        denoisers, pieces = np.full(most, -1, np.int8), np.full(most, -1, np.int64)
+        denoisers[:count], pieces[:count] = denoiser, piece
+        input_ids, cu_seqlens, targets, cu_targets, of_denoiser, of_piece = (
+            torch.from_numpy(array) for array in (*inputs, *labels, denoisers, pieces)
+        )
+        return cls(
+            input_ids, cu_seqlens, longest[0], targets, cu_targets, longest[1], of_denoiser, of_piece, count, tokens
+        )
+
     @property
     def num_items(self) -> int:
         """Targets that count, by which a loss summed over the batch is divided."""
@@ -89,21 +110,8 @@ def write_packed(
     stream: PieceStream, config: BatchConfig, examples: kernels.Examples, domain: int = kernels.TRAINING
 ) -> PackedBatch:
     """One micro-batch of these examples, which must fit."""
-    count, packs = examples.piece.size, config.packs_per_micro_batch
-    most = packs * config.examples_per_pack
-    sizes = packs * config.encoder_tokens, packs * config.decoder_tokens, most
+    packs = config.packs_per_micro_batch
+    sizes = packs * config.encoder_tokens, packs * config.decoder_tokens, packs * config.examples_per_pack
     inputs, targets, cu_inputs, cu_targets = stream.write(examples, domain, sizes)
-    denoiser, piece = np.full(most, -1, np.int8), np.full(most, -1, np.int64)
-    denoiser[:count], piece[:count] = examples.denoiser, examples.piece
-    return PackedBatch(
-        torch.from_numpy(inputs),
-        torch.from_numpy(cu_inputs),
-        stream.max_lengths[0],
-        torch.from_numpy(targets),
-        torch.from_numpy(cu_targets),
-        stream.max_lengths[1],
-        torch.from_numpy(denoiser),
-        torch.from_numpy(piece),
-        count,
-        int(examples.length.sum()),
-    )
+    sides, tokens = ((inputs, cu_inputs), (targets, cu_targets)), int(examples.length.sum())
+    return PackedBatch.of(*sides, stream.max_lengths, examples.denoiser, examples.piece, tokens)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 
 from fat5.data import BatchConfig, PackedBatch, PackedLoader, Tokenizer
 from fat5.data.examples import kernels
@@ -156,20 +155,9 @@ class ExampleSet:
                 ends[side, n] = ends[side, n - 1] + len(values)
                 room[ends[side, n - 1] : ends[side, n]] = values
         ends[:, count + 1 :] = ends[:, count : count + 1]
-        part, piece = np.full(most, -1, np.int8), np.full(most, -1, np.int64)
-        part[:count], piece[:count] = self.part[indices], indices
-        return PackedBatch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(ends[0].copy()),
-            int(self.input_lengths.max()),
-            torch.from_numpy(labels),
-            torch.from_numpy(ends[1].copy()),
-            int(self.target_lengths.max()),
-            torch.from_numpy(part),
-            torch.from_numpy(piece),
-            count,
-            int(ends[0, -1]),
-        )
+        sides = (input_ids, ends[0].copy()), (labels, ends[1].copy())
+        longest = int(self.input_lengths.max()), int(self.target_lengths.max())
+        return PackedBatch.of(*sides, longest, self.part[indices], indices, int(ends[0, -1]))
 
     def batches(self, config: BatchConfig, pad_id: int, rank: int = 0, world_size: int = 1) -> list[PackedBatch]:
         """Every example once, in as few batches as fit; every rank gets as many batches as the others."""
