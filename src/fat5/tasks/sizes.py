@@ -142,7 +142,7 @@ def open_keys(config: PretrainConfig) -> list[str]:
 
 
 def take_over(config: PretrainConfig, earlier: Mapping[str, Any]) -> PretrainConfig:
-    """A copy whose open keys have the values of another configuration: the run's config.yaml, a checkpoint's, defaults."""
+    """A copy whose open keys have the values of another configuration, such as the run's config.yaml."""
     for key in open_keys(config):
         value: Any = earlier
         for part in key.split("."):

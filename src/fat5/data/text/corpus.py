@@ -6,6 +6,7 @@ skip`, rows that cannot be read are counted instead. Files are streamed, and a l
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -147,19 +148,22 @@ def load_streamed(name: str, options: CorpusOptions) -> Any:
     """A Hugging Face dataset as a stream, checked for the text column; code that comes with a dataset is never run."""
     import datasets
 
-    try:
+    with opening_dataset(name, "this dataset", "Check its name, subset and split, and the network"):
         stream = datasets.load_dataset(name, options.subset, split=options.split, streaming=True)
         columns = stream.column_names
-    except Exception as error:  # datasets, the hub and the network raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"this dataset cannot be opened ({reason})",
-            where=name,
-            hint="Check its name, subset and split, and the network",
-        ) from error
     if columns is not None and not {options.text_column, options.text_column.split(".")[0]} & set(columns):
         raise missing_column(options.text_column, columns, name)
     return stream
+
+
+@contextmanager
+def opening_dataset(name: str, what: str, hint: str) -> Iterator[None]:
+    """Turns whatever stands in the way of a dataset of the hub into a DataError."""
+    try:
+        yield
+    except Exception as error:  # datasets, the hub and the network raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{what} cannot be opened ({reason})", where=name, hint=hint) from error
 
 
 def _read_streamed(part: Chunk, options: CorpusOptions, columns: Sequence[str] = ()) -> Iterator[CorpusRow | DataError]:

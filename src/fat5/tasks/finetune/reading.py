@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fat5.data.text.corpus import SAMPLE, files_in, is_dataset, sample_path
+from fat5.data.text.corpus import SAMPLE, files_in, is_dataset, opening_dataset, sample_path
 from fat5.data.text.formats import CODECS, CsvLines, naming_damage, open_parquet, sniff
 from fat5.data.text.rows import LARGEST_DOCUMENT, Lines, decompressed
 from fat5.errors import DataError
@@ -228,15 +228,9 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[int, 
     """Rows of a dataset; code that comes with it is never run. A class label, or a list of them, appears by name."""
     import datasets
 
-    try:
+    hint = "Check its name, subset and splits, and the network"
+    with opening_dataset(name, f"split {split} of this dataset", hint):
         dataset = datasets.load_dataset(name.removeprefix("hf:"), subset, split=split)
-    except Exception as error:  # datasets, the hub and the network raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"split {split} of this dataset cannot be opened ({reason})",
-            where=name,
-            hint="Check its name, subset and splits, and the network",
-        ) from error
     for number, row in enumerate(dataset, 1):
         yield number, {key: _named(value, dataset.features[key]) for key, value in row.items()}
 
