@@ -8,7 +8,7 @@ from fat5.launch import is_main
 
 
 def main(argv: list[str]) -> int:
-    """Runs the verb; returns its exit code: 128 + the signal's number where one stopped the run after a save."""
+    """Runs the verb, and prints the results as a table and the summary as JSON."""
     from fat5.cli.parsing import parse
     from fat5.tasks.finetune.config import FinetuneConfig
 
@@ -16,14 +16,8 @@ def main(argv: list[str]) -> int:
     from fat5.tasks.finetune.finetuning import finetune
     from fat5.tasks.finetune.outcome import RESULTS
     from fat5.tasks.results import results_table
-    from fat5.train import RunStopped
 
-    try:
-        summary = finetune(config)
-    except RunStopped as stopped:
-        if is_main():
-            print(f"fat5 finetune: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
+    summary = finetune(config)
     if is_main():
         # For a person; standard output is for programs.
         table = results_table(json.loads((Path(config.output_dir) / RESULTS).read_text()))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
+from signal import SIGINT
 
 VERBS = {
     "demo": "the whole chain on the French sample: tokenizer, shards, pretraining, plot, samples",
@@ -41,7 +42,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
+    """Runs one verb; returns the exit code: 0 done, 2 something the user can mend, 128 and a signal's number."""
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, TextIOWrapper):
         # A letter that the terminal cannot show is printed as its code, without a traceback.
@@ -129,7 +130,7 @@ def _run(argv: list[str]) -> int:
             print(f"fat5 {verb}: {word!r}: not UTF-8. Rename it, or set a UTF-8 locale", file=sys.stderr)
             return 2
     from fat5.errors import FAT5Error
-    from fat5.launch import refuse_many_processes
+    from fat5.launch import is_main, refuse_many_processes
 
     # Waiting OpenMP threads spin by default, and starve each other on a busy machine; a short spin costs nothing on an
     # idle one (docs/lab-log.md). This must be set before torch loads OpenMP.
@@ -141,9 +142,12 @@ def _run(argv: list[str]) -> int:
     except FAT5Error as error:
         _tell(verb, error)
         return 2
-    except KeyboardInterrupt:
-        print(f"fat5 {verb}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        # A RunStopped has the signal that stopped a run after its state was saved.
+        signum = getattr(interruption, "signal", None) if verb in UNDER_TORCHRUN else None
+        if signum is None or is_main():
+            print(f"fat5 {verb}: {interruption if signum else 'interrupted'}", file=sys.stderr)
+        return 128 + (signum or SIGINT)
     except BrokenPipeError:
         raise
     except OSError as error:
