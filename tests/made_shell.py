@@ -68,6 +68,10 @@ def _become(words: list[str], folder: str, environment: dict[str, str], streams:
     from fat5.cli.main import main
 
     code = 1
+    for name in ("multiprocessing.forkserver", "multiprocess.forkserver"):
+        if name in sys.modules:  # one that an earlier test started is no child of this process
+            server = sys.modules[name]._forkserver
+            server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
     try:
         signal.alarm(seconds)
         os.chdir(folder)
