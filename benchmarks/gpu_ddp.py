@@ -121,8 +121,10 @@ class Run:
         assert self.process is not None
         while self.step() < step and self.process.poll() is None:
             time.sleep(0.02)
-        victims = [pid for pid in _children(self.process.pid) if f"RANK={self.devices - 1}" in _environment(pid)]
         everyone = _children(self.process.pid)
+        victims = [pid for pid in everyone if f"RANK={self.devices - 1}" in _environment(pid)]
+        if self.devices == 1:  # no launcher
+            victims = [self.process.pid]
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         killed = time.perf_counter()
@@ -170,8 +172,10 @@ class Run:
         return [row["loss"] for row in self.steps()]
 
     def data_state(self) -> dict:
+        """Where the stream of examples stands at the end, and which wait."""
         folder = self.run / "checkpoints" / f"step-{self.options.steps}"
-        return json.loads((folder / "trainer.json").read_text())["data"]
+        state = json.loads((folder / "trainer.json").read_text())["data"]
+        return {key: state[key] for key in ("step", "cursor", "window")}
 
 
 def recipe_of(
