@@ -195,6 +195,20 @@ def test_what_cannot_be_completed_is_refused(tokenizer: Tokenizer) -> None:
         complete(model, tokenizer, ["a"], mode_token="[Q]")
     with pytest.raises(ConfigurationError, match="no mode 'fill'"):
         complete(model, tokenizer, ["a"], mode="fill")
+    with pytest.raises(ConfigurationError, match="prefix: has no place in mode continue"):
+        complete(model, tokenizer, ["a"], mode="continue", prefix="fr: ")
+    model.config.prefix = 5
+    with pytest.raises(ConfigurationError, match=r"prefix in config.json: is 5, and no text"):
+        complete(model, tokenizer, ["a"])
+
+
+def test_a_prefix_stands_before_a_text_once(tokenizer: Tokenizer) -> None:
+    shown = []
+    for prompt, how in (("fr: un", {"mode": "text"}), ("un", {"prefix": "fr: "}), ("fr: un", {"prefix": "fr: "})):
+        model = Scripted([[tokenizer.info.eos_id]])
+        complete(model, tokenizer, [prompt], **how)
+        shown += model.shown
+    assert shown == [[*tokenizer.encode("fr: un"), tokenizer.info.eos_id]] * 3
 
 
 def test_special_names_in_a_prompt_are_text(tokenizer: Tokenizer) -> None:

@@ -54,15 +54,16 @@ def complete(
         model: a FAT5 or stock T5 model with `generate`.
         prompts: texts. Blanks are `___` or `<extra_id_0>`, in order.
         mode: "infill" fills blanks, "continue" continues the text, "text" passes the text behind the prefix
-            (translation and other fine-tuned tasks); "auto" is text for a model that was fine-tuned, infill for a
-            prompt with a blank, else continue.
+            (translation and other fine-tuned tasks); "auto" is text for a model that was fine-tuned or with a prefix,
+            infill for a prompt with a blank, else continue.
         mode_token: the first token of the input; None takes [R] for infill and [S] for continue if the tokenizer has
             them (tokenizers of other T5s do not); "" puts none.
         prefix: stands before a text; None takes that of the model's configuration, which `fat5 finetune` writes.
         decoding: None takes the model's generation configuration, or greedy decoding without one.
 
     Raises:
-        ConfigurationError: an unknown mode or mode token, a setting that the loop cannot obey, too little memory.
+        ConfigurationError: an unknown mode or mode token, a prefix in another mode than text, a setting that the loop
+            cannot obey, too little memory.
         TokenizerError: a tokenizer with more tokens than the model has rows for.
         DataError: an infill without a blank, or more blanks than sentinels.
     """
@@ -79,7 +80,11 @@ def complete(
             hint="They do not belong together; give the model its own tokenizer",
         )
     learned = getattr(model.config, "prefix", None)
-    if mode == "auto" and learned is not None:
+    if not isinstance(learned, str | None):
+        raise ConfigurationError(f"is {learned!r:.60}, and no text", where="prefix in config.json", hint="Remove it")
+    if prefix is not None and mode not in ("auto", "text"):
+        raise ConfigurationError(f"has no place in mode {mode}", where="prefix", hint="Remove it, or say mode text")
+    if mode == "auto" and (learned is not None or prefix is not None):
         mode = "text"
     prefix = (learned or "") if prefix is None else prefix
     encoded = [_encode(tokenizer, prompt, mode, mode_token, prefix) for prompt in prompts]

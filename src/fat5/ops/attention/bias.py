@@ -104,7 +104,8 @@ def _on_device(numbers: list[Any], device: torch.device | str | None) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _kept(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # a generation may be the first to ask, and training the next
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
