@@ -235,15 +235,18 @@ def packed(results: Results, deadline: float) -> None:
             results.line(case, providers, flops * (0.5 if causal else 1.0), deadline)
 
 
-def _documents(width, lengths):  # type: ignore[no-untyped-def]
-    starts = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
+def _documents(width, lengths, slots=0):  # type: ignore[no-untyped-def]
+    """As a batch of the trainer has them: of fixed shape, with empty documents up to `slots`."""
+    ends = np.cumsum([0, *lengths])
+    ends = np.append(ends, np.full(max(0, slots - len(lengths)), ends[-1]))
+    starts = torch.tensor(ends, dtype=torch.int32, device="cuda")
     shape = (TOKENS, WIDTH // width, width)
     rows = [(torch.randn(shape, device="cuda") * 0.5).to(TYPE).requires_grad_() for _ in range(4)]
     return starts, *rows[:3], rows[3].detach()
 
 
-def _packed(width, lengths, causal, biased, backend="triton"):  # type: ignore[no-untyped-def]
-    starts, q, k, v, grad_out = _documents(width, lengths)
+def _packed(width, lengths, causal, biased, backend="triton", slots=0):  # type: ignore[no-untyped-def]
+    starts, q, k, v, grad_out = _documents(width, lengths, slots)
     vector = torch.randn(WIDTH // width, 2 * REACH + 1, device="cuda", requires_grad=True)
     documents = {f"cu_seqlens_{side}": starts for side in "qk"} | {f"max_seqlen_{side}": max(lengths) for side in "qk"}
     bias = RelativeBias(vector) if biased else None
@@ -296,6 +299,29 @@ def _on_hopper(ours, biased, deterministic=True):  # type: ignore[no-untyped-def
 
     host.DETERMINISTIC = deterministic
     return ours(biased, backend="hopper")
+
+
+def slots(results: Results, deadline: float) -> None:
+    """A batch has a fixed number of documents, most of them empty: what they cost in Hopper's kernels and in Triton's."""
+    short = [61] * (TOKENS // 61)
+    for slots in (0, 256, 512, 1024):
+        for name, lengths, causal, biased in (
+            ("50-1024", _lengths(), False, True),
+            ("50-1024 causal", _lengths(), True, True),
+            ("50-1024 no bias", _lengths(), False, False),
+            ("61", short, False, True),
+            ("61 causal", short, True, True),
+        ):
+            if time.perf_counter() > deadline:
+                return
+            ours = partial(_packed, 64, lengths, causal, slots=max(slots, len(lengths)))
+            flops = sum(n * n for n in lengths) * WIDTH / 1e12 * (0.5 if causal else 1.0)
+            if len(lengths) <= slots or not slots:
+                providers: dict[str, Setup] = {
+                    "fat5 hopper": partial(_on_hopper, ours, biased),
+                    "fat5 triton": partial(ours, biased),
+                }
+                results.line(f"packed D64 {name}, {slots or len(lengths)} slots", providers, flops, deadline)
 
 
 def _flash_4(width, length, causal):  # type: ignore[no-untyped-def]
@@ -404,6 +430,7 @@ SECTIONS: dict[str, tuple[Callable[[Results, float], None], float]] = {
     "cross": (cross, 0.08),
     "packed": (packed, 0.08),
     "hopper": (hopper, 0.20),
+    "slots": (slots, 0.20),
     "breakdown": (breakdown, 0.06),
     "flex": (flex, 0.20),
     "fused": (fused, 0.22),

@@ -18,6 +18,7 @@ from fat5.ops.attention.hopper.launch_table import (
     MAX_REACH,
     SHORTEST,
     SHORTEST_MEAN,
+    SMALLEST_MEAN,
 )
 from fat5.ops.triton.launch import architecture
 
@@ -68,8 +69,8 @@ def unsupported(call: AttentionCall) -> str | None:
     if call.vector is not None and call.vector.requires_grad:
         if call.vector.shape[1] // 2 > MAX_REACH:
             return f"it serves learned biases of a reach up to {MAX_REACH}, this one has {call.vector.shape[1] // 2}"
-        if call.packed and 128 * call.documents > call.k.shape[0]:
-            return "with a learned bias it serves documents of 128 tokens or more on average"
+        if call.packed and SMALLEST_MEAN * call.documents > call.k.shape[0]:
+            return f"with a learned bias it serves documents of {SMALLEST_MEAN} tokens or more on average"
     return None
 
 

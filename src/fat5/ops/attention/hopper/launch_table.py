@@ -3,6 +3,8 @@
 HEAD_DIMS = (64, 128)
 MAX_REACH = 255
 """Of a learned bias: its sums take 4 * 2R numbers of float32 for every 32 keys and head."""
+SMALLEST_MEAN = 16
+"""Of a packed call with a learned bias: a document, an empty one too, takes sums for 128 keys more."""
 
 KEYS = 128
 """Keys in a tile of the backward."""
