@@ -302,9 +302,9 @@ def _on_hopper(ours, biased, deterministic=True):  # type: ignore[no-untyped-def
 
 
 def slots(results: Results, deadline: float) -> None:
-    """A batch has a fixed number of documents, most of them empty: what they cost in Hopper's kernels and in Triton's."""
+    """A batch has a fixed number of documents, most of them empty: their cost in Hopper's and in Triton's kernels."""
     short = [61] * (TOKENS // 61)
-    for slots in (0, 256, 512, 1024):
+    for count in (0, 256, 512, 1024):
         for name, lengths, causal, biased in (
             ("50-1024", _lengths(), False, True),
             ("50-1024 causal", _lengths(), True, True),
@@ -314,14 +314,14 @@ def slots(results: Results, deadline: float) -> None:
         ):
             if time.perf_counter() > deadline:
                 return
-            ours = partial(_packed, 64, lengths, causal, slots=max(slots, len(lengths)))
+            ours = partial(_packed, 64, lengths, causal, slots=count)
             flops = sum(n * n for n in lengths) * WIDTH / 1e12 * (0.5 if causal else 1.0)
-            if len(lengths) <= slots or not slots:
+            if len(lengths) <= count or not count:
                 providers: dict[str, Setup] = {
                     "fat5 hopper": partial(_on_hopper, ours, biased),
                     "fat5 triton": partial(ours, biased),
                 }
-                results.line(f"packed D64 {name}, {slots or len(lengths)} slots", providers, flops, deadline)
+                results.line(f"packed D64 {name}, {count or len(lengths)} slots", providers, flops, deadline)
 
 
 def _flash_4(width, length, causal):  # type: ignore[no-untyped-def]
