@@ -29,6 +29,7 @@ PAGES = [
     "docs/generate.md",
     "docs/convert.md",
     "docs/compatibility.md",
+    "docs/init.md",
     "docs/doctor.md",
     "docs/another-language.md",
     "docs/continued-pretraining.md",

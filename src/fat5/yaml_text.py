@@ -1,5 +1,6 @@
 """YAML from files that may be damaged or hostile: recipes, and the config.yaml of a run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def parse_yaml(text: str, name: object) -> Any:
         where = f"{name}:{mark.line + 1}" if mark else str(name)
         problem = getattr(error, "problem", None) or "nested too deeply, or not YAML at all"
         raise ConfigurationError(f"not valid YAML ({problem})", where=where, hint="Correct that line") from error
+
+
+def as_yaml(value: Any) -> str:
+    """A value in YAML: its JSON, but for its pairs of escapes for one character."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def refuse_repeated_keys(text: str, name: object) -> None:

@@ -17,6 +17,7 @@ from fat5.tasks import PretrainConfig, SourceConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
 MOST_DEVICES = 1 << 16
+MEASURE = "Give --measured a run on one device, or --tokens_per_second"
 
 
 @dataclass
@@ -30,7 +31,7 @@ class DoctorConfig(PretrainConfig):
     devices: int = 1
     """Devices that train together: memory of each, speed and duration are predicted, for what `parallel` says"""
     gpu: str | None = None
-    """Plan for this GPU (H200, H100, A100 …) instead of the device of this machine"""
+    """Plan for this GPU (H200, H100, A100 …) or for a cpu instead of the device of this machine"""
     measured: str | None = None
     """A run on one device, its folder or its metrics.jsonl, whose speed is that of one device; converted by its
     arithmetic if it had another model or other lengths"""
@@ -120,8 +121,7 @@ def machine() -> list[Finding]:
 
 def recipe(config: DoctorConfig) -> list[Finding]:
     """Checks the data and the model of a recipe; counts parameters, memory and arithmetic, and predicts the speed."""
-    from fat5.data import TokenizerInfo
-    from fat5.tasks.forecast import PlannedWorld
+    from fat5.tasks.forecast import PlannedWorld, assumed_tokenizer
     from fat5.tasks.initial import find_initial
     from fat5.tasks.pretraining import Pretraining, name_model
     from fat5.tasks.sizes import configure_model, on_meta, settle
@@ -130,8 +130,8 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     world = PlannedWorld.of(config.gpu, config.devices)
     findings: list[Finding] = []
     config.output_dir = config.output_dir or "runs/doctor"
-    if config.gpu is not None and config.precision == "auto":
-        config.precision = "bf16"
+    if config.precision == "auto":
+        config.precision = world.precision
     try:
         run = settle(config, world)
         info = Pretraining.open(run, world).info
@@ -140,7 +140,7 @@ def recipe(config: DoctorConfig) -> list[Finding]:
         findings.append(Finding("data", BAD, str(error)))
         config.data.sources = config.data.sources or [SourceConfig("not given")]
         try:
-            info = TokenizerInfo(config.vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
+            info = assumed_tokenizer(config.vocab_size)
             run = settle(config, world, info)
         except FAT5Error:
             return findings  # shapes that cannot be have no plan
@@ -192,8 +192,7 @@ def _speed_findings(
     except FAT5Error as error:
         return [Finding("speed", BAD, str(error))]
     if speed is None:
-        advice = "Give --measured a run on one device, or --tokens_per_second"
-        return [Finding("speed", WARN, f"not known of {world.name}", advice)] if world.size > 1 else []
+        return [Finding("speed", WARN, f"not known of {world.name}", MEASURE)] if world.size > 1 else []
     found = f"{speed.hours:,.1f} hours at {speed.tokens_per_second:,.0f} tokens/s"
     if world.size > 1:
         share = speed.tokens_per_second / (speed.single * world.size)
@@ -201,7 +200,8 @@ def _speed_findings(
     found += f" ({speed.source})"
     if speed.bound:
         found += "; at best: what the devices tell each other is not counted"
-    return [Finding("speed", WARN if speed.bound else OK, found, numbers=vars(speed) | {"devices": world.size})]
+    status = WARN if speed.bound or speed.guess else OK
+    return [Finding("speed", status, found, MEASURE, vars(speed) | {"devices": world.size})]
 
 
 def _devices(config: PretrainConfig, world: Any) -> str:

@@ -11,6 +11,7 @@ from signal import SIGINT
 
 VERBS = {
     "demo": "the whole chain on the French sample: tokenizer, shards, pretraining, plot, samples",
+    "init": "write a commented recipe for a language, a size and a device",
     "tokenizer": "train a tokenizer on your text",
     "prepare": "turn text into verified token shards",
     "pretrain": "pretrain an encoder-decoder on token shards with the UL2 mixture",

@@ -11,9 +11,9 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, se
 
 from fat5.cli.main import VERBS
 from fat5.cli.recipes import find_recipe, recipe_names
-from fat5.cli.spelling import as_yaml, spell_out
+from fat5.cli.spelling import spell_out
 from fat5.errors import ConfigurationError
-from fat5.yaml_text import read_yaml, refuse_repeated_keys
+from fat5.yaml_text import as_yaml, read_yaml, refuse_repeated_keys
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -29,6 +29,7 @@ FIRST_KEYS = {
         "output_dir", "language", "prompts", "tokenizer.vocab_size", "prepare.inputs", "pretrain.steps",
         "pretrain.model.preset", "pretrain.optimizer.lr", "pretrain.seed",
     ),
+    "init": ("language", "size", "device", "inputs", "output"),
     "tokenizer": ("inputs", "output_dir", "vocab_size", "model", "rows"),
     "prepare": ("inputs", "tokenizer", "output_dir", "workers", "validation_fraction", "steps", "verify"),
     "pretrain": (

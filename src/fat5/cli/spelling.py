@@ -1,12 +1,12 @@
 """Rewrites a typed command line for jsonargparse: bare flags, lists without brackets, words without a flag."""
 
-import json
 from argparse import Action
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from fat5.errors import ConfigurationError
+from fat5.yaml_text import as_yaml
 
 TRUTHS = ("true", "false", "yes", "no", "null")
 
@@ -48,12 +48,6 @@ def spell_out(argv: Sequence[str], actions: Mapping[str, Action], words: str | N
             return [*recipes, *spelled, f"{flag}={loose[0]}", *loose[1:]]
         return [*recipes, *spelled, f"{flag}={as_yaml(loose)}"]
     return [*recipes, *spelled, *loose]
-
-
-def as_yaml(value: Any) -> str:
-    """A value as the parser reads it, which takes YAML: in JSON, but for its pairs of escapes for one character."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def _is_flag(word: str) -> bool:

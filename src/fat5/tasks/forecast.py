@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from fat5.data import TokenizerInfo
 from fat5.errors import ConfigurationError, FAT5Error
 from fat5.launch import Launch
 from fat5.machine import GIB, free_memory
 from fat5.model import FAT5Config
 from fat5.tasks.config import PretrainConfig
 from fat5.tasks.sizes import TYPICAL_FILL
-from fat5.train.config import shard_size
+from fat5.train.config import PrecisionName, shard_size
 from fat5.train.cost.flops import SHEETS, Sheet, sheet_of, training_flops
 from fat5.train.cost.memory import Weights
 from fat5.train.cost.speed import NODE, measured_run, step_seconds
@@ -26,6 +27,8 @@ KNOWN = {
 """Measured useful tokens/s of one GPU, bf16 and compiled, with encoder, decoder and longest document's tokens of a pack
 (benchmarks/results/h200-profile.csv; fat5-base: `fat5 pretrain` on web pages)."""
 
+WITHOUT_BF16 = ("V100", "T4")
+
 
 @dataclass(frozen=True)
 class PlannedWorld(World):
@@ -36,26 +39,29 @@ class PlannedWorld(World):
     sheet: Sheet | None = None
     free: int | None = None
     """Bytes free on each"""
+    precision: PrecisionName = "auto"
+    """What auto is on a GPU that is not here"""
 
     @classmethod
     def of(cls, gpu: str | None, devices: int) -> "PlannedWorld":
-        """As many GPUs of that name, or devices such as this machine's.
+        """As many GPUs of that name, or CPUs (cpu), or devices such as this machine's.
 
         Raises:
             ConfigurationError: a GPU of which no data sheet is known.
         """
-        if gpu is None:
-            device = training_device()
+        if gpu is None or gpu.lower() == "cpu":
+            device, precision = training_device() if gpu is None else torch.device("cpu"), "auto"
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
             sheet, free = sheet_of(name), free_memory(device)
         else:
             device, name, sheet = torch.device("cuda"), gpu, sheet_of(gpu)
             if sheet is None:
-                hint = f"Known are {', '.join(SHEETS)}"
+                hint = f"Known are {', '.join(SHEETS)}, cpu"
                 raise ConfigurationError(f"no data sheet of {gpu!r}", where="gpu", hint=hint)
             free = int(0.99 * sheet.memory * GIB)
+            precision = "fp16" if sheet in [SHEETS[old] for old in WITHOUT_BF16] else "bf16"
         launch = Launch(0, devices, 0, min(devices, NODE))
-        return cls(device, size=devices, launch=launch, name=name, sheet=sheet, free=free)
+        return cls(device, size=devices, launch=launch, name=name, sheet=sheet, free=free, precision=precision)
 
     def broadcast(self, value: Any) -> Any:
         """The value: nobody is there to hear it."""
@@ -78,6 +84,13 @@ class Speed:
     source: str
     bound: bool
     """The messages between the devices are not counted: no data sheet"""
+    guess: bool = False
+    """From another kind of device, by the data sheets"""
+
+
+def assumed_tokenizer(vocab_size: int) -> TokenizerInfo:
+    """A tokenizer of that many ids, if the data is not prepared yet."""
+    return TokenizerInfo(vocab_size, 0, 1, 2, tuple(range(6, 262)), {"[R]": 3, "[S]": 4, "[X]": 5}, "")
 
 
 def pack_work(model: Any, encoder: int, decoder: int, longest: int) -> float:
@@ -99,7 +112,7 @@ def predict_speed(
     found = _single(config, model, world, assumed, measured)
     if found is None:
         return None
-    single, source = found
+    single, source, guess = found
     data, devices = config.data, world.size
     tokens = data.packs_per_step * (data.encoder_tokens + data.decoder_tokens) * TYPICAL_FILL
     alone = tokens / single
@@ -109,15 +122,15 @@ def predict_speed(
         weights = Weights.of(model, config.precision)
         step = step_seconds(alone, weights, world.sheet, devices, shard_size(config, world.launch), micro_batches)
     bound = devices > 1 and world.sheet is None
-    return Speed(tokens / step, step, config.steps * step / 3600, single, source, bound)
+    return Speed(tokens / step, step, config.steps * step / 3600, single, source, bound, guess)
 
 
 def _single(
     config: PretrainConfig, model: Any, world: PlannedWorld, assumed: float | None, measured: str | None
-) -> tuple[float, str] | None:
-    """Tokens/s of one device on this recipe, and where the figure is from."""
+) -> tuple[float, str, bool] | None:
+    """Tokens/s of one device on this recipe, where the figure is from, and whether it is a guess."""
     if assumed is not None:
-        return assumed, "assumed"
+        return assumed, "assumed", False
     data = config.data
     shapes = (data.encoder_tokens, data.decoder_tokens, data.max_tokens)
     cost = pack_work(model.config, *shapes) / sum(shapes[:2])
@@ -125,22 +138,24 @@ def _single(
         speed, its = measured_run(Path(measured))
         described = _described(its, model.config)
         if described is None:
-            return speed, f"measured by {measured}, taken for the same recipe"
+            return speed, f"measured by {measured}, taken for the same recipe", False
         its_cost = pack_work(*described) / sum(described[1:3])
         converted = "" if abs(its_cost / cost - 1) < 1e-6 else ", converted by its arithmetic"
-        return speed * its_cost / cost, f"measured by {measured}{converted}"
-    known = [
-        (FAT5Config.preset(preset, vocab_size=model.config.vocab_size), gpu, preset)
-        for gpu, preset in KNOWN
-        if world.sheet is SHEETS[gpu] and config.precision == "bf16"
-    ]
-    if not known:
+        return speed * its_cost / cost, f"measured by {measured}{converted}", False
+    if world.sheet is None or config.precision != "bf16":
         return None
+    known = [(FAT5Config.preset(one, vocab_size=model.config.vocab_size), gpu, one) for gpu, one in KNOWN]
     size = pack_work(model.config, 1, 1, 1)
     its_model, gpu, preset = min(known, key=lambda one: abs(pack_work(one[0], 1, 1, 1) - size))
     speed, its_shapes = KNOWN[gpu, preset]
     its_cost = pack_work(its_model, *its_shapes) / sum(its_shapes[:2])
-    return speed * its_cost / cost, f"from {preset} as measured on one {gpu}"
+    source, its_sheet = f"from {preset} as measured on one {gpu}", SHEETS[gpu]
+    guess = world.sheet is not its_sheet
+    if guess:
+        # A step is bound partly by arithmetic and partly by memory: the worse of both ratios is a careful guess.
+        speed *= min(world.sheet.peak / its_sheet.peak, world.sheet.bandwidth / its_sheet.bandwidth)
+        source = f"a guess {source}, by the worse ratio of peaks and bandwidths"
+    return speed * its_cost / cost, source, guess
 
 
 def _described(configuration: dict[str, Any], model: FAT5Config) -> tuple[FAT5Config, int, int, int] | None:
