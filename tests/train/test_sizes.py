@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from fat5.cli.main import main
 from fat5.data import TokenizerInfo, suggest_budgets
+from fat5.data.examples.packing import pack
 from fat5.errors import ConfigurationError
 from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, sizes
 from fat5.tasks.sizes import OPEN, WEB_PAGES, Text, choose_sizes, open_keys, settle
@@ -73,6 +75,35 @@ def test_the_decoder_s_budget_is_the_one_the_audit_suggests(prepared: Path) -> N
     text = Text.of(sizes._stream(config))
     assert config.data.decoder_tokens == suggest_budgets(text.encoder, text.decoder, 16384)[1]
     assert 8_000 < config.data.decoder_tokens < 16_384
+
+
+def test_slots_of_a_pack_fit_its_documents(prepared: Path) -> None:
+    """Packs of this corpus have room for a few documents more than any of them takes, and the same packs come out."""
+    config = PretrainConfig("x", data=DataConfig([SourceConfig(str(prepared))], encoder_tokens=16384))
+    settled = settle(config, World(CPU))
+    stream, batch = sizes._stream(settled), settled.data.batch()
+    seen = stream.resolve(np.arange(8192))
+    most, roomy = batch.examples_per_pack, dataclasses.replace(batch, max_examples=None)
+    budgets = seen.encoder, seen.decoder, batch.encoder_tokens, batch.decoder_tokens
+    packs = pack(*budgets, max_examples=most)
+    assert packs == pack(*budgets, max_examples=roomy.examples_per_pack)
+    assert max(map(len, packs)) <= most < 1.6 * max(map(len, packs)) < roomy.examples_per_pack
+
+
+def test_slots_of_web_pages_and_of_short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(50_000_000_000, GPU, monkeypatch).data.max_examples == 80
+    assert chosen(50_000_000_000, GPU, monkeypatch, max_examples=200).data.max_examples == 200
+    short = dataclasses.replace(WEB_PAGES, encoder=16.0, encoder_deviation=16.0)
+    assert short.most_examples(16384) == 16384 // 16
+    assert WEB_PAGES.most_examples(1024) == 16
+
+
+def test_a_run_from_before_slots_were_chosen_keeps_its_packs(prepared: Path, tmp_path: Path) -> None:
+    pretrain(open_run(prepared, tmp_path / "run", steps=3))
+    path = tmp_path / "run" / "config.yaml"
+    written = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(written | {"data": written["data"] | {"max_examples": None}}))
+    assert settle(open_run(prepared, tmp_path / "run", steps=3), World(CPU)).data.max_examples == 1024 // 16
 
 
 def open_run(prepared: Path, folder: Path, **changes: object) -> PretrainConfig:

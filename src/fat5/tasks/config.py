@@ -51,14 +51,17 @@ class DataConfig:
     """Packs run at once; less memory with fewer, the same result with any"""
     window: int = 1024
     """Examples the packing looks ahead to"""
-    max_examples: int | None = None
-    """Most examples of a pack; a sixteenth of encoder_tokens if not given"""
+    max_examples: Size = AUTO
+    """Most examples of a pack; auto is what a pack of this corpus rarely exceeds, and every slot that stays empty costs
+    attention time"""
     num_workers: Size = AUTO
     """Processes that prepare batches; 0 prepares them in the training process; auto is 2 with a GPU and 0 without"""
 
     def batch(self) -> BatchConfig:
-        """The shapes, as the loader takes them; refuses shapes that cannot work."""
-        return BatchConfig(**{item.name: getattr(self, item.name) for item in fields(BatchConfig)})
+        """The shapes, as the loader takes them; refuses shapes that cannot work. While max_examples is not chosen, the
+        most that it can be."""
+        shapes = {item.name: getattr(self, item.name) for item in fields(BatchConfig)}
+        return BatchConfig(**shapes | {"max_examples": None if self.max_examples == AUTO else self.max_examples})
 
     def denoisers(self) -> "MixtureOfDenoisers":
         """The mixture; refuses denoisers that cannot work."""
@@ -117,7 +120,8 @@ class PretrainConfig(RunConfig):
         check_count("eval_tokens", self.eval_tokens)
         check_count("data.num_workers", self.data.num_workers, least=0, most=MOST_WORKERS)
         self.data.denoisers()
-        if "auto" not in (getattr(self.data, item.name) for item in fields(BatchConfig)):
+        shapes = {item.name: getattr(self.data, item.name) for item in fields(BatchConfig)}
+        if AUTO not in (shapes | {"max_examples": None}).values():
             self.data.batch()
         return config
 

@@ -6,6 +6,7 @@ settle            the configuration of a run, from that of a recipe       choose
 configure_model   the model's configuration
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -26,7 +27,7 @@ from fat5.data import (
     open_shards,
     suggest_budgets,
 )
-from fat5.data.examples.config import BUDGET_MULTIPLE, rounded_up
+from fat5.data.examples.config import BUDGET_MULTIPLE, EXAMPLE_TOKENS, rounded_up
 from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.configuration import MODEL_KEYS
@@ -71,6 +72,7 @@ OPEN = (
     "data.encoder_tokens",
     "data.decoder_tokens",
     "data.packs_per_step",
+    "data.max_examples",
     "data.num_workers",
     "steps",
     "eval_every",
@@ -90,13 +92,25 @@ class Text:
     """Mean tokens of a piece, and mean encoder and decoder tokens of its example"""
     encoder: float
     decoder: float
+    encoder_deviation: float
+    """Standard deviation of the encoder's tokens"""
 
     @classmethod
     def of(cls, stream: PieceStream) -> "Text":
         """Measured on the first examples of a stream."""
         seen = stream.resolve(np.arange(MEASURED_EXAMPLES))
         tokens = sum(source.shards.num_tokens for source in stream.sources)
-        return cls(tokens, float(seen.length.mean()), float(seen.encoder.mean()), float(seen.decoder.mean()))
+        means = (float(lengths.mean()) for lengths in (seen.length, seen.encoder, seen.decoder))
+        return cls(tokens, *means, float(seen.encoder.std()))
+
+    def most_examples(self, encoder_tokens: int) -> int:
+        """Examples that a pack of so many encoder tokens rarely exceeds, a multiple of 8.
+
+        A pack of mean m examples has about m + sqrt(m) * deviation / mean of them (renewal process); four deviations.
+        """
+        mean = encoder_tokens / self.encoder
+        most = mean + 4 * mean**0.5 * self.encoder_deviation / self.encoder
+        return max(8, min(encoder_tokens // EXAMPLE_TOKENS, -(-math.ceil(most) // 8) * 8))
 
     def tokens_a_step(self, batch: BatchConfig) -> float:
         """Tokens of text that a step takes in."""
@@ -104,7 +118,7 @@ class Text:
         return min(examples, batch.examples_per_pack) * self.piece * batch.packs_per_step
 
 
-WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0)
+WEB_PAGES = Text(10 * LARGE_CORPUS, piece=500.0, encoder=313.0, decoder=223.0, encoder_deviation=230.0)
 """Assumed if the data is not prepared yet: French web pages under the mixture fat5."""
 
 
@@ -229,11 +243,18 @@ def _earlier(config: PretrainConfig) -> dict[str, Any]:
     """The configuration of the run that is continued; empty for a new one."""
     if config.resume not in ("auto", "never"):
         verify_checkpoint(Path(config.resume))
-        configuration: dict[str, Any] = read_trainer_state(Path(config.resume))["configuration"]
-        return configuration
+        return _with_slots(read_trainer_state(Path(config.resume))["configuration"])
     run = RunDirectory(config.output_dir)
     written = config.resume == "auto" and run.holds_run and run.config.exists()
-    return read_yaml(run.config, run.config) if written else {}
+    return _with_slots(read_yaml(run.config, run.config)) if written else {}
+
+
+def _with_slots(earlier: dict[str, Any]) -> dict[str, Any]:
+    """Packs of runs written before max_examples was chosen closed at a sixteenth of encoder_tokens."""
+    data = earlier.get("data")
+    if isinstance(data, dict) and data.get("max_examples", 0) is None and isinstance(data.get("encoder_tokens"), int):
+        data["max_examples"] = max(8, data["encoder_tokens"] // EXAMPLE_TOKENS)
+    return earlier
 
 
 def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
@@ -250,8 +271,8 @@ def _pack(data: DataConfig, tokens: int, largest: int) -> DataConfig:
 
 
 def _rest(data: DataConfig, asked: DataConfig, text: Text, processes: int) -> DataConfig:
-    """decoder_tokens in the ratio of the lengths, and packs_per_step, which the processes share."""
-    decoder, packs = asked.decoder_tokens, asked.packs_per_step
+    """decoder_tokens in the ratio of the lengths, packs_per_step, which the processes share, and max_examples."""
+    decoder, packs, examples = asked.decoder_tokens, asked.packs_per_step, asked.max_examples
     if decoder == "auto":
         longest = max(data.denoisers().max_lengths(data.max_tokens, SENTINELS)[1], 1)
         suggested = suggest_budgets(text.encoder, text.decoder, data.encoder_tokens)[1]
@@ -261,7 +282,9 @@ def _rest(data: DataConfig, asked: DataConfig, text: Text, processes: int) -> Da
         wanted = PASSES * text.tokens // STEPS_WANTED // data.encoder_tokens
         at_once = max(1, data.packs_per_micro_batch) * processes
         packs = max(1, min(most, wanted) // at_once) * at_once
-    return replace(data, decoder_tokens=decoder, packs_per_step=packs)
+    if examples in ("auto", None):
+        examples = text.most_examples(data.encoder_tokens)
+    return replace(data, decoder_tokens=decoder, packs_per_step=packs, max_examples=examples)
 
 
 def _fit_memory(
