@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fat5.tasks import PretrainConfig, SourceConfig
 
 OK, WARN, BAD = "ok", "warn", "bad"
 MOST_DEVICES = 1 << 16
+MOST_HOURS = 1e8
 MEASURE = "Give --measured a run on one device, or --tokens_per_second"
 
 
@@ -35,6 +37,8 @@ class DoctorConfig(PretrainConfig):
     measured: str | None = None
     """A run on one device, its folder or its metrics.jsonl, whose speed is that of one device; converted by its
     arithmetic if it had another model or other lengths"""
+    budget: str | None = None
+    """Hours of GPUs to spend (24h, 90m, 3d): says which model to train on how many tokens, and for how many steps"""
     tokens_per_second: float | None = None
     """The same as an assumption; `fat5 pretrain` shows the real speed"""
 
@@ -57,9 +61,12 @@ def main(argv: list[str]) -> int:
     if config.tokens_per_second is not None and not config.tokens_per_second > 0:
         raise ConfigurationError(f"{config.tokens_per_second} is not above 0", where="tokens_per_second")
     check_whole(config.devices, "devices", most=MOST_DEVICES)
+    hours = None if config.budget is None else _hours(config.budget)
     findings = machine()
     if config.data.sources or any(word.startswith("--config") for word in argv):
         findings += recipe(config)
+    if hours is not None:
+        findings += advice(config, hours)
     if config.json_output:
         rows = [{key: value for key, value in vars(one).items() if value is not None} for one in findings]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -154,6 +161,37 @@ def recipe(config: DoctorConfig) -> list[Finding]:
     return findings + _speed_findings(run, model, world, config.tokens_per_second, config.measured)
 
 
+def advice(config: DoctorConfig, hours: float) -> list[Finding]:
+    """What a budget is best spent on: a line for each model, and the advice."""
+    from fat5.tasks.forecast import TOKENS_A_PARAMETER, PlannedWorld, weigh_budget
+    from fat5.tasks.sizes import PASSES
+
+    world = PlannedWorld.of(config.gpu, config.devices)
+    if config.precision == "auto":
+        config.precision = world.precision
+    choices = weigh_budget(config, world, hours, config.vocab_size, config.tokens_per_second, config.measured)
+    if not choices:
+        return [Finding("budget", WARN, f"the speed of {world.name} is not known", MEASURE)]
+    findings = []
+    for one in choices:
+        found = f"{one.tokens / 1e9:,.3g}B tokens of text, {one.ratio:,.1f} a parameter, in {one.steps:,} steps"
+        found += "" if one.fits else "; does not fit into the memory"
+        numbers = {key: value for key, value in vars(one).items() if key != "speed"}
+        findings.append(Finding(one.preset, OK if one.suits else WARN, found, "", numbers | vars(one.speed)))
+    fitting = [one for one in choices if one.fits]
+    if not fitting:
+        return [*findings, Finding("budget", BAD, "none of them fits", "Take another GPU, or --parallel fsdp")]
+    best = next((one for one in reversed(fitting) if one.suits), fitting[0])
+    text = f"{best.tokens / 1e9:,.3g}B tokens ({PASSES} passes over {best.tokens / PASSES / 1e9:,.3g}B)"
+    found = (
+        f"{hours:,.4g} hours of {world.name}: {best.preset} for {best.steps:,} steps, on {text}. {TOKENS_A_PARAMETER} "
+        f"tokens a parameter would suit {best.optimal / 1e6:,.0f}M parameters. Speed: {best.speed.source}"
+    )
+    little = "Too little for this model: take a smaller one, by model.overrides" if not best.suits else MEASURE
+    status = OK if best.suits and not best.speed.guess else WARN
+    return [*findings, Finding("budget", status, found, little, {"preset": best.preset, "hours": hours})]
+
+
 def _memory_finding(config: PretrainConfig, model: Any, world: Any, shards: int, here: bool) -> Finding:
     from fat5.train.cost.memory import LOWER, TIGHT, check_memory, plan_memory
 
@@ -230,3 +268,17 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return "found" if find_spec(name.replace("-", "_")) else None
+
+
+def _hours(text: str) -> float:
+    """Hours of 24h, 90m, 3d or 24.
+
+    Raises:
+        ConfigurationError: another form, nothing, or more than anyone has.
+    """
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([mhd]?)", text.strip())
+    hours = float(found[1]) * {"m": 1 / 60, "d": 24}.get(found[2], 1) if found else 0
+    if not 0 < hours <= MOST_HOURS:
+        hint = "Give hours of GPUs, such as 24h, 90m or 3d"
+        raise ConfigurationError(f"{text!r} is no number of hours", where="budget", hint=hint)
+    return hours

@@ -47,7 +47,7 @@ FIRST_KEYS = {
     "convert": ("model", "output_dir", "to", "dtype", "tokenizer"),
     "plot": ("runs", "x", "output"),
     "audit": ("inputs", "output_dir", "mixture", "examples"),
-    "doctor": ("data.sources", "model.preset", "steps", "devices", "gpu", "measured", "json_output"),
+    "doctor": ("data.sources", "model.preset", "steps", "devices", "gpu", "budget", "measured", "json_output"),
 }  # fmt: skip
 
 

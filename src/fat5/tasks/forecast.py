@@ -1,6 +1,6 @@
 """What a pretraining recipe takes on devices that need not be here: arithmetic, speed and duration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from fat5.errors import ConfigurationError, FAT5Error
 from fat5.launch import Launch
 from fat5.machine import GIB, free_memory
 from fat5.model import FAT5Config
-from fat5.tasks.config import PretrainConfig
-from fat5.tasks.sizes import TYPICAL_FILL
-from fat5.train.config import PrecisionName, shard_size
+from fat5.tasks.config import PretrainConfig, SourceConfig
+from fat5.tasks.sizes import TYPICAL_FILL, WEB_PAGES, configure_model, on_meta, settle
+from fat5.train.config import AUTO, PrecisionName, shard_size
 from fat5.train.cost.flops import SHEETS, Sheet, sheet_of, training_flops
-from fat5.train.cost.memory import Weights
+from fat5.train.cost.memory import Weights, plan_memory
 from fat5.train.cost.speed import NODE, measured_run, step_seconds
 from fat5.train.world import World, training_device
 
@@ -28,6 +28,12 @@ KNOWN = {
 (benchmarks/results/h200-profile.csv; fat5-base: `fat5 pretrain` on web pages)."""
 
 WITHOUT_BF16 = ("V100", "T4")
+
+TOKENS_A_PARAMETER = 20
+"""Of a model whose loss is lowest for its operations: 8.0B tokens for 400M parameters, 20.2B for 1B, 205B for 10B
+(Hoffmann et al. 2022, table 3, for decoders; docs/doctor.md has what is known of encoder-decoders)."""
+
+MEASURED_PRESETS = ("fat5-small", "fat5-base", "fat5-large")
 
 
 @dataclass(frozen=True)
@@ -175,3 +181,73 @@ def _described(configuration: dict[str, Any], model: FAT5Config) -> tuple[FAT5Co
     except (FAT5Error, TypeError, ValueError, AttributeError):
         return None
     return its, encoder, decoder, longest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that a budget could be spent on."""
+
+    preset: str
+    parameters: int
+    steps: int
+    tokens: float
+    """Tokens of text that it sees"""
+    ratio: float
+    """The same by parameter"""
+    fits: bool
+    """Into the memory of the device"""
+    speed: Speed
+
+    @property
+    def suits(self) -> bool:
+        """Whether it fits and sees TOKENS_A_PARAMETER or more."""
+        return self.fits and self.ratio >= TOKENS_A_PARAMETER
+
+    @property
+    def optimal(self) -> int:
+        """Parameters of a model that the same operations would show TOKENS_A_PARAMETER: operations go as parameters
+        times tokens.
+        """
+        return round((self.parameters * self.tokens / TOKENS_A_PARAMETER) ** 0.5)
+
+
+def weigh_budget(
+    config: PretrainConfig,
+    world: PlannedWorld,
+    hours: float,
+    vocab_size: int,
+    assumed: float | None,
+    measured: str | None,
+) -> list[Choice]:
+    """What each preset would see of web text in so many hours of devices; empty if no speed is known.
+
+    Args:
+        config: its model, if given, is the only one that is weighed; sizes that are open are chosen for web text.
+        hours: of all devices together.
+        assumed, measured: as for `predict_speed`.
+
+    Raises:
+        ConfigurationError: tokens/s are assumed, and not of which model.
+    """
+    presets = MEASURED_PRESETS if config.model.preset == AUTO else (config.model.preset,)
+    if assumed is not None and len(presets) > 1:
+        hint = "Say of which model: --model.preset fat5-base"
+        raise ConfigurationError("is the speed of one model", where="tokens_per_second", hint=hint)
+    if measured is not None and len(presets) > 1:
+        presets = ("fat5-demo", *presets)
+    info, choices = assumed_tokenizer(vocab_size), []
+    data = replace(config.data, sources=[SourceConfig("planned")])
+    planned = replace(config, output_dir="planned", resume="never", init_from=None, data=data)
+    for preset in presets:
+        run = settle(replace(planned, model=replace(config.model, preset=preset)), world, info)
+        model = on_meta(configure_model(run, info))
+        speed = predict_speed(run, model, world, assumed, measured)
+        if speed is None:
+            return []
+        batch, size = run.data.batch(), model.num_parameters()
+        plan = plan_memory(run, batch, model, world.device, world.size, shard_size(run, world.launch))
+        steps = int(hours * 3600 / world.size / speed.step_seconds)
+        tokens = steps * WEB_PAGES.tokens_a_step(batch)
+        fits = world.free is None or plan.total <= world.free
+        choices.append(Choice(preset, size, steps, tokens, tokens / size, fits, speed))
+    return choices
