@@ -125,9 +125,10 @@ VECTOR = torch.zeros(1, 3, requires_grad=True)
         (PADDED, True),
         (PADDED | {"causal": True}, False),  # Triton's forward is faster there, and no backward comes
         (PACKED | {"vector": VECTOR}, True),
-        (PACKED | {"vector": VECTOR, "causal": True}, False),  # not measured
-        (PACKED | {"vector": VECTOR, "cu_seqlens_k": STARTS.clone()}, False),
-        (PACKED | {"vector": VECTOR, "cu_seqlens_q": torch.zeros(30), "cu_seqlens_k": torch.zeros(30)}, False),
+        (PACKED | {"vector": VECTOR, "v": VECTOR, "causal": True}, True),
+        (PACKED | {"vector": VECTOR.detach(), "causal": True}, False),  # no backward comes
+        (PACKED | {"v": VECTOR, "cu_seqlens_k": STARTS.clone()}, True),
+        (PACKED | {"vector": VECTOR, "cu_seqlens_q": torch.zeros(66), "cu_seqlens_k": torch.zeros(66)}, False),
     ],
 )
 def test_auto_takes_it_where_the_table_says_so(

@@ -23,9 +23,8 @@ from fat5.ops.attention.hopper import backend as hopper
 from fat5.ops.attention.triton import backend as triton
 
 BACKENDS = {"cpu": cpu, "triton": triton, "hopper": hopper}
-SELECTIVE: dict[str, Callable[[AttentionCall], bool]] = {"hopper": lambda call: False}
-"""Which calls "auto" gives to a backend that is not the best choice wherever it can serve. `hopper.worthwhile` once the
-tests have passed on a card with the code as it is."""
+SELECTIVE: dict[str, Callable[[AttentionCall], bool]] = {"hopper": hopper.worthwhile}
+"""Which calls "auto" gives to a backend that is not the best choice wherever it can serve."""
 PLAN = 5
 
 # The fields of an AttentionCall, then the plan.

@@ -85,7 +85,7 @@ def worthwhile(call: AttentionCall) -> bool:
         return False
     if call.packed:
         tokens = q.shape[0]
-        long = call.cu_seqlens_q is call.cu_seqlens_k and tokens >= SHORTEST_MEAN * call.documents
+        long = min(tokens, k.shape[0]) >= SHORTEST_MEAN * call.documents
     else:
         tokens = q.shape[0] * q.shape[2]
         long = q.shape[2] >= SHORTEST and k.shape[2] >= SHORTEST

@@ -9,6 +9,7 @@ from torch import Tensor
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.hopper import hooks, reduction
 from fat5.ops.attention.hopper.flash import copy_with
+from fat5.ops.attention.hopper.launch_table import FORWARD_TILES
 
 DETERMINISTIC = True
 """Whether dQ is added up in one order. Without it the backward is about 15% faster, and equal to the bit no more."""
@@ -21,7 +22,10 @@ def forward(call: AttentionCall, plan: tuple[Tensor | None, ...]) -> tuple[Tenso
         return out.zero_(), lse.fill_(float("-inf"))
     table = plan[0]
     flash = interface if table is None else copy_with(learning=False)
-    hooked = {} if table is None else {"score_mod": _score(call), "aux_tensors": [table]}
+    hooked: dict[str, Any] = {}
+    if table is not None:
+        tile = FORWARD_TILES.get((call.head_dim, call.causal, call.packed))
+        hooked = {"score_mod": _score(call), "aux_tensors": [table], "tile_mn": tile}
     rows = [_rows(call, x) for x in (call.q, call.k, call.v)]
     flash._flash_attn_fwd(*rows, **_how(call), **hooked, out=_rows(call, out), lse=lse)
     if call.cu_seqlens_q is not None:

@@ -18,6 +18,7 @@ FASTER: dict[tuple[int, bool, bool, bool], str] = {
     (64, True, False, False): ALWAYS,
     (64, True, True, False): ALWAYS,
     (64, True, False, True): ALWAYS,
+    (64, True, True, True): WITH_BACKWARD,
     (64, False, False, False): ALWAYS,
     (64, False, True, False): WITH_BACKWARD,
     (64, False, False, True): WITH_BACKWARD,
@@ -28,8 +29,15 @@ FASTER: dict[tuple[int, bool, bool, bool], str] = {
 }
 """(head dimension, relative bias, causal, packed) that "auto" gives to this backend, as measured on an H200 in bfloat16
 (benchmarks/results/h200-hopper.csv): where its forward is not the faster one, only with its backward."""
-SHORTEST, SHORTEST_MEAN, FEWEST_TOKENS = 1024, 400, 8192
+SHORTEST, SHORTEST_MEAN, FEWEST_TOKENS = 1024, 128, 8192
 """What was measured: rows of 1,024 or more, packed documents of 530 on average, 16,384 tokens."""
+
+FORWARD_TILES: dict[tuple[int, bool, bool], tuple[int, int]] = {
+    (64, True, False): (128, 128),
+    (64, True, True): (128, 128),
+    (64, False, True): (128, 128),
+}
+"""Queries and keys in a tile of the forward with a bias, by (head dimension, causal, packed), where not the default."""
 
 
 def query_block(head_dim: int) -> int:
