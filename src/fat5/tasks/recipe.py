@@ -50,7 +50,7 @@ pretrain:
     encoder_tokens: {data.encoder_tokens} # encoder budget of a pack; auto fits text and memory
     decoder_tokens: {data.decoder_tokens} # decoder budget of a pack; auto is in the ratio that the text needs
     packs_per_step: {data.packs_per_step} # packs of one optimizer step: the global batch
-    max_examples: 256 # most examples of a pack; fewer slots cost less, web pages need 40
+    max_examples: auto # most examples of a pack; auto fits the corpus: slots that stay empty cost time
     packs_per_micro_batch: 1 # packs run at once; fewer need less memory and give the same result
     num_workers: {data.num_workers} # processes that make batches
   optimizer:
@@ -111,8 +111,6 @@ def write_recipe(
         data=DataConfig(sources=[SourceConfig("planned")]),
     )
     info = assumed_tokenizer(8_192 if small else 32_768)
-    if not inputs:
-        config.data.max_examples = 256
     run, model = _fit(config, world, info)
     speed = None if inputs else predict_speed(run, model, world, None, None)
     gpu = world.device.type == "cuda"
@@ -133,8 +131,7 @@ def write_recipe(
         compiled="full graph, static shapes, one compilation" if gpu else "takes minutes: for long runs only",
         save_every=500 if inputs else 5_000,
     )
-    of_web = ("  corpus:", "    max_examples:")
-    lines = [line for line in written.strip().splitlines() if not (inputs and line.startswith(of_web))]
+    lines = [line for line in written.strip().splitlines() if not (inputs and line.startswith("  corpus:"))]
     taken = WEB_PAGES.tokens_a_step(run.data.batch())
     where = "a CPU" if not gpu else f"one {world.name}"
     about = [f"{language}, {run.model.preset}, for {where}: written by `fat5 init`. Three commands, in this order:"]
