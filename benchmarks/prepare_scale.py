@@ -4,10 +4,10 @@
     python benchmarks/prepare_scale.py --gigabytes 0.5
 
 The text is synthetic and always the same: words of a Zipf distribution in JSON lines and paragraphs, with lines of 1
-and 2 MB. Two processes prepare its first tenth, all of it, and all of it again while SIGKILL hits the main process and
-the workers in turn at random moments; after each, the same command follows at once. The shards of the last two must be
-equal byte for byte. Memory: the largest peak of a process (VmHWM), and the largest sum over all processes at one moment
-(Pss, which counts shared pages once).
+and 2 MB. Two processes (--workers) prepare its first tenth, all of it, and all of it again while SIGKILL hits the main
+process and the workers in turn at random moments; after each, the same command follows at once. The shards of the last
+two must be equal byte for byte. Memory: the largest peak of a process (VmHWM), and the largest sum over all processes
+at one moment (Pss, which counts shared pages once).
 """
 
 import argparse
@@ -30,7 +30,6 @@ import numpy as np
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from measure import row, save
 
-WORKERS = 2
 FILES = 4
 WORDS = 50_000
 BLOCK_WORDS = 1 << 20
@@ -98,9 +97,9 @@ def write_corpus(folder: Path, size: int) -> None:
                     break
 
 
-def command(corpus: Path, tokenizer: Path, output: Path) -> list[str]:
+def command(corpus: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
     """The command under test, as a user types it."""
-    words = ["--tokenizer", str(tokenizer), "--output_dir", str(output), "--workers", str(WORKERS)]
+    words = ["--tokenizer", str(tokenizer), "--output_dir", str(output), "--workers", str(workers)]
     return [sys.executable, "-m", "fat5", "prepare", str(corpus), *words]
 
 
@@ -170,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=2, help="processes of `fat5 prepare`")
     arguments = parser.parse_args()
     whole, tenth = int(arguments.gigabytes * 1e9), int(arguments.gigabytes * 1e8)
     with tempfile.TemporaryDirectory() as name:
@@ -178,11 +178,13 @@ def main() -> None:
         write_corpus(folder / "whole", whole)
         tokenizer = folder / "tokenizer"
         train_tokenizer(TokenizerTraining([str(folder / "tenth")], str(tokenizer), vocab_size=8192, rows=2000))
-        small = undisturbed(command(folder / "tenth", tokenizer, folder / "small"))
+        small = undisturbed(command(folder / "tenth", tokenizer, folder / "small", arguments.workers))
         began = time.monotonic()
-        large = undisturbed(command(folder / "whole", tokenizer, folder / "clean"))
+        large = undisturbed(command(folder / "whole", tokenizer, folder / "clean", arguments.workers))
         mean = (time.monotonic() - began) / (arguments.kills + 2)
-        killed, kills = with_kills(command(folder / "whole", tokenizer, folder / "killed"), arguments.kills, mean)
+        killed, kills = with_kills(
+            command(folder / "whole", tokenizer, folder / "killed", arguments.workers), arguments.kills, mean
+        )
         unequal, files = differences(folder / "clean", folder / "killed")
         assert not unequal, f"not equal after the kills: {unequal[:5]}"
         manifest = json.loads((folder / "clean" / "manifest.json").read_text())["splits"]

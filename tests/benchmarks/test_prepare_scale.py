@@ -31,9 +31,9 @@ def test_kills_change_no_byte_and_memory_is_flat(tmp_path: Path) -> None:
         scale.write_corpus(tmp_path / name, MEGABYTES * 1_000_000 // part)
     tokenizer = tmp_path / "tokenizer"
     train_tokenizer(TokenizerTraining([str(tmp_path / "third")], str(tokenizer), vocab_size=2048, rows=300))
-    small = scale.undisturbed(scale.command(tmp_path / "third", tokenizer, tmp_path / "small"))
-    large = scale.undisturbed(scale.command(tmp_path / "whole", tokenizer, tmp_path / "clean"))
-    words = scale.command(tmp_path / "whole", tokenizer, tmp_path / "killed")
+    small = scale.undisturbed(scale.command(tmp_path / "third", tokenizer, tmp_path / "small", 2))
+    large = scale.undisturbed(scale.command(tmp_path / "whole", tokenizer, tmp_path / "clean", 2))
+    words = scale.command(tmp_path / "whole", tokenizer, tmp_path / "killed", 2)
     _, kills = scale.with_kills(words, KILLS, 2.0)
     assert min(kills.values()) > 0, kills
     assert scale.differences(tmp_path / "clean", tmp_path / "killed")[0] == []
