@@ -123,6 +123,7 @@ VECTOR = torch.zeros(1, 3, requires_grad=True)
         (PADDED | {"vector": VECTOR.detach()}, True),
         (PADDED | {"vector": VECTOR.detach(), "v": torch.zeros(1, requires_grad=True)}, False),
         (PADDED, True),
+        (PADDED | {"vector": VECTOR, "dropout_p": 0.1}, False),
         (PADDED | {"causal": True}, False),  # Triton's forward is faster there, and no backward comes
         (PACKED | {"vector": VECTOR}, True),
         (PACKED | {"vector": VECTOR, "v": VECTOR, "causal": True}, True),

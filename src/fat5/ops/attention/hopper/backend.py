@@ -80,6 +80,8 @@ def worthwhile(call: AttentionCall) -> bool:
     gain = FASTER.get((call.head_dim, call.vector is not None, call.causal, call.packed))
     if gain is None or q.dtype != torch.bfloat16 or not (gain == ALWAYS or call.needs_grad) or not q.is_cuda:
         return False
+    if call.dense is not None or call.key_padding_mask is not None or call.dropout_p > 0.0:
+        return False
     if call.vector is not None and call.needs_grad and not call.vector.requires_grad:
         # The backward beside a bias that learns nothing was not measured.
         return False
