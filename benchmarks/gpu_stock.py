@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration, UMT5Config, UMT5E
 
 from fat5.data import PackedBatch
 from fat5.data.examples.padded import pad, unpack
-from fat5.model import FAT5Config
+from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.optim import OptimizerConfig, build_optimizer
 from fat5.train.step import StepResult
 from gpu_measure import Results
@@ -116,12 +116,7 @@ class StockStep:
 
     def __init__(self, ours: Case, optimizer: str) -> None:
         self.precision = ours.runner.precision
-        with torch.device(DEVICE):
-            self.model = T5ForConditionalGeneration(_stock_config(ours.model.config))
-        # Stock T5 ties its head to its embeddings whatever the configuration says.
-        self.model.lm_head.weight = torch.nn.Parameter(torch.empty_like(self.model.lm_head.weight))
-        self.model.to(self.precision.weight_dtype).load_state_dict(ours.model.state_dict())
-        self.model.train()
+        self.model = stock_model(ours.model).to(self.precision.weight_dtype)
         self.forward: Callable[..., Any] = self.model
         self.weights = list(self.model.parameters())
         self.optimizer = build_optimizer(OptimizerConfig(name=optimizer), self.model)  # type: ignore[arg-type]
@@ -161,13 +156,24 @@ class StockStep:
         return StepResult(host, None, ready)
 
 
-def _stock_config(ours: FAT5Config) -> T5Config:
+def stock_model(ours: FAT5ForConditionalGeneration) -> T5ForConditionalGeneration:
+    """Stock T5 with the form and the weights of a model of FAT5, in training mode, on the same device."""
+    with torch.device(ours.device):
+        model = T5ForConditionalGeneration(stock_config(ours.config))
+    # Stock T5 ties its head to its embeddings whatever the configuration says.
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    model.load_state_dict(ours.state_dict())
+    return model.train()
+
+
+def stock_config(ours: FAT5Config) -> T5Config:
+    """The configuration of that model."""
     keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "dropout_rate")
     return T5Config(
         **{key: getattr(ours, key) for key in keys},
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
-        decoder_start_token_id=0,
+        **{key: getattr(ours, key) for key in ("pad_token_id", "eos_token_id", "decoder_start_token_id")},
         attn_implementation="sdpa",
     )
 
@@ -257,7 +263,7 @@ def decode(results: Results, options: argparse.Namespace) -> None:
         return
     preset, length, new = ("fat5-demo", 16, 8) if options.toy else (options.stock_preset, 128, 128)
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(_stock_config(FAT5Config.preset(preset, vocab_size=VOCABULARY)))
+    model = T5ForConditionalGeneration(stock_config(FAT5Config.preset(preset, vocab_size=VOCABULARY)))
     model = model.to(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32).eval()
     # Every row writes all its tokens, so that every provider does the same work.
     model.generation_config.eos_token_id = None

@@ -1,0 +1,166 @@
+"""benchmarks/french.py: its span corruption, the stock side of the clock, and (slow) all of it at tiny size."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fat5.data import load_tokenizer, reconstruct
+from fat5.model import FAT5ForConditionalGeneration
+from fat5.train.evaluation import Scorer
+from fat5.train.precision import Precision
+from fat5.train.world import World
+from made_run import prepare_sample
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import french  # noqa: E402
+import french_runs  # noqa: E402
+import french_stock  # noqa: E402
+
+ROUNDING = 1e-4
+"""Relative, float32, padded beside packed."""
+PAIRS = [{"source": f"Le noyau {n} gère la mémoire.", "target": f"Kernel {n} manages memory."} for n in range(60)]
+TEXTS = [
+    {"text": f"La page {n} décrit une commande du système, avec ses options et sa place.", "label": "ab"[n % 2]}
+    for n in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and two tasks, as french.py takes them."""
+    folder = tmp_path_factory.mktemp("french")
+    prepare_sample(folder).rename(folder / "shards")
+    for task, rows in (("fr-en", PAIRS), ("module", TEXTS)):
+        (folder / "tasks" / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "tasks" / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def bench(data: Path, folder: Path, **more: Any) -> french_runs.Bench:
+    options = {
+        "data": data, "work": folder / "work", "output_dir": folder / "out", "archive": None, "tiny": True, "seeds": 2,
+        "preset": "fat5-demo", "at_once": 2, "ablation_steps": 4, "tasks": "fr-en,module", "starts": "random",
+    }  # fmt: skip
+    found = french_runs.Bench(Namespace(**options | more))
+    found.deadline = float("inf")
+    return found
+
+
+def test_span_corruption_is_t5s(data: Path) -> None:
+    tokenizer = load_tokenizer(data / "shards" / "tokenizer")
+    info, random = tokenizer.info, np.random.default_rng(0)
+    sentinels = np.array([tokenizer.backend.token_to_id(f"<extra_id_{n}>") for n in range(100)])
+    collator = french_stock.SpanCorruption(sentinels, info.eos_id, info.pad_id)
+    ordinary = np.flatnonzero(~tokenizer.is_reserved(np.arange(info.vocab_size)))
+    hidden, spans = [], []
+    for length in (2, 3, 20, 100, 568):
+        for _ in range(20):
+            ids = random.choice(ordinary, length)
+            inputs, targets = collator.corrupt(ids, random)
+            assert np.array_equal(reconstruct(inputs, targets, info), ids)
+            hidden.append(len(ids) - np.isin(inputs, ordinary).sum())
+            spans.append(np.isin(targets, sentinels).sum())
+            assert (hidden[-1], spans[-1]) == french_stock.noise_of(length, 100)
+    assert french_stock.chunk_length(512) == 568  # and its targets have 114 tokens: T5's own preparation
+    assert sum(french_stock.noise_of(568, 256)) + 1 == 114
+    firsts = [french_stock.parts(10, 2, random)[0] for _ in range(3000)]
+    assert np.allclose(np.bincount(firsts, minlength=10)[1:10] / 3000, 1 / 9, atol=0.03)
+
+
+def test_both_sides_of_the_clock_start_and_are_scored_alike(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights and the same validation examples give the same loss; then the stock side learns."""
+    keys = french.pretraining(bench(data, tmp_path), "fat5-demo", **{"data.mixture": "t5", **french.scheduled(12)})
+    run = tmp_path / "stock"
+    words = ["--train_seconds", "4", "--text", "documents", "--rows", "8", *keys, "--output_dir", str(run)]
+    monkeypatch.setattr(sys, "argv", ["french_stock.py", *words])
+    monkeypatch.setattr(french_stock.signal, "signal", lambda *_: None)  # pytest has its own
+    french_stock.main()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train, scores = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    assert scores[-1]["loss"] < scores[0]["loss"] - 0.3
+    assert train[-1]["tokens"] > train[0]["tokens"] > 0
+    assert 3 < train[-1]["seconds"] < 6
+    assert train[-1]["lr"] < train[len(train) // 2]["lr"]  # the schedule runs by the clock
+    config = french_stock.PretrainConfig(
+        **french_stock.parse(french_stock.PretrainConfig, [*keys, "--output_dir", "x"], "pretrain")
+    )
+    world = World(torch.device("cpu"))
+    task = french_stock.Pretraining.open(french_stock.settle(config, world), world)
+    torch.manual_seed(0)
+    model = FAT5ForConditionalGeneration(task.model_config)
+    ours = task.evaluate(Scorer(model, Precision("fp32", world.device), world, model))
+    assert ours["loss"] == pytest.approx(scores[0]["loss"], rel=ROUNDING)
+    assert (ours["accuracy"], ours["tokens"]) == pytest.approx((scores[0]["accuracy"], scores[0]["tokens"]), rel=1e-2)
+    trained = FAT5ForConditionalGeneration.from_pretrained(run / "model")
+    after = task.evaluate(Scorer(trained, Precision("fp32", world.device), world, trained))
+    assert after["loss"] == pytest.approx(scores[-1]["loss"], rel=ROUNDING)
+
+
+def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: Path) -> None:
+    it = bench(data, tmp_path)
+    write = "import json, pathlib, sys, time; f = pathlib.Path(sys.argv[2]); f.mkdir(exist_ok=True, parents=True);"
+    write += "row = dict(kind='train', step=1, loss=1.0, lr=1, grad_norm=1, tokens=9, tokens_per_second=9, seconds=1);"
+    write += "(f / 'metrics.jsonl').write_text(json.dumps(row) + chr(10)); (f / 'config.yaml').write_text('steps: 9');"
+    job = french_runs.Job("long", {"section": "small"}, [sys.executable, "-c", f"{write} time.sleep(60)"])
+    assert not it.run_alone(job, 0.5)
+    kept = tmp_path / "out" / "long"
+    assert (kept / "metrics.jsonl").is_file()
+    assert not it.is_complete("long")
+    assert it.facts("long")["exit_code"] == -15
+    job.command[-1] = write
+    assert it.run_alone(job, 0.5)
+    assert it.is_complete("long")
+    assert len((kept / "command.txt").read_text().splitlines()) == 2
+
+
+def test_metrics_are_thinned_but_for_evaluations(tmp_path: Path) -> None:
+    rows = [{"kind": "eval" if step % 500 == 0 else "train", "step": step} for step in range(2001)]
+    (tmp_path / "m").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [json.loads(line) for line in french_runs.thinned(tmp_path / "m").splitlines()]
+    assert [row["step"] for row in kept if row["kind"] == "eval"] == [0, 500, 1000, 1500, 2000]
+    assert 300 < len(kept) < 410
+    assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
+    assert kept[-2]["step"] == 1999
+
+
+def test_sentences_are_held_out_ones_with_a_blank(data: Path, tmp_path: Path) -> None:
+    found = list(french.sentences(bench(data, tmp_path)))
+    assert len(found) == french.SENTENCES
+    for blanked, whole in found:
+        before, after = blanked.split("___")
+        assert whole.startswith(before)
+        assert whole.endswith(after)
+        assert whole in {row["text"] for row in TEXTS}
+
+
+@pytest.mark.slow
+def test_everything_at_tiny_size(data: Path, tmp_path: Path) -> None:
+    sections = "small,base,clock,finetune,ablations"
+    command = [sys.executable, str(ROOT / "benchmarks" / "french.py"), str(data), "--tiny", "--sections", sections]
+    command += ["--seconds", "600", "--seeds", "2", "--output_dir", str(tmp_path / "out")]
+    command += ["--work", str(tmp_path / "work"), "--archive", str(tmp_path / "all.tar.gz"), "--at_once", "2"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}
+    assert all(run["complete"] for run in runs.values()), said
+    starts = ("small", "clock_fat5", "clock_stock", "base", "random")
+    assert {f"{task}-from-{start}" for task in ("fr-en", "module") for start in starts} <= runs.keys()
+    for kind, variants in (("positions", french.POSITIONS), ("mixtures", french.MIXTURES), ("padding", ["padded"])):
+        assert {f"{kind}-{one}-seed{seed}" for one in variants for seed in range(2)} <= runs.keys()
+    assert len((tmp_path / "out" / "small" / "filled.jsonl").read_text().splitlines()) == french.SENTENCES
+    events = (tmp_path / "out" / "small" / "events.jsonl").read_text()
+    assert '"stopped"' in events
+    assert '"resumed"' in events
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
