@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoModelForSeq2SeqLM,
     DynamicCache,
@@ -25,9 +26,11 @@ from transformers import (
 
 import fat5
 from fat5.errors import FAT5Error
+from fat5.model.padding import Padding
 from fat5.ops import attention as real_attention
 from pairwise import pairwise
 from stock import (
+    ENCODERS,
     EVERY_FAMILY,
     FAMILIES,
     GRADIENT_TOLERANCE,
@@ -83,6 +86,51 @@ def test_gradient_checkpointing(family, reentrant, fused_loss):
     fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
     fast(**batch).loss.backward()
     assert gradient_difference(stock, fast) <= GRADIENT_TOLERANCE
+
+
+COMPILED = [
+    pytest.param(family, fused_loss, id=f"{name}{'-fused-loss' if fused_loss else ''}", marks=marks)
+    for name, family in (FAMILIES | ENCODERS).items()
+    for fused_loss in (False, True)
+    for marks in [[] if (name, fused_loss) in (("v1.1", True), ("umT5 encoder", False)) else [pytest.mark.slow]]
+    if not (fused_loss and name in ENCODERS)
+]
+
+
+@pytest.mark.parametrize(("family", "fused_loss"), COMPILED)
+def test_compiles_whole_and_once(family, fused_loss):
+    """No graph break, and one graph for every mask of a shape."""
+    stock, fast = pair(family(num_layers=1, num_decoder_layers=1), fused_loss=fused_loss)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fast, fullgraph=True, backend=counter)
+    for batch in (rows(), rows("left"), holes(rows())):
+        if family in ENCODERS.values():
+            batch.pop("labels")
+        want, got = stock(**batch), compiled(**batch)
+        kept = batch["attention_mask"].bool()
+        loss, wanted = (
+            (out.loss if "labels" in batch else out.last_hidden_state[kept][:, :5].sum()) for out in (got, want)
+        )
+        assert difference(loss[None], wanted[None]) <= LOGITS_TOLERANCE
+        for model, total in ((stock, wanted), (fast, loss)):
+            model.zero_grad()
+            total.backward()
+        assert gradient_difference(stock, fast) <= GRADIENT_TOLERANCE
+    assert counter.frame_count == 1
+
+
+def test_a_mask_is_read_once_for_encoder_and_decoder(monkeypatch):
+    """Reading it waits for the device: a decoder that did would wait for the encoder."""
+    read = []
+    plain = Padding._read
+    monkeypatch.setattr(Padding, "_read", lambda *asked: read.append(1) or plain(*asked))
+    fast, batch = fat5.accelerate(t5_v1_1()), rows()
+    first = fast(**batch).loss
+    assert len(read) == 1
+    batch["attention_mask"][0, 40:] = 0  # in place: another mask
+    assert fast(**batch).loss != first
+    assert len(read) == 2
 
 
 def test_dropout_is_drawn():

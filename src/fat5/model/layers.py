@@ -85,6 +85,7 @@ class Attention(nn.Module):
                 query, key, value, bias=bias, causal=causal, dropout_p=dropout_p,
                 cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=key_segments.cu_seqlens,
                 max_seqlen_q=segments.max_seqlen, max_seqlen_k=key_segments.max_seqlen,
+                shared=None if torch.compiler.is_compiling() else segments.shared,
             )  # fmt: skip
         else:
             if segments.cu_seqlens is not None:  # whole rows
@@ -180,14 +181,20 @@ class GatedFeedForward(nn.Module):
         self.act = None if config.dense_act_fn == "gelu_new" else ACT2FN[config.dense_act_fn]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        plain = ops.is_plain(self.wi_0, nn.Linear) and ops.is_plain(self.wi_1, nn.Linear) and self.act is None
-        if plain and torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden):
-            # One matrix product twice as wide; the kernel that casts the weights also joins them.
-            inner = ops.geglu_joined(F.linear(hidden, torch.cat([self.wi_0.weight, self.wi_1.weight])))
+        if self.act is None:
+            inner = gated(self.wi_0, self.wi_1, hidden)
         else:
-            gate, up = ops.linear(self.wi_0, hidden), ops.linear(self.wi_1, hidden)
-            inner = ops.geglu(gate, up) if self.act is None else self.act(gate) * up
+            inner = self.act(ops.linear(self.wi_0, hidden)) * ops.linear(self.wi_1, hidden)
         return _project_safely(self.wo, self.dropout(inner))
+
+
+def gated(gate: nn.Module, up: nn.Module, hidden: Tensor) -> Tensor:
+    """gelu(gate(hidden)) * up(hidden), the tanh form of GELU."""
+    plain = torch.compiler.is_compiling() and hidden.is_cuda and uses_triton("geglu_joined", hidden)
+    if plain and all(ops.is_plain(layer, nn.Linear) and layer.bias is None for layer in (gate, up)):
+        # One matrix product twice as wide; the kernel that casts the weights also joins them.
+        return ops.geglu_joined(F.linear(hidden, torch.cat([gate.weight, up.weight])))  # type: ignore[list-item]
+    return ops.geglu(ops.linear(gate, hidden), ops.linear(up, hidden))
 
 
 class Block(GradientCheckpointingLayer):

@@ -6,8 +6,9 @@
 Padded inputs are packed on entry and padded again on exit; decoding with a cache runs on rows.
 """
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class Segments:
     max_seqlen: int
     mask: Tensor | None = None
     formed: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the attention of a stack's blocks shares (`fat5.ops.attention`)."""
 
     @property
     def masks_scores(self) -> bool:
@@ -92,28 +95,57 @@ class Padding:
                 out and come back as zeros. They are still computed where the mask has holes, since packing would move
                 tokens, and in a row without a token, since a decoder reads all of that row.
             causal: query i attends to keys 0..i.
+
+        The host waits for the device to read a mask: once for encoder and decoder if both get one tensor. In
+        torch.compile nothing is read, and every position is computed.
         """
+        global _latest
         batch, length = shape
-        starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
         if mask is None or batch * length == 0:
-            return cls(Segments(starts, length), shape)
-        mask = mask.to(device).bool()
+            return cls(_whole_rows(shape, device), shape)
+        mask = mask.to(device)
+        if torch.compiler.is_compiling():
+            # A graph for every mask: whole rows. A row without a token attends to all of its keys.
+            mask = mask.bool()
+            seen = mask if causal else mask | ~mask.any(dim=1, keepdim=True)
+            segments = replace(_whole_rows(shape, device), mask=seen, formed=causal)
+            return cls(segments, shape, kept=None if whole else kept_positions(mask))
+        asked = (mask._version, shape, whole) if _is_rememberable(mask) and not causal else None
+        if asked is not None and _latest is not None and _latest[0]() is mask and _latest[1] == asked:
+            padding = _latest[2]
+            return replace(padding, segments=replace(padding.segments, shared={}))
+        padding = cls._read(mask.bool(), shape, whole, causal)
+        if asked is not None:
+            _latest = weakref.ref(mask), asked, padding
+        return padding
+
+    @classmethod
+    def _read(cls, mask: Tensor, shape: tuple[int, int], whole: bool, causal: bool) -> "Padding":
+        """The host waits for the device once."""
+        length = shape[1]
         lengths, runs = mask.sum(dim=1), (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1) + mask[:, 0]
-        most_runs, shortest, first = torch.stack([runs.max(), lengths.min(), mask[:, 0].min()]).tolist()
+        asked = torch.stack([runs.max(), lengths.min(), mask[:, 0].min(), lengths.max(), lengths.sum()])
+        most_runs, shortest, first, longest, total = asked.tolist()
         if shortest == length:
-            return cls(Segments(starts, length), shape)
+            return cls(_whole_rows(shape, mask.device), shape)
         if not whole and most_runs <= 1 and shortest > 0:
-            return cls.leaving_out(mask)
-        segments = Segments(starts, length, mask, formed=not (first if causal else shortest))
+            return cls._of_tokens(mask, lengths, longest, total)
+        segments = _whole_rows(shape, mask.device)
+        segments = replace(segments, mask=mask, formed=not (first if causal else shortest))
         return cls(segments, shape, kept=None if whole else kept_positions(mask))
 
     @classmethod
     def leaving_out(cls, mask: Tensor) -> "Padding":
         """Packs exactly the tokens of a (B, L) bool mask, holes or not."""
         lengths = mask.sum(dim=1)
+        longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist() if len(mask) else (0, 0)
+        return cls._of_tokens(mask, lengths, longest, total)
+
+    @classmethod
+    def _of_tokens(cls, mask: Tensor, lengths: Tensor, longest: int, total: int) -> "Padding":
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max()) if len(mask) else 0
-        return cls(Segments(starts, longest), (mask.shape[0], mask.shape[1]), index=mask.flatten().nonzero()[:, 0])
+        index = torch.nonzero_static(mask.flatten(), size=total)[:, 0]
+        return cls(Segments(starts, longest), (mask.shape[0], mask.shape[1]), index=index)
 
     def pack(self, rows: Tensor) -> Tensor:
         """(B, L, ...) to (T, ...)."""
@@ -130,6 +162,20 @@ class Padding:
     def restore(self, packed: Tensor) -> Tensor:
         """(T, d) to (B, L, d), zeros at positions that are not kept."""
         return keep(self.pad(packed), self.kept)
+
+
+_latest: tuple[Any, tuple[Any, ...], Padding] | None = None
+"""The mask that was read last (a weak reference), what was asked of it, and the answer."""
+
+
+def _is_rememberable(mask: Tensor) -> bool:
+    """Whether a change of the mask would show, and nothing that a recorded CUDA graph reads would be forgotten."""
+    return not (mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _whole_rows(shape: tuple[int, int], device: torch.device) -> Segments:
+    batch, length = shape
+    return Segments(torch.arange(batch + 1, device=device, dtype=torch.int32) * length, length)
 
 
 def keep(rows: Tensor, kept: Tensor | None) -> Tensor:

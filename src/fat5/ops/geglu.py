@@ -28,9 +28,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     if is_recorded():
         return F.gelu(gate, approximate="tanh") * up
     if uses_triton("geglu", gate, up):
-        from fat5.ops.triton.geglu import geglu_forward
+        from fat5.ops.triton import geglu as triton_geglu
 
-        return geglu_forward(gate, up)
+        return triton_geglu.geglu(gate, up)
     chunked = (
         gate.device.type == "cpu" and gate.dtype == up.dtype == torch.float32 and not torch.compiler.is_compiling()
     )

@@ -24,7 +24,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     Anything but a plain, bias-free `nn.Linear` (LoRA, quantised, hooked) is called as it is.
     """
-    if not is_plain(layer, nn.Linear) or layer.bias is not None:
+    if x.is_cuda or not is_plain(layer, nn.Linear) or layer.bias is not None:
         return layer(x)
     weight: Any = layer.weight
     if not serves(x.flatten(0, -2), weight):

@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         from fat5.ops.triton import rms_norm as triton_rms_norm
 
         if triton_rms_norm.serves(x):
-            return triton_rms_norm.rms_norm_forward(x, weight, eps)[0]
+            return triton_rms_norm.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 

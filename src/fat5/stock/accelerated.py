@@ -8,7 +8,7 @@ without a key, tracing.
 """
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import Any
 
@@ -24,13 +24,21 @@ from transformers.utils import output_capturing
 
 from fat5 import ops
 from fat5.errors import UnsupportedModelError
-from fat5.model.layers import bias_table
+from fat5.model.layers import bias_table, gated
 from fat5.model.padding import Padding
 from fat5.model.seq2seq import scales_output
 from fat5.ops import RelativeBias
+from fat5.stock.recordings import Recordings, check_device
 
 
-def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, compute_padding: bool | None = None) -> Any:
+def accelerate(
+    model: Any,
+    *,
+    undo: bool = False,
+    fused_loss: bool = False,
+    compute_padding: bool | None = None,
+    cuda_graphs: bool = False,
+) -> Any:
     """Makes every stock T5, mT5 or umT5 in `model` fast, in place; same tokens, losses and gradients, up to rounding.
 
     Args:
@@ -41,9 +49,13 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
             only for the labels that count.
         compute_padding: True computes an encoder's hidden states at padding, as stock T5 does; False skips them, which
             is faster, and returns zeros. None skips them only if a decoder follows, since it does not read them.
+        cuda_graphs: on a GPU, in evaluation mode and without gradients, record an encoder's kernels once a shape (from
+            its second call on, up to 16 shapes) and replay them: one short prompt is otherwise a matter of launches.
+            The outputs are the caller's own, and weights may change in place.
 
     Raises:
-        UnsupportedModelError: there is no such model in `model`, or one whose modules had their `forward` replaced.
+        UnsupportedModelError: there is no such model in `model`, or one whose modules had their `forward` replaced;
+            cuda_graphs without a GPU.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if {STOCK.get(type(module), type(module)) for module in modules}.isdisjoint(STACKS):
@@ -55,8 +67,11 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
     if undo:
         for module in modules:
             module.__class__ = STOCK.get(type(module), type(module))
-            vars(module).pop("computes_padding", None)
+            for name in ("computes_padding", "recordings"):
+                vars(module).pop(name, None)
         return model
+    if cuda_graphs:
+        check_device()
     for module in modules:
         if type(module) in FAST and "forward" in vars(module):
             raise UnsupportedModelError(
@@ -66,12 +81,13 @@ def accelerate(model: Any, *, undo: bool = False, fused_loss: bool = False, comp
             )
     followed = [module.encoder for module in modules if hasattr(module, "encoder") and hasattr(module, "decoder")]
     for module in modules:
-        # Each call chooses fused_loss and compute_padding anew.
+        # Each call chooses fused_loss, compute_padding and cuda_graphs anew.
         stock = STOCK.get(type(module), type(module)) if type(module) in FUSED.values() else type(module)
         module.__class__ = FUSED[stock] if fused_loss and stock in FUSED else FAST.get(stock, stock)
         if isinstance(module, _Stack):
             read = all(module is not encoder for encoder in followed)
             module.computes_padding = read if compute_padding is None else compute_padding
+            module.recordings = Recordings() if cuda_graphs and not module.is_decoder else None
     return model
 
 
@@ -92,6 +108,7 @@ class Packing:
 
 class _Stack:
     computes_padding: bool
+    recordings: Recordings | None
 
     def forward(  # type: ignore[no-untyped-def]
         self: Any,
@@ -104,14 +121,14 @@ class _Stack:
         use_cache=None,
         **kwargs,
     ):
-        """As the stock stack's; `kept` (B, L) bool, of the fused loss, leaves the other tokens out."""
-        kept = kwargs.pop("kept", None)
+        """As the stock stack's; `padding`, of the fused loss, says which tokens are computed."""
+        padding = kwargs.pop("padding", None)
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
         memory: Any = encoder_hidden_states if self.is_decoder else None
         masks = [(attention_mask, rows), (encoder_attention_mask, memory)]
         own, across = None, None
         if self._serves(input_ids, inputs_embeds, memory, masks, past_key_values, use_cache, kwargs):
-            own, across = self._paddings(masks, kept)
+            own, across = self._paddings(masks, padding)
         if own is None or own.segments.formed or (across is not None and across.segments.formed):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=encoder_hidden_states,
@@ -122,7 +139,25 @@ class _Stack:
             past_key_values = None
         elif past_key_values is None and _wants_cache(self, use_cache):
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        hidden = own.pack(rows)[None] if input_ids is None else self.embed_tokens(own.pack(rows)[None])
+        asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        tokens, states = own.pack(rows), [] if asked else None
+        run = partial(self._run, memory=memory, across=across, past_key_values=past_key_values, states=states)
+        last = None
+        if self.recordings is not None and not (asked or torch.compiler.is_compiling()):
+            last = self.recordings(self, tokens, own, run)
+        last = own.restore(run(tokens, own) if last is None else last)
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=(*states, last) if asked else None,  # type: ignore[misc]
+        )
+        return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
+
+    def _run(  # type: ignore[no-untyped-def]
+        self: Any, tokens: Tensor, own: Padding, *, memory, across, past_key_values, states: list[Tensor] | None
+    ) -> Tensor:
+        """The states (T, d) of packed ids or embeddings; those before each block, as rows, go to `states`."""
+        hidden = (tokens if tokens.is_floating_point() else self.embed_tokens(tokens[None])[0])[None]
         packed_memory = None if across is None else across.pack(memory)[None]
         first = self.block[0].layer[0].SelfAttention
         # Under gradient checkpointing each block makes the bias: a shared tensor would be outside its recomputation.
@@ -130,19 +165,13 @@ class _Stack:
         packing = Packing(own, across, first, None if apart else _bias(first, hidden.device))
         between = () if isinstance(self, modeling_umt5.UMT5Stack) else (None,)
         hidden = self.dropout(hidden)
-        asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        states = []
         for block in self.block:
-            if asked:
+            if states is not None:
                 states.append(own.restore(hidden[0]))
                 hidden = own.pack(states[-1])[None]  # so that the gradient of what is returned can be read
             out = block(hidden, None, *between, packed_memory, packed=packing, past_key_values=past_key_values)
             hidden = out[0] if isinstance(out, tuple) else out
-        last = own.restore(self.dropout(self.final_layer_norm(hidden))[0])
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=last, past_key_values=past_key_values, hidden_states=(*states, last) if asked else None
-        )
-        return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
+        return self.dropout(self.final_layer_norm(hidden))[0]  # type: ignore[no-any-return]
 
     def _serves(  # type: ignore[no-untyped-def]
         self: Any, input_ids, inputs_embeds, memory, masks, cache, use_cache, kwargs
@@ -167,15 +196,13 @@ class _Stack:
         # The stock class runs decoding steps, and everything else behind a filled cache.
         return isinstance(cache, EncoderDecoderCache) and rows.shape[1] > 1 and int(cache.get_seq_length()) == 0
 
-    def _paddings(self: Any, masks: Any, kept: Tensor | None) -> tuple[Padding, Padding | None]:  # type: ignore[misc]
+    def _paddings(self: Any, masks: Any, own: Padding | None) -> tuple[Padding, Padding | None]:  # type: ignore[misc]
         """Paddings of the stack's own tokens and of the memory."""
         (mask, rows), (memory_mask, memory) = masks
         device, decodes = rows.device, self.is_decoder
-        if kept is None:
+        if own is None:
             whole = decodes or self.computes_padding
             own = Padding.of(mask, tuple(rows.shape[:2]), device, whole=whole, causal=decodes)
-        else:
-            own = Padding.leaving_out(kept)
         across = None if memory is None else Padding.of(memory_mask, tuple(memory.shape[:2]), device, whole=False)
         return own, across
 
@@ -217,8 +244,7 @@ class _GatedFeedForward:
         """wo(gelu(wi_0 x) * wi_1 x), GELU and gate in one."""
         if not isinstance(self.act, NewGELUActivation):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        gate, up = ops.linear(self.wi_0, hidden_states), ops.linear(self.wi_1, hidden_states)
-        hidden = self.dropout(ops.geglu(gate, up))
+        hidden = self.dropout(gated(self.wi_0, self.wi_1, hidden_states))
         # float16 models keep wo in float32: what goes into it may be beyond float16.
         weight = getattr(self.wo, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
@@ -239,6 +265,7 @@ def _attend(
             query, key, value, **how,
             cu_seqlens_q=queries.segments.cu_seqlens, max_seqlen_q=queries.segments.max_seqlen,
             cu_seqlens_k=keys.segments.cu_seqlens, max_seqlen_k=keys.segments.max_seqlen,
+            shared=None if torch.compiler.is_compiling() else queries.segments.shared,
         )  # fmt: skip
     # Whole rows with hidden keys stay in rows, and so must the queries.
     rows = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
@@ -285,7 +312,16 @@ def _with_fused_loss(stock: Any) -> Any:
 
 
 def _loss_alone(model: Any, given: dict[str, Any]) -> Any:
-    """The loss over labels that are not -100; tokens behind a row's last such label are not decoded."""
+    """The loss over labels that are not -100; only if compiled, tokens behind the last such label are decoded."""
+    labels, inputs = given["labels"], given.get("decoder_input_ids")
+    padding: Padding | None = None
+    index: Any = slice(None)
+    if not torch.compiler.is_compiling():
+        # Labels are read before the encoder runs, while there is no kernel to wait for.
+        counted = labels != -100
+        padding = Padding.leaving_out(counted.flip(1).cumsum(1).flip(1) > 0)
+        index = counted.flatten().nonzero()[:, 0]
+    inputs = model._shift_right(labels) if inputs is None else inputs
     encoded = given.get("encoder_outputs")
     if encoded is None:
         encoded = model.encoder(
@@ -293,17 +329,13 @@ def _loss_alone(model: Any, given: dict[str, Any]) -> Any:
         )
     elif not isinstance(encoded, BaseModelOutput):
         encoded = BaseModelOutput(*tuple(encoded)[:1])
-    labels, inputs = given["labels"], given.get("decoder_input_ids")
-    counted = labels != -100
-    kept = counted.flip(1).cumsum(1).flip(1) > 0
-    inputs = model._shift_right(labels) if inputs is None else inputs
     hidden = model.decoder(
         input_ids=inputs, encoder_hidden_states=encoded[0], encoder_attention_mask=given.get("attention_mask"),
-        use_cache=False, kept=kept, return_dict=True,
-    )[0][counted]  # fmt: skip
+        use_cache=False, padding=padding, return_dict=True,
+    )[0].flatten(0, 1)[index]  # fmt: skip
     if scales_output(model):
         hidden = hidden * model.model_dim**-0.5
-    loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, labels[counted])
+    loss = ops.linear_cross_entropy(hidden, model.lm_head.weight, labels.flatten()[index])
     output = Seq2SeqLMOutput(loss=loss, encoder_last_hidden_state=encoded[0])
     returns = given.get("return_dict")
     return output.to_tuple() if (model.config.return_dict if returns is None else returns) is False else output

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def attention(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
+    shared: dict[Any, Any] | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v, with documents kept apart; exact gradients for q, k, v and the bias.
 
@@ -55,6 +57,8 @@ def attention(
         backend: one of `BACKENDS`. "auto" is Triton's kernels on CUDA where they serve (Hopper's where those are
             faster), the CPU path on the CPU, and the reference elsewhere; they agree up to rounding. Hopper's want
             finite numbers in the rows behind the last document.
+        shared: one empty dict for the calls of a stack, which keeps what their kernels make of bias and boundaries;
+            without it each call makes that anew (torch.compile makes it once in any case).
 
     Returns:
         Of q's shape and dtype. A query with no visible key gives zeros.
@@ -108,10 +112,10 @@ def attention(
     )
     chosen = _choose(call, backend)
     if q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
-        return _serve(call, chosen)
+        return _serve(call, chosen, shared)
     # Autocast would round what a backend in plain PyTorch keeps in float32.
     with torch.autocast(q.device.type, enabled=False):
-        return _serve(call, chosen)
+        return _serve(call, chosen, shared)
 
 
 def _choose(call: AttentionCall, backend: str) -> str:
@@ -131,8 +135,8 @@ def _always(_call: AttentionCall) -> bool:
     return True
 
 
-def _serve(call: AttentionCall, backend: str) -> Tensor:
-    return op.attend(call, backend) if backend in op.BACKENDS else PLAIN[backend](call)
+def _serve(call: AttentionCall, backend: str, shared: dict[Any, Any] | None) -> Tensor:
+    return op.attend(call, backend, shared) if backend in op.BACKENDS else PLAIN[backend](call)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:

@@ -13,6 +13,7 @@ A backend is a folder beside this file whose backend.py has four functions:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fat5.ops.attention.call import TENSORS, AttentionCall
 from fat5.ops.attention.cpu import backend as cpu
 from fat5.ops.attention.hopper import backend as hopper
 from fat5.ops.attention.triton import backend as triton
+from fat5.ops.eager import is_unobserved, undispatched
 
 BACKENDS = {"cpu": cpu, "triton": triton, "hopper": hopper}
 SELECTIVE: dict[str, Callable[[AttentionCall], bool]] = {"hopper": hopper.worthwhile}
@@ -36,21 +38,34 @@ _CALL = (
 _FIELDS = len(AttentionCall._fields)
 
 
-def attend(call: AttentionCall, backend: str) -> Tensor:
-    """`call` through the registered operator."""
+def attend(call: AttentionCall, backend: str, shared: dict[Any, Any] | None = None) -> Tensor:
+    """`call` through the registered operator; plans are kept in `shared`."""
     if call.scale <= 0.0:
         # Kernels look for the largest score of a row before they scale.
         q, scale = (call.q * 0.0, 1.0) if call.scale == 0.0 else (-call.q, -call.scale)
         call = call._replace(q=q, scale=scale)
     if call.vector is not None and call.vector.dtype != torch.float32:
         call = call._replace(vector=call.vector.float())
-    return attention_forward(backend, *call, *planned(call, backend))[0]
+    run = _attend_eagerly if is_unobserved(*call[:TENSORS]) else attention_forward
+    return run(backend, *call, *planned(call, backend, shared))[0]  # type: ignore[no-any-return]
 
 
-def planned(call: AttentionCall, backend: str) -> tuple[Tensor | None, ...]:
+def planned(call: AttentionCall, backend: str, shared: dict[Any, Any] | None = None) -> tuple[Tensor | None, ...]:
     """The backend's plan as the operators take it: PLAN tensors, or None where it has fewer."""
-    plan = BACKENDS[backend].plan(call)
-    return *plan, *(None,) * (PLAN - len(plan))
+    if shared is None or torch.compiler.is_compiling():
+        plan = BACKENDS[backend].plan(call)
+        return *plan, *(None,) * (PLAN - len(plan))
+    tensors = call.vector, call.cu_seqlens_q, call.cu_seqlens_k
+    numbers = call.causal, call.scale, call.dropout_p > 0.0, call.dense is None, call.needs_grad
+    key = (backend, *map(id, tensors), call.q.shape, call.k.shape, call.q.dtype, *numbers)
+    if key not in shared:
+        # The tensors too, so that their ids stay theirs.
+        shared[key] = planned(call, backend), tensors
+    return shared[key][0]  # type: ignore[no-any-return]
+
+
+def _forward(backend, *arguments):  # type: ignore[no-untyped-def]
+    return BACKENDS[backend].forward(AttentionCall(*arguments[:_FIELDS]), arguments[_FIELDS:])
 
 
 @torch.library.custom_op(
@@ -58,13 +73,19 @@ def planned(call: AttentionCall, backend: str) -> tuple[Tensor | None, ...]:
 )
 def attention_forward(backend, *arguments):  # type: ignore[no-untyped-def]
     """The output, and the log-sum-exp, -inf where a query sees no key."""
-    return BACKENDS[backend].forward(AttentionCall(*arguments[:_FIELDS]), arguments[_FIELDS:])
+    return _forward(backend, *arguments)
 
 
 @attention_forward.register_fake
 def _(_backend, *arguments):  # type: ignore[no-untyped-def]
     call = AttentionCall(*arguments[:_FIELDS])
     return call.empty_like(call.q), call.empty_lse()
+
+
+def _backward(backend, grad_out, out, lse, bias_needs_grad, *arguments):  # type: ignore[no-untyped-def]
+    call, plan = AttentionCall(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    *grads, grad_bias = BACKENDS[backend].backward(call, plan, grad_out, out, lse, bias_needs_grad)
+    return *grads, lse.new_empty(0) if grad_bias is None else grad_bias
 
 
 @torch.library.custom_op(
@@ -75,9 +96,7 @@ def _(_backend, *arguments):  # type: ignore[no-untyped-def]
 )
 def attention_backward(backend, grad_out, out, lse, bias_needs_grad, *arguments):  # type: ignore[no-untyped-def]
     """Gradients of q, k, v and of the bias in its own shape (empty unless asked for)."""
-    call, plan = AttentionCall(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    *grads, grad_bias = BACKENDS[backend].backward(call, plan, grad_out, out, lse, bias_needs_grad)
-    return *grads, lse.new_empty(0) if grad_bias is None else grad_bias
+    return _backward(backend, grad_out, out, lse, bias_needs_grad, *arguments)
 
 
 @attention_backward.register_fake
@@ -93,13 +112,15 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.numbers = arguments[TENSORS:_FIELDS]
     ctx.save_for_backward(*output, *arguments[:TENSORS], *arguments[_FIELDS:])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
     # Once: torch.utils.checkpoint refuses to recompute what is asked for again.
     out, lse, *saved = ctx.saved_tensors
     of_vector, of_dense = ctx.needs_input_grad[4:6]
-    grad_q, grad_k, grad_v, grad_bias = attention_backward(
+    run = _backward if is_unobserved(grad_out, *saved) else attention_backward
+    grad_q, grad_k, grad_v, grad_bias = run(
         ctx.backend, grad_out, out, lse, of_vector or of_dense, *saved[:TENSORS], *ctx.numbers, *saved[TENSORS:]
     )
     grad_biases = (grad_bias if of_vector else None, grad_bias if of_dense else None)
@@ -107,3 +128,4 @@ def _gradients(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
 
 
 attention_forward.register_autograd(_gradients, setup_context=_save)
+_attend_eagerly = undispatched(_forward, _save, _gradients)

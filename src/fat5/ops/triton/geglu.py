@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fat5.ops.eager import is_unobserved, undispatched
 from fat5.ops.triton.launch import Launch, as_rows, run
 from fat5.ops.triton.numerics import round_to
 
@@ -65,9 +66,18 @@ def geglu_backward_kernel(
     tl.store(GradUp + row * grad_up_stride + column, round_to(grad * gate * share, GradUp.dtype.element_ty), mask=mask)
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up."""
+    return (_gate_eagerly if is_unobserved(gate, up) else geglu_forward)(gate, up)  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op("fat5::triton_geglu", mutates_args=())
 def geglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu_tanh(gate) * up."""
+    """The same, as an operator."""
+    return _gated(gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
     out = _empty_out(gate, up)
     _forward(*_rows(gate, up), out)
     return out
@@ -81,6 +91,10 @@ def _empty_out(gate, up):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("fat5::triton_geglu_backward", mutates_args=())
 def geglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and of up."""
+    return _gated_gradients(grad_out, gate, up)
+
+
+def _gated_gradients(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grads = _empty_grads(grad_out, gate, up)
     rows = _rows(grad_out, gate, up)
     _backward(*rows, *(grad.view(rows[0].shape) for grad in grads))
@@ -156,7 +170,8 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, grad_out):  # type: ignore[no-untyped-def]
-    return geglu_backward(grad_out, *ctx.saved_tensors)
+    gate, up = ctx.saved_tensors
+    return (_gated_gradients if is_unobserved(grad_out, gate, up) else geglu_backward)(grad_out, gate, up)
 
 
 def _joined_gradient(ctx, grad_out):  # type: ignore[no-untyped-def]
@@ -164,4 +179,5 @@ def _joined_gradient(ctx, grad_out):  # type: ignore[no-untyped-def]
 
 
 geglu_forward.register_autograd(_gradients, setup_context=_save)
+_gate_eagerly = undispatched(_gated, _save, _gradients)
 geglu_joined_forward.register_autograd(_joined_gradient, setup_context=_save)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fat5.ops.eager import is_unobserved, undispatched
 from fat5.ops.triton.launch import Launch, architecture, as_rows, run
 from fat5.ops.triton.numerics import round_to
 
@@ -72,9 +73,19 @@ def serves(x: Tensor) -> bool:
     return 1 <= x.shape[-1] <= MAX_WIDTH
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The normalised rows, of x's shape and dtype."""
+    run = _normalise_eagerly if is_unobserved(x, weight) else rms_norm_forward
+    return run(x, weight, eps)[0]  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op("fat5::triton_rms_norm", mutates_args=())
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows, of x's shape and dtype, and 1 / rms of each (rows,) float32."""
+    return _forward(x, weight, eps)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, out = as_rows(x), x.new_empty(x.shape)
     inverse = x.new_empty(rows.shape[0], dtype=torch.float32)
     launch = _launch(x.shape[-1], FORWARD_TILE)
@@ -99,6 +110,10 @@ def _(x, weight, eps):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("fat5::triton_rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of weight."""
+    return _backward(grad_out, x, weight, inverse)
+
+
+def _backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     rows, grad, grad_x = as_rows(x), as_rows(grad_out), x.new_empty(x.shape)
     launch = _launch(x.shape[-1], BACKWARD_TILES.get(architecture(x.device), BACKWARD_TILE))
     programs = min(triton.cdiv(rows.shape[0], launch.block_m), _programs(x.device))
@@ -140,11 +155,14 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad_out, _grad_inverse):  # type: ignore[no-untyped-def]
     x, weight, inverse = ctx.saved_tensors
-    return *rms_norm_backward(grad_out, x, weight, inverse), None
+    run = _backward if is_unobserved(grad_out, x, weight) else rms_norm_backward
+    return *run(grad_out, x, weight, inverse), None
 
 
-rms_norm_forward.register_autograd(_backward, setup_context=_save)
+rms_norm_forward.register_autograd(_gradients, setup_context=_save)
+_normalise_eagerly = undispatched(_forward, _save, _gradients)
