@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt
 OUTPUT ?= demo
 
-.PHONY: demo test test-slow wheel lint format bench clean help
+.PHONY: demo test test-slow wheel lint docs format bench clean help
 
 help:
 	@echo "make demo       set up, then the whole chain on the French sample, into $(OUTPUT)/ (about six minutes)"
@@ -13,12 +15,13 @@ help:
 	@echo "make test-slow  the tests that take minutes (twenty kills, Ray, inductor)"
 	@echo "make wheel      build the wheel, install it in a fresh environment elsewhere, run a tiny demo there"
 	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make docs       set up, then the documentation's site, strictly, into build/site/"
 	@echo "make bench      every benchmark; results go to bench/, scripts/publish.py puts them on the pages"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FAT5 needs Python 3.11 or newer; say which with `make PYTHON=python3.11 …`")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -39,6 +42,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(INSTALL) --editable '.[dev,docs]'
+	touch $@
+
+docs: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
