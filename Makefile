@@ -47,8 +47,9 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	$(INSTALL) --editable '.[dev,docs]'
 	touch $@
 
+# Not --quiet: strict counts the warnings that it would silence.
 docs: $(INSTALLED_DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

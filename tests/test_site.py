@@ -57,7 +57,7 @@ def test_links_that_leave_the_pages_lead_to_the_forge(site: ModuleType) -> None:
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="waits for mkdocs, which `make docs` installs")
 def test_it_builds_strictly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
