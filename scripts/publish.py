@@ -24,6 +24,7 @@ DEMO = RESULTS / "demo.json"
 PLOT = ROOT / "docs" / "images" / "demo-loss.png"
 PAGES = {
     "README.md": ("figure", "demo"),
+    "README.fr.md": ("figure-fr", "demo-fr"),
     "docs/demo.md": ("denoisers",),
     "docs/performance.md": ("benchmarks",),
     "docs/generate.md": ("decoding",),
@@ -141,6 +142,7 @@ def take_over_demo(folder: Path) -> None:
 def render(page: str, names: Sequence[str]) -> str:
     """The page with its generated parts made anew from the files."""
     parts = {"figure": figure_part, "demo": demo_part, "denoisers": denoisers_part, "benchmarks": benchmark_part}
+    parts |= {"figure-fr": french_figure_part, "demo-fr": french_demo_part}
     parts |= {"faults": fault_part, "reliability": reliability_part}
     for name in names:
         content = parts[name]() if name in parts else tables(*TABLES[name])
@@ -153,14 +155,34 @@ def render(page: str, names: Sequence[str]) -> str:
 
 def figure_part() -> str:
     """The one figure of the README: the GPU's rate, and the range of ratios seen on CPUs."""
-    ratios = [float(row["p50"]) for row in results("training_cpu") if row["metric"] == "speed-up"]
-    least, most = min(ratios), max(ratios)
-    found = {(row["case"], row["metric"]): row for row in results("h200-profile")}
-    rate, mfu = (float(found["fat5-base 512", metric]["p50"]) for metric in ("useful tokens/s", "MFU"))
-    machine = next(row["machine"] for row in results("h200-profile") if row["machine"])
+    machine, rate, mfu, least, most = _figures_of_readme()
     return f"""On one {machine} the base model (305M parameters) pretrains at **{rate:,.0f} tokens a second**
 ({mfu:.0%} of the card's bf16 peak). On two CPU cores a small one trains {least:.1f} to {most:.1f} times as fast as
 stock T5: by processor, compilation and the padding of stock's batches ([performance](docs/performance.md))."""
+
+
+def french_figure_part() -> str:
+    """The same in French."""
+    machine, rate, mfu, least, most = _figures_of_readme()
+    return f"""Sur un {machine}, le modèle de base (305\u00a0M de paramètres) se pré-entraîne à
+**{_french(rate, 0)} jetons par seconde** ({100 * mfu:.0f}\u202f% de la puissance bf16 de crête de la carte). Sur deux
+cœurs de processeur, un petit modèle s’entraîne de {_french(least, 1)} à {_french(most, 1)} fois plus vite que le T5
+d’origine, selon le processeur, la compilation et le remplissage des lots de ce dernier
+([performances](docs/performance.md))."""
+
+
+def _figures_of_readme() -> tuple[str, float, float, float, float]:
+    """The GPU, its tokens/s and MFU, and the least and the largest ratio on CPUs."""
+    ratios = [float(row["p50"]) for row in results("training_cpu") if row["metric"] == "speed-up"]
+    found = {(row["case"], row["metric"]): row for row in results("h200-profile")}
+    rate, mfu = (float(found["fat5-base 512", metric]["p50"]) for metric in ("useful tokens/s", "MFU"))
+    machine = next(row["machine"] for row in results("h200-profile") if row["machine"])
+    return machine, rate, mfu, min(ratios), max(ratios)
+
+
+def _french(value: float, decimals: int) -> str:
+    """A number as French writes it: thousands apart, and a comma before the decimals."""
+    return f"{value:,.{decimals}f}".replace(",", "\u202f").replace(".", ",")
 
 
 def demo_runs() -> dict[str, dict]:
@@ -182,6 +204,22 @@ def demo_part() -> str:
     return f"""The demo's model has {size:.1f} million parameters and sees {tokens:.1f} million tokens: {times}.
 Validation loss falls from {first:.2f} to **{last:.2f}** nats a token; token frequencies alone give {unigram:.2f}.
 “{sample["prompt"]}” becomes “{sample["text"]}”"""
+
+
+def french_demo_part() -> str:
+    """The same in French."""
+    runs = demo_runs()
+    newest = list(runs.values())[-1]
+    times = "\u202f; ".join(
+        f"{run['seconds']:.0f} secondes ({_french(run['tokens_per_second'], 0)} jetons par seconde) sur {machine}"
+        for machine, run in runs.items()
+    )
+    sample, size, tokens = newest["samples"][0], newest["parameters"] / 1e6, newest["train_tokens"] / 1e6
+    first, last, unigram = (_french(newest[key], 2) for key in ("val_loss_first", "val_loss_last", "unigram_entropy"))
+    seen = f"{_french(tokens, 1)} million{'s' * (tokens >= 2)} de jetons"
+    return f"""Le modèle de la démonstration a {_french(size, 1)} millions de paramètres et lit {seen}\u00a0: {times}.
+Sa perte de validation passe de {first} à **{last}** nats par jeton\u202f; leur seule fréquence donne {unigram}.
+«\u00a0{sample["prompt"]}\u00a0» devient «\u00a0{sample["text"]}\u00a0»"""
 
 
 def denoisers_part() -> str:

@@ -204,21 +204,35 @@ def test_snippets_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pages_link_to_what_is_there() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "README.fr.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
-def test_the_readme_lists_every_verb() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "README.fr.md"])
+def test_the_readme_lists_every_verb(page: str) -> None:
+    readme = (ROOT / page).read_text(encoding="utf-8")
     for verb in VERBS:
         assert f"`fat5 {verb}`" in readme
+
+
+def test_the_french_readme_says_what_the_english_one_says() -> None:
+    """Its commands, snippets, links and numbers, those of the map apart; who changes one page changes the other."""
+    english, french = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README.fr.md"))
+    assert commands("README.fr.md") == commands("README.md")
+    assert snippets("README.fr.md") == snippets("README.md")
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.fr.md"} for text in (english, french)]
+    assert links[0] == links[1]
+    french = re.sub(r"(?<=\d),(?=\d)", ".", french.replace("\u202f", ""))  # 1 234,5 as 1234.5
+    english = re.sub(r"(?<=\d),(?=\d)", "", english)
+    assert set(re.findall(r"\d+(?:\.\d+)*", french)) == set(re.findall(r"\d+(?:\.\d+)*", english))
 
 
 @pytest.mark.parametrize(
     ("name", "page"),
     [
         ("publish", "README.md"),
+        ("publish", "README.fr.md"),
         ("publish", "docs/demo.md"),
         ("publish", "docs/performance.md"),
         ("publish", "docs/generate.md"),
