@@ -117,14 +117,13 @@ def in_turns(
         if dynamic:
             os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
     by_trainer = compiled in ("blocks", "whole")
-    named = "train_sampling_strategy" in {field.name for field in fields(Seq2SeqTrainingArguments)}
     workers = int(config.data.num_workers)
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=size, max_steps=10**6, bf16=config.precision == "bf16",
         learning_rate=float(config.optimizer.lr or 0), lr_scheduler_type="constant", optim="adamw_torch_fused",
         max_grad_norm=config.gradient_clip, use_cpu=not GPU, torch_compile=by_trainer, dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0, save_strategy="no", report_to="none", disable_tqdm=True,
-        **({"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}),
+        **grouped_by_length(),
     )  # fmt: skip
     # The stock sampler sorts this many batches at once, from long to short: a round has them all, and on a CPU, where
     # that takes a minute, the fewest rounds together do.
@@ -141,6 +140,12 @@ def in_turns(
         raise RuntimeError("torch_compile compiled nothing")
     rounds.found.memory -= base
     return rounds.found
+
+
+def grouped_by_length() -> dict[str, Any]:
+    """The argument of Trainer that puts texts of similar lengths into a batch, under this version's name."""
+    named = "train_sampling_strategy" in {field.name for field in fields(Seq2SeqTrainingArguments)}
+    return {"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}
 
 
 class CountingTrainer(Seq2SeqTrainer):

@@ -6,8 +6,8 @@ DATA holds `shards/` (of `fat5 prepare`) and `tasks/NAME/{train,validation,test}
 
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
-    clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks; a third of the
-                 seconds each; clock_fat5, clock_stock, clock_joined are the three alone
+    clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks, each for
+                 --clock_seconds of training; clock_fat5, clock_stock, clock_joined are the three alone
     finetune     each task from small, base, both sides of the clock and random weights, several seeds, side by side
     ablations    at the size of fat5-demo, several seeds, side by side: positions, mixtures, optimizers, padding, which
                  are sections of their own too; then a task from each mixture
@@ -33,26 +33,29 @@ from pathlib import Path
 from typing import Any
 
 from fat5.train.log.metrics import read_rows
-from french_runs import FAT5, GPU, Bench, Job, rate
+from french_runs import FAT5, GPU, Bench, Job, steps_a_second
 from gpu_step import say
 
 HERE = Path(__file__).parent
-START = 110.0 if GPU else 25.0
-"""Seconds of a section that go to starting, compiling and saving, and are not trained."""
+START, RESTART, END = (100.0, 50.0, 15.0) if GPU else (10.0, 10.0, 10.0)
+"""Seconds that a run needs until its first step, again with warm caches, and from its last step to its model."""
+CALIBRATION = 8.0
+"""Seconds of training after which the steps of the clock's FAT5 run are planned."""
 RATES = {"fat5-small": 700e3, "fat5-base": 420e3} if GPU else {}
 """Tokens/s by which the steps of an unmeasured run are planned: those of one H200 (benchmarks/results)."""
 UNKNOWN_RATE = 1e6 if GPU else 2e3
 DECAY = 0.2
 """Share of a run's steps over which its rate falls."""
+KINDS = ("positions", "mixtures", "optimizers", "padding")
 POSITIONS = ("alibi", "rope", "fire", "absolute", "none")
 MIXTURES = ("ul2", "t5", "prefix-lm")
 OPTIMIZERS = ("adamw", "adafactor", "muon", "lamb")
 TEXT = {"task": "text-to-text", "data.batch_size": 64, "languages": "[fr,en]"}
-CLASSES = {"task": "sequence-classification", "metric": "macro_f1", "data.max_source_tokens": 512, "epochs": 10}
+CLASSES = {"task": "sequence-classification", "metric": "macro_f1", "data.max_source_tokens": 512, "epochs": 6}
 TASKS: dict[str, dict[str, Any]] = {
-    "fr-en": TEXT | {"data.max_source_tokens": 256, "epochs": 5, "max_new_tokens": 128},
-    "en-fr": TEXT | {"data.max_source_tokens": 256, "epochs": 5, "max_new_tokens": 128},
-    "title": TEXT | {"data.max_source_tokens": 512, "epochs": 10, "max_new_tokens": 32},
+    "fr-en": TEXT | {"data.max_source_tokens": 256, "epochs": 4, "max_new_tokens": 128},
+    "en-fr": TEXT | {"data.max_source_tokens": 256, "epochs": 4, "max_new_tokens": 128},
+    "title": TEXT | {"data.max_source_tokens": 512, "epochs": 6, "max_new_tokens": 32},
     "gloss": TEXT | {"data.max_source_tokens": 128, "epochs": 2, "max_new_tokens": 16, "data.max_examples": 40_000},
     "module": CLASSES,
     "man-section": CLASSES,
@@ -62,7 +65,7 @@ TASKS: dict[str, dict[str, Any]] = {
 TASK_OF_MIXTURES = "fr-en"
 LEARNING_RATES = {"random": 0.02}
 LEARNING_RATE = 0.01
-STARTS = ("small", "clock_fat5", "clock_stock", "base", "random")
+STARTS = ("small", "random", "clock_stock", "clock_fat5", "base")
 SENTENCES = 20
 TINY_MODEL = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 TINY_DATA = {
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="those that are there are taken")
     parser.add_argument("--starts", default=",".join(STARTS), help="those that have a model are taken, and random")
     parser.add_argument("--at_once", type=int, default=8 if GPU else 1, help="runs side by side")
+    parser.add_argument("--clock_seconds", type=float, default=120.0, help="of training, of each side of the clock")
     parser.add_argument("--ablation_steps", type=int, default=600)
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny model and few steps: everything in minutes on a CPU"
@@ -131,23 +135,10 @@ def pretraining(bench: Bench, preset: str, **more: Any) -> list[str]:
     return ["--config", "fr/packages", *keys({**values, **more})]
 
 
-def planned(bench: Bench, preset: str, train_seconds: float) -> int:
-    """Steps that a run of this preset makes in so many seconds, by what was measured here, else by RATES."""
-    if bench.tiny:
-        return 12
-    metrics = [bench.output / name / "metrics.jsonl" for name in ("small", "base", "clock_fat5")]
-    found = [path for path in metrics if path.is_file() and bench.facts(path.parent.name).get("preset") == preset]
-    if found:
-        rows = read_rows(found[-1])
-        a_step = [row["step_tokens"] for row in rows if row["kind"] == "train"]
-        return max(20, int(train_seconds * rate(rows) / (sum(a_step) / len(a_step))))
-    tokens = 2 * 16384 * 1.6 if GPU else 1024 * 1.6
+def planned(preset: str, train_seconds: float) -> int:
+    """Steps that a run makes in so many seconds, by RATES."""
+    tokens = 2 * 16384 * 1.7 if GPU else 1024 * 1.7
     return max(20, int(train_seconds * RATES.get(preset, UNKNOWN_RATE) / tokens))
-
-
-def timed(bench: Bench, parts: int = 1) -> float:
-    """Seconds that a run may train, of those its section has left."""
-    return max(5.0, bench.left() - START * parts)
 
 
 def scheduled(steps: int) -> dict[str, Any]:
@@ -160,34 +151,32 @@ def scheduled(steps: int) -> dict[str, Any]:
 
 def small(bench: Bench) -> None:
     """The preset, interrupted once and lengthened to fill its time; then the sentences."""
-    train_seconds = timed(bench, 2 if GPU and not bench.tiny else 1)
-    steps = planned(bench, bench.options.preset, train_seconds)
-    words = pretraining(bench, bench.options.preset, **scheduled(steps))
-    facts = {"section": "small", "preset": bench.options.preset, "seed": 0, "interrupted": True}
+    preset = bench.options.preset
+    train_seconds = 2.0 if bench.tiny else max(10.0, bench.left() - START - RESTART - END)
+    words = pretraining(bench, preset, **scheduled(12 if bench.tiny else planned(preset, train_seconds)))
 
-    def fitting(folder: Path) -> list[str]:
-        """The steps for the seconds that are left, by those made before the interruption."""
+    def lengthened(folder: Path) -> list[str]:
+        """Steps for the seconds that are left, by those made before the interruption."""
         train = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
-        middle, last = train[len(train) // 2], train[-1]
-        a_second = (last["step"] - middle["step"]) / max(last["seconds"] - middle["seconds"], 1e-9)
-        more = int(a_second * min(train_seconds / 2, timed(bench)) * 0.95)
-        steps = last["step"] + (4 if bench.tiny else max(20, more))
+        more = 4 if bench.tiny else int(0.95 * steps_a_second(train) * (bench.left() - RESTART - END))
+        steps = train[-1]["step"] + max(4, more)
         return keys({"steps": steps, "schedule.decay_steps": max(1, int(steps * DECAY))})
 
+    facts = {"section": "small", "preset": preset, "seed": 0, "interrupted": True}
     job = Job("small", facts, [*FAT5, "pretrain", *words], after=lambda folder, kept: fill_in(bench, folder, kept))
-    bench.run_alone(job, 2.0 if bench.tiny else train_seconds, again=fitting)
+    bench.run_alone(job, (train_seconds / 2, None), (math.inf, lengthened))
 
 
 def base(bench: Bench) -> None:
     """fat5-base for the steps of small, or those that there is time for."""
-    steps = planned(bench, "fat5-base", timed(bench))
+    preset = "fat5-base" if GPU else "fat5-demo"
+    steps = 12 if bench.tiny else planned(preset, bench.left() - START - END)
     if bench.is_complete("small"):
         train = [row for row in read_rows(bench.output / "small" / "metrics.jsonl") if row["kind"] == "train"]
         steps = min(steps, train[-1]["step"])
-    preset = "fat5-base" if GPU else "fat5-demo"
     words = pretraining(bench, preset, **scheduled(steps))
     job = Job("base", {"section": "base", "preset": preset, "seed": 0}, [*FAT5, "pretrain", *words])
-    bench.run_alone(job, math.inf)
+    bench.run_alone(job, (math.inf, None))
 
 
 def fill_in(bench: Bench, folder: Path, kept: Path) -> list[list[str]]:
@@ -229,34 +218,36 @@ def split_file(folder: Path, split: str) -> Path | None:
 
 
 def clock(bench: Bench) -> None:
-    """The three runs of the clock, one after another, in equal parts of the time."""
-    end, turns = bench.deadline, list(CLOCK)
-    for number, name in enumerate(turns):
-        bench.deadline = time.monotonic() + (end - time.monotonic()) / (len(turns) - number)
+    """The three runs of the clock, one after another."""
+    for name in CLOCK:
         on_the_clock(bench, name)
 
 
 def on_the_clock(bench: Bench, name: str) -> None:
     """One run of the clock: text, model, optimizer, schedule and validation batches are the same in all of them."""
-    preset, train_seconds = bench.options.preset, 6.0 if bench.tiny else timed(bench)
-    steps = planned(bench, preset, train_seconds * 0.97)
-    words = pretraining(bench, preset, **{"data.mixture": "t5", **scheduled(steps)})
+    preset, train_seconds = bench.options.preset, 6.0 if bench.tiny else bench.options.clock_seconds
+    values = {"data.mixture": "t5", **scheduled(12 if bench.tiny else planned(preset, train_seconds))}
     facts = {"section": "clock", "preset": preset, "seed": 0, "train_seconds": train_seconds, "text": CLOCK[name]}
-    if name == "clock_fat5":
-        bench.run_alone(Job(name, facts, [*FAT5, "pretrain", *words]), train_seconds)
-        return
-    limits = ["--train_seconds", str(train_seconds), "--text", CLOCK[name]]
-    bench.run_alone(Job(name, facts, [*stock(bench), *limits, *words]), math.inf)
+    if name != "clock_fat5":
+        words = ["--train_seconds", str(train_seconds), "--text", CLOCK[name], *pretraining(bench, preset, **values)]
+        bench.run_alone(Job(name, facts, [*stock(), *words]), (math.inf, None))
+    elif not bench.is_complete(name):
+        command = [*FAT5, "pretrain", *pretraining(bench, preset, **values)]
+        if not bench.tiny:
+            a_second = bench.measure_rate(Job("calibration", facts, command), CALIBRATION)
+            say(f"{name}: {a_second:.3g} steps/s")
+            command += keys(scheduled(max(20, int(0.97 * a_second * train_seconds))))
+        bench.run_alone(Job(name, facts, command), (train_seconds, None))
 
 
-def stock(bench: Bench) -> list[str]:
+def stock() -> list[str]:
     return [sys.executable, "-W", "ignore", str(HERE / "french_stock.py")]
 
 
 def finetune(bench: Bench) -> None:
-    """Tasks and starts, a task after another, so that a cut leaves whole tasks."""
+    """Starts and tasks, a start after another: a task's compiled code serves the later starts."""
     starts = [name for name in bench.options.starts.split(",") if name == "random" or bench.model(name) is not None]
-    jobs = [job for task in bench.options.tasks.split(",") for start in starts if (job := tuning(bench, task, start))]
+    jobs = [job for start in starts for task in bench.options.tasks.split(",") if (job := tuning(bench, task, start))]
     if not jobs:
         say(f"no task of {bench.options.tasks} in {bench.tasks}")
     bench.run_together(jobs, bench.options.at_once)
@@ -268,12 +259,18 @@ def tuning(bench: Bench, task: str, start: str) -> Job | None:
     if None in files.values():
         return None
     values = {f"data.{split}": path for split, path in files.items()} | TASKS[task] | {"seeds": bench.options.seeds}
-    values |= {"optimizer.lr": LEARNING_RATES.get(start, LEARNING_RATE), "keep_last": 1, "use_best": "true"}
-    values |= {"dropout": 0.1}
+    values |= {
+        "optimizer.lr": LEARNING_RATES.get(start, LEARNING_RATE),
+        "keep_last": 1,
+        "keep_best": 0,
+        "use_best": "false",
+    }
+    # The last weights count: checkpoints of many runs side by side would wait for the disk.
+    values |= {"dropout": 0.1, "save_every": 10**6}
     values |= {"predict_batch": 256} if GPU else {}
     if start == "random":
         # A folder with a configuration gives the random model its form.
-        formed = [bench.folder(name) / "model" for name in STARTS[:2]]
+        formed = [bench.folder(name) / "model" for name in ("small", "clock_fat5")]
         form = next((folder for folder in formed if (folder / "config.json").is_file()), bench.shards / "tokenizer")
         values |= {"model": "none", "tokenizer": form, "preset": bench.options.preset}
     else:
@@ -281,7 +278,7 @@ def tuning(bench: Bench, task: str, start: str) -> Job | None:
     if bench.tiny:
         values |= TINY_TASK if TASKS[task]["task"] == "text-to-text" else {**TINY_TASK, "max_new_tokens": "null"}
     facts = {"section": "finetune", "task": task, "start": start, "lr": values["optimizer.lr"]}
-    environment = {"OMP_NUM_THREADS": "4"} if GPU else {}
+    environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"} if GPU else {}
     return Job(f"{task}-from-{start}", facts, [*FAT5, "finetune", *keys(values)], environment=environment)
 
 
@@ -294,10 +291,10 @@ def ablation(bench: Bench, kind: str, variant: str, seed: int, more: dict[str, A
     length |= {"schedule.warmup_steps": max(1, steps // 15)}
     words = pretraining(bench, "fat5-demo", **{**shapes, **length, "seed": seed, **more})
     facts = {"section": "ablations", "kind": kind, "variant": variant, "seed": seed, "preset": "fat5-demo"}
-    environment = {"OMP_NUM_THREADS": "2"} if GPU else {}
+    environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"} if GPU else {}
     command = [*FAT5, "pretrain", *words]
     if kind == "padding":
-        command = [*stock(bench), "--text", "stream", *words]
+        command = [*stock(), "--text", "stream", *words]
     name = f"{kind}-{variant}-seed{seed}" if kind != "default" else f"default-seed{seed}"
     after = (lambda folder, kept: scored(bench, folder, kept)) if kind in ("mixtures", "default") else None
     return Job(name, facts, command, environment=environment, **({"after": after} if after else {}))
@@ -354,8 +351,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "clock": clock,
     **{name: lambda bench, name=name: on_the_clock(bench, name) for name in CLOCK},  # type: ignore[misc]
     "finetune": finetune,
-    "ablations": ablate("positions", "mixtures", "optimizers", "padding"),
-    **{kind: ablate(kind) for kind in ("positions", "mixtures", "optimizers", "padding")},
+    "ablations": ablate(*KINDS),
+    **{kind: ablate(kind) for kind in KINDS},
 }
 
 if __name__ == "__main__":

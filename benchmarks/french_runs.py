@@ -67,6 +67,7 @@ class Bench:
         self.deadline = 0.0
         self.stamp = {**measure.stamp(), "device": "GPU" if GPU else "CPU"}
         self._collected: dict[str, float] = {}
+        self._archiving = threading.Lock()
 
     def left(self) -> float:
         """Seconds that the section has."""
@@ -92,28 +93,40 @@ class Bench:
         whole = (folder / "model" / "config.json").is_file()
         return folder if whole or any((folder / "checkpoints").glob("step-*/config.json")) else None
 
-    def run_alone(self, job: Job, train_seconds: float, again: Callable[[Path], list[str]] | None = None) -> bool:
-        """Runs a job by itself until it ends or has trained for `train_seconds`, counted from its first step.
+    def run_alone(self, job: Job, *parts: tuple[float, Callable[[Path], list[str]] | None]) -> bool:
+        """Runs a job by itself, in parts: each until its end, or until SIGTERM after so many seconds of training,
+        counted from its first step, or when the section is over.
 
         Args:
-            again: stop in the middle by SIGTERM, then continue: the same command with what this returns behind it.
+            parts: seconds, and what the command of the part has behind it, by the run's folder.
         """
         if self.is_complete(job.name):
             say(f"{job.name}: complete already")
             return True
-        parts = [(1.0, [])] if again is None else [(0.5, []), (0.5, None)]
+        code = 0
         with Card() as card:
-            for share, more in parts:
-                more = again(self.folder(job.name)) if more is None and again is not None else more or []
-                process = self._start(job, more)
-                self._watch(process, job, share * train_seconds)
-                if process.returncode not in STOPPED:
+            for seconds, more in parts:
+                process = self._start(job, more(self.folder(job.name)) if more else [])
+                self._watch(process, job, seconds)
+                code = process.returncode
+                if code not in STOPPED or self.left() <= 0:
                     break
-        return self._finish(job, process.returncode, card.summary())
+        return self._finish(job, code, card.summary())
+
+    def measure_rate(self, job: Job, seconds: float) -> float:
+        """Steps a second of a job, which runs for so long and leaves nothing but warm caches."""
+        process = self._start(job, [])
+        self._watch(process, job, seconds)
+        rows = read_rows(self.folder(job.name) / "metrics.jsonl")
+        shutil.rmtree(self.folder(job.name))
+        shutil.rmtree(self.output / job.name)
+        train = [row for row in rows if row["kind"] == "train"]
+        return steps_a_second(train)
 
     def run_together(self, jobs: Sequence[Job], at_once: int) -> None:
         """Runs jobs side by side, in their order; none starts, and those that run are stopped, when time is over."""
         waiting = [job for job in jobs if not self.is_complete(job.name)]
+        finishing: list[threading.Thread] = []
         running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
         told = False
         while waiting or running:
@@ -133,10 +146,14 @@ class Bench:
             for name, (job, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    self._finish(job, process.returncode, {})
+                    # What comes after a run must not keep others from starting.
+                    finishing.append(threading.Thread(target=self._finish, args=(job, process.returncode, {})))
+                    finishing[-1].start()
                 else:
                     self._collect_at_times(job)
             time.sleep(POLL)
+        for thread in finishing:
+            thread.join()
 
     def _start(self, job: Job, more: list[str]) -> "subprocess.Popen[bytes]":
         folder, kept = self.folder(job.name), self.output / job.name
@@ -182,9 +199,6 @@ class Bench:
                     subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ, check=False)
         self._write(job, complete=code == 0, exit_code=code, ended=time.time(), **card)
         self.collect(job.name)
-        for checkpoints in folder.rglob("checkpoints") if code == 0 else ():
-            if (checkpoints.parent / "model").is_dir() or (checkpoints.parent / "results.json").is_file():
-                shutil.rmtree(checkpoints, ignore_errors=True)
         say(f"{job.name}: {'stopped in time' if stopped else f'exit code {code}' if code else 'done'}; {line(kept)}")
         if code and not stopped:
             say((kept / "log.txt").read_text(errors="replace")[-1500:])
@@ -219,11 +233,17 @@ class Bench:
                     (target / file.name).write_text(self._relative(file.read_text(encoding="utf-8")), encoding="utf-8")
             if (run / "metrics.jsonl").is_file():
                 (target / "metrics.jsonl").write_text(thinned(run / "metrics.jsonl"))
+            if (run / "summary.json").is_file():  # complete: its model is enough, of a seed its results
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                if run != folder:
+                    shutil.rmtree(run / "model", ignore_errors=True)
             if (run / "predictions.jsonl").is_file():
                 with (run / "predictions.jsonl").open(encoding="utf-8") as file:
                     head = [row for row, _ in zip(file, range(HEAD))]
                 (target / "predictions.jsonl").write_text("".join(head), encoding="utf-8")
-        if self.options.archive is not None:
+        if self.options.archive is None:
+            return
+        with self._archiving:
             partial = self.options.archive.with_suffix(".partial")
             with tarfile.open(partial, "w:gz") as archive:
                 archive.add(self.output, arcname=".")
@@ -306,6 +326,14 @@ def rate(rows: Sequence[dict[str, Any]]) -> float:
     if last["seconds"] <= first["seconds"]:
         return float(last["tokens_per_second"])
     return float((last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]))
+
+
+def steps_a_second(train: Sequence[dict[str, Any]]) -> float:
+    """Over the second half of some train rows; 0 where there are too few."""
+    if len(train) < 3:
+        return 0.0
+    middle, last = train[len(train) // 2 - 1], train[-1]
+    return float((last["step"] - middle["step"]) / max(last["seconds"] - middle["seconds"], 1e-9))
 
 
 def _steps(folder: Path) -> float:

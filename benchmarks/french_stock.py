@@ -21,7 +21,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from fat5.train.evaluation import unigram_entropy
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.precision import Precision
 from fat5.train.world import World
-from finetuning_turns import CountingTrainer, graphs_compiled
+from finetuning_turns import CountingTrainer, graphs_compiled, grouped_by_length
 from gpu_step import DEVICE, free, say, synchronize
 from gpu_stock import stock_model
 
@@ -111,15 +111,15 @@ class Stock:
             max_grad_norm=self.config.gradient_clip or 0.0, use_cpu=not GPU, dataloader_num_workers=workers,
             logging_steps=LOG_EVERY if GPU else 1, seed=self.config.seed, save_strategy="no", report_to="none",
             disable_tqdm=True, remove_unused_columns=False,
-            train_sampling_strategy="group_by_length" if options.text == "documents" else "random",
+            **(grouped_by_length() if options.text == "documents" else {}),
         )  # fmt: skip
         trainer = PretrainingTrainer(
             model=self.model, args=arguments, train_dataset=self.texts, data_collator=self.collator,
             optimizers=(optimizer, LambdaLR(optimizer, clock.rate)), callbacks=[clock],
         )  # fmt: skip
+        clock.trainer = trainer
         if options.text == "stream":
             trainer.batches = PaddedLoader(self.task.loader.stream, rows, num_workers=workers)
-        clock.trainer = trainer
         with quiet():
             trainer.train()
         clock.evaluate(trainer.state.global_step)
@@ -295,18 +295,7 @@ class PretrainingTrainer(CountingTrainer):
     batches: PaddedLoader | None = None
 
     def get_train_dataloader(self) -> Any:
-        return super().get_train_dataloader() if self.batches is None else Moving(self.batches)
-
-
-class Moving:
-    """The batches of a loader without end, as Trainer takes them."""
-
-    def __init__(self, loader: PaddedLoader) -> None:
-        self.loader = loader
-        self.batch_size = None
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.loader)
+        return super().get_train_dataloader() if self.batches is None else self.batches
 
 
 class Clock(TrainerCallback):

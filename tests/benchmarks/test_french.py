@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from fat5.cli.parsing import parse
 from fat5.data import load_tokenizer, reconstruct
 from fat5.model import FAT5ForConditionalGeneration
+from fat5.tasks import PretrainConfig
+from fat5.tasks.finetune.config import FinetuneConfig
 from fat5.train.evaluation import Scorer
 from fat5.train.precision import Precision
 from fat5.train.world import World
@@ -115,13 +118,13 @@ def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: 
     write += "row = dict(kind='train', step=1, loss=1.0, lr=1, grad_norm=1, tokens=9, tokens_per_second=9, seconds=1);"
     write += "(f / 'metrics.jsonl').write_text(json.dumps(row) + chr(10)); (f / 'config.yaml').write_text('steps: 9');"
     job = french_runs.Job("long", {"section": "small"}, [sys.executable, "-c", f"{write} time.sleep(60)"])
-    assert not it.run_alone(job, 0.5)
+    assert not it.run_alone(job, (0.5, None))
     kept = tmp_path / "out" / "long"
     assert (kept / "metrics.jsonl").is_file()
     assert not it.is_complete("long")
     assert it.facts("long")["exit_code"] == -15
     job.command[-1] = write
-    assert it.run_alone(job, 0.5)
+    assert it.run_alone(job, (0.5, None))
     assert it.is_complete("long")
     assert len((kept / "command.txt").read_text().splitlines()) == 2
 
@@ -144,6 +147,36 @@ def test_sentences_are_held_out_ones_with_a_blank(data: Path, tmp_path: Path) ->
         assert whole.startswith(before)
         assert whole.endswith(after)
         assert whole in {row["text"] for row in TEXTS}
+
+
+@pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
+def test_every_command_is_one_that_its_verb_takes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: bool
+) -> None:
+    commands: dict[str, list[str]] = {}
+
+    def record(_: Any, *jobs: Any) -> bool:
+        for job in (one for one in jobs if isinstance(one, french_runs.Job)):
+            assert job.name not in commands or job.name.startswith("default")
+            commands[job.name] = job.command
+        return True
+
+    monkeypatch.setattr(french_runs.Bench, "run_alone", record)
+    monkeypatch.setattr(french_runs.Bench, "run_together", lambda bench, jobs, at_once: record(bench, *jobs))
+    monkeypatch.setattr(french_runs.Bench, "measure_rate", lambda bench, job, seconds: 20.0)
+    monkeypatch.setattr(french_runs.Bench, "model", lambda bench, name: tmp_path)
+    options = {"tiny": tiny, "starts": ",".join(french.STARTS), "tasks": ",".join(french.TASKS), "clock_seconds": 60.0}
+    it = bench(data, tmp_path, **options)
+    it.deadline = french.time.monotonic() + 300
+    for section in ("small", "base", "clock", "finetune", "ablations"):
+        french.SECTIONS[section](it)
+    assert len(commands) == 5 + 2 * len(french.STARTS) + 2 * len(french.variants(french.KINDS)) + 4
+    for name, command in commands.items():
+        verb = command[command.index("fat5") + 1] if "fat5" in command else "pretrain"
+        words = command[command.index("--config") :] if verb == "pretrain" else command[command.index("fat5") + 2 :]
+        kind = PretrainConfig if verb == "pretrain" else FinetuneConfig
+        config = kind(**parse(kind, [*words, "--output_dir", "x"], verb)).resolved()
+        assert config.steps == "auto" or 4 <= config.steps < 10**5, name
 
 
 @pytest.mark.slow
