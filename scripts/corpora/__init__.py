@@ -1,0 +1,1 @@
+"""What french_tasks.py and french_corpus.py share: packages, their markup, near-duplicates, splits."""

@@ -1,1 +1,0 @@
-"""What french_tasks.py is made of: packages, their markup, near-duplicates."""
