@@ -30,6 +30,7 @@ PAGES = [
     "docs/convert.md",
     "docs/compatibility.md",
     "docs/init.md",
+    "docs/completion.md",
     "docs/doctor.md",
     "docs/another-language.md",
     "docs/continued-pretraining.md",

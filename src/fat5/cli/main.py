@@ -22,6 +22,7 @@ VERBS = {
     "plot": "draw and compare runs",
     "audit": "show what the model sees: examples, lengths, rates, fill",
     "bench": "compile every kernel configuration for every architecture, or tune them on this GPU",
+    "completion": "completion of verbs, keys and values by the Tab key, for bash, zsh or fish",
     "doctor": "check this machine and a configuration; print the memory plan",
 }
 

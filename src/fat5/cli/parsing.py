@@ -30,6 +30,7 @@ FIRST_KEYS = {
         "pretrain.model.preset", "pretrain.optimizer.lr", "pretrain.seed",
     ),
     "init": ("language", "size", "device", "inputs", "output"),
+    "completion": ("shell",),
     "tokenizer": ("inputs", "output_dir", "vocab_size", "model", "rows"),
     "prepare": ("inputs", "tokenizer", "output_dir", "workers", "validation_fraction", "steps", "verify"),
     "pretrain": (
@@ -49,6 +50,18 @@ FIRST_KEYS = {
     "audit": ("inputs", "output_dir", "mixture", "examples"),
     "doctor": ("data.sources", "model.preset", "steps", "devices", "gpu", "budget", "measured", "json_output"),
 }  # fmt: skip
+
+
+LIST_KEYS = "--list_keys"
+"""In place of all words: asks for the keys themselves."""
+
+
+class KeysListed(Exception):  # noqa: N818  (an answer)
+    """Says what keys a verb has."""
+
+    def __init__(self, actions: list[Action]) -> None:
+        super().__init__()
+        self.actions = actions
 
 
 def parse(
@@ -73,6 +86,7 @@ def parse(
 
     Raises:
         ConfigurationError: an unknown key or a value of the wrong type or form.
+        KeysListed: `argv` is LIST_KEYS.
     """
     description = (signature.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(
@@ -88,6 +102,8 @@ def parse(
     add(signature)
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     _put_first(parser, FIRST_KEYS.get(verb, ()), description)
+    if argv == [LIST_KEYS]:
+        raise KeysListed(parser._actions)
     argv = _read_recipes(argv, section or verb, recipe)
     argv = spell_out(argv, actions, words)
     _check_values(argv)
@@ -203,7 +219,7 @@ def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> Configurat
     kind = getattr(keys[wrong[1]], "_typehint", None)
     given = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*)['\"]", message)
     value = (given[1] or given[2] or "").strip().rstrip(".") if given else "something else"
-    close = get_close_matches(value, _literals(kind), n=1)
+    close = get_close_matches(value, literals(kind), n=1)
     meant = f"Did you mean {close[0]}? " if close else ""
     return ConfigurationError(f"expected {_in_words(kind)}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
 
@@ -218,10 +234,11 @@ def _nearest(asked: str, keys: Iterable[str]) -> str | None:
     return next(iter([*candidates, *similar]), None)
 
 
-def _literals(kind: Any) -> list[str]:
+def literals(kind: Any) -> list[str]:
+    """The words that a type allows."""
     if get_origin(kind) is Literal:
         return [str(value) for value in get_args(kind)]
-    return [value for part in get_args(kind) for value in _literals(part)]
+    return [value for part in get_args(kind) for value in literals(part)]
 
 
 def _in_words(kind: Any) -> str:
