@@ -14,6 +14,14 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+def repeat_ends(vector: Tensor, times: int) -> Tensor:
+    """(H, n + 2 * times): the end values of (H, n) repeated on either side.
+
+    Not F.pad: its deterministic form on CUDA is imported when it is called, which torch.compile does not trace.
+    """
+    return torch.cat([vector[:, :1].expand(-1, times), vector, vector[:, -1:].expand(-1, times)], 1)
+
+
 class RelativeBias:
     """A bias that depends on the head and on the clamped distance between key and query.
 

@@ -17,8 +17,8 @@ from fat5.ops.attention.hopper.launch_table import (
     HEAD_DIMS,
     MAX_REACH,
     SHORTEST,
-    SHORTEST_MEAN,
     SMALLEST_MEAN,
+    TOKENS_A_DOCUMENT,
 )
 from fat5.ops.triton.launch import architecture
 
@@ -87,7 +87,7 @@ def worthwhile(call: AttentionCall) -> bool:
         return False
     if call.packed:
         tokens = q.shape[0]
-        long = min(tokens, k.shape[0]) >= SHORTEST_MEAN * call.documents
+        long = min(tokens, k.shape[0]) >= TOKENS_A_DOCUMENT[call.vector is not None] * call.documents
     else:
         tokens = q.shape[0] * q.shape[2]
         long = q.shape[2] >= SHORTEST and k.shape[2] >= SHORTEST

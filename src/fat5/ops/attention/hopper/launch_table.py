@@ -29,14 +29,12 @@ FASTER: dict[tuple[int, bool, bool, bool], str] = {
 }
 """(head dimension, relative bias, causal, packed) that "auto" gives to this backend, as measured on an H200 in bfloat16
 (benchmarks/results/h200-hopper.csv): where its forward is not the faster one, only with its backward."""
-SHORTEST, SHORTEST_MEAN, FEWEST_TOKENS = 1024, 128, 8192
-"""What was measured: rows of 1,024 or more, packed documents of 530 on average, 16,384 tokens."""
+SHORTEST, FEWEST_TOKENS = 1024, 8192
+"""What was measured: rows of 1,024 or more; 16,384 tokens."""
+TOKENS_A_DOCUMENT = {True: 160, False: 320}
+"""Packed, with and without a bias: fewer, empty documents of a fixed shape counted, and Triton's kernels are faster."""
 
-FORWARD_TILES: dict[tuple[int, bool, bool], tuple[int, int]] = {
-    (64, True, False): (128, 128),
-    (64, True, True): (128, 128),
-    (64, False, True): (128, 128),
-}
+FORWARD_TILES: dict[tuple[int, bool, bool], tuple[int, int]] = {(64, True, False): (128, 128)}
 """Queries and keys in a tile of the forward with a bias, by (head dimension, causal, packed), where not the default."""
 
 

@@ -7,11 +7,11 @@ tiles.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fat5.ops.attention.bias import repeat_ends
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.hopper.launch_table import KEYS, PADDING, STRIP, query_block
 from fat5.ops.triton.launch import run
@@ -25,7 +25,7 @@ def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     if call.vector is None or call.vector.shape[1] == 1:
         # One number for all keys changes no softmax.
         return None, None
-    table = F.pad(call.vector.detach()[:, None], (PADDING, PADDING), mode="replicate")[:, 0]
+    table = repeat_ends(call.vector.detach(), PADDING)
     if not (call.packed and call.vector.requires_grad and torch.is_grad_enabled()):
         return table, None
     starts = (call.cu_seqlens_q, call.cu_seqlens_k)

@@ -6,10 +6,10 @@ Kernels: forward.py, backward.py, bias_gradient.py; their launch configurations:
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from fat5.ops.attention.bias import repeat_ends
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.triton.backend import MAX_HEAD_DIM
 from fat5.ops.attention.triton.backward import key_gradient_kernel, query_gradient_kernel
@@ -36,7 +36,7 @@ def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     padded = None
     if call.vector is not None:
         scaled = call.vector.detach() if call.scale == 1.0 else call.vector.detach() / call.scale
-        padded = F.pad(scaled[:, None], (BIAS_PADDING, BIAS_PADDING), mode="replicate")[:, 0]
+        padded = repeat_ends(scaled, BIAS_PADDING)
     if not call.packed:
         return padded, None, None, None, None
     return padded, *work_lists(
