@@ -1,4 +1,4 @@
-"""Every test: one torch thread, no hub, no tuned rows of this machine, and memory that starts as NaN."""
+"""Every test: one thread, no hub, no tuned rows of this machine, no wait for a disk, and memory that starts as NaN."""
 
 import functools
 import gc
@@ -28,11 +28,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Only a power cut shows what fsync is for; a busy disk makes the suite wait for a second at some of its thousands.
+os.fsync = lambda descriptor: (os.fstat(descriptor), None)[1]
+
+
 def pytest_collection_finish() -> None:
     """The collector need not walk through torch and transformers each time: what is imported stays."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Commands that tests run are forked from this process as it is before the first test."""
+    if "made_run" in sys.modules:
+        sys.modules["made_run"].Forked.serve()
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,31 +1,34 @@
 """`fat5` in a process of its own, with faults in it.
 
     INJECT='{"numbers": {"step": 5, "rank": 1}}' python tests/injected.py pretrain --config FILE
-    python tests/injected.py --serve
 
 INJECT is a JSON object: fault → settings. Each fault is a function below; its parameters are the settings.
-
-With --serve the package is imported, and nothing else done. Each line of standard input then is a command, which runs
-in a new process that is forked: several seconds of imports are paid once (made_run.py is the other end).
 """
 
+import atexit
 import json
 import math
+import multiprocessing.util
 import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
+from typing import TextIO
 
+from numba.core.registry import cpu_target
+
+from fat5.cli import pretrain as command_that_is_forked
 from fat5.cli.main import main
 from fat5.data.examples import loader
-from fat5.tasks import pretrain
+from fat5.tasks import pretraining
 from fat5.train import run, trainer, world
 from fat5.train.checkpoint import files, store
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.step import StepRunner
 
-assert pretrain  # imported for the processes that are forked
+assert command_that_is_forked  # imported once for all
 
 current = {"step": 0}
 """The step that is being made, counted from 1."""
@@ -143,6 +146,20 @@ def gpu_memory(megabytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction((megabytes << 20) / total)
 
 
+def measure(target: str) -> None:
+    """Leaves in a file the bytes of the memory plan, and those that the process took at most since it was made."""
+
+    def kilobytes(name):
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+
+    def noted(plan, free):
+        before = kilobytes("VmRSS")
+        atexit.register(lambda: Path(target).write_text(f"{plan.total} {(kilobytes('VmHWM') - before) * 1024}"))
+        return check(plan, free)
+
+    check, pretraining.check_memory = pretraining.check_memory, noted
+
+
 def patience(worker: float = 300.0, rank: float = 600.0) -> None:
     """Seconds until a silent data worker, or a silent rank, is given up."""
     loader.Loader.__init__.__kwdefaults__["timeout"] = worker
@@ -161,7 +178,7 @@ def _count_steps() -> None:
 
 FAULTS = {
     one.__name__: one
-    for one in (kill, kill_in_save, stop_in_evaluation, disk, log_disk, numbers, memory, gpu_memory, patience)
+    for one in (kill, kill_in_save, stop_in_evaluation, disk, log_disk, numbers, memory, gpu_memory, measure, patience)
 }
 
 
@@ -172,11 +189,20 @@ def inject(faults: dict | None) -> None:
         FAULTS[name](**settings)
 
 
-def serve() -> list[str]:
-    """Answers requests, a JSON object a line; returns the words of a command in each process that is forked for one."""
+def serve(lines: TextIO) -> None:
+    """Answers requests, a JSON object a line, in a process that has imported the package and done nothing else.
+
+    A request with `words` forks a process for that command, which so does not pay for seconds of imports
+    (made_run.Forked is the other end).
+    """
     run.draw_run = lambda *arguments: None  # they have tests of their own, and only cost here
     trainer.peak_flops = lambda *arguments: 1e12
-    for line in sys.stdin:
+    pretraining.validation_samples = lambda *arguments: []
+    atexit._clear()  # what pytest does at its end
+    atexit.register(multiprocessing.util._exit_function)
+    for number, line in enumerate(lines):
+        if number == 0:
+            cpu_target.target_context.refresh()  # what numba does before the first function that it loads
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
@@ -184,27 +210,40 @@ def serve() -> list[str]:
         else:
             answer = os.fork()
             if not answer:
-                return _become(**request)
-        print(json.dumps(answer), flush=True)
+                lines.close()
+                _become(**request)
+        lines.write(json.dumps(answer) + "\n")
+        lines.flush()
     os._exit(0)
 
 
-def _become(words: list[str], folder: str, fault: dict | None, variables: dict[str, str]) -> list[str]:
+def _become(words: list[str], folder: str, fault: dict | None, variables: dict[str, str]) -> None:
     os.setsid()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         file = os.open(Path(folder, name) if number else os.devnull, os.O_RDWR | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     os.environ.update(variables)
     sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep)
-    inject(fault)
-    return words
+    code = 1
+    try:
+        inject(fault)
+        code = main(words)
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:  # as the interpreter does at its end
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        command = serve()
-    else:
-        inject(json.loads(os.environ["INJECT"]))
-        command = sys.argv[1:]
-    sys.exit(main(command))
+    inject(json.loads(os.environ["INJECT"]))
+    sys.exit(main(sys.argv[1:]))

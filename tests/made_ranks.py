@@ -1,5 +1,6 @@
 """Runs of two processes on the CPU: started by torchrun, as a user does, or forked with torchrun's environment."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,29 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-WATCHED = Path(__file__).parent / "watched_rank.py"
 INJECTED = Path(__file__).parent / "injected.py"
 
 
-def torchrun(
-    *words: str,
-    watch: Path | None = None,
-    fault: dict | None = None,
-    processes: int = 2,
-    options: tuple[str, ...] = (),
-):
-    """Starts `fat5 WORDS` under torchrun; with `watch`, each rank leaves there what it trained on (watched_rank.py);
-    with `fault`, each injects it (injected.py).
-    """
-    entry = ["-m", "fat5"] if watch is None else [str(WATCHED)]
-    entry = entry if fault is None else [str(INJECTED)]
+def torchrun(*words: str, fault: dict | None = None, processes: int = 2, options: tuple[str, ...] = ()):
+    """Starts `fat5 WORDS` under torchrun; with `fault`, each rank injects it (injected.py)."""
+    entry = ["-m", "fat5"] if fault is None else [str(INJECTED)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
-    environment = (
-        os.environ
-        | {"OMP_NUM_THREADS": "1", "INJECT": json.dumps(fault)}
-        | ({"WATCH": str(watch)} if watch is not None else {})
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "INJECT": json.dumps(fault)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *launcher, *entry, *words], env=environment, **pipes)
 
@@ -83,7 +71,28 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
+def noting(folder: Path, work: Callable[[], object]) -> None:
+    """Runs `work` in a rank that notes in `folder`: by step its piece ids and a hash of its weights; and their size."""
+    from fat5.train.step import StepRunner
+
+    step_of = StepRunner.run
+    noted: dict[str, Any] = {"pieces": [], "weights": []}
+
+    def run(self, batches, rate):
+        result = step_of(self, batches, rate)
+        noted["pieces"].append([int(one) for batch in batches for one in batch.piece[: batch.num_examples]])
+        content = b"".join(weight.detach().numpy().tobytes() for weight in self.weights)
+        noted["weights"].append(hashlib.sha256(content).hexdigest())
+        noted["held"] = sum(weight.numel() for weight in self.weights)
+        return result
+
+    StepRunner.run = run  # type: ignore[method-assign]
+    work()
+    (folder / f"rank-{rank()}.json").write_text(json.dumps(noted))
+
+
 def watched(folder: Path, processes: int = 2) -> list[dict]:
+    """What each rank noted."""
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
 
 

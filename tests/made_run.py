@@ -4,13 +4,14 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -33,8 +34,6 @@ TINY = {
     "dropout_rate": 0.1,  # so that the random state matters
     "attention_dropout_rate": 0.0,  # half the time of a step at this size; the kill tests turn it on
 }
-
-INJECTED = Path(__file__).parent / "injected.py"
 
 
 @pytest.fixture(scope="session")
@@ -128,14 +127,27 @@ def start(config: PretrainConfig, *arguments: str, before: Sequence[str] = ()) -
 class Forked:
     """A command in a process forked from one that has imported the package; as subprocess.Popen, but for its pipes."""
 
-    _server: subprocess.Popen | None = None
+    _server: TextIO | None = None
+
+    @classmethod
+    def serve(cls) -> None:
+        """Forks the server. Before the first test (conftest.py): each command then begins as if there had been none."""
+        ours, theirs = socket.socketpair()
+        if not os.fork():
+            try:
+                os.setsid()
+                ours.close()
+                from injected import serve
+
+                serve(theirs.makefile("rw"))
+            finally:
+                os._exit(1)
+        theirs.close()
+        cls._server = ours.makefile("rw")
 
     def __init__(self, words: Sequence[str], fault: dict | None, variables: dict[str, str]) -> None:
         if Forked._server is None:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            server = [sys.executable, str(INJECTED), "--serve"]
-            Forked._server = subprocess.Popen(server, env=environment, start_new_session=True, **pipes)
+            Forked.serve()
         self.returncode: int | None = None
         self._folder = tempfile.TemporaryDirectory()
         request = {"words": words, "folder": self._folder.name, "fault": fault, "variables": variables}
@@ -144,9 +156,9 @@ class Forked:
     @classmethod
     def _ask(cls, request: dict) -> Any:
         assert cls._server is not None
-        cls._server.stdin.write(json.dumps(request) + "\n")
-        cls._server.stdin.flush()
-        return json.loads(cls._server.stdout.readline())
+        cls._server.write(json.dumps(request) + "\n")
+        cls._server.flush()
+        return json.loads(cls._server.readline())
 
     def poll(self) -> int | None:
         if self.returncode is None:

@@ -3,8 +3,8 @@
 import io
 import json
 import pickle
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fat5.cli.main import main
 from fat5.data.tokenizer.training import TokenizerTraining
 from fat5.errors import ConfigurationError
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "without_fat5.py"
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 SMALL = {
     "tokenizer.vocab_size": "1024",
@@ -79,20 +80,22 @@ def test_the_model_s_card_tells_its_training(demo: Path) -> None:
         assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_stock_transformers_load_the_model_without_fat5(demo: Path) -> None:
-    code = f"""
-import sys
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-model, info = AutoModelForSeq2SeqLM.from_pretrained({str(demo / "model")!r}, output_loading_info=True)
-tokenizer = AutoTokenizer.from_pretrained({str(demo / "model")!r})
-assert type(model).__name__ == "T5ForConditionalGeneration", type(model)
-assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-ids = tokenizer("[R] Le noyau<extra_id_0>.", return_tensors="pt")
-print(model.generate(**ids, max_new_tokens=4).shape)
-sys.exit("fat5" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_stock_transformers_and_ctranslate2_read_the_model_without_fat5(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The transcript of scripts/without_fat5.py, in this environment with fat5 made unimportable."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(demo)])
+    code = runpy.run_path(str(SCRIPT))["main"]()
+    sys.stdout.flush()
+    printed, error = capfd.readouterr()
+    assert code == 0, printed + error
+    for line in (
+        "import fat5                No module named 'fat5'",
+        "transformers.models.t5.modeling_t5.T5ForConditionalGeneration, missing 0, unexpected 0",
+        "greedy tokens              the same",
+        "CTranslate2, greedy        the same tokens",
+    ):
+        assert line in printed
 
 
 def test_run_again_it_trains_no_further(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,15 @@ def config(prepared, tmp_path, **changes) -> AuditConfig:
     return AuditConfig(**(keys | {"encoder_tokens": 4096, "tokens": 400_000, "window": 256} | changes))
 
 
-def test_long_documents_meet_the_specification(prepared, tmp_path):
-    report = audit(config(prepared, tmp_path))
+@pytest.fixture(scope="module")
+def audited(prepared, tmp_path_factory):
+    """What the audit of `prepared` says, and the folder in which it writes."""
+    folder = tmp_path_factory.mktemp("audited")
+    return audit(config(prepared, folder)), folder / "out"
+
+
+def test_long_documents_meet_the_specification(audited):
+    report, out = audited
     assert report["reconstructed"] == report["examples"] > 900
     assert report["tokens"] >= 400_000
     assert report["tokens_dropped"] == 0
@@ -61,8 +68,8 @@ def test_long_documents_meet_the_specification(prepared, tmp_path):
     assert shown["inputs"].startswith("[R]")
     assert "<extra_id_0>" in shown["inputs"]
     assert shown["targets"].startswith("<extra_id_0>")
-    assert json.loads((tmp_path / "out/audit.json").read_text()) == json.loads(json.dumps(report))
-    assert (tmp_path / "out/audit.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(report))
+    assert (out / "audit.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_suggested_budgets_fill_as_promised(prepared, tmp_path):
@@ -93,13 +100,13 @@ def test_short_documents_are_told_from_a_broken_rule(tmp_path, tokenizer, monkey
     assert {name for name, verdict in rows.items() if verdict == "FAIL"} == {"[R] mu=8 r=0.15", "[X] mu=8 r=0.15"}
 
 
-def test_fertility_and_corpora_are_measured(prepared, tmp_path, tokenizer):
+def test_fertility_and_corpora_are_measured(prepared, audited, tmp_path, tokenizer):
     other = tmp_path / "other"
     write_text(other, tokenizer, made_documents([400] * 60, vocab_size=1024))
     report = audit(config(prepared, tmp_path, inputs=[str(prepared), str(other)], weights=[3.0, 1.0]))
     shares = [corpus["share_seen"] for corpus in report["corpora"]]
     assert shares == pytest.approx([0.75, 0.25], abs=0.02)
-    words = audit(config(prepared, tmp_path))["tokenizer"]
+    words = audited[0]["tokenizer"]
     text = "Les paquets de la distribution sont installés par l'administrateur du système. " * 60
     ids = tokenizer.encode_documents([text])[0]
     assert words["tokens_per_word"] == pytest.approx(len(ids) / len(text.split()), rel=0.05)

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import config, decoded, manifest, write_jsonl
+from preparing import config, decoded, die, manifest, write_jsonl
 from transformers import AutoTokenizer
 
 from fat5.data import Tokenizer, load_tokenizer, open_shards, read_manifest, verify
@@ -283,10 +282,6 @@ def test_a_dead_worker_is_an_error_and_not_a_wait(
     monkeypatch.setattr("fat5.data.shards.executors.run_task", die)
     with pytest.raises(DataError, match="a worker process died"):
         prepare(config(tmp_path, tokenizer, write_jsonl(tmp_path / "a.jsonl", texts), workers=2))
-
-
-def die(folder: str, stage: str, rank: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

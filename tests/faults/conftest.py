@@ -28,7 +28,8 @@ def cut_back(undisturbed, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_drawing(monkeypatch):
-    """The drawing and the measured peak of the machine have tests of their own; here they only cost."""
+def _less_around_a_run(monkeypatch):
+    """Drawing, samples and the measured peak of the machine have tests of their own; here they only cost."""
     monkeypatch.setattr("fat5.train.run.draw_run", lambda *arguments: None)
     monkeypatch.setattr("fat5.train.trainer.peak_flops", lambda *arguments: 1e12)
+    monkeypatch.setattr("fat5.tasks.pretraining.validation_samples", lambda *arguments: [])

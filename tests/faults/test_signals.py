@@ -17,33 +17,15 @@ from made_run import (
     events,
     in_child,
     last_checkpoint,
-    rows_without_times,
-    start,
     tiny,
-    wait_for_step,
     watch_steps,
 )
 
 SECONDS_TO_LEAVE = 20.0  # a step and a save take well under one; the rest is a busy machine
 
 
-def test_the_command_saves_and_leaves(prepared, tmp_path):
-    run = tmp_path / "run"
-    process = start(tiny(prepared, run, steps=100_000, save_every=100_000, eval_every=100_000, data={"num_workers": 1}))
-    wait_for_step(run, 2)
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    _, error = process.communicate(timeout=60)
-    assert time.monotonic() - began < SECONDS_TO_LEAVE
-    assert process.returncode == 128 + signal.SIGTERM
-    step = verify_checkpoint(last_checkpoint(run))["step"]
-    assert f"stopped by SIGTERM after step {step}; the same command continues" in error
-    assert step == rows_without_times(run)[-1]["step"]
-    assert "Traceback" not in error
-
-
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_the_other_signals_do_the_same(prepared, tmp_path, number, monkeypatch):
+def test_a_signal_in_a_step_saves_after_it(prepared, tmp_path, number, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr(StepRunner, "run", raising_at(monkeypatch, 3, number))
     with pytest.raises(RunStopped, match=f"stopped by {number.name} after step 3; the same command continues"):

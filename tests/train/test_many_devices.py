@@ -21,7 +21,7 @@ from fat5.train import NonFiniteError, World, read_rows
 from fat5.train import world as world_module
 from fat5.train.checkpoint.generators import count_processes
 from fat5.train.step import StepRunner
-from made_ranks import finish, forked, rank, stop_at, torchrun, watched
+from made_ranks import forked, noting, rank, stop_at, watched
 from made_run import events, last_checkpoint, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="waits for torch.distributed")
@@ -42,14 +42,17 @@ def write(config, path):
     return str(path)
 
 
-def test_two_processes_train_as_one(prepared, tmp_path):
-    """Through torchrun, over two passes: losses, examples by id, weights bit for bit, one summary on stdout."""
+def test_two_processes_train_as_one(prepared, tmp_path, capfd):
+    """By the command, over two passes: losses, examples by id, weights bit for bit, one summary on stdout. Under
+    torchrun itself it runs in tests/faults/test_ranks.py.
+    """
     data = FOUR | {"encoder_tokens": 1024, "decoder_tokens": 512}
     settings = {"steps": 21, "save_every": 21, "eval_every": 21, "overrides": PLAIN, "data": data}
     pretrain(tiny(prepared, tmp_path / "one", **settings))
     recipe = write(tiny(prepared, tmp_path / "two", **settings), tmp_path / "two.yaml")
-    code, output, error = finish(torchrun("pretrain", "--config", recipe, watch=tmp_path))
-    assert code == 0, error
+    capfd.readouterr()
+    assert forked(lambda: noting(tmp_path, lambda: main(["pretrain", "--config", recipe]))) == [0, 0]
+    output, error = capfd.readouterr()
     assert json.loads(output)["steps"] == 21
     assert "rank 1" not in error
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=LOSS)

@@ -2,9 +2,8 @@
 
 import gc
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,9 @@ from fat5 import machine
 from fat5.cli.main import main
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.activations import checkpoint_activations
+from fat5.tasks import ModelConfig
 from fat5.train.cost.memory import GIB, activations
-from made_run import tiny
+from made_run import command, tiny
 
 # The count leaves out the small (norms' roots, softmax statistics, dropout masks), so it may be a quarter off, no more.
 SHARE = 0.25
@@ -73,29 +73,14 @@ def _selected() -> Iterator[torch.Tensor]:
             yield one.val
 
 
-MEASURED = """
-import sys
-from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain, pretraining
-from fat5.train import run, trainer
-run.draw_run, trainer.peak_flops = lambda *arguments: None, lambda *arguments: 1e12
-
-def kilobytes(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
-
-plan, check = [], pretraining.check_memory
-pretraining.check_memory = lambda made, free: (plan.extend([made.total, kilobytes("VmRSS") * 1024]), check(made, free))
-sizes = {"max_tokens": 256, "encoder_tokens": 4096, "decoder_tokens": 2944, "packs_per_step": 1}
-data, model = DataConfig([SourceConfig(sys.argv[1])], **sizes), ModelConfig("fat5-demo")
-pretrain(PretrainConfig(sys.argv[2], model=model, data=data, steps=2, save_every=1, eval_tokens=256))
-print(plan[0], kilobytes("VmHWM") * 1024 - plan[1])
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="waits for a system that tells a process's peak")
 def test_the_plan_is_what_a_process_takes(prepared: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MEASURED, str(prepared), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    planned, measured = map(int, done.stdout.split())
+    sizes = {"max_tokens": 256, "encoder_tokens": 2048, "decoder_tokens": 1536, "packs_per_step": 1}
+    config = tiny(prepared, tmp_path / "run", data=sizes, steps=2, save_every=1, eval_tokens=256)
+    config = replace(config, model=ModelConfig("fat5-demo"))
+    code, error = command(config, fault={"measure": {"target": str(tmp_path / "bytes")}})
+    assert code == 0, error
+    planned, measured = map(int, (tmp_path / "bytes").read_text().split())
     assert abs(planned - measured) < SHARE * measured, f"planned {planned / GIB:.2f} GiB, measured {measured / GIB:.2f}"
 
 

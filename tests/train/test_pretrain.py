@@ -119,7 +119,7 @@ def test_the_resolved_recipe_makes_the_same_configuration(prepared, run):
     assert again.optimizer.lr == 0.02
 
 
-def test_a_finished_run_stays_as_it_is(prepared, run):
+def test_a_finished_run_stays_as_it_is(prepared, run, sampled):
     folder, summary = run
     log = (folder / "metrics.jsonl").read_bytes()
     settings = {"steps": 40, "save_every": 20, "eval_every": 20, "schedule": ScheduleConfig(warmup_steps=4)}

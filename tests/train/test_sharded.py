@@ -23,7 +23,7 @@ from fat5.train import World, read_rows
 from fat5.train.config import RunConfig, shard_size
 from fat5.train.sharded import Shards, divides
 from fat5.train.step import StepRunner
-from made_ranks import finish, forked, rank, stop_at, torchrun
+from made_ranks import finish, forked, noting, rank, stop_at, torchrun, watched
 from made_run import last_checkpoint, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="waits for torch.distributed")
@@ -50,21 +50,6 @@ def tensors(run, name="model"):
     return load_file(last_checkpoint(run) / f"{name}.safetensors")
 
 
-def noting(folder, work):
-    """`work` in a rank that leaves the pieces of its steps, and its share of the weights, in `folder`."""
-    step_of, seen = StepRunner.run, []
-
-    def run(self, batches, rate):
-        seen.extend(int(one) for batch in batches for one in batch.piece[: batch.num_examples])
-        noted["held"] = sum(weight.numel() for weight in self.weights)
-        return step_of(self, batches, rate)
-
-    noted = {"pieces": seen}
-    StepRunner.run = run
-    work()
-    (folder / f"rank-{rank()}.json").write_text(json.dumps(noted))
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -79,9 +64,8 @@ def test_four_processes_train_as_one(prepared, tmp_path, name, how):
     alone = World(torch.device("cpu"))
     stream = Pretraining.open(settle(tiny(prepared, tmp_path / "none", **settings), alone), alone).loader.stream
     total = sum(tensor.numel() for tensor in tensors(tmp_path / "one").values())
-    config, folder = tiny(prepared, tmp_path / name, **settings, **how), tmp_path / f"{name}-noted"
-    folder.mkdir()
-    assert forked(lambda: noting(folder, lambda: pretrain(config)), 4) == [0] * 4
+    config = tiny(prepared, tmp_path / name, **settings, **how)
+    assert forked(lambda: noting(tmp_path, lambda: pretrain(config)), 4) == [0] * 4
     assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=LOSS)
     assert norms(tmp_path / name) == pytest.approx(norms(tmp_path / "one"), rel=10 * LOSS)
     for file in ("model", "optimizer"):
@@ -89,14 +73,15 @@ def test_four_processes_train_as_one(prepared, tmp_path, name, how):
         assert one.keys() == many.keys()
         for key in one:
             torch.testing.assert_close(many[key], one[key], rtol=1e-3, atol=1e-5, msg=f"{name} {file} {key}")
-    noted = [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(4)]
+    noted = watched(tmp_path, 4)
     assert all(one["held"] < 1.1 * total / how.get("hsdp_shard_size", 4) for one in noted)
     state = json.loads((last_checkpoint(tmp_path / name) / "trainer.json").read_text())["data"]
     used = np.setdiff1d(np.arange(state["cursor"]), state["window"])
-    assert sorted(piece for one in noted for piece in one["pieces"]) == sorted(stream.resolve(used).piece.tolist())
+    seen = [piece for one in noted for step in one["pieces"] for piece in step]
+    assert sorted(seen) == sorted(stream.resolve(used).piece.tolist())
 
 
-def test_a_checkpoint_continues_whole_or_divided(prepared, tmp_path):
+def test_a_checkpoint_continues_whole_or_divided(prepared, tmp_path, sampled):
     """Two that divide the weights, then one; and one, then two that divide. The model folder is that of any run."""
     settings = {"steps": 4, "save_every": 2, "eval_every": 4, "overrides": PLAIN, "data": FOUR}
     pretrain(tiny(prepared, tmp_path / "straight", **settings))
