@@ -11,8 +11,8 @@ are those of that run; of `steps` only the shape of the schedule is taken, which
     stream      the examples of `fat5 pretrain`, padded, by steps: what packing is compared with
 
 The number of rows is the fastest of a few tried eagerly, accumulated to the tokens of a FAT5 step. On a GPU the model
-is compiled; the clock starts when nothing new was compiled for a few steps. metrics.jsonl, summary.json and model/ are
-as those of `fat5 pretrain`.
+is compiled; the clock starts when nothing new was compiled for a few steps, and stands still in evaluations.
+metrics.jsonl, summary.json and model/ are as those of `fat5 pretrain`.
 """
 
 import argparse
@@ -314,7 +314,7 @@ class Clock(TrainerCallback):
         self.limit = stock.options.train_seconds
         self.before, self.tokens, self.computed, self.useful = 0.0, 0, 0, 0
         self.scores: list[dict[str, Any]] = []
-        self._begun, self._started, self._next = 0.0, 0.0, 0.0
+        self._begun, self._started, self._evaluating, self._next = 0.0, 0.0, 0.0, 0.0
         self._graphs, self._quiet, self._told = graphs_compiled(), 0, False
         self._last = (0.0, 0)
         signal.signal(signal.SIGTERM, self._stop)
@@ -323,8 +323,8 @@ class Clock(TrainerCallback):
         self._told = True
 
     def seconds(self) -> float:
-        """Since the clock started."""
-        return time.perf_counter() - self._started if self._started else 0.0
+        """Since the clock started, without evaluations."""
+        return time.perf_counter() - self._started - self._evaluating if self._started else 0.0
 
     def rate(self, step: int) -> float:
         """The schedule of the FAT5 run, by the clock or by steps."""
@@ -374,7 +374,10 @@ class Clock(TrainerCallback):
         """Scores the model, once a step."""
         if self.scores and self.scores[-1]["step"] == step:
             return
-        row = {"kind": "eval", "step": step, **self.stock.score(), "seconds": self.seconds()}
+        synchronize()
+        seconds, begun = self.seconds(), time.perf_counter()
+        row = {"kind": "eval", "step": step, **self.stock.score(), "seconds": seconds}
+        self._evaluating += time.perf_counter() - begun if self._started else 0.0
         self.scores.append(row)
         self.stock.log.write(row)
         say(f"stock: step {step}, {row['seconds']:.0f} s, validation loss {row['loss']:.4f}")

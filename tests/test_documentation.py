@@ -32,7 +32,7 @@ PAGES = [
     "docs/init.md",
     "docs/completion.md",
     "docs/doctor.md",
-    "docs/another-language.md",
+    "docs/your-language.md",
     "docs/continued-pretraining.md",
     "docs/training.md",
     "docs/many-devices.md",
