@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from html import escape
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from fat5.cli import parsing
 from fat5.cli.main import VERBS, main
 from fat5.data import sample_path
+from made_packages import deb, sample, tar
 from made_shell import fat5_on_path
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +43,12 @@ PAGES = [
     "docs/optimizers.md",
     "docs/audit.md",
     "docs/french-tasks.md",
+    "docs/french.md",
 ]
-# Its commands use what its snippets make.
-SNIPPETS_FIRST = {"docs/continued-pretraining.md"}
+# Their commands use what their snippets make, and the other way round.
+IN_ORDER = {"docs/continued-pretraining.md", "docs/your-language.md"}
+# The corpus of your-language.md: packages of the real layout, made here in place of the download.
+BOOKS = ("debian-faq-de", "debian-handbook", "debian-reference-de", "developers-reference-de", "maint-guide-de")
 TINY = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 PRETRAIN = {
     "model.preset": "fat5-demo",
@@ -69,17 +74,24 @@ SMALLER = {
     "generate": {"max_new_tokens": "3"},
 }
 # Needs the hub or a cluster: only parsed.
-ELSEWHERE = re.compile(r"--config fr/|--executor (slurm|ray)|torchrun|runs/(base|large)\b")
+ELSEWHERE = re.compile(r"--config fr/|--executor (slurm|ray)|torchrun|runs/(base|large)\b|(data|runs)/packages")
 
 
-def commands(page: str) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+def blocks(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def lines_of(block: str) -> list[str]:
+    lines = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def commands(page: str) -> list[str]:
+    return [line for language, block in blocks(page) if language == "bash" for line in lines_of(block)]
+
+
 def snippets(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [block for language, block in blocks(page) if language == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -90,36 +102,56 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_text.jsonl").write_text("".join(rows), encoding="utf-8")
     pairs = [json.dumps({"source": f"le nombre {n}", "target": f"the number {n}"}) for n in range(60)]
     (folder / "my_pairs.jsonl").write_text("\n".join(pairs), encoding="utf-8")
+    (folder / "packages").mkdir()
+    german = list(sample("de").values())
+    for number, book in enumerate(BOOKS):
+        pages = {}
+        for page in range(12):
+            texts = german[120 * number + 10 * page :][:10]
+            html = "".join(f"<p>{escape(text)}</p>" for text in texts)
+            pages[f"./usr/share/doc/{book}/html/de-DE/page-{page}.html"] = f"<html><body>{html}</body></html>".encode()
+        deb(folder / "packages", book, tar(pages))
     return folder
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    for snippet in snippets(page) if page in SNIPPETS_FIRST else []:
-        exec(compile(snippet, page, "exec"), {})
-    for line in commands(page):
-        if line.startswith("fat5 "):
-            words = shlex.split(line)[1:]
-            assert words[0] in VERBS, line
-            if (ELSEWHERE.search(line) and words[0] != "doctor") or "--help" in words:
-                assert_parses(words, monkeypatch)
-            else:
-                code = main([words[0], *words[1:], *smaller(words)])
-                # The doctor of a recipe whose data is elsewhere says so with 2.
-                assert code == 0 or (code == 2 and words[0] == "doctor"), f"{page}: {line}: exit code {code}"
-        elif line.startswith("torchrun "):  # tests/train/test_many_devices.py and others start it
-            words = shlex.split(line)
-            assert_parses(words[words.index("fat5") + 1 :], monkeypatch)
-        elif line.startswith("make "):
-            target = line.split()[1]
-            assert f"\n{target}:" in (ROOT / "Makefile").read_text(), line
-        elif " | fat5 " in line:
-            shell = ["bash", "-o", "pipefail", "-c", f"{line} --max_new_tokens 3"]
-            with fat5_on_path() as environment:
-                assert subprocess.run(shell, env=environment, check=False).returncode == 0, line
+    for language, block in blocks(page):
+        if language == "python":
+            if page in IN_ORDER:
+                exec(compile(block, page, "exec"), {})
+            continue
+        for line in lines_of(block):
+            run_line(page, line, monkeypatch)
+
+
+def run_line(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if line.startswith("fat5 "):
+        words = shlex.split(line)[1:]
+        assert words[0] in VERBS, line
+        if (ELSEWHERE.search(line) and words[0] != "doctor") or "--help" in words:
+            assert_parses(words, monkeypatch)
         else:
-            assert_run_elsewhere(page, shlex.split(line))
+            code = main([words[0], *words[1:], *smaller(words)])
+            # The doctor of a recipe whose data is elsewhere says so with 2.
+            assert code == 0 or (code == 2 and words[0] == "doctor"), f"{page}: {line}: exit code {code}"
+    elif line.startswith("torchrun "):  # tests/train/test_many_devices.py and others start it
+        words = shlex.split(line)
+        assert_parses(words[words.index("fat5") + 1 :], monkeypatch)
+    elif line.startswith("make "):
+        target = line.split()[1]
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), line
+    elif line.startswith("python scripts/french_corpus.py") and all(book in line for book in BOOKS):
+        monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+        corpus = import_module("french_corpus")
+        assert corpus.main([word for word in shlex.split(line)[2:] if word != "--download"]) == 0
+    elif " | fat5 " in line:
+        shell = ["bash", "-o", "pipefail", "-c", f"{line} --max_new_tokens 3"]
+        with fat5_on_path() as environment:
+            assert subprocess.run(shell, env=environment, check=False).returncode == 0, line
+    else:
+        assert_run_elsewhere(page, shlex.split(line))
 
 
 def assert_run_elsewhere(page: str, words: list[str]) -> None:
