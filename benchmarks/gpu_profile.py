@@ -21,8 +21,9 @@ CROSS_ENTROPY, OPTIMIZER = "cross-entropy", "optimizer"
 RANGES = {"fat5::linear_cross_entropy": CROSS_ENTROPY, "Optimizer.step": OPTIMIZER}
 # Pattern of a kernel's name, its class; the first that matches counts.
 CLASSES = [
-    (r"query_gradient_kernel|key_gradient_kernel", "attention backward"),
-    (r"band_kernel|diagonal_kernel|bins_kernel|dense_gradient", "attention bias gradient"),
+    (r"query_gradient_kernel|key_gradient_kernel|hooks(Learning|Biased)Backward", "attention backward"),
+    (r"hooksBiasedForward", "attention forward"),
+    (r"band_kernel|diagonal_kernel|bins_kernel|dense_gradient|sums_kernel|chunks_kernel", "attention bias gradient"),
     (r"work_list", "attention work list"),
     (r"^_?forward_kernel|flash_fwd|fmha.*fprop|cudnn.*fprop|fat5::attention$", "attention forward"),
     (r"flash_bwd|fmha.*bprop|mem_efficient.*back|attention_backward", "attention backward"),

@@ -148,6 +148,11 @@ def by_hopper(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | Non
     return attend(call_of(q, k, v, bias, **options), "hopper")
 
 
+def by_both(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> Tensor:
+    """Triton's forward, flash-attn-4's backward with our hooks."""
+    return attend(call_of(q, k, v, bias, **options), "mixed")
+
+
 def call_of(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | Tensor | None, **options) -> AttentionCall:
     """The call that `fat5.ops.attention` would make, with a seed of our own."""
     vector = bias.vector if isinstance(bias, RelativeBias) else None

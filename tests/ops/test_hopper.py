@@ -13,6 +13,7 @@ import torch
 from tests.ops.attention_cases import (
     Case,
     alone,
+    by_both,
     by_hopper,
     call_of,
     distance,
@@ -28,7 +29,7 @@ from fat5.bench.static_report.compile import cuobjdump
 from fat5.ops import RelativeBias, attention
 from fat5.ops.attention.hopper import backend, reduction
 from fat5.ops.attention.hopper.launch_table import KEYS, PADDING, STRIP, query_block
-from fat5.ops.attention.op import attention_forward, planned
+from fat5.ops.attention.op import SELECTIVE, attention_forward, planned
 from fat5.ops.triton.launch import recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,43 +117,45 @@ VECTOR = torch.zeros(1, 3, requires_grad=True)
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
-        (PADDED | {"vector": VECTOR}, True),
-        (PADDED | {"vector": VECTOR, "causal": True}, True),
-        (PADDED | {"vector": VECTOR, "q": stand_in(9, 1, 1000, 64)}, False),
-        (PADDED | {"q": stand_in(7, 1, 1024, 64)}, False),
-        (PADDED | {"vector": VECTOR.detach()}, True),
-        (PADDED | {"vector": VECTOR.detach(), "v": torch.zeros(1, requires_grad=True)}, False),
-        (PADDED, True),
-        (PADDED | {"vector": VECTOR, "dropout_p": 0.1}, False),
-        (PADDED | {"causal": True}, False),  # Triton's forward is faster there, and no backward comes
-        (PACKED | {"vector": VECTOR}, True),
-        (PACKED | {"vector": VECTOR, "v": VECTOR, "causal": True}, True),
-        (PACKED | {"vector": VECTOR.detach(), "causal": True}, False),  # no backward comes
-        (PACKED | {"v": VECTOR, "cu_seqlens_k": STARTS.clone()}, True),
-        (PACKED | {"vector": VECTOR, "cu_seqlens_q": torch.zeros(53), "cu_seqlens_k": torch.zeros(53)}, False),
+        (PADDED | {"vector": VECTOR}, "hopper"),
+        (PADDED | {"vector": VECTOR, "causal": True}, "hopper"),
+        (PADDED | {"vector": VECTOR, "q": stand_in(9, 1, 1000, 64)}, None),
+        (PADDED | {"q": stand_in(7, 1, 1024, 64)}, None),
+        (PADDED | {"vector": VECTOR.detach()}, "hopper"),
+        (PADDED | {"vector": VECTOR.detach(), "v": torch.zeros(1, requires_grad=True)}, None),
+        (PADDED, "hopper"),
+        (PADDED | {"vector": VECTOR, "dropout_p": 0.1}, None),
+        (PADDED | {"causal": True}, None),  # Triton's forward is faster there, and no backward comes
+        (PADDED | {"causal": True, "v": VECTOR}, "mixed"),
+        (PACKED | {"vector": VECTOR}, "mixed"),
+        (PACKED | {"vector": VECTOR, "v": VECTOR, "causal": True}, "mixed"),
+        (PACKED | {"vector": VECTOR.detach(), "causal": True}, None),  # no backward comes
+        (PACKED | {"v": VECTOR, "cu_seqlens_k": STARTS.clone()}, "mixed"),
+        (PACKED | {"vector": VECTOR, "cu_seqlens_q": torch.zeros(83), "cu_seqlens_k": torch.zeros(83)}, None),
     ],
 )
 def test_auto_takes_it_where_the_table_says_so(
-    changes: dict, taken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    changes: dict, taken: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backend, "architecture", lambda device: 90)
     monkeypatch.setattr(backend, "MISSING", None)
-    assert backend.worthwhile(call_with(**changes)) == taken
+    call = call_with(**changes)
+    assert [name for name, asked in SELECTIVE.items() if asked(call)] == ([taken] if taken else [])
     monkeypatch.setattr(backend, "MISSING", "it needs something")
     monkeypatch.setattr(backend, "_told", set())
     with caplog.at_level(logging.WARNING):
-        assert not any(backend.worthwhile(call_with(**changes)) for _ in range(3))
+        assert not any(asked(call) for asked in SELECTIVE.values() for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
         "attention runs in Triton's kernels, Hopper's would be faster: it needs something"
-    ] * taken
+    ] * bool(taken)
     monkeypatch.setattr(backend, "architecture", lambda device: 80)
-    assert not backend.worthwhile(call_with(**changes))
+    assert not any(asked(call) for asked in SELECTIVE.values())
 
 
 def test_what_auto_asks_is_traced_without_a_graph_break() -> None:
     def asked(x: torch.Tensor) -> torch.Tensor:
         call = call_with(q=x, k=x, v=x)
-        said = (backend.worthwhile(call), backend._is_hopper(x.device), backend._tell("nothing"))
+        said = (*(asks(call) for asks in SELECTIVE.values()), backend._is_hopper(x.device), backend._tell("nothing"))
         return x + sum(said)
 
     x = torch.zeros(8, 1, 1024, 64, dtype=BRAIN, device="cpu")
@@ -315,9 +318,10 @@ CASES = [
 
 @ON_HOPPER
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_close_to_float64(case: Case) -> None:
+@pytest.mark.parametrize("kernels", [by_hopper, by_both])
+def test_close_to_float64(kernels, case: Case) -> None:  # type: ignore[no-untyped-def]
     inputs = draw(case, DEVICE)
-    found = gradients(by_hopper, inputs)
+    found = gradients(kernels, inputs)
     expected = gradients(exact, inputs, torch.float64)
     usual = gradients(plain, inputs)
     for name, value in found.items():
@@ -414,19 +418,21 @@ def test_rows_of_no_document_are_zero() -> None:
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("backend_name", ["hopper", "mixed"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_registered_as_torch_expects(packed: bool) -> None:
+def test_registered_as_torch_expects(packed: bool, backend_name: str) -> None:
     case = Case(200, 200, LONG_DOCUMENTS if packed else None, bias="relative", head_dim=64, dtype=BRAIN)
     inputs = draw(case, DEVICE)
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.bias)]
     call = call_of(*leaves[:3], RelativeBias(leaves[3]), **inputs.options)
-    torch.library.opcheck(attention_forward, ("hopper", *call, *planned(call, "hopper")))
+    torch.library.opcheck(attention_forward, (backend_name, *call, *planned(call, backend_name)))
     if packed:
         torch.library.opcheck(reduction.strips_of, (call.cu_seqlens_q, call.cu_seqlens_k, len(call.k), 128))
 
 
 @ON_HOPPER
-def test_compiles_without_a_graph_break_and_replays_as_a_cuda_graph() -> None:
+@pytest.mark.parametrize("backend_name", ["hopper", "mixed"])
+def test_compiles_without_a_graph_break_and_replays_as_a_cuda_graph(backend_name: str) -> None:
     inputs = draw(Case(documents=LONG_DOCUMENTS, bias="relative", head_dim=64, dtype=BRAIN, causal=True), DEVICE)
     starts = inputs.options["cu_seqlens_q"]
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.bias)]
@@ -434,7 +440,7 @@ def test_compiles_without_a_graph_break_and_replays_as_a_cuda_graph() -> None:
     def step(q, k, v, vector):  # type: ignore[no-untyped-def]
         return attention(
             q, k, v, bias=RelativeBias(vector), causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts,
-            max_seqlen_q=500, max_seqlen_k=500, backend="hopper",
+            max_seqlen_q=500, max_seqlen_k=500, backend=backend_name,
         )  # fmt: skip
 
     def run(call) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]

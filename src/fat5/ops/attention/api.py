@@ -18,7 +18,7 @@ from fat5.ops.attention.reference import attention_reference
 PLAIN = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}
 """Backends in plain PyTorch, differentiated by autograd; the others are registered in op.py."""
 BACKENDS = ("auto", *op.BACKENDS, *PLAIN)
-PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("hopper", "triton")}
+PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("hopper", "mixed", "triton")}
 """The backends that "auto" tries on a device, the best first; the reference serves what they cannot."""
 
 

@@ -21,11 +21,15 @@ from torch import Tensor
 from fat5.ops.attention.call import TENSORS, AttentionCall
 from fat5.ops.attention.cpu import backend as cpu
 from fat5.ops.attention.hopper import backend as hopper
+from fat5.ops.attention.hopper import mixed
 from fat5.ops.attention.triton import backend as triton
 from fat5.ops.eager import is_unobserved, undispatched
 
-BACKENDS = {"cpu": cpu, "triton": triton, "hopper": hopper}
-SELECTIVE: dict[str, Callable[[AttentionCall], bool]] = {"hopper": hopper.worthwhile}
+BACKENDS = {"cpu": cpu, "triton": triton, "hopper": hopper, "mixed": mixed}
+SELECTIVE: dict[str, Callable[[AttentionCall], bool]] = {
+    "hopper": hopper.worthwhile,
+    "mixed": lambda call: hopper.worthwhile(call, "mixed"),
+}
 """Which calls "auto" gives to a backend that is not the best choice wherever it can serve."""
 PLAN = 5
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fat5.ops.attention.call import AttentionCall
 from fat5.ops.attention.hopper.launch_table import (
-    ALWAYS,
     FASTER,
     FEWEST_TOKENS,
     HEAD_DIMS,
+    HOPPER,
     MAX_REACH,
     SHORTEST,
     SMALLEST_MEAN,
@@ -74,11 +74,11 @@ def unsupported(call: AttentionCall) -> str | None:
     return None
 
 
-def worthwhile(call: AttentionCall) -> bool:
-    """Whether "auto" takes this backend where it can serve: where the launch table says that it is faster."""
+def worthwhile(call: AttentionCall, name: str = HOPPER) -> bool:
+    """Whether "auto" takes the backend `name` of this folder where it can serve: the table names the faster one."""
     q, k = call.q, call.k
-    gain = FASTER.get((call.head_dim, call.vector is not None, call.causal, call.packed))
-    if gain is None or q.dtype != torch.bfloat16 or not (gain == ALWAYS or call.needs_grad) or not q.is_cuda:
+    fastest = FASTER.get((call.head_dim, call.vector is not None, call.causal, call.packed))
+    if fastest != name or q.dtype != torch.bfloat16 or not (name == HOPPER or call.needs_grad) or not q.is_cuda:
         return False
     if call.dense is not None or call.key_padding_mask is not None or call.dropout_p > 0.0:
         return False
