@@ -55,8 +55,9 @@ class PlannedWorld(World):
         Raises:
             ConfigurationError: a GPU of which no data sheet is known.
         """
+        precision: PrecisionName = "auto"
         if gpu is None or gpu.lower() == "cpu":
-            device, precision = training_device() if gpu is None else torch.device("cpu"), "auto"
+            device = training_device() if gpu is None else torch.device("cpu")
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
             sheet, free = sheet_of(name), free_memory(device)
         else:
@@ -229,7 +230,7 @@ def weigh_budget(
     Raises:
         ConfigurationError: tokens/s are assumed, and not of which model.
     """
-    presets = MEASURED_PRESETS if config.model.preset == AUTO else (config.model.preset,)
+    presets: tuple[str, ...] = MEASURED_PRESETS if config.model.preset == AUTO else (config.model.preset,)
     if assumed is not None and len(presets) > 1:
         hint = "Say of which model: --model.preset fat5-base"
         raise ConfigurationError("is the speed of one model", where="tokens_per_second", hint=hint)
