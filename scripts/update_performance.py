@@ -19,12 +19,20 @@ LOSS = ROOT / "docs" / "images" / "h200-loss.png"
 
 COMPILED = "fat5 compiled"
 MIXES = {"512": "512 tokens", "1024": "50 to 1,024"}
-MFU_TARGETS = {"fat5-small": 0.35, "fat5-base": 0.45, "fat5-large": 0.55}
-SMALL_RATE, STOCK_RATIO, CONTEXT, CONTEXT_MFU = 800e3, 3.0, 65536, 0.40
+MFU_TARGETS = {"fat5-small": 0.42, "fat5-base": 0.48, "fat5-large": 0.54}
+SMALL_RATE, STOCK_RATIO, CONTEXT, CONTEXT_MFU = 950e3, 2.4, 65536, 0.40
 # What PyTorch may reserve on a card of 80 GB.
 CARD_GIB = 79
-FORWARD_SHARE, BACKWARD_SHARE, SDPA_RATIO = 0.85, 0.75, 3.0
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+ATTENTION = {
+    "D64 L1024": (350, 360),
+    "D64 L4096": (430, 460),
+    "D64 L1024 causal": (240, 240),
+    "packed D64": (290, 270),
+    "D128 L1024": (480, 410),
+}
+"""Case → TFLOP/s asked of forward and backward with a bias and the gradient of its table."""
+REPEATABLE = 0.87
+"""Share of the backward's that is asked where dQ is added up in one order."""
 ABSENT = "Not measured yet."
 CLASSES = [
     "GEMM",
@@ -81,30 +89,36 @@ def render(page: str) -> str:
 def targets() -> str:
     """G1 to G4: asked, measured, met or missed."""
     lines = ["| target | asked | measured | |", "|---|---|---|---|"]
-    trained, beside, contexts, kernels = figures("profile"), figures("hf"), figures("long"), figures("attention")
-    for causal in ("", " causal"):
-        for stage, share in (("forward", FORWARD_SHARE), ("backward", BACKWARD_SHARE)):
-            found = [_share(kernels, f"D{d} L{n}{causal}", stage) for d in (64, 128) for n in LENGTHS]
-            least = min((value for value in found if value), default=None)
-            what = f"G1 attention {stage}{causal}, of the same kernel without bias, least of L ≥ 1k"
-            lines.append(_verdict(what, f"≥ {share:.0%}", least, share, "{:.0%}"))
-    faster = [_over_sdpa(kernels, f"D{d} L{n}") for d in (64, 128) for n in LENGTHS]
-    least = min((value for value in faster if value), default=None)
-    lines.append(_verdict("G1 over SDPA with a learned bias, least of L ≥ 1k", "≥ 3×", least, SDPA_RATIO, "{:.1f}×"))
+    trained, beside, contexts, kernels = figures("profile"), figures("hf"), figures("long"), figures("hopper")
+    for case, asked in ATTENTION.items():
+        for stage, how, least in (
+            ("forward", "fat5 bias", asked[0]),
+            ("backward", "fat5 bias any order", asked[1]),
+            ("backward", "fat5 bias", REPEATABLE * asked[1]),
+        ):
+            order = "" if stage == "forward" else ", dQ in any order" if "any" in how else ", repeatable (the default)"
+            value = kernels.get((case, how, stage))
+            what = f"G1 {case.replace('L', 'L ')}, {stage}{order}, TFLOP/s"
+            lines.append(_verdict(what, f"≥ {least:.0f}", value, least, "{:.0f}"))
     for preset, target in MFU_TARGETS.items():
         for mix in MIXES:
-            reached = trained.get((f"{preset} {mix}", COMPILED, "MFU"))
+            reached = max(
+                (value for (case, _, metric), value in trained.items() if (case, metric) == (f"{preset} {mix}", "MFU")),
+                default=None,
+            )
             lines.append(
                 _verdict(f"G2 MFU of {preset}, documents of {MIXES[mix]}", f"≥ {target:.0%}", reached, target, "{:.1%}")
             )
     for mix in MIXES:
         rate = trained.get((f"fat5-small {mix}", COMPILED, "useful tokens/s"))
         lines.append(
-            _verdict(f"G2 tokens/s of fat5-small, documents of {MIXES[mix]}", "≥ 800k", rate, SMALL_RATE, "{:,.0f}")
+            _verdict(f"G2 tokens/s of fat5-small, documents of {MIXES[mix]}", "≥ 950k", rate, SMALL_RATE, "{:,.0f}")
         )
     ratios = [value for (case, _, metric), value in beside.items() if metric == "speed-up" and "base" in case]
     lines.append(
-        _verdict("G3 over stock T5, base, worse mix", "≥ 3×", min(ratios, default=None), STOCK_RATIO, "{:.2f}×")
+        _verdict(
+            "G3 over stock T5 compiled, base, 512 tokens", "≥ 2.4×", min(ratios, default=None), STOCK_RATIO, "{:.2f}×"
+        )
     )
     lengths = [_length(case) for case, _, metric in contexts if metric == "useful tokens/s" and "base" in case]
     longest = max(lengths, default=None)
