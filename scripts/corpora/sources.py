@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -90,8 +91,13 @@ def wanted(language: str) -> re.Pattern[str]:
     )
 
 
-def find_packages(folder: Path, needed: list[str], fetch: bool, language: str = "fr") -> Packages:
+def find_packages(
+    folder: Path, needed: list[str], fetch: bool, language: str = "fr", optional: bool = False
+) -> Packages:
     """The needed packages, from the files in a folder. What is missing is downloaded, if `fetch`.
+
+    Of packages that are `optional`, those that are missing are left out, but for all of them: another release of Debian
+    has other packages.
 
     Raises:
         DataError: a package is missing, damaged, or there twice.
@@ -99,15 +105,17 @@ def find_packages(folder: Path, needed: list[str], fetch: bool, language: str = 
     missing = [name for name in needed if name not in find_archives(folder)]
     if missing and fetch:
         pypi = [name for name in missing if name.startswith("denckring")]
-        download([name for name in missing if name not in pypi and "translation" not in name], pypi, folder)
+        debian = [name for name in missing if name not in pypi and "translation" not in name]
+        download(debian, pypi, folder, optional)
         if f"translation-{language}" in missing:
-            download_descriptions(language, folder)
-        missing = [name for name in needed if name not in find_archives(folder)]
-    if missing:
+            with suppress(DataError) if optional else nullcontext():
+                download_descriptions(language, folder)
+    found = find_archives(folder)
+    missing = [name for name in needed if name not in found]
+    if missing and (not optional or len(missing) == len(needed)):
         hint = "Add --download, put the files there, or choose fewer"
         raise DataError(f"has no package {', '.join(missing)}", where=folder, hint=hint)
-    archives = find_archives(folder)
-    return {name: read_package(archives[name], wanted(language)) for name in needed}
+    return {name: read_package(found[name], wanted(language)) for name in needed if name in found}
 
 
 def find_archives(folder: Path) -> dict[str, Path]:

@@ -283,6 +283,24 @@ printf 'Origin: Debian\\nVersion: 12.9\\n' > "$lists/x_InRelease"
     assert len(called) == 2
 
 
+def test_packages_that_another_release_lacks_are_left_out(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools, folder = tmp_path / "tools", tmp_path / "own"
+    tools.mkdir()
+    (tools / "apt-get").write_text(f'#!/bin/sh\n[ "$1" = download ] && cp {packages}/"$2"_* . 2>/dev/null\n')
+    (tools / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    words = ["--packages", str(folder), "--language", "de", "--download"]
+    assert french_corpus.main([*words, "--output", str(tmp_path / "out")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert set(line.split(": ")[1].split(", ")) == {*sources.packages_of("de")} - {"debian-handbook", "debian-faq-de"}
+    assert {path.name.split("_")[0] for path in folder.iterdir()} == {"debian-handbook", "debian-faq-de"}
+    line = refused(capsys, tmp_path / "a", *words, "--only", "debian-faq-de", "maint-guide-de")
+    assert "apt-get download maint-guide-de failed" in line
+
+
 def test_the_commands_of_the_page_have_the_flags_of_the_script() -> None:
     page = (ROOT / "docs/french-tasks.md").read_text(encoding="utf-8")
     lines = re.findall(r"^python scripts/french_corpus\.py .*$", page, re.MULTILINE)
