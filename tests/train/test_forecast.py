@@ -8,7 +8,7 @@ import pytest
 from fat5.cli.main import main
 from fat5.errors import ConfigurationError
 from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, pretrain
-from fat5.tasks.forecast import PlannedWorld, predict_speed
+from fat5.tasks.forecast import KNOWN, PlannedWorld, predict_speed
 from fat5.tasks.sizes import configure_model, on_meta
 from fat5.train import read_rows
 from fat5.train.config import shard_size
@@ -46,6 +46,24 @@ def speed(devices: int, packs: int = 128, parallel: str = "ddp", **changes) -> f
 )
 def test_h200_as_measured(devices: int, parallel: str, tokens_per_second: int) -> None:
     assert speed(devices, 4, parallel) == pytest.approx(tokens_per_second, rel=WITHIN)
+
+
+def test_a_card_that_was_not_measured_is_guessed_from_one_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model, _ = base(1)
+
+    def of(gpu: str):
+        predicted = predict_speed(config, model, PlannedWorld.of(gpu, 1), None, None)
+        assert predicted is not None
+        return predicted
+
+    guessed = of("H100")
+    assert guessed.guess
+    assert not of("H200").guess
+    # The same peak, and 3,350 GB/s for 4,800.
+    assert guessed.single == pytest.approx(429_200 * 3350 / 4800, rel=0.01)
+    assert of("A100").single == pytest.approx(429_200 * 312 / 989, rel=0.01)
+    monkeypatch.setitem(KNOWN, ("H100", "fat5-small"), (600_000, (32768, 32768, 1024)))
+    assert not of("H100").guess, "a model of another size on the same card comes before the same on another card"
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])

@@ -151,7 +151,8 @@ def _single(
         return speed * its_cost / cost, f"measured by {measured}{converted}", False
     if world.sheet is None or config.precision != "bf16":
         return None
-    known = [(FAT5Config.preset(one, vocab_size=model.config.vocab_size), gpu, one) for gpu, one in KNOWN]
+    nearest = [pair for pair in KNOWN if SHEETS[pair[0]] is world.sheet] or list(KNOWN)
+    known = [(FAT5Config.preset(one, vocab_size=model.config.vocab_size), gpu, one) for gpu, one in nearest]
     size = pack_work(model.config, 1, 1, 1)
     its_model, gpu, preset = min(known, key=lambda one: abs(pack_work(one[0], 1, 1, 1) - size))
     speed, its_shapes = KNOWN[gpu, preset]
