@@ -100,8 +100,8 @@ class Text:
         """Measured on the first examples of a stream."""
         seen = stream.resolve(np.arange(MEASURED_EXAMPLES))
         tokens = sum(source.shards.num_tokens for source in stream.sources)
-        means = (float(lengths.mean()) for lengths in (seen.length, seen.encoder, seen.decoder))
-        return cls(tokens, *means, float(seen.encoder.std()))
+        piece, encoder, decoder = (float(lengths.mean()) for lengths in (seen.length, seen.encoder, seen.decoder))
+        return cls(tokens, piece, encoder, decoder, float(seen.encoder.std()))
 
     def most_examples(self, encoder_tokens: int) -> int:
         """Examples that a pack of so many encoder tokens rarely exceeds, a multiple of 8.
