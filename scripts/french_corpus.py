@@ -21,9 +21,12 @@ from fat5.errors import DataError, FAT5Error, RunDirectoryError, check_writable
 
 
 def build_corpus(packages: Packages, language: str = "fr") -> Rows:
-    """Every document, without paragraphs that are English, hold no sentence, or stood in an earlier document."""
+    """Every document, without paragraphs that are English, hold no sentence, or stood in an earlier document.
+
+    Those that are held out come first, so that none of their paragraphs is in a training document as well.
+    """
     corpus, seen, least = Rows([]), set[str](), list[int]()
-    for document in read_documents(packages):
+    for document in sorted(read_documents(packages), key=lambda one: SPLITS.index(one.split), reverse=True):
         kept = []
         for paragraph in document.paragraphs:
             text = normalise(paragraph)

@@ -24,6 +24,7 @@ import french_corpus  # noqa: E402
 from corpora import archives, sources  # noqa: E402
 from corpora.documents import Document, is_prose, read_documents  # noqa: E402
 from corpora.markup import read_blocks, read_catalogue, read_descriptions, read_lyx, read_stardict, read_xml  # noqa: E402
+from corpora.rows import SPLITS, split_of  # noqa: E402
 
 LINE = "Une phrase d'assez de mots pour compter comme un paragraphe, la {}e."
 PAGE = "".join(f"<p>{LINE.format(number)}</p>" for number in range(3))
@@ -231,6 +232,24 @@ def test_a_corpus_is_in_one_language(language: str, packages: Path, tmp_path: Pa
     text = "\n".join(found[f"debian-faq-{language}"])
     assert counts["by_package"][f"debian-faq-{language}"]["bytes"] == len(text.encode())
     assert f"debian-faq-{language}" in capsys.readouterr().out
+
+
+def test_no_paragraph_of_a_held_out_page_is_in_training(tmp_path: Path) -> None:
+    names = [f"{number:03}" for number in range(60)]
+    shared = "<p id='par_1'>Ce paragraphe se trouve dans toutes les pages de l'aide, quelle que soit la page.</p>"
+    files = {
+        f"./usr/share/libreoffice/help/fr/text/swriter/{name}.html": (
+            f"{shared}<p id='par_2'>La page {name} parle d'une chose, {'et encore ' * 9}d'une autre chose {name}.</p>"
+        ).encode()
+        for name in names
+    }
+    deb(tmp_path, "libreoffice-help-fr", tar(files))
+    assert french_corpus.main(["--packages", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    texts = {split: (tmp_path / "out" / f"{split}.jsonl").read_text(encoding="utf-8") for split in SPLITS}
+    assert [texts[split].count("Ce paragraphe") for split in SPLITS] == [0, 0, 1]
+    splits = {split: {json.loads(line)["id"][-3:] for line in text.splitlines()} for split, text in texts.items()}
+    assert all(split_of(f"swriter/{name}") == split for split in SPLITS for name in splits[split])
+    assert all(splits.values())
 
 
 def refused(capsys: pytest.CaptureFixture[str], output: Path, *words: object) -> str:
