@@ -1,10 +1,12 @@
 """One step for many batches: other widths and fewer rows change no token, and a recording that fails costs nothing."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 
+from fat5.generate import replay
 from fat5.generate.decoding import Decoder
 from fat5.generate.replay import FEWEST_BATCHES, SharedStep, bucket, pays
 from fat5.generate.step import DecoderWeights, Step
@@ -30,19 +32,20 @@ class Shared(Decoder):
 class Graph:
     """In place of a CUDA graph: the same launches on the same addresses, and its own place for the logits."""
 
-    def __init__(self, step: SharedStep, window: int) -> None:
-        self.step, self.window = step, window
-        self.logits = torch.full_like(step.run(step.tokens, step.position, window), torch.nan)
+    def __init__(self, run) -> None:
+        self.run, self.step = run, run.func.__self__ if isinstance(run, partial) else run.__self__.step
+        self.window = run.args[2] if isinstance(run, partial) else "greedy"
+        self.logits = torch.full_like(run(), torch.nan)
         self.addresses = self.read()
 
     def read(self) -> list[int]:
         step = self.step
-        places = [step.tokens, step.position, step.memory_bias, step.keys, step.values, step.ancestors]
-        return [place.data_ptr() for place in [*places, *step.memory_keys, *step.memory_values]]
+        places = [step.tokens, step.position, step.memory_bias, step.memory, step.memory_ends, step.keys, step.values]
+        return [place.data_ptr() for place in [*places, step.ancestors]]
 
     def replay(self) -> None:
         assert self.read() == self.addresses
-        self.logits.copy_(self.step.run(self.step.tokens, self.step.position, self.window))
+        self.logits.copy_(self.run())
 
 
 @pytest.fixture
@@ -55,12 +58,13 @@ def graphs(monkeypatch) -> list[Graph]:
         plain(self, *given)
         self.records = True
 
-    def record(self, window):
-        made.append(Graph(self, window))
-        return made[-1], made[-1].logits
+    def record(run, _device):
+        warm = run()
+        made.append(Graph(run))
+        return made[-1], made[-1].logits, warm
 
     monkeypatch.setattr(SharedStep, "__init__", begin)
-    monkeypatch.setattr(SharedStep, "_record", record)
+    monkeypatch.setattr(replay, "record", record)
     return made
 
 
@@ -146,7 +150,7 @@ def test_weights_cast_once_are_those_of_autocast(monkeypatch):
             Step(weights, memory, batch["attention_mask"], LENGTH, 1)
             for weights in (DecoderWeights(model, torch.bfloat16), DecoderWeights(model))
         )
-        assert cast.weights.layers[0].query_key_value.cast.dtype == torch.bfloat16
+        assert cast.weights.layers[0].query_key_value.joined.dtype == torch.bfloat16
         for position in range(4):
             tokens = torch.randint(3, 90, (3,))
             assert torch.equal(cast(tokens, position), plain(tokens, position))
@@ -156,11 +160,11 @@ def test_a_recording_that_fails_falls_back(graphs, monkeypatch, caplog):
     model = t5_v1_1().eval()
     made = []
 
-    def fail(self, window):
-        made.append(window)
+    def fail(run, _device):
+        made.append(run.args[2])
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(SharedStep, "_record", fail)
+    monkeypatch.setattr(replay, "record", fail)
     decoder = Shared(model)
     with caplog.at_level(logging.WARNING, "fat5"):
         assert written(decoder, batches()) == written(Decoder(model), batches())
@@ -171,13 +175,13 @@ def test_a_recording_that_fails_falls_back(graphs, monkeypatch, caplog):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_replay_that_differs_falls_back(batch, graphs, monkeypatch, caplog):
     # As with a stale address: from some batch on, the graph writes something else.
-    def replay(self):
-        self.logits.copy_(self.step.run(self.step.tokens, self.step.position, self.window))
+    def differ(self):
+        self.logits.copy_(self.run())
         if self.step.batches >= batch:
             self.logits.mul_(1.5)
 
     model = t5_v1_1().eval()
-    monkeypatch.setattr(Graph, "replay", replay)
+    monkeypatch.setattr(Graph, "replay", differ)
     with caplog.at_level(logging.WARNING, "fat5"):
         assert written(Shared(model), batches()) == written(Decoder(model), batches())
     assert "a replayed step differ" in caplog.text

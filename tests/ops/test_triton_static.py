@@ -21,16 +21,19 @@ from fat5.ops.attention.triton.launch_table import DEFAULTS, DENSE, DROPOUT, TUN
 from fat5.ops.choice import COMPILED_ON_CUDA
 from fat5.ops.triton import adamw_scale as triton_adamw_scale
 from fat5.ops.triton import cross_entropy as triton_cross_entropy
+from fat5.ops.triton import few_rows as triton_few_rows
 from fat5.ops.triton import geglu as triton_geglu
 from fat5.ops.triton import rms_norm as triton_rms_norm
 from fat5.ops.triton import rotary as triton_rotary
 from fat5.ops.triton.launch import Launch, assumed_architecture
 
-FUSED_MODULES = (triton_adamw_scale, triton_cross_entropy, triton_geglu, triton_rms_norm, triton_rotary)
+FUSED_MODULES = (
+    triton_adamw_scale, triton_cross_entropy, triton_few_rows, triton_geglu, triton_rms_norm, triton_rotary,
+)  # fmt: skip
 ATTENTION = ("work_list", "forward", "query_gradient", "key_gradient", "band", "diagonal", "bins")
 FUSED_KERNELS = (
     "rms_norm_forward", "rms_norm_backward", "geglu_forward", "geglu_backward", "rotary", "cross_entropy",
-    "square_sum", "rate", "adamw_scale",
+    "square_sum", "rate", "adamw_scale", "project", "attend_token", "choose",
 )  # fmt: skip
 CAUSAL = Problem(64, torch.bfloat16, "relative", causal=True)
 FITTING = Resources(128, 0, 64 << 10, 128, 8, 0, 0, 0)

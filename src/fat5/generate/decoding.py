@@ -86,6 +86,8 @@ class Decoder:
         chosen = processors(self.model, config, max_new_tokens, input_ids, stop)
         if beams > 1:
             return _beam_search(step, step.reorder, first, max_new_tokens, beams, chosen, stop, pad)
+        if step.fused is not None and not (sample or chosen):
+            return _greedy(step, first, max_new_tokens, stop, pad)
         return _one_by_one(step, first, max_new_tokens, sample, chosen, stop, pad, generator)
 
     def _step(self, memory: Tensor, mask: Tensor | None, capacity: int, beams: int, *, shared: bool) -> Step:
@@ -114,6 +116,18 @@ class Decoder:
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **how: Any) -> Tensor:
     """`Decoder(model).generate(input_ids, attention_mask, **how)`, for one batch."""
     return Decoder(model).generate(input_ids, attention_mask, **how)
+
+
+def _greedy(step: Step, first: Tensor, length: int, stop: Tensor, pad: int) -> Tensor:
+    """Greedy decoding whose bookkeeping is the step's own."""
+    greedy, advance = step.greedy(first, stop, pad)
+    rows = len(first)
+    for position in range(length):
+        advance()
+        asks = len(stop) and (position + 1) % STEPS_BETWEEN_CHECKS == 0
+        if asks and bool(greedy.ended[:rows].all()):
+            break
+    return greedy.written[:rows, : 1 + int(greedy.lengths[:rows].max())].clone()
 
 
 def _one_by_one(

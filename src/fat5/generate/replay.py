@@ -1,11 +1,16 @@
 """One step for many batches: places of a fixed shape, so that a window's launches are recorded once and replayed."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fat5.generate.fused import Greedy
 from fat5.generate.step import DecoderWeights, Step
+from fat5.ops.cuda_graph import record
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +59,21 @@ class SharedStep(Step):
         self.hidden = self.memory_bias.clone()
         self.tokens = torch.zeros(rows * beams, dtype=torch.long, device=memory.device)
         self.position = torch.zeros(1, dtype=torch.long, device=memory.device)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[Any, tuple[Any, Tensor]] = {}
+        self.greedily: dict[tuple[int, int], Greedy] = {}
         self.batches, self.records, self.failed = 0, memory.is_cuda, False
 
     def load(self, memory: Tensor, memory_mask: Tensor | None) -> None:
         """Begins a batch: memory (b, l, d) and its mask (b, l), b <= B, l at most the bucket."""
         assert self.memory_bias is not None
         items, length, _ = memory.shape
-        for layer, keys, values in zip(self.weights.layers, self.memory_keys, self.memory_values):
-            for places, project in ((keys, layer.memory_key), (values, layer.memory_value)):
-                places.zero_()
-                heads = self._memory_heads(project(memory)).unflatten(0, (items, self.heads))
-                places.unflatten(0, (self.items, self.heads))[:items, :, :length].copy_(heads)
+        self.memory.zero_()
+        self.memory[:, :items, :, :length].copy_(self.weights.remember(memory))
+        if self.memory_hidden is not None:
+            mask = memory.new_ones(items, length) if memory_mask is None else memory_mask
+            self._hide(mask)
+            # The rows that the batch lacks read one place of zeros.
+            self.memory_ends[items:] = 1
         self.memory_bias.copy_(self.hidden)
         bias = self.memory_bias.view(self.items, self.heads, -1)
         if memory_mask is None:
@@ -85,40 +93,59 @@ class SharedStep(Step):
         self.tokens[:rows].copy_(tokens)
         self.position.fill_(position)
         window = self.window(position)
+        run = partial(self.run, self.tokens, self.position, window)
         if self.records and not self.failed:
             try:
-                return self._replayed(window, position == 0 and self.batches <= CHECKED_BATCHES)[:rows].clone()
+                if position == 0 and self.batches <= CHECKED_BATCHES:
+                    return self._checked(window, run)[:rows].clone()
+                return self._replayed(window, run)[:rows].clone()
             except RuntimeError as error:
-                self.failed = True
-                self.graphs.clear()
-                logger.warning("Decoding goes on without CUDA graphs: %s", str(error).strip()[:300])
-        return self.run(self.tokens, self.position, window)[:rows]
+                self._fail(error)
+        return run()[:rows]
 
-    def _replayed(self, window: int, checked: bool) -> Tensor:
-        plain = self.run(self.tokens, self.position, window) if checked else None
-        if window not in self.graphs:
-            self.graphs[window] = self._record(window)
-        graph, logits = self.graphs[window]
+    def greedy(self, first: Tensor, stop: Tensor, pad: int) -> tuple[Greedy, Callable[[], object]]:
+        """As `Step`'s, from one recording for all positions."""
+        key = len(stop), pad
+        greedy = self.greedily.setdefault(key, Greedy(self, *key))
+        advance: Callable[[], object] = greedy.advance
+        if self.records and not self.failed:
+            try:
+                # What is recorded, warmed up or checked runs, so the batch starts after it.
+                greedy.start(first, stop)
+                if self.batches <= CHECKED_BATCHES:
+                    self._checked(key, greedy.advance, partial(greedy.start, first, stop))
+                graph, _ = self._graph(key, greedy.advance)
+                advance = graph.replay
+            except RuntimeError as error:
+                self._fail(error)
+        greedy.start(first, stop)
+        return greedy, advance
+
+    def _fail(self, error: RuntimeError) -> None:
+        self.failed = True
+        self.graphs.clear()
+        logger.warning("Decoding goes on without CUDA graphs: %s", str(error).strip()[:300])
+
+    def _checked(self, key: Any, run: Callable[[], Tensor], again: Callable[[], None] = lambda: None) -> Tensor:
+        """What a replay gives, compared with what `run` gives; `again` undoes a run."""
+        plain = run().clone()
+        again()
+        self._graph(key, run)
+        again()
+        found = self._replayed(key, run)
+        limit = TOLERANCE * float(plain.abs().max().nan_to_num())
+        if not torch.allclose(found, plain, rtol=0.0, atol=limit, equal_nan=True):
+            raise RuntimeError("the logits of a replayed step differ from those of the step")
+        return found
+
+    def _replayed(self, key: Any, run: Callable[[], Tensor]) -> Tensor:
+        graph, logits = self._graph(key, run)
         graph.replay()
-        if plain is not None:
-            limit = TOLERANCE * float(plain.abs().max().nan_to_num())
-            if not torch.allclose(logits, plain, rtol=0.0, atol=limit, equal_nan=True):
-                raise RuntimeError("the logits of a replayed step differ from those of the step")
         return logits
 
-    def _record(self, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph and the place of its logits."""
-        device = self.tokens.device
-        enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        # A weight that autocast had cast before would be gone at the next batch, so a graph casts its own.
-        with torch.cuda.device(device), torch.autocast(device.type, dtype, enabled, cache_enabled=False):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                # Warm-up; it writes what the replay will write again.
-                self.run(self.tokens, self.position, window)
-            torch.cuda.current_stream().wait_stream(side)
-            # Other threads may go on with theirs: one pins the next batch, one writes a checkpoint.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self.run(self.tokens, self.position, window)
-        return graph, logits
+    def _graph(self, key: Any, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """The graph of `run`, recorded once, and the place of what it returns."""
+        if key not in self.graphs:
+            graph, logits, _ = record(run, self.tokens.device)
+            self.graphs[key] = graph, logits
+        return self.graphs[key]

@@ -8,8 +8,10 @@ Decoding spends its time on reading weights and calling functions. A step saves 
   keys attended grow by `WINDOW` at a time, so that shapes hold still from step to step.
 - The bias is a row of T5's vector.
 - Beams never copy the cache: each beam remembers where its ancestor wrote, and the other places are hidden.
+- On a GPU, kernels of our own do all of it for decoders that they know (fused.py).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 from transformers.utils import output_capturing
 
+from fat5.generate import fused
 from fat5.model.layers import RMSNorm, bias_table
 from fat5.model.seq2seq import FAT5ForConditionalGeneration, scales_output
 from fat5.ops import RelativeBias, is_hooked, is_plain, rotary
@@ -47,25 +50,31 @@ class Projection:
     Args:
         layers: anything but a plain `nn.Linear` (LoRA, quantised) is called as it is.
         packs: lay plain layers out as oneDNN does.
-        dtype: of autocast, if plain layers are to be cast once and not at each call.
+        joins: make one product of plain layers of one dtype.
+        dtype: of autocast, if plain layers are to be joined, and cast once and not at each call.
+
+    Attributes:
+        joined: the weight of that product, or None.
     """
 
-    def __init__(self, *layers: Any, packs: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *layers: Any, packs: bool, joins: bool, dtype: torch.dtype | None = None) -> None:
         self.layers = layers
         self.packed: Tensor | None = None
-        self.cast: Tensor | None = None
+        self.joined: Tensor | None = None
         if not all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
             return
         weights = [layer.weight.detach() for layer in layers]
         if packs:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), TYPICAL_ROWS)
         elif dtype is not None and all(weight.dtype != torch.float64 for weight in weights):  # autocast leaves float64
-            self.cast = torch.cat([weight.to(dtype) for weight in weights])
+            self.joined = torch.cat([weight.to(dtype) for weight in weights])
+        elif dtype is None and joins and len({weight.dtype for weight in weights}) == 1:
+            self.joined = torch.cat(weights) if len(weights) > 1 else weights[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, d) to (rows, outputs)."""
-        if self.cast is not None:
-            return F.linear(x.to(self.cast.dtype), self.cast)
+        if self.joined is not None:
+            return F.linear(x.to(self.joined.dtype), self.joined)
         if self.packed is None:
             # As T5 does it: an output layer kept in float32 gets its input in float32.
             return torch.cat([layer(_cast(x, layer)) for layer in self.layers], dim=-1)
@@ -116,9 +125,24 @@ class DecoderWeights:
         # oneDNN's layout is for float32; a float16 model has a float32 wo, but hidden states of float16.
         weights = [x for part in (model.decoder, model.lm_head) for x in part.parameters() if x.is_floating_point()]
         on_cpu = {(x.dtype, x.device.type) for x in weights} == {(torch.float32, "cpu")}
-        packs = on_cpu and dtype is None and torch.backends.mkldnn.is_available()
-        self.layers = [LayerWeights(block.layer, config, packs, dtype) for block in model.decoder.block]
-        self.lm_head = Projection(model.lm_head, packs=packs, dtype=dtype)
+        fuses = bool(weights) and fused.are_wanted(weights[0])
+        joins = fuses or any(weight.is_cuda for weight in weights)
+        packs = on_cpu and dtype is None and torch.backends.mkldnn.is_available() and not fuses
+        projection = partial(Projection, packs=packs, joins=joins, dtype=dtype)
+        self.layers = [LayerWeights(block.layer, config, projection) for block in model.decoder.block]
+        self.lm_head = projection(model.lm_head)
+        self.fused = fused.FusedDecoder.of(self, config.dense_act_fn, NORMS)
+
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values of the memory (B, Lm, d) in all layers, (2 layers, B, H, Lm, D)."""
+        layers = [one for layer in self.layers for one in (layer.memory_key, layer.memory_value)]
+        if memory.is_cuda and all(is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
+            # One product: each alone would have few rows and few columns.
+            projected = F.linear(memory, torch.cat([layer.weight for layer in layers]))
+        else:
+            projected = torch.cat([layer(memory) for layer in layers], dim=-1)
+        heads = projected.unflatten(2, (len(layers), self.heads, self.width))
+        return heads.permute(2, 0, 3, 1, 4).contiguous()
 
     def bias_table(self, i: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The biases of layer i, or None if it shares those of the layer before.
@@ -148,9 +172,8 @@ class DecoderWeights:
 class LayerWeights:
     """One block's weights."""
 
-    def __init__(self, layer: Any, config: Any, packs: bool, dtype: torch.dtype | None) -> None:
+    def __init__(self, layer: Any, config: Any, projection: Callable[..., Projection]) -> None:
         own, across, dense = layer[0].SelfAttention, layer[1].EncDecAttention, layer[2].DenseReluDense
-        projection = partial(Projection, packs=packs, dtype=dtype)
         self.norms = [part.layer_norm for part in layer]
         self.query_key_value, self.output = projection(own.q, own.k, own.v), projection(own.o)
         self.memory_query, self.memory_output = projection(across.q), projection(across.o)
@@ -182,14 +205,22 @@ class Step:
     ) -> None:
         self.weights, self.capacity, self.beams = weights, capacity, beams
         self.items, self.heads, self.width = len(memory), weights.heads, weights.width
-        self.memory_keys = [self._memory_heads(layer.memory_key(memory)) for layer in weights.layers]
-        self.memory_values = [self._memory_heads(layer.memory_value(memory)) for layer in weights.layers]
-        dtype, device = self.memory_keys[0].dtype, memory.device
+        self.memory = weights.remember(memory)
+        self.memory_keys, self.memory_values = (list(self.memory[side::2].flatten(1, 2)) for side in range(2))
+        dtype, device = self.memory.dtype, memory.device
+        serves = weights.fused is not None and self.items * beams <= fused.MOST_ROWS
+        self.fused = weights.fused if serves and weights.lm_head.joined.dtype == dtype else None
         self.memory_bias: Tensor | None = None
         if memory_mask is not None and not bool(memory_mask.bool().all()):
             hidden = torch.zeros(memory_mask.shape, dtype=dtype, device=device)
             hidden.masked_fill_(~memory_mask.bool(), torch.finfo(dtype).min)
             self.memory_bias = hidden.repeat_interleave(self.heads, dim=0)[:, None]
+        # The same for the kernels: (B, Lm) added to the scores, and how many places of an item are read.
+        self.memory_ends = torch.full((self.items,), memory.shape[1], device=device)
+        self.memory_hidden: Tensor | None = None
+        if self.memory_bias is not None and self.fused is not None:
+            self.memory_hidden = torch.zeros(memory.shape[:2], device=device)
+            self._hide(memory_mask)
         places = (len(weights.layers), self.items, self.heads, capacity, beams, self.width)
         self.keys, self.values = (torch.zeros(places, dtype=dtype, device=device) for _ in range(2))
         self.slots = torch.arange(beams, device=device)
@@ -204,13 +235,28 @@ class Step:
         """The logits (B * n, V) float32 that follow `tokens` (B * n,) at `position`; keys and values are kept."""
         return self.run(tokens, torch.tensor([position], device=tokens.device), self.window(position))
 
+    def _hide(self, mask: Any) -> None:
+        """Fills memory_hidden and memory_ends from the mask (b, l) of the first items and places."""
+        assert self.memory_hidden is not None
+        (items, length), lowest = mask.shape, torch.finfo(torch.float32).min
+        self.memory_hidden.fill_(lowest)
+        self.memory_hidden[:items, :length].masked_fill_(mask.bool(), 0.0)
+        places = torch.arange(1, self.memory_hidden.shape[1] + 1, device=mask.device)
+        ends = torch.where(self.memory_hidden == 0.0, places, 0).amax(dim=1)
+        # A row without a token attends to all places alike.
+        self.memory_ends.copy_(torch.where(ends > 0, ends, self.memory_hidden.shape[1]))
+
     def window(self, position: int) -> int:
-        """How many positions a step at `position` attends to."""
+        """How many positions a step at `position` attends to; the kernels look for themselves."""
+        if self.fused is not None:
+            return self.capacity
         return min(self.capacity, (position // WINDOW + 1) * WINDOW)
 
     def run(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
         """The same with the position as a (1,) int64 tensor on the device, so that a graph can replay it."""
         weights = self.weights
+        if self.fused is not None:
+            return self.fused.logits(self.fused.hidden(self, tokens, position))
         hidden = weights.decoder.embed_tokens(tokens)
         rotation = None
         if weights.encoding == "absolute":
@@ -231,6 +277,12 @@ class Step:
             hidden = _finite(layer.feed_forward(_norm(layer.norms[2], hidden), hidden))
         hidden = _norm(weights.decoder.final_layer_norm, hidden)
         return weights.lm_head(hidden if weights.scale is None else hidden * weights.scale).float()
+
+    def greedy(self, first: Tensor, stop: Tensor, pad: int) -> tuple[fused.Greedy, Callable[[], object]]:
+        """Greedy decoding by the kernels, begun behind `first` (B,), and the function that writes one token a row."""
+        greedy = fused.Greedy(self, len(stop), pad)
+        greedy.start(first, stop)
+        return greedy, greedy.advance
 
     def reorder(self, sources: Tensor) -> None:
         """Beam j continues beam `sources[:, j]`, (B, n)."""
@@ -265,11 +317,6 @@ class Step:
         scores = torch.bmm(query, keys) if bias is None else torch.baddbmm(bias, query, keys)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), values).view(self.items, self.heads, self.beams, self.width)
         return mixed.transpose(1, 2).reshape(-1, self.heads * self.width)
-
-    def _memory_heads(self, projected: Tensor) -> Tensor:
-        """(B, Lm, H * D) to (B * H, Lm, D)."""
-        heads = projected.unflatten(2, (self.heads, self.width)).transpose(1, 2)
-        return heads.reshape(-1, projected.shape[1], self.width)
 
     def _bias(self, table: Tensor, position: Tensor, window: int) -> Tensor:
         """(B * H, 1|n, window * n): the bias of each place, -inf where it is the future's or another beam's."""

@@ -25,6 +25,7 @@ COMPILED_ON_CUDA = {
     "rotary": "plain",
     "linear_cross_entropy": "triton",
     "adamw_scale": "triton",
+    "decoding": "triton",
 }
 CHOICES = ("auto", "plain", "triton")
 

@@ -10,6 +10,7 @@ from fat5.ops.attention.triton import backend as triton_attention
 from fat5.ops.attention.triton.configuration import overridden
 from fat5.ops.triton import adamw_scale as triton_adamw_scale
 from fat5.ops.triton import cross_entropy as triton_cross_entropy
+from fat5.ops.triton import few_rows as triton_few_rows
 from fat5.ops.triton import geglu as triton_geglu
 from fat5.ops.triton import rms_norm as triton_rms_norm
 from fat5.ops.triton import rotary as triton_rotary
@@ -130,6 +131,33 @@ def _adamw_scale(width: int, dtype: torch.dtype) -> None:
     triton_adamw_scale.adamw_scale_(weights, grads, first, second, lost, steps, skip, 1e-3, 0.9, 0.999, 1e-6, 0.1, 1e-3)
 
 
+def _decoding(width: int, dtype: torch.dtype) -> None:
+    """A step of 8 rows, and of 32 in beams, with heads of 64."""
+    heads, capacity, memory = width // 64, 128, 256
+    for rows, beams in ((8, 1), (32, 4)):
+        items, wide, many = rows // beams, 4 * width, triton_few_rows.MANY
+        x, norm, joined, gate, up, outer, head = _zeros(
+            (rows, width), (width,), (3 * width, width), (wide, width), (wide, width), (width, wide), (many, width),
+            dtype=dtype,
+        )  # fmt: skip
+        keys, values = _zeros(*[(items, heads, capacity, beams, 64)] * 2, dtype=dtype)
+        bias, memory_keys = _zeros((heads, 2 * capacity - 1), (items, heads, memory, 64), dtype=dtype)
+        (hidden,) = _zeros((items, memory))
+        position, ends, ancestors, tokens, written = (
+            torch.zeros(shape, dtype=torch.int64)
+            for shape in ((1,), (items,), (items, beams, capacity), (rows,), (rows, 1 + capacity))
+        )
+        own = triton_few_rows.project(x, joined, norm=norm, eps=1e-6)
+        mixed = triton_few_rows.attend_own(own, keys, values, bias, position, ancestors)
+        triton_few_rows.attend_memory(mixed, memory_keys, memory_keys, hidden, ends)
+        inner = triton_few_rows.project(x, gate, norm=norm, eps=1e-6, activation="gelu", second=up)
+        triton_few_rows.project(x, gate, norm=norm, eps=1e-6, activation="relu")
+        triton_few_rows.project(inner, outer, residual=x)
+        best, index = triton_few_rows.largest_outputs(x, head, norm=norm, eps=1e-6)
+        ended = torch.zeros(rows, dtype=torch.int32)
+        triton_few_rows.choose(best, index, tokens, written, ended, tokens.clone(), tokens[:1], position, 0)
+
+
 def _zeros(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
@@ -141,4 +169,5 @@ FUSED = {
     "rotary": _rotary,
     "linear_cross_entropy": _cross_entropy,
     "adamw_scale": _adamw_scale,
+    "decoding": _decoding,
 }

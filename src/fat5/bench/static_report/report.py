@@ -172,6 +172,7 @@ WIDTHS = {
     "rotary": (64, 128),
     "linear_cross_entropy": (32768, 32003),
     "adamw_scale": (1 << 20, 1001),
+    "decoding": (768, 512, 1024),
 }
 
 

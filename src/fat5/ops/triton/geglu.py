@@ -20,7 +20,7 @@ FAR: tl.constexpr = tl.constexpr(100.0)
 
 
 @triton.jit
-def _share(x):
+def gelu_share(x):
     """sigmoid(SLOPE2 (x + CUBIC x^3)) = gelu(x) / x and its complement, neither with cancellation."""
     held = tl.minimum(tl.maximum(x, -FAR), FAR)
     inner = SLOPE2 * held * (1.0 + CUBIC * held * held)
@@ -40,7 +40,7 @@ def geglu_forward_kernel(Gate, Up, Out, gate_stride, up_stride, columns, blocks,
     mask = column < columns
     gate = tl.load(Gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    share, _, _ = _share(gate)
+    share, _, _ = gelu_share(gate)
     tl.store(Out + row * columns + column, round_to(gate * share * up, Out.dtype.element_ty), mask=mask)
 
 
@@ -58,7 +58,7 @@ def geglu_backward_kernel(
     grad = tl.load(GradOut + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(Gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(Up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    share, rest, held = _share(gate)
+    share, rest, held = gelu_share(gate)
     slope = share + held * share * rest * SLOPE2 * (1.0 + 3.0 * CUBIC * held * held)
     tl.store(
         GradGate + row * grad_gate_stride + column, round_to(grad * up * slope, GradGate.dtype.element_ty), mask=mask
