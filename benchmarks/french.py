@@ -2,7 +2,8 @@
 
     python benchmarks/french.py DATA --output_dir results --sections small,finetune --seconds 240,300
 
-DATA holds `shards/` (of `fat5 prepare`) and `tasks/NAME/{train,validation,test}.jsonl` (also .gz; of french_tasks.py).
+DATA holds `shards/` (of `fat5 prepare`), `shards-en/` if wanted (English, for translation), and
+`tasks/NAME/{train,validation,test}.jsonl` (also .gz; of french_tasks.py).
 
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -32,6 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fat5.data import read_manifest
 from fat5.train.log.metrics import read_rows
 from french_runs import FAT5, GPU, Bench, Job, steps_a_second
 from gpu_step import say
@@ -50,14 +53,15 @@ KINDS = ("positions", "mixtures", "optimizers", "padding")
 POSITIONS = ("alibi", "rope", "fire", "absolute", "none")
 MIXTURES = ("ul2", "t5", "prefix-lm")
 OPTIMIZERS = ("adamw", "adafactor", "muon", "lamb")
-TEXT = {"task": "text-to-text", "data.batch_size": 64, "languages": "[fr,en]"}
-CLASSES = {"task": "sequence-classification", "metric": "macro_f1", "data.max_source_tokens": 512, "epochs": 6}
+TEXT = {"task": "text-to-text", "languages": "[fr,en]"}
+PAIRS = TEXT | {"data.batch_size": 128, "epochs": 4, "data.max_source_tokens": 256, "max_new_tokens": 96}
+CLASSES = {"task": "sequence-classification", "metric": "macro_f1", "data.max_source_tokens": 512, "epochs": 8}
 TASKS: dict[str, dict[str, Any]] = {
-    "fr-en": TEXT | {"data.max_source_tokens": 256, "epochs": 4, "max_new_tokens": 128},
-    "en-fr": TEXT | {"data.max_source_tokens": 256, "epochs": 4, "max_new_tokens": 128},
-    "title": TEXT | {"data.max_source_tokens": 512, "epochs": 6, "max_new_tokens": 32},
-    "gloss": TEXT | {"data.max_source_tokens": 128, "epochs": 2, "max_new_tokens": 16, "data.max_examples": 40_000},
+    "fr-en": PAIRS,
+    "en-fr": PAIRS,
     "module": CLASSES,
+    "gloss": TEXT | {"data.batch_size": 256, "epochs": 3, "data.max_source_tokens": 128, "max_new_tokens": 16},
+    "title": TEXT | {"data.batch_size": 32, "epochs": 8, "data.max_source_tokens": 512, "max_new_tokens": 24},
     "man-section": CLASSES,
     "entities": {"task": "token-classification", "metric": "f1", "data.max_source_tokens": 256, "epochs": 3},
 }
@@ -106,13 +110,17 @@ def main() -> None:
     os.environ.setdefault("PYTHONPATH", str(HERE.parent / "src"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     bench = Bench(options)
-    for name, seconds in zip(names, given * (len(names) // len(given))):
-        say(f"== {name}, {seconds:.0f} s")
-        bench.deadline = time.monotonic() + seconds
-        try:
-            SECTIONS[name](bench)
-        except Exception:  # the next section has its own chance
-            traceback.print_exc(limit=6)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for name, seconds in zip(names, given * (len(names) // len(given))):
+            say(f"== {name}, {seconds:.0f} s")
+            bench.deadline = time.monotonic() + seconds
+            try:
+                SECTIONS[name](bench)
+            except Exception:  # the next section has its own chance
+                traceback.print_exc(limit=6)
+    finally:
+        bench.stop()
 
 
 def keys(values: dict[str, Any]) -> list[str]:
@@ -122,7 +130,10 @@ def keys(values: dict[str, Any]) -> list[str]:
 
 def pretraining(bench: Bench, preset: str, **more: Any) -> list[str]:
     """The words of a `fat5 pretrain` with the recipe of this corpus."""
-    values = {"model.preset": preset, "data.sources": json.dumps([{"path": str(bench.shards)}])}
+    folders = [folder for folder in (bench.shards, bench.options.data / "shards-en") if folder.is_dir()]
+    # In proportion to their tokens, as the stock side reads them.
+    sources = [{"path": str(folder), "weight": read_manifest(folder).tokens("train")} for folder in folders]
+    values = {"model.preset": preset, "data.sources": json.dumps(sources)}
     if not GPU:
         values |= {"data.num_workers": 0, "data.packs_per_micro_batch": 1}
     if bench.tiny:
@@ -236,8 +247,9 @@ def on_the_clock(bench: Bench, name: str) -> None:
         if not bench.tiny:
             a_second = bench.measure_rate(Job("calibration", facts, command), CALIBRATION)
             say(f"{name}: {a_second:.3g} steps/s")
-            command += keys(scheduled(max(20, int(0.97 * a_second * train_seconds))))
-        bench.run_alone(Job(name, facts, command), (train_seconds, None))
+            command += keys(scheduled(int(0.97 * a_second * train_seconds))) if a_second else []
+        # Evaluations do not count, and the steps are those that fit: this ends a run that went wrong.
+        bench.run_alone(Job(name, facts, command), (1.2 * train_seconds + END, None))
 
 
 def stock() -> list[str]:

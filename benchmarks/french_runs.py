@@ -68,6 +68,13 @@ class Bench:
         self.stamp = {**measure.stamp(), "device": "GPU" if GPU else "CPU"}
         self._collected: dict[str, float] = {}
         self._archiving = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def stop(self) -> None:
+        """Ends the runs that are under way: nothing of this command goes on after it."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
 
     def left(self) -> float:
         """Seconds that the section has."""
@@ -164,9 +171,9 @@ class Bench:
             file.write(self._relative(shlex.join(words).replace(f"{HERE}/", "benchmarks/")) + "\n")
         self._write(job, complete=False, started=time.time())
         with (kept / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | job.environment, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | job.environment)
+        self._processes.append(process)
+        return process
 
     def _watch(self, process: "subprocess.Popen[bytes]", job: Job, train_seconds: float) -> None:
         """Waits for a process; SIGTERM once it has trained for so long, or the section is over."""
@@ -179,10 +186,9 @@ class Bench:
             now = time.monotonic()
             if not first and _size(metrics) > before and _last_step(metrics) > steps_before:
                 first = now
-            over = first and now - first >= train_seconds and _last_step(metrics) < _steps(metrics.parent)
-            if not told and (self.left() <= 0 or over):
+            if not told and (self.left() <= 0 or (first and now - first >= train_seconds)):
                 # A run whose last step is made writes its model: it would lose that.
-                if _last_step(metrics) < _steps(metrics.parent):
+                if job.command[: len(FAT5)] != FAT5 or _last_step(metrics) < _steps(metrics.parent):
                     process.send_signal(signal.SIGTERM)
                 told = now
             if told and now - told > GRACE:
@@ -205,7 +211,7 @@ class Bench:
         return code == 0
 
     def _write(self, job: Job, **more: Any) -> None:
-        facts = {"name": job.name, **self.stamp, **job.facts, **self.facts(job.name), **more}
+        facts = {**self.facts(job.name), "name": job.name, **self.stamp, **job.facts, **more}
         text = self._relative(json.dumps(facts, indent=1, ensure_ascii=False))
         (self.output / job.name / "run.json").write_text(text + "\n", encoding="utf-8")
 
@@ -261,9 +267,7 @@ class Card:
 
     def __enter__(self) -> "Card":
         if GPU and shutil.which("nvidia-smi"):
-            self._process = subprocess.Popen(
-                self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-            )
+            self._process = subprocess.Popen(self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -294,12 +298,20 @@ class Card:
 
 
 def thinned(metrics: Path) -> str:
-    """Every evaluation and at most MOST_ROWS train rows, the last one among them."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    train = [number for number, text in enumerate(lines) if '"kind": "train"' in text]
-    every = -(-len(train) // MOST_ROWS) if train else 1
-    kept = {*train[::every], *train[-1:]} | set(range(len(lines))) - set(train)
-    return "".join(f"{lines[number]}\n" for number in sorted(kept))
+    """Every evaluation and at most MOST_ROWS train rows, the last one among them. Those of `fat5 pretrain` get
+    `trained`: seconds from the end of the first step on, without evaluations and saves.
+    """
+    rows = read_rows(metrics)
+    train = [row for row in rows if row["kind"] == "train"]
+    trained = 0.0
+    for number, row in enumerate(train):
+        if "raw_tokens" in row:
+            trained += row["step_tokens"] / row["tokens_per_second"] if number else 0.0
+            row["trained"] = trained
+    every = -(-len(train) // MOST_ROWS) or 1
+    kept = {id(row) for row in [*train[::every], *train[-1:]]}
+    chosen = (row for row in rows if row["kind"] == "eval" or id(row) in kept)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
 
 
 def line(kept: Path) -> str:

@@ -47,11 +47,11 @@ class Run:
         return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def seconds(self, steps: Sequence[float]) -> np.ndarray:
-        """Seconds of training at some steps, from the end of the first step on: without start and compilation."""
-        made = np.array([0, *(row["step"] for row in self.train)], float)
-        at = np.array([row["seconds"] for row in self.train], float)
-        first = 0.0 if self.facts.get("text") in ("documents", "joined") else at[0]
-        return np.interp(np.array(steps, float), made, np.array([0.0, *np.maximum(at - first, 0)]))
+        """Seconds of training at some steps, without start, compilation and evaluations."""
+        made = [0, *(row["step"] for row in self.train)]
+        return np.interp(
+            np.array(steps, float), made, [0.0, *(row.get("trained", row["seconds"]) for row in self.train)]
+        )
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and losses of the evaluations."""

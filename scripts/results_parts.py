@@ -184,20 +184,11 @@ def clock(runs: Runs, picture: str) -> str:
     lines = [
         f"Text, tokenizer, model ({first.facts['preset']}), first weights, optimizer, schedule, precision and card are",
         f"the same ({first.facts['machine']}), and so are the held-out examples: span corruption, 15%, spans of 3.",
-        "Stock T5 is compiled on a GPU, and has the batch that was fastest of those tried. Seconds are counted from",
-        "FAT5's first step on, its evaluations included; for stock from the step after which nothing new was compiled,",
-        f"evaluations left out; what came before is beside them.\n\n![loss against seconds]({IMAGES}/{picture})\n",
+        "Stock T5 is compiled on a GPU, and has the batch that was fastest of those tried. Seconds are those of",
+        "training, without evaluations: FAT5's from its first step on, stock's from the step after which nothing new",
+        f"was compiled. What came before is beside them.\n\n![loss against seconds]({IMAGES}/{picture})\n",
     ]
-    heads = [
-        "side",
-        "before the clock",
-        "seconds",
-        "steps",
-        "useful tokens/s",
-        "useful share",
-        "last loss",
-        "best loss",
-    ]
+    heads = ["side", "before", "seconds", "steps", "useful tokens/s", "useful share", "last loss", "best loss"]
     rows = []
     for key, run in found.items():
         summary, losses = run.file("summary.json"), run.curve()[1]

@@ -130,13 +130,19 @@ def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: 
 
 
 def test_metrics_are_thinned_but_for_evaluations(tmp_path: Path) -> None:
-    rows = [{"kind": "eval" if step % 500 == 0 else "train", "step": step} for step in range(2001)]
+    rows: list[dict[str, Any]] = []
+    for step in range(2001):
+        if step:
+            common = {"step": step, "loss": 1.0, "lr": 1, "grad_norm": 1, "tokens": step, "seconds": 60.0 + step}
+            rows.append({"kind": "train", **common, "step_tokens": 5, "tokens_per_second": 10.0, "raw_tokens": 1})
+        if step % 500 == 0:
+            rows.append({"kind": "eval", "step": step, "loss": 1.0, "accuracy": 0.5})
     (tmp_path / "m").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = [json.loads(line) for line in french_runs.thinned(tmp_path / "m").splitlines()]
     assert [row["step"] for row in kept if row["kind"] == "eval"] == [0, 500, 1000, 1500, 2000]
     assert 300 < len(kept) < 410
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
-    assert kept[-2]["step"] == 1999
+    assert kept[-2] == rows[-2] | {"trained": 0.5 * 1999}  # of 2,000 steps of half a second, the first does not count
 
 
 def test_sentences_are_held_out_ones_with_a_blank(data: Path, tmp_path: Path) -> None:

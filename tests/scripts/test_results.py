@@ -29,26 +29,10 @@ def write(folder: Path, name: str, losses: list[float], first: float = 5.0, **fa
     for number, loss in enumerate(losses):
         step = 100 * number
         if number:
-            train = {
-                "kind": "train",
-                "lr": 1,
-                "grad_norm": 1,
-                "tokens_per_second": 1000.0,
-                "mfu": 0.4,
-                "step_tokens": 10,
-            }
-            places = (1, 100) if number == 1 else (step,)
-            rows += [
-                {
-                    **train,
-                    "step": at,
-                    "loss": loss,
-                    "tokens": 10 * at,
-                    "raw_tokens": 9 * at,
-                    "seconds": first + at / 100,
-                }
-                for at in places
-            ]
+            train = {"kind": "train", "lr": 1, "grad_norm": 1, "tokens_per_second": 1e3, "mfu": 0.4, "step_tokens": 10}
+            for at in (1, 100) if number == 1 else (step,):
+                times = {"seconds": first + at / 100} | ({"trained": (at - 1) / 100} if first else {})
+                rows.append({**train, "step": at, "loss": loss, "tokens": 10 * at, "raw_tokens": 9 * at, **times})
         parts = {"[R]": {"loss": loss, "accuracy": 0.5, "tokens": 5}}
         rows.append({"kind": "eval", "step": step, "loss": loss, "accuracy": 0.5, "tokens": 5, "by_denoiser": parts})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
