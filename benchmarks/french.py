@@ -42,7 +42,7 @@ from gpu_step import say
 HERE = Path(__file__).parent
 START, RESTART, END = (100.0, 50.0, 15.0) if GPU else (10.0, 10.0, 10.0)
 """Seconds that a run needs until its first step, again with warm caches, and from its last step to its model."""
-CALIBRATION = 8.0
+CALIBRATION = 8.0 if GPU else 30.0
 """Seconds of training after which the steps of the clock's FAT5 run are planned."""
 RATES = {"fat5-small": 700e3, "fat5-base": 420e3} if GPU else {}
 """Tokens/s by which the steps of an unmeasured run are planned: those of one H200 (benchmarks/results)."""
@@ -132,7 +132,7 @@ def pretraining(bench: Bench, preset: str, **more: Any) -> list[str]:
     """The words of a `fat5 pretrain` with the recipe of this corpus."""
     folders = [folder for folder in (bench.shards, bench.options.data / "shards-en") if folder.is_dir()]
     # In proportion to their tokens, as the stock side reads them.
-    sources = [{"path": str(folder), "weight": read_manifest(folder).tokens("train")} for folder in folders]
+    sources = [{"path": str(one), "weight": round(read_manifest(one).tokens("train") / 1e6, 3)} for one in folders]
     values = {"model.preset": preset, "data.sources": json.dumps(sources)}
     if not GPU:
         values |= {"data.num_workers": 0, "data.packs_per_micro_batch": 1}

@@ -124,6 +124,9 @@ class Bench:
         """Steps a second of a job, which runs for so long and leaves nothing but warm caches."""
         process = self._start(job, [])
         self._watch(process, job, seconds)
+        if process.returncode not in (0, *STOPPED):
+            log = (self.output / job.name / "log.txt").read_text(errors="replace")
+            raise RuntimeError(f"{job.name}: exit code {process.returncode}: {log[-1500:]}")
         rows = read_rows(self.folder(job.name) / "metrics.jsonl")
         shutil.rmtree(self.folder(job.name))
         shutil.rmtree(self.output / job.name)

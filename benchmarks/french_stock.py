@@ -117,6 +117,8 @@ class Stock:
             model=self.model, args=arguments, train_dataset=self.texts, data_collator=self.collator,
             optimizers=(optimizer, LambdaLR(optimizer, clock.rate)), callbacks=[clock],
         )  # fmt: skip
+        # T5 takes any keyword, and Trainer takes that for a loss over all batches of a step: it would add them up.
+        trainer.model_accepts_loss_kwargs = False
         clock.trainer = trainer
         if options.text == "stream":
             trainer.batches = PaddedLoader(self.task.loader.stream, rows, num_workers=workers)

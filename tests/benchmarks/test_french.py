@@ -1,6 +1,7 @@
 """benchmarks/french.py: its span corruption, the stock side of the clock, and (slow) all of it at tiny size."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fat5.cli.parsing import parse
-from fat5.data import load_tokenizer, reconstruct
+from fat5.data import load_tokenizer, read_manifest, reconstruct
 from fat5.model import FAT5ForConditionalGeneration
 from fat5.tasks import PretrainConfig
 from fat5.tasks.finetune.config import FinetuneConfig
@@ -87,7 +88,7 @@ def test_both_sides_of_the_clock_start_and_are_scored_alike(
     """The same weights and the same validation examples give the same loss; then the stock side learns."""
     keys = french.pretraining(bench(data, tmp_path), "fat5-demo", **{"data.mixture": "t5", **french.scheduled(12)})
     run = tmp_path / "stock"
-    words = ["--train_seconds", "4", "--text", "documents", "--rows", "8", *keys, "--output_dir", str(run)]
+    words = ["--train_seconds", "4", "--text", "documents", "--rows", "4", *keys, "--output_dir", str(run)]
     monkeypatch.setattr(sys, "argv", ["french_stock.py", *words])
     monkeypatch.setattr(french_stock.signal, "signal", lambda *_: None)  # pytest has its own
     french_stock.main()
@@ -95,6 +96,8 @@ def test_both_sides_of_the_clock_start_and_are_scored_alike(
     train, scores = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     assert scores[-1]["loss"] < scores[0]["loss"] - 0.3
     assert train[-1]["tokens"] > train[0]["tokens"] > 0
+    assert train[0]["loss"] == pytest.approx(scores[0]["loss"], rel=0.1)  # the mean of the batches of a step
+    assert json.loads((run / "summary.json").read_text())["accumulated"] > 1
     assert 3 < train[-1]["seconds"] < 6
     assert train[-1]["lr"] < train[len(train) // 2]["lr"]  # the schedule runs by the clock
     config = french_stock.PretrainConfig(
@@ -143,6 +146,19 @@ def test_metrics_are_thinned_but_for_evaluations(tmp_path: Path) -> None:
     assert 300 < len(kept) < 410
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
     assert kept[-2] == rows[-2] | {"trained": 0.5 * 1999}  # of 2,000 steps of half a second, the first does not count
+
+
+def test_sources_have_the_shares_of_their_tokens(data: Path, tmp_path: Path) -> None:
+    """In a unit that the loader takes."""
+    both = tmp_path / "both"
+    for name in ("shards", "shards-en"):
+        shutil.copytree(data / "shards", both / name)
+    words = french.pretraining(bench(both, tmp_path), "fat5-demo")
+    sources = json.loads(words[words.index("--data.sources") + 1])
+    assert [Path(source["path"]).name for source in sources] == ["shards", "shards-en"]
+    tokens = read_manifest(data / "shards").tokens("train")
+    assert [source["weight"] for source in sources] == [pytest.approx(tokens / 1e6, abs=1e-3)] * 2
+    assert 0 < sources[0]["weight"]
 
 
 def test_sentences_are_held_out_ones_with_a_blank(data: Path, tmp_path: Path) -> None:
