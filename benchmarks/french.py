@@ -130,9 +130,8 @@ def keys(values: dict[str, Any]) -> list[str]:
 
 def pretraining(bench: Bench, preset: str, **more: Any) -> list[str]:
     """The words of a `fat5 pretrain` with the recipe of this corpus."""
-    folders = [folder for folder in (bench.shards, bench.options.data / "shards-en") if folder.is_dir()]
     # In proportion to their tokens, as the stock side reads them.
-    sources = [{"path": str(one), "weight": round(read_manifest(one).tokens("train") / 1e6, 3)} for one in folders]
+    sources = [{"path": str(one), "weight": round(read_manifest(one).tokens("train") / 1e6, 3)} for one in bench.shards]
     values = {"model.preset": preset, "data.sources": json.dumps(sources)}
     if not GPU:
         values |= {"data.num_workers": 0, "data.packs_per_micro_batch": 1}
@@ -283,7 +282,7 @@ def tuning(bench: Bench, task: str, start: str) -> Job | None:
     if start == "random":
         # A folder with a configuration gives the random model its form.
         formed = [bench.folder(name) / "model" for name in ("small", "clock_fat5")]
-        form = next((folder for folder in formed if (folder / "config.json").is_file()), bench.shards / "tokenizer")
+        form = next((folder for folder in formed if (folder / "config.json").is_file()), bench.shards[0] / "tokenizer")
         values |= {"model": "none", "tokenizer": form, "preset": bench.options.preset}
     else:
         values["model"] = bench.model(start)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+from fat5.data import read_manifest
 from fat5.train.log.metrics import read_rows
 from gpu_step import DEVICE, say
 
@@ -62,10 +63,13 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.tiny = options, options.tiny
-        self.shards, self.tasks = options.data / "shards", options.data / "tasks"
+        found = [options.data / name for name in ("shards", "shards-en")]
+        self.shards, self.tasks = [folder for folder in found if folder.is_dir()], options.data / "tasks"
         self.work, self.output = options.work, options.output_dir
         self.deadline = 0.0
-        self.stamp = {**measure.stamp(), "device": "GPU" if GPU else "CPU"}
+        manifests = [read_manifest(folder) for folder in self.shards]
+        text = {of: sum(getattr(one, of)("train") for one in manifests) for of in ("documents", "tokens")}
+        self.stamp = {**measure.stamp(), "device": "GPU" if GPU else "CPU", "training_text": text}
         self._collected: dict[str, float] = {}
         self._archiving = threading.Lock()
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -73,6 +73,7 @@ def pretraining(runs: Runs) -> str:
         "steps": lambda run: f"{run.train[-1]['step']:,}" + ("" if run.facts["complete"] else ", stopped by the time"),
         "tokens, both sides": lambda run: f"{run.train[-1]['tokens'] / 1e6:,.1f}M",
         "tokens of text": lambda run: f"{run.train[-1]['raw_tokens'] / 1e6:,.1f}M",
+        "training text": training_text,
         "tokens a second, median": lambda run: f"{median(run, 'tokens_per_second'):,.0f}",
         "MFU, median": lambda run: percent(median(run, "mfu")),
         "hours of training": lambda run: f"{run.train[-1]['seconds'] / 3600:.3f}",
@@ -316,6 +317,13 @@ def median(run: Run, key: str) -> float:
     """Of a key of the train rows, without the first fifth."""
     values = sorted(row[key] for row in run.train[len(run.train) // 5 :] if row.get(key) is not None)
     return float(values[len(values) // 2]) if values else float("nan")
+
+
+def training_text(run: Run) -> str:
+    """Documents and tokens of the shards, and passes over them."""
+    text = run.facts["training_text"]
+    passes = run.train[-1]["raw_tokens"] / text["tokens"]
+    return f"{text['tokens'] / 1e6:,.1f}M tokens in {text['documents']:,} documents, {passes:.2g} passes"
 
 
 def energy(run: Run) -> str:

@@ -17,7 +17,14 @@ import results  # noqa: E402
 import results_parts  # noqa: E402
 from results_files import Run, differ, interval, read_runs, time_to  # noqa: E402
 
-FACTS = {"machine": "H0", "versions": "v1", "commit": "abc", "date": "2026-11-29", "preset": "fat5-demo"}
+FACTS: dict[str, Any] = {
+    "machine": "H0",
+    "versions": "v1",
+    "commit": "abc",
+    "date": "2026-11-29",
+    "preset": "fat5-demo",
+}
+FACTS |= {"training_text": {"documents": 7, "tokens": 450}}
 
 
 def write(folder: Path, name: str, losses: list[float], first: float = 5.0, **facts: Any) -> Path:
@@ -101,6 +108,7 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "Stopped by SIGTERM after step 40",
         "| validation loss, last | **4.000** |",
         "| [R] | 4.00 |",
+        "| training text | 0.0M tokens in 7 documents, 2 passes |",
         "after 2 s) after 1 s: **2.0 times sooner**",
         "| t5 (default) | 5.010 ± 0.025 |  |",
         "| none | 6.010 ± 0.025 | worse |",
