@@ -71,6 +71,8 @@ LEARNING_RATES = {"random": 0.02}
 LEARNING_RATE = 0.01
 STARTS = ("small", "random", "clock_stock", "clock_fat5", "base")
 SENTENCES = 20
+KINDS_OF_TEXT = ("title", "gloss", "man-section", "module", "fr-en")
+PROSE, FRENCH = re.compile(r"[A-ZÀÉÊ][^_]*\.$"), re.compile(r"\b(?:les?|la|des?|du|une?|et|est|dans|pour|qui)\b")
 TINY_MODEL = "{d_model: 32, d_ff: 64, num_layers: 1, num_decoder_layers: 1, num_heads: 2, d_kv: 16}"
 TINY_DATA = {
     "data.max_tokens": 64, "data.encoder_tokens": 512, "data.packs_per_step": 1, "data.packs_per_micro_batch": 1,
@@ -200,22 +202,33 @@ def fill_in(bench: Bench, folder: Path, kept: Path) -> list[list[str]]:
 
 
 def sentences(bench: Bench) -> Iterator[tuple[str, str]]:
-    """The first sentence of 8 to 25 words of the first held-out texts, without its middle third of at most 3 words."""
-    found = 0
-    for task in ("title", "module", "man-section", "fr-en"):
-        path = split_file(bench.tasks / task, "test")
-        for row in rows_of(path) if path is not None else ():
-            text = str(row.get("source") or row.get("text"))
-            for sentence in re.split(r"(?<=[.!?])\s+", text.replace("\n", " ")):
-                words = sentence.split()
-                if 8 <= len(words) <= 25 and sentence[0].isupper() and sentence.endswith(".") and "___" not in sentence:
-                    width = min(3, len(words) // 3)
-                    first = (len(words) - width) // 2
-                    yield " ".join([*words[:first], "___", *words[first + width :]]), " ".join(words)
-                    found += 1
-                    break
-            if found == SENTENCES:
-                return
+    """The first French sentence of 8 to 25 words of held-out texts, without its middle third of at most 3 words; from
+    each kind of text in turn, none twice.
+    """
+    kinds = [path for task in KINDS_OF_TEXT if (path := split_file(bench.tasks / task, "test"))]
+    turns = [first_sentences(path) for path in kinds]
+    seen = set[str]()
+    while turns and len(seen) < SENTENCES:
+        turn = turns.pop(0)
+        whole = next((one for one in turn if one not in seen), None)
+        if whole is None:
+            continue
+        turns.append(turn)
+        seen.add(whole)
+        words = whole.split()
+        width = min(3, len(words) // 3)
+        first = (len(words) - width) // 2
+        yield " ".join([*words[:first], "___", *words[first + width :]]), whole
+
+
+def first_sentences(path: Path) -> Iterator[str]:
+    """Of each row its first sentence that is French prose."""
+    for row in rows_of(path):
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", str(row.get("source") or row.get("text"))):
+            words = sentence.split()
+            if 8 <= len(words) <= 25 and PROSE.match(sentence) and len(set(FRENCH.findall(sentence.lower()))) > 1:
+                yield " ".join(words)
+                break
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:

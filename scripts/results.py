@@ -202,7 +202,7 @@ def draw() -> None:
             draw_variants(values, title, PICTURES / f"results-{kind}.png")
     for task, starts in tuned(runs).items():
         if start := confused(starts):
-            content = starts[start].file("seed-0/results.json")
+            content = starts[start].file("results.json", seed=True)
             draw_confusion(content["labels"], content["confusion"], PICTURES / f"results-{task}.png")
 
 

@@ -35,16 +35,20 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
-    def file(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where there is none."""
-        path = self.folder / name
+    def file(self, name: str, seed: bool = False) -> dict[str, Any]:
+        """A JSON file of the folder, or of its first seed; empty where there is none."""
+        path = (self.seeds()[0] if seed else self.folder) / name
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """A JSON-lines file of the folder; empty where there is none."""
-        path = self.folder / name
+    def lines(self, name: str, seed: bool = False) -> list[dict[str, Any]]:
+        """A JSON-lines file of the folder, or of its first seed; empty where there is none."""
+        path = (self.seeds()[0] if seed else self.folder) / name
         return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def seeds(self) -> list[Path]:
+        """The folders of its seeds; its own where it has one seed."""
+        return sorted(self.folder.glob("seed-*")) or [self.folder]
 
     def seconds(self, steps: Sequence[float]) -> np.ndarray:
         """Seconds of training at some steps, without start, compilation and evaluations."""

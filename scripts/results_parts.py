@@ -165,7 +165,7 @@ def verdict(task: str, starts: Runs) -> str:
 def examples(task: str, starts: Runs) -> list[str]:
     """Outputs of seed 0: the two nearest to their targets and the two farthest, of the first test rows."""
     start = next(one for one in STARTS if one in starts)
-    texts = [row for row in starts[start].lines("seed-0/predictions.jsonl") if isinstance(row["prediction"], str)]
+    texts = [row for row in starts[start].lines("predictions.jsonl", seed=True) if isinstance(row["prediction"], str)]
     if METRICS[task][-1] in ("macro_f1", "f1") or len(texts) < 4:
         return []
     ranked = sorted(texts, key=lambda row: -SequenceMatcher(None, row["prediction"], row["target"]).ratio())
@@ -294,15 +294,16 @@ def variant(run: Run, kind: str) -> str | None:
 def confused(starts: Runs) -> str:
     """The first start with a confusion matrix."""
     return next(
-        (one for one in STARTS if one in starts and starts[one].file("seed-0/results.json").get("confusion")), ""
+        (one for one in STARTS if one in starts and starts[one].file("results.json", seed=True).get("confusion")), ""
     )
 
 
 def seeds(run: Run | None, metric: str) -> list[float]:
     """A metric of each seed that came to its end."""
-    paths = [] if run is None else sorted(run.folder.glob("seed-*/results.json"))
-    found = [json.loads(path.read_text(encoding="utf-8"))["metrics"][metric]["value"] for path in paths]
-    return [float(value) for value in found if value is not None]
+    paths = [] if run is None else [folder / "results.json" for folder in run.seeds()]
+    found = [json.loads(path.read_text(encoding="utf-8"))["metrics"] for path in paths if path.is_file()]
+    values = [metrics[metric].get("value") for metrics in found]  # those of all seeds together have a mean
+    return [float(value) for value in values if value is not None]
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
