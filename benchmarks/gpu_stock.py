@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import T5Config, T5ForConditionalGeneration, UMT5Config, UMT5EncoderModel
 
+from fat5 import accelerate
 from fat5.data import PackedBatch
 from fat5.data.examples.padded import pad, unpack
+from fat5.generate.decoding import Decoder
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
+from fat5.ops import use_kernels
 from fat5.optim import OptimizerConfig, build_optimizer
 from fat5.train.step import StepResult
 from gpu_measure import Results
@@ -182,11 +185,6 @@ def encoder(results: Results, options: argparse.Namespace) -> None:
     """An umT5-XXL-shaped encoder, random bf16 weights, 512 tokens a prompt: stock sdpa and FAT5, which leaves padding
     out, eager and compiled.
     """
-    try:
-        from fat5 import accelerate
-    except ImportError:
-        say("fat5.accelerate is not there: not run")
-        return
     sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=VOCABULARY)
     length, counts = 512, (1, 8, 32)
     if options.toy:
@@ -203,6 +201,9 @@ def encoder(results: Results, options: argparse.Namespace) -> None:
     ours = accelerate(ours, compute_padding=False)  # as the figures published so far; without it padding is computed
     say(f"{sum(p.numel() for p in stock.parameters()) / 1e9:.2f}B parameters, {stock.dtype}")
     providers: dict[str, Callable[..., object]] = {"hf sdpa": stock, "fat5": ours}
+    if DEVICE.type == "cuda":
+        graphs = accelerate(copy.deepcopy(stock), compute_padding=False, cuda_graphs=True)
+        providers["fat5, CUDA graphs"] = graphs
     if not options.stock_eager:
         providers |= {"hf sdpa compiled": torch.compile(stock), "fat5 compiled": torch.compile(ours)}
     for count in counts:
@@ -242,7 +243,7 @@ def _encode(
                     outputs[key] = call(**inputs).last_hidden_state[kept].float()  # type: ignore[attr-defined]
             except Exception as failure:
                 say(f"{name} {key}: {type(failure).__name__} {str(failure)[:300]}")
-        times = _in_turn({key: partial(providers[key], **inputs) for key in outputs}, options.measured)
+        times = in_turn({key: partial(providers[key], **inputs) for key in outputs}, options.measured)
     reference = outputs["hf sdpa"]
     for key, taken in times.items():
         error = float((outputs[key] - reference).norm() / reference.norm())
@@ -255,12 +256,7 @@ def _encode(
 
 
 def decode(results: Results, options: argparse.Namespace) -> None:
-    """Greedy decoding of stock T5, bf16: 8 prompts of 128 tokens, 128 new ones; stock generate and FAT5's loop."""
-    try:
-        from fat5.generate.decoding import Decoder
-    except ImportError:
-        say("fat5.generate.decoding is not there: not run")
-        return
+    """Stock T5, bf16, writes 128 tokens behind 8 prompts of 128, greedy and with beams: by `generate` and by FAT5."""
     preset, length, new = ("fat5-demo", 16, 8) if options.toy else (options.stock_preset, 128, 128)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(stock_config(FAT5Config.preset(preset, vocab_size=VOCABULARY)))
@@ -268,36 +264,55 @@ def decode(results: Results, options: argparse.Namespace) -> None:
     # Every row writes all its tokens, so that every provider does the same work.
     model.generation_config.eos_token_id = None
     inputs = _prompts(8, length, True, VOCABULARY)
-    decoder, how = Decoder(model), {"max_new_tokens": new, "do_sample": False}
+    for case, ways in (("greedy", {}), ("beams 4", {"num_beams": 4})):
+        how = {"max_new_tokens": new, "do_sample": False, **ways}
+        _decode(results, options, f"{preset} {case} 8x{new}", model, inputs, how)
+
+
+def _decode(
+    results: Results,
+    options: argparse.Namespace,
+    name: str,
+    model: Any,
+    inputs: dict[str, Tensor],
+    how: dict[str, Any],
+) -> None:
+    decoder = Decoder(model)
     providers: dict[str, Callable[[], Tensor]] = {
         "hf generate": lambda: model.generate(**inputs, **how),
         "fat5 decoding": lambda: decoder.generate(**inputs, **how, eos_token_id=[]),
     }
     if DEVICE.type == "cuda":
+        before = use_kernels("decoding=plain")
+        plain = Decoder(model)  # PyTorch's own kernels, in CUDA graphs
+        use_kernels(before)
         providers |= {
             "hf generate, static cache, compiled": lambda: model.generate(
                 **inputs, **how, cache_implementation="static"
             ),
             "fat5 decoding, CUDA graph": lambda: decoder.generate(**inputs, **how, eos_token_id=[], cuda_graph=True),
+            "fat5 decoding, CUDA graph, PyTorch's kernels": lambda: plain.generate(
+                **inputs, **how, eos_token_id=[], cuda_graph=True
+            ),
         }
     written: dict[str, Tensor] = {}
     for key, call in providers.items():
         with going_on(out_of_memory=True):
             begun = time.perf_counter()
             written[key] = call().cpu()
-            say(f"{key}: first call {time.perf_counter() - begun:.1f} s")
-    times = _in_turn({key: providers[key] for key in written}, options.measured)
-    name, stock = f"{preset} greedy 8x{new}", written["hf generate"]
+            say(f"{name} {key}: first call {time.perf_counter() - begun:.1f} s")
+    times = in_turn({key: providers[key] for key in written}, options.measured)
+    stock, tokens = written["hf generate"], 8 * how["max_new_tokens"]
     for key, taken in times.items():
         same = float((written[key] == stock).float().mean()) if written[key].shape == stock.shape else 0.0
-        rate = 8 * new / taken
+        rate = tokens / taken
         results.add(name, key, "new tokens/s", rate, "tokens/s")
         results.add(name, key, "tokens equal to hf generate", same, "ratio")
         say(f"{name} {key}: {np.median(rate):,.0f} new tokens/s, {same:.1%} of tokens as hf generate's")
     results.write()
 
 
-def _in_turn(providers: dict[str, Callable[[], object]], budget: float) -> dict[str, np.ndarray]:
+def in_turn(providers: dict[str, Callable[[], object]], budget: float) -> dict[str, np.ndarray]:
     """Seconds of each, one after another, at least three times and for about `budget` seconds in all."""
     times: dict[str, list[float]] = {key: [] for key in providers}
     started, rounds = time.perf_counter(), 0

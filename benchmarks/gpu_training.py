@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpu_accelerate import accelerated
 from gpu_measure import Results
 from gpu_products import products
 from gpu_profile import IDLE, Profile, profile_step
@@ -186,6 +187,7 @@ SECTIONS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "long": long,
     "encoder": encoder,
     "decode": decode,
+    "accelerate": accelerated,
     "products": products,
     "pretrain": pretrain,
 }

@@ -45,8 +45,10 @@ class FusedDecoder:
             return None
         if len({(weight.dtype, weight.device) for weight in joined}) > 1 or not are_wanted(joined[0]):
             return None
-        every_norm = [norm for layer in weights.layers for norm in layer.norms] + [weights.decoder.final_layer_norm]
-        if not all(isinstance(norm, norms) and not is_hooked(norm) for norm in every_norm):
+        every_norm: list[Any] = [norm for layer in weights.layers for norm in layer.norms] + [
+            weights.decoder.final_layer_norm
+        ]
+        if not all(not is_hooked(norm) and isinstance(norm, norms) for norm in every_norm):
             return None
         if activation not in ACTIVATIONS or weights.encoding not in ENCODINGS:
             return None
@@ -63,7 +65,7 @@ class FusedDecoder:
         hidden = self.decoder.embed_tokens(tokens)
         if self.is_absolute:
             hidden = hidden + self.decoder.absolute(position).to(hidden.dtype)
-        bias = None
+        bias: Any = None
         for i, ((own, across, dense), layer) in enumerate(self.layers):
             bias = bias if step.biases[i] is None else step.biases[i]
             joined = project(hidden, layer.query_key_value.joined, **own)

@@ -208,8 +208,9 @@ class Step:
         self.memory = weights.remember(memory)
         self.memory_keys, self.memory_values = (list(self.memory[side::2].flatten(1, 2)) for side in range(2))
         dtype, device = self.memory.dtype, memory.device
-        serves = weights.fused is not None and self.items * beams <= fused.MOST_ROWS
-        self.fused = weights.fused if serves and weights.lm_head.joined.dtype == dtype else None
+        found = weights.fused
+        serves = found is not None and found.head.dtype == dtype and self.items * beams <= fused.MOST_ROWS
+        self.fused = found if serves else None
         self.memory_bias: Tensor | None = None
         if memory_mask is not None and not bool(memory_mask.bool().all()):
             hidden = torch.zeros(memory_mask.shape, dtype=dtype, device=device)

@@ -140,7 +140,8 @@ class _Stack:
         elif past_key_values is None and _wants_cache(self, use_cache):
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         asked = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        tokens, states = own.pack(rows), [] if asked else None
+        tokens = own.pack(rows)
+        states: list[Tensor] | None = [] if asked else None
         run = partial(self._run, memory=memory, across=across, past_key_values=past_key_values, states=states)
         last = None
         if self.recordings is not None and not (asked or torch.compiler.is_compiling()):

@@ -50,7 +50,8 @@ def attend(call: AttentionCall, backend: str, shared: dict[Any, Any] | None = No
         call = call._replace(q=q, scale=scale)
     if call.vector is not None and call.vector.dtype != torch.float32:
         call = call._replace(vector=call.vector.float())
-    run = _attend_eagerly if is_unobserved(*call[:TENSORS]) else attention_forward
+    tensors: Any = call[:TENSORS]
+    run = _attend_eagerly if is_unobserved(*tensors) else attention_forward
     return run(backend, *call, *planned(call, backend, shared))[0]  # type: ignore[no-any-return]
 
 
