@@ -6,7 +6,7 @@ A step reads each weight of the decoder once, so its time stands beside that of 
 """
 
 import argparse
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def _step(model: FAT5ForConditionalGeneration, rows: int) -> np.ndarray:
     marks[-1].record()
     torch.cuda.synchronize()
     assert not step.failed
-    return np.array([begun.elapsed_time(ended) / 1e3 for begun, ended in zip(marks, marks[1:])])
+    return np.array([begun.elapsed_time(ended) / 1e3 for begun, ended in pairwise(marks)])
 
 
 if __name__ == "__main__":
