@@ -21,7 +21,7 @@ from transformers import (
 from fat5.model import FAT5ForConditionalGeneration
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=3, num_heads=4,
+    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
     decoder_start_token_id=0,
     dropout_rate=0.0,
 )  # fmt: skip

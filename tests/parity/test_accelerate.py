@@ -269,8 +269,8 @@ def test_no_square_bias_is_made(monkeypatch):
     monkeypatch.setattr(ops, "attention", attention)
     fast = fat5.accelerate(t5_v1_1())
     fast(**rows()).loss.backward()
-    assert len(seen) == 9
-    assert sum(bias is None for bias in seen) == 3
+    assert len(seen) == SIZES["num_layers"] + 2 * SIZES["num_decoder_layers"]
+    assert sum(bias is None for bias in seen) == SIZES["num_decoder_layers"]
     assert all(bias is None or isinstance(bias, ops.RelativeBias) for bias in seen)
 
 

@@ -275,7 +275,8 @@ COMPILED_SLOWLY = [
 )
 def test_packed_heads_compile_whole_and_once(kind, form):
     """No graph break, and one compilation for every batch of equal budget."""
-    ours, batch = in_dtype(getattr(fat5, f"FAT5{kind}"), form, torch.float32), packed(source())
+    config = FAT5Config(**SIZES | {"num_layers": 1, "num_decoder_layers": 1}, num_labels=2, head_form=form)
+    ours, batch = getattr(fat5, f"FAT5{kind}")(config).eval(), packed(source())
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(ours, fullgraph=True, backend=counter)

@@ -93,7 +93,7 @@ def test_every_exact_attention_is_ours(name, tmp_path):
     assert ours.config._attn_implementation == ("eager" if name == "eager" else "sdpa")
     assert difference(ours(**batch).logits, stock(**batch).logits) <= LOGITS_TOLERANCE
     ours.set_attn_implementation(name)
-    assert len(ours(**batch, output_attentions=True).encoder_attentions) == 3
+    assert len(ours(**batch, output_attentions=True).encoder_attentions) == SIZES["num_layers"]
     prompt = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"cache_implementation": "static"}
     assert torch.equal(*(m.generate(**prompt, max_new_tokens=6, disable_compile=True) for m in (stock, ours)))
 

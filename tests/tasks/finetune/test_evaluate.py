@@ -1,4 +1,4 @@
-"""`fat5 evaluate` of tasks: the results of the run again, models of others, and what is refused."""
+"""What a run of each task leaves; `fat5 evaluate`: its results again, models of others, and what is refused."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_runs import LEARNING, config, predictions
 from transformers import (
     T5Config,
@@ -59,6 +60,30 @@ def runs(base, files, tmp_path_factory):
         return made[task]
 
     return get
+
+
+@pytest.mark.parametrize("task", list(METRICS))
+def test_every_task(runs, drawn, task):
+    run = runs(task)
+    results, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "summary"))
+    assert list(results["metrics"]) == list(METRICS[task])
+    for score in results["metrics"].values():
+        assert score["low"] <= score["value"] <= score["high"]
+    rows = predictions(run)
+    assert len(rows) == results["examples"] == summary["examples"]["validation"]
+    assert rows[0].keys() >= {"input", "target", "prediction"}
+    assert (run / "loss.png").is_file()
+    assert (run / "checkpoints" / "step-4").is_dir()
+    card = (run / "model" / "README.md").read_text()
+    assert "## Fine-tuning" in card
+    assert "pipeline_tag" in card
+    widget = yaml.safe_load(card.split("---")[1])["widget"][0]
+    first = predictions(run)[0]
+    assert widget["text"] == first["input"]
+    assert ("context" in widget) == (task == "question-answering")
+    pictures = {path.name for path in run.glob("*.png")} - {"loss.png"}
+    wanted = {"sequence-classification": {"confusion.png", "classes.png"}, "token-classification": {"classes.png"}}
+    assert pictures == wanted.get(task, set())
 
 
 @pytest.mark.parametrize("task", list(METRICS))
