@@ -117,6 +117,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
+    if page != "README.md":  # drawings and the measured peak of the machine have tests of their own
+        monkeypatch.setattr("fat5.train.run.draw_run", lambda *arguments: None)
+        monkeypatch.setattr("fat5.train.trainer.peak_flops", lambda *arguments: 1e12)
     for language, block in blocks(page):
         if language == "python":
             if page in IN_ORDER:

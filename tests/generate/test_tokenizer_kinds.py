@@ -18,7 +18,11 @@ WORDS = ("le", "un", "noyau", "paquet", "pour", "de")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_from_text_to_answers(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_from_text_to_answers(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fat5.train.run.draw_run", lambda *arguments: None)  # it has tests of its own
+    monkeypatch.setattr("fat5.train.trainer.peak_flops", lambda *arguments: 1e12)
     own = KINDS[kind](tmp_path / "t")
     text = [" ".join(WORDS[(i * j) % 6] for j in range(1, 40)) + "." for i in range(1, 60)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))

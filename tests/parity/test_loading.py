@@ -50,7 +50,7 @@ def test_shards_both_ways(family, tied, tmp_path):
     assert difference(ours(**batch).logits, want) <= LOGITS_TOLERANCE
     assert (ours.lm_head.weight is ours.shared.weight) == tied == ours.config.tie_word_embeddings
     ours.save_pretrained(tmp_path / "ours", max_shard_size=SHARD)
-    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 10
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 5
     back, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(back) is type(stock)
     assert not any(info.values()), info

@@ -86,7 +86,7 @@ def test_gradients_of_hidden_states(how):
     for state in states:
         state.retain_grad()
     out.loss.backward()
-    assert len(states) == 8
+    assert len(states) == 2 + SIZES["num_layers"] + SIZES["num_decoder_layers"]
     assert all(state.grad is not None and state.grad.any() for state in states)
     assert difference(model(**batch).loss[None], out.loss[None]) <= LOGITS_TOLERANCE
 

@@ -78,7 +78,7 @@ def test_reentrant_checkpoints(family, layout):
 
 def test_each_block_is_checkpointed_by_itself():
     """As activation_checkpointing_enable(every_n_layers=2) asks."""
-    ours, runs = fat5_like(t5_v1_1()), []
+    ours, runs = fat5_like(t5_v1_1(num_layers=3)), []
     ours.gradient_checkpointing_enable()
     ours.encoder.block[1].gradient_checkpointing = False
     for place, block in enumerate(ours.encoder.block):

@@ -110,7 +110,9 @@ class Padding:
             seen = mask if causal else mask | ~mask.any(dim=1, keepdim=True)
             segments = replace(_whole_rows(shape, device), mask=seen, formed=causal)
             return cls(segments, shape, kept=None if whole else kept_positions(mask))
-        asked = (mask._version, shape, whole) if _is_rememberable(mask) and not causal else None
+        # What a generation in inference mode has read, a training step must not save for its backward pass.
+        mode = torch.is_inference_mode_enabled()
+        asked = (mask._version, shape, whole, mode) if _is_rememberable(mask) and not causal else None
         if asked is not None and _latest is not None and _latest[0]() is mask and _latest[1] == asked:
             padding = _latest[2]
             return replace(padding, segments=replace(padding.segments, shared={}))
