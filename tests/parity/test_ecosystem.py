@@ -21,7 +21,7 @@ import fat5
 from fat5.errors import CheckpointError
 from fat5.generate.decoding import generate
 from fat5.model import FAT5ForConditionalGeneration
-from stock import GRADIENT_TOLERANCE, LOGITS_TOLERANCE, difference, fat5_like, rows, t5_v1_0, t5_v1_1, umt5
+from stock import GRADIENT_TOLERANCE, LOGITS_TOLERANCE, SIZES, difference, fat5_like, rows, t5_v1_0, t5_v1_1, umt5
 
 # A few steps of AdamW: what rounding does to a loss of some ten nats.
 LOSS_TOLERANCE = 1e-4
@@ -163,7 +163,9 @@ def test_lora_trains_and_travels(family, tmp_path):
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     adapted = lora(fat5_like(stock))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 2 * (3 + 2 * 3)  # A and B of q and v: encoder, decoder, cross-attention
+    assert len(trained) == 2 * 2 * (
+        SIZES["num_layers"] + 2 * SIZES["num_decoder_layers"]
+    )  # A and B of q and v: encoder, decoder, cross-attention
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(5):
         loss = adapted(**batch).loss
