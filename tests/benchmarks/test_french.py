@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,7 @@ def test_both_sides_of_the_clock_start_and_are_scored_alike(
 
 
 def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: Path) -> None:
-    it = bench(data, tmp_path)
+    it = bench(data, tmp_path, archive=tmp_path / "all.tar.gz")
     write = "import json, pathlib, sys, time; f = pathlib.Path(sys.argv[2]); f.mkdir(exist_ok=True, parents=True);"
     write += "row = dict(kind='train', step=1, loss=1.0, lr=1, grad_norm=1, tokens=9, tokens_per_second=9, seconds=1);"
     write += "(f / 'metrics.jsonl').write_text(json.dumps(row) + chr(10)); (f / 'config.yaml').write_text('steps: 9');"
@@ -126,12 +128,30 @@ def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: 
     assert not it.run_alone(job, (0.5, None))
     kept = tmp_path / "out" / "long"
     assert (kept / "metrics.jsonl").is_file()
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert "./long/metrics.jsonl" in archive.getnames()
     assert not it.is_complete("long")
     assert it.facts("long")["exit_code"] == -15
     job.command[-1] = write
     assert it.run_alone(job, (0.5, None))
     assert it.is_complete("long")
     assert len((kept / "command.txt").read_text().splitlines()) == 2
+
+
+def test_power_is_summed_while_a_run_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nwhile true; do echo '360.0, 2048'; sleep 0.05; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{french.os.environ['PATH']}")
+    monkeypatch.setattr(french_runs, "GPU", True)
+    with french_runs.Card() as card:
+        begun = time.monotonic()
+        while len(card.samples) < 10 and time.monotonic() < begun + 20:
+            time.sleep(0.05)
+    found, samples = card.summary(), card.samples
+    assert found["power_w"] == pytest.approx(360)
+    assert found["memory_gib"] == 2
+    assert found["energy_wh"] == pytest.approx(0.1 * (samples[-1][0] - samples[0][0]))
+    assert french_runs.Card().summary() == {}
 
 
 def test_metrics_are_thinned_but_for_evaluations(tmp_path: Path) -> None:
