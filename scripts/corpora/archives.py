@@ -62,8 +62,8 @@ def read_package(path: Path, wanted: re.Pattern[str]) -> Package:
     import zstandard
 
     if path.name.startswith("Translation-"):
-        name, _, version = path.name.partition("_")
-        return Package(_plain(name), version, file_sha256(path), {f"/{name}": path.read_bytes()})
+        index, _, release = path.name.partition("_")
+        return Package(_plain(index), release, file_sha256(path), {f"/{index}": path.read_bytes()})
     faults = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
     try:
         files, described = {}, b""

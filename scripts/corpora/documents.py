@@ -42,8 +42,8 @@ def read_documents(packages: Packages) -> Iterator[Document]:
     """
     for name, package in sorted(packages.items()):
         if name.startswith("libreoffice-help"):
-            for page, (title, paragraphs) in read_help(package).items():
-                yield Document(name, page, split_of(page), [title, *paragraphs.values()])
+            for page, (title, by_id) in read_help(package).items():
+                yield Document(name, page, split_of(page), [title, *by_id.values()])
         elif name.startswith("manpages"):
             for _, page, paragraphs in read_manuals(package):
                 yield Document(name, page, split_of(page), paragraphs)
