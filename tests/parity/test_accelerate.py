@@ -133,6 +133,15 @@ def test_a_mask_is_read_once_for_encoder_and_decoder(monkeypatch):
     assert len(read) == 2
 
 
+def test_a_mask_of_inference_mode_trains_too():
+    fast, batch = fat5.accelerate(t5_v1_1()), rows()
+    with torch.inference_mode():
+        want = fast(**batch).loss
+    loss = fast(**batch).loss
+    loss.backward()
+    assert loss == want
+
+
 def test_dropout_is_drawn():
     fast = fat5.accelerate(t5_v1_1(dropout_rate=0.2))
     batch = rows()
