@@ -18,6 +18,7 @@ from fat5.generate.step import DecoderWeights, Step
 from fat5.model import POSITION_ENCODINGS, FAT5Config, FAT5ForConditionalGeneration
 from fat5.ops import use_kernels
 from fat5.ops.triton.launch import recording
+from pairwise import pairwise
 from stock import FAMILIES, SIZES, fat5_like, rows, t5_v1_0, t5_v1_1
 
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
@@ -91,9 +92,12 @@ def test_rows_end_at_different_times(ends):
     assert len(lengths) > 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True], ids=["narrow", "autocast"])
-@pytest.mark.parametrize("family", [t5_v1_1, t5_v1_0], ids=["v1.1", "v1.0"])
+@pairwise(
+    2,
+    family={"v1.1": t5_v1_1, "v1.0": t5_v1_0},
+    autocast={"narrow": False, "autocast": True},
+    dtype={"bf16": torch.bfloat16, "fp16": torch.float16},
+)
 def test_logits_in_narrow_types(family, autocast, dtype):
     """As close to float32 as twice the plain step."""
     exact, batch = family(**SMALL).eval().to(HERE), prompts()
@@ -120,8 +124,10 @@ def test_logits_in_narrow_types(family, autocast, dtype):
     assert (got - want).abs().max() <= 2 * (usual - want).abs().max()
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("masked", "beams"),
+    [(True, 3), (False, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 1), (False, 3)))],
+)
 def test_rows_that_a_batch_lacks_change_no_other(beams, masked):
     model, (*_, large, small, _) = t5_v1_1(**SMALL).eval().to(HERE), batches()
     weights = DecoderWeights(model)
