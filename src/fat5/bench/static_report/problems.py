@@ -132,9 +132,9 @@ def _adamw_scale(width: int, dtype: torch.dtype) -> None:
 
 
 def _decoding(width: int, dtype: torch.dtype) -> None:
-    """A step of 8 rows, and of 32 in beams, with heads of 64."""
+    """A step of 8 rows, and of 64 in beams, with heads of 64."""
     heads, capacity, memory = width // 64, 128, 256
-    for rows, beams in ((8, 1), (32, 4)):
+    for rows, beams in ((8, 1), (64, 4)):
         items, wide, many = rows // beams, 4 * width, triton_few_rows.MANY
         x, norm, joined, gate, up, outer, head = _zeros(
             (rows, width), (width,), (3 * width, width), (wide, width), (wide, width), (width, wide), (many, width),

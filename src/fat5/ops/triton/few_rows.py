@@ -262,7 +262,9 @@ def choose(
 
 
 def _outputs(weight: Tensor) -> int:
-    return MANY_OUTPUTS if len(weight) >= MANY else OUTPUTS
+    # float32, multiplied exactly, would spill with more.
+    many = MANY_OUTPUTS if weight.element_size() < 4 else MANY_OUTPUTS // 2
+    return many if len(weight) >= MANY else OUTPUTS
 
 
 def _project(
@@ -296,7 +298,8 @@ def _project(
             "ACTIVATION": KINDS[activation], "GATED": second is not None, "ADD": residual is not None,
             "CLAMP": clamps, "ARGMAX": index is not None, "PRECISION": "ieee" if exact else "tf32",
         },
-        Launch(block_m, block_n, WARPS, STAGES),
+        # At 64 rows another stage would not fit into the shared memory of sm_86 and 89.
+        Launch(block_m, block_n, WARPS, STAGES - (block_m == MOST_ROWS)),
     )  # fmt: skip
 
 
