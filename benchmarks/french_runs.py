@@ -231,7 +231,12 @@ class Bench:
 
     def _relative(self, text: str) -> str:
         """Without the folders of this machine."""
-        return text.replace(str(self.options.data), "data").replace(str(self.work), "runs")
+        places = {self.options.data: "data", self.work: "runs", self.output: "results"}
+        if self.options.archive is not None:
+            places[self.options.archive] = self.options.archive.name
+        for place, name in places.items():
+            text = text.replace(str(place), name)
+        return text
 
     def collect(self, name: str) -> None:
         """Copies the small files of a run, and of the seeds in it, and writes the archive again."""

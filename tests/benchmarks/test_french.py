@@ -119,7 +119,9 @@ def test_both_sides_of_the_clock_start_and_are_scored_alike(
     assert after["loss"] == pytest.approx(scores[-1]["loss"], rel=ROUNDING)
 
 
-def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_what_it_has_and_is_run_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     it = bench(data, tmp_path, archive=tmp_path / "all.tar.gz")
     write = "import json, pathlib, sys, time; f = pathlib.Path(sys.argv[2]); f.mkdir(exist_ok=True, parents=True);"
     write += "row = dict(kind='train', step=1, loss=1.0, lr=1, grad_norm=1, tokens=9, tokens_per_second=9, seconds=1);"
@@ -130,11 +132,15 @@ def test_a_killed_run_leaves_what_it_has_and_is_run_again(data: Path, tmp_path: 
     assert (kept / "metrics.jsonl").is_file()
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         assert "./long/metrics.jsonl" in archive.getnames()
+    monkeypatch.setattr(
+        it, "stamp", {"command": f"french.py {data} --output_dir {it.output} --archive {it.options.archive}"}
+    )
     assert not it.is_complete("long")
     assert it.facts("long")["exit_code"] == -15
     job.command[-1] = write
     assert it.run_alone(job, (0.5, None))
     assert it.is_complete("long")
+    assert it.facts("long")["command"] == "french.py data --output_dir results --archive all.tar.gz"
     assert len((kept / "command.txt").read_text().splitlines()) == 2
 
 
