@@ -287,7 +287,15 @@ def test_a_pickle_of_tensors_alone_is_read(verb: str, folder: Path, tmp_path: Pa
     assert main([verb, *how, *([str(tmp_path / "made")] if verb == "convert" else ["--max_new_tokens", "2"])]) == 0
 
 
-def test_a_device_that_does_not_exist(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU: cuda is a device here")
+@pytest.mark.parametrize("device", ["tpu", "cuda"])
+def test_a_device_that_does_not_exist(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert main(["generate", "--model", str(folder), "--device", "tpu", "Bonjour ___"]) == 2
-    assert capsys.readouterr().err == "fat5 generate: device: no device 'tpu'. Use auto, cpu or cuda\n"
+    assert main(["generate", "--model", str(folder), "--device", device, "Bonjour ___"]) == 2
+    assert capsys.readouterr().err == f"fat5 generate: device: no device '{device}' here. Use auto or cpu\n"
+
+
+def test_a_key_of_sampling_without_sampling_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", str(folder), "--top_k", "5", "Bonjour ___"]) == 2
+    said = "fat5 generate: top_k: acts in sampling only. Add --sample, or leave it out\n"
+    assert capsys.readouterr().err.endswith(said)

@@ -86,7 +86,7 @@ def test_it_needs_no_torch() -> None:
     ("argv", "says"),
     [
         ([], "shell: is required. Give bash, zsh or fish"),
-        (["tcsh"], "shell: expected bash, zsh or fish or null, got 'tcsh'"),
+        (["tcsh"], "shell: expected bash, zsh or fish, got 'tcsh'"),
         (["bash", "zsh"], "unrecognized arguments: zsh"),
     ],
 )

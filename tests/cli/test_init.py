@@ -76,8 +76,9 @@ def test_text_of_ones_own_leaves_the_sizes_to_the_run() -> None:
     [
         ([], "language: is required. Give its code: --language de"),
         (["--language", "German"], "language: 'German' is no code of a language. Give a code of ISO 639"),
-        (["--language", "de", "--device", "Pentium"], "no data sheet of 'Pentium'"),
-        (["--language", "de", "--size", "huge"], "size: expected demo, small, base or large or null, got 'huge'"),
+        (["--language", "de", "--device", "Pentium"], "device: no data sheet of 'Pentium'"),
+        (["--language", "de", "none.jsonl"], "none.jsonl: no such file or folder. Check the path"),
+        (["--language", "de", "--size", "huge"], "size: expected demo, small, base or large, got 'huge'"),
         (["--language", "de", "--size", "large", "--device", "T4"], "size: fat5-large needs about 17.9"),
         (["--language", "de", "--steps", "0"], "steps: must be a whole number from 1"),
         (["--language", "de", "--output", "there.yaml"], "there.yaml: exists already. Choose another --output"),

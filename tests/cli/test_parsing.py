@@ -106,6 +106,14 @@ def test_a_key_twice_on_the_command_line_is_refused() -> None:
         parse(Recipe, ["--output_dir", "a", "--optimizer", "{lr: 1, lr: 2}"], "pretrain")
 
 
+def test_an_empty_name_and_a_dead_link_are_no_recipes(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    for name, said in [("", "config: is empty"), (str(loop), r"loop\.yaml: is a link that leads to no file")]:
+        with pytest.raises(ConfigurationError, match=said):
+            parse(Recipe, [f"--config={name}"], "pretrain")
+
+
 @pytest.mark.parametrize(
     ("flag", "meant"),
     [("--optimizer.lrr", "--optimizer.lr"), ("--lr", "--optimizer.lr"), ("--setps", "--steps")],
@@ -119,10 +127,14 @@ def test_an_unknown_flag_suggests_the_near_one(flag: str, meant: str) -> None:
     ("words", "said"),
     [
         ("--seed x", "seed: expected a whole number, got 'x'"),
-        ("--compile=maybe", "compile: expected true or false or auto, got 'maybe'"),
-        ("--sizes 1 x", "sizes: expected a list of whole numbers or null"),
+        ("--compile=maybe", "compile: expected true, false or auto, got 'maybe'"),
+        ("--sizes 1 x", "sizes: expected a list of whole numbers, got"),
         ("--seed", "seed: expected a value, got none"),
         ("--compile=aut", "Did you mean auto?"),
+        ("--betas 0.9", "betas: expected a list of 2 numbers, got '0.9'"),
+        ("--logs [hre]", "logs: expected a list of here or there, got 'hre'. Did you mean here?"),
+        ("--keys {a:1}", "keys: expected keys with values, got '{a:1}'. Write a space after each colon"),
+        ("--clip x", "clip: expected a number or null, got 'x'"),
     ],
 )
 def test_a_wrong_value_is_told_in_our_words(words: str, said: str) -> None:
@@ -154,6 +166,14 @@ class Job:
     """Compile."""
     note: str = ""
     """A note."""
+    betas: tuple[float, float] | None = None
+    """Decay."""
+    logs: list[Literal["here", "there"]] = field(default_factory=list)
+    """Places."""
+    keys: dict[str, int] = field(default_factory=dict)
+    """Keys."""
+    clip: float | None = 1.0
+    """Norm."""
     seed: int = 0
     """Of chance."""
 
@@ -181,8 +201,7 @@ class Job:
     ],
 )  # fmt: skip
 def test_what_a_person_types(line: str, keys: dict[str, Any]) -> None:
-    expected = {"inputs": [], "sizes": None, "strict": False, "compile": "auto", "note": "", "seed": 0} | keys
-    assert parse(Job, line.split(), "prepare", words="inputs") == expected
+    assert parse(Job, line.split(), "prepare", words="inputs") == vars(Job()) | keys
 
 
 def test_words_after_a_bare_flag_stay_positional() -> None:

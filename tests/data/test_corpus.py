@@ -437,6 +437,14 @@ def test_data_of_a_form_that_is_not_read_is_not_passed_over_in_silence(tmp_path:
         open_corpus([str(tmp_path)])
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    for inputs in ([""], ["a.txt", " "]):
+        with pytest.raises(DataError, match=r"inputs: an input is empty text\. Give files, folders"):
+            open_corpus(inputs)
+
+
 @pytest.mark.parametrize(
     ("given_name", "said"),
     [

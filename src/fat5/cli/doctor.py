@@ -40,7 +40,7 @@ class DoctorConfig(PretrainConfig):
     budget: str | None = None
     """Hours of GPUs to spend (24h, 90m, 3d): says which model to train on how many tokens, and for how many steps"""
     tokens_per_second: float | None = None
-    """The same as an assumption; `fat5 pretrain` shows the real speed"""
+    """Speed of one device, assumed in place of a measured one; `fat5 pretrain` shows the real speed"""
 
 
 @dataclass

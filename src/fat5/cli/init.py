@@ -23,6 +23,7 @@ def init(
         steps: optimizer steps; as long as four passes over the text if not given.
         output: the recipe's file; one that is there is not overwritten.
     """
+    from fat5.data.text.corpus import open_corpus
     from fat5.errors import ConfigurationError, check_whole, check_writable
     from fat5.files import write_output
     from fat5.train.config import LARGEST_COUNT
@@ -34,6 +35,8 @@ def init(
     target = check_writable(output)
     if target.exists():
         raise ConfigurationError("exists already", where=target, hint="Choose another --output, or remove it first")
+    if inputs:
+        open_corpus(inputs)  # refuses what is missing, empty or no text
     from fat5.tasks.recipe import write_recipe
 
     write_output(target, write_recipe(language, size, device, inputs or [], steps, output))

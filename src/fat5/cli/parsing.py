@@ -160,8 +160,7 @@ class _Help(DefaultHelpFormatter):
         kind = getattr(action, "_typehint", None)
         if kind is None or kind is bool or get_origin(kind) is Literal:  # the choices stand beside the flag
             return None
-        words = _in_words(kind)
-        return words.removesuffix(" or null") if action.default is None else words
+        return _in_words(kind, unset=action.default is None)
 
     def _get_help_string(self, action: Action) -> str:
         text = super()._get_help_string(action).replace("(type: ", "(")
@@ -206,8 +205,8 @@ def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> Configurat
         )
     if needs := re.search(r"argument (?:--)?([\w.]+): expected (?:one|at least one) argument", message):
         return ConfigurationError("expected a value, got none", where=needs[1], hint=hint)
-    if needs := re.search(r"Key \"([\w.]+)\" is required", message):
-        return ConfigurationError("is required", where=needs[1], hint=hint)
+    if needs := re.search(r"Key \"([\w.]+)\" is required|\A\W*the following arguments are required: ([\w.]+)", message):
+        return ConfigurationError("is required", where=needs[1] or needs[2], hint=hint)
     wrong = re.search(r"Parser key \"([\w.]+)\"", message)
     if wrong is None or wrong[1] not in keys:
         return ConfigurationError(_one_line(message), hint=hint)
@@ -221,7 +220,9 @@ def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> Configurat
     value = (given[1] or given[2] or "").strip().rstrip(".") if given else "something else"
     close = get_close_matches(value, literals(kind), n=1)
     meant = f"Did you mean {close[0]}? " if close else ""
-    return ConfigurationError(f"expected {_in_words(kind)}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
+    if value.startswith("{") and re.search(r"\w:[^\s/]", value):  # YAML reads `a:1` as a name
+        meant = "Write a space after each colon. "
+    return ConfigurationError(f"expected {_in_words(kind, unset=keys[wrong[1]].default is None)}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
 
 
 def _nearest(asked: str, keys: Iterable[str]) -> str | None:
@@ -241,22 +242,28 @@ def literals(kind: Any) -> list[str]:
     return [value for part in get_args(kind) for value in literals(part)]
 
 
-def _in_words(kind: Any) -> str:
-    """A type as a person says it."""
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    if kind in plain:
-        return plain[kind]
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        words = [str(value) for value in parts]
-    elif get_origin(kind) in (Union, UnionType):
-        words = [_in_words(part) for part in parts]
-    elif get_origin(kind) is list:
-        several = {int: "whole numbers", float: "numbers", str: "texts"}
-        return f"a list of {several.get(parts[0], 'keys with values')}"
-    else:
-        return "keys with values"
+def _in_words(kind: Any, unset: bool = False) -> str:
+    """A type as a person says it; without null if that is what the key is where nobody sets it."""
+    words = [word for word in _alternatives(kind) if not (unset and word == "null")]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _alternatives(kind: Any) -> list[str]:
+    plain = {int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+    parts = get_args(kind)
+    if kind is bool:
+        return ["true", "false"]
+    if kind in plain:
+        return [plain[kind]]
+    if get_origin(kind) is Literal:
+        return [str(value) for value in parts]
+    if get_origin(kind) in (Union, UnionType):
+        return [word for part in parts for word in _alternatives(part)]
+    if get_origin(kind) in (list, tuple):
+        several = {int: "whole numbers", float: "numbers", str: "texts"}
+        named = _in_words(parts[0]) if literals(parts[0]) else several.get(parts[0], "keys with values")
+        return [f"a list of {len(parts)} {named}" if get_origin(kind) is tuple else f"a list of {named}"]
+    return ["keys with values"]
 
 
 def _one_line(message: str) -> str:

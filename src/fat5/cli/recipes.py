@@ -29,6 +29,8 @@ def find_recipe(name: str) -> Path:
         ConfigurationError: neither a recipe nor a file.
     """
     names = recipe_names()
+    if not name:
+        raise ConfigurationError("is empty", where="config", hint=_shipped(names))
     if name in names:
         return FOLDER / f"{name}.yaml"
     path = Path(name)
@@ -36,6 +38,8 @@ def find_recipe(name: str) -> Path:
         own = path / "config.yaml"  # of a run
         hint = f"Give the file: --config {own}" if own.is_file() else _shipped(names)
         raise ConfigurationError("is a folder, not a recipe", where=name, hint=hint)
+    if path.is_symlink() and not path.exists():
+        raise ConfigurationError("is a link that leads to no file", where=name, hint="Mend the link, or give the file")
     if not path.exists():
         raise ConfigurationError("neither a recipe nor a file", where=name, hint=_near(path, names))
     return path

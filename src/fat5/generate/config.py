@@ -55,6 +55,10 @@ class Decoding:
         """The fields of `GenerationConfig` to ask for: the keys given here, and those that every answer needs."""
         own = model.generation_config
         length = self.max_new_tokens or own.max_new_tokens or (own.max_length or 1 + DEFAULT_LENGTH) - 1
+        if not (own.do_sample if self.sample is None else self.sample):
+            for name in ("temperature", "top_k", "top_p"):
+                if getattr(self, name) is not None:
+                    raise ConfigurationError("acts in sampling only", where=name, hint="Add --sample, or leave it out")
         same = ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty")
         asked = {name: getattr(self, name) for name in same} | {
             "max_new_tokens": max(length, 1),

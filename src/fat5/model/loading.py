@@ -46,7 +46,8 @@ def load_model(path: str | Path, *, device: str | torch.device = "auto", dtype: 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
-        raise ConfigurationError(f"no device {str(device)!r}", where="device", hint="Use auto, cpu or cuda") from error
+        hint = "Use auto, cpu or cuda" if torch.cuda.is_available() else "Use auto or cpu"
+        raise ConfigurationError(f"no device {str(device)!r} here", where="device", hint=hint) from error
     try:
         with quiet():
             model = FAT5ForConditionalGeneration.from_pretrained(path, dtype=dtype)

@@ -49,7 +49,7 @@ class PlannedWorld(World):
     """What auto is on a GPU that is not here"""
 
     @classmethod
-    def of(cls, gpu: str | None, devices: int) -> "PlannedWorld":
+    def of(cls, gpu: str | None, devices: int, key: str = "gpu") -> "PlannedWorld":
         """As many GPUs of that name, or CPUs (cpu), or devices such as this machine's.
 
         Raises:
@@ -64,7 +64,7 @@ class PlannedWorld(World):
             device, name, sheet = torch.device("cuda"), gpu, sheet_of(gpu)
             if sheet is None:
                 hint = f"Known are {', '.join(SHEETS)}, cpu"
-                raise ConfigurationError(f"no data sheet of {gpu!r}", where="gpu", hint=hint)
+                raise ConfigurationError(f"no data sheet of {gpu!r}", where=key, hint=hint)
             free = int(0.99 * sheet.memory * GIB)
             precision = "fp16" if sheet in [SHEETS[old] for old in WITHOUT_BF16] else "bf16"
         launch = Launch(0, devices, 0, min(devices, NODE))

@@ -8,6 +8,7 @@ from typing import Any
 from fat5.data import TokenizerInfo
 from fat5.errors import ConfigurationError
 from fat5.machine import GIB
+from fat5.model import PRESETS
 from fat5.tasks.config import DataConfig, ModelConfig, PretrainConfig, SourceConfig
 from fat5.tasks.forecast import PlannedWorld, assumed_tokenizer, predict_speed
 from fat5.tasks.sizes import LARGEST_PACK, LARGEST_PACK_CPU, WEB_PAGES, configure_model, on_meta, settle
@@ -38,7 +39,7 @@ pretrain:
   seed: 0 # of initialisation, order and noise
   languages: [{language}] # for the model card
   model:
-    preset: {preset} # {parameters} parameters; or fat5-demo, fat5-small, fat5-base, fat5-large
+    preset: {preset} # {parameters} parameters; or {others}
     position_encoding: t5 # t5 is a plain T5 checkpoint; or alibi, rope, fire, absolute, none
     overrides:
       dropout_rate: 0.0 # T5 v1.1 pretrains without dropout
@@ -100,7 +101,7 @@ def write_recipe(
     if not re.fullmatch("[a-z]{2,3}(-[A-Za-z]+)?", language):
         hint = "Give a code of ISO 639, such as de, es or ar"
         raise ConfigurationError(f"{language!r} is no code of a language", where="language", hint=hint)
-    world = PlannedWorld.of(device, 1)
+    world = PlannedWorld.of(device, 1, key="device")
     small = size == "demo" or (size is None and world.device.type == "cpu")
     config = PretrainConfig(
         output_dir="planned",
@@ -123,6 +124,7 @@ def write_recipe(
         vocab_size=info.vocab_size,
         held_out=0.01 if inputs else 0.0001,
         preset=run.model.preset,
+        others=", ".join(name for name in PRESETS if name != run.model.preset),
         parameters=f"{model.num_parameters() / 1e6:.0f}M",
         run=_open(run, steps) if inputs else run,
         data=_open(run, steps).data if inputs else run.data,

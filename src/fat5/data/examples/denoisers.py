@@ -278,7 +278,7 @@ Mixture = str | MixtureOfDenoisers | Sequence[DenoiserConfig | Denoiser | Mappin
 def split_seed(seed: int) -> tuple[int, int]:
     """A seed in [0, 2^63) as the two 32-bit words of a Philox key; ConfigurationError for any other."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise ConfigurationError(f"seed must be a whole number in [0, 2^63), not {seed!r}", where="seed")
+        raise ConfigurationError(f"must be a whole number in [0, 2^63), not {seed!r}", where="seed")
     return int(seed) & kernels.MASK32, int(seed) >> 32
 
 

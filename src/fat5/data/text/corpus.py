@@ -100,6 +100,8 @@ def open_corpus(inputs: list[str], options: CorpusOptions | None = None) -> Corp
     options = options or CorpusOptions()
     if not inputs:
         raise DataError("no corpus given", hint="Give files, folders or a Hugging Face dataset")
+    if not all(name.strip() for name in inputs):  # an unset variable of a shell; Path("") is the current folder
+        raise DataError("an input is empty text", where="inputs", hint="Give files, folders or a Hugging Face dataset")
     inputs = [str(sample_path(name.removeprefix(SAMPLE))) if name.startswith(SAMPLE) else name for name in inputs]
     datasets = [name for name in inputs if is_dataset(name)]
     if datasets:
