@@ -222,7 +222,8 @@ def _in_our_words(message: str, parser: ArgumentParser, verb: str) -> Configurat
     meant = f"Did you mean {close[0]}? " if close else ""
     if value.startswith("{") and re.search(r"\w:[^\s/]", value):  # YAML reads `a:1` as a name
         meant = "Write a space after each colon. "
-    return ConfigurationError(f"expected {_in_words(kind, unset=keys[wrong[1]].default is None)}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
+    expected = _in_words(kind, unset=keys[wrong[1]].default is None)
+    return ConfigurationError(f"expected {expected}, got {value[:200]!r}", where=wrong[1], hint=meant + hint)
 
 
 def _nearest(asked: str, keys: Iterable[str]) -> str | None:
