@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 CROSS_ENTROPY, OPTIMIZER = "cross-entropy", "optimizer"
+GEMM = r"gemm|cutlass|nvjet|cublas|xmma|wgmma|splitk|aten::mm$|aten::addmm$|triton_tem"
 # The ranges that own what is launched inside them, by how their name starts.
 RANGES = {"fat5::linear_cross_entropy": CROSS_ENTROPY, "Optimizer.step": OPTIMIZER}
 # Pattern of a kernel's name, its class; the first that matches counts.
@@ -28,7 +29,7 @@ CLASSES = [
     (r"^_?forward_kernel|flash_fwd|fmha.*fprop|cudnn.*fprop|fat5::attention$", "attention forward"),
     (r"flash_bwd|fmha.*bprop|mem_efficient.*back|attention_backward", "attention backward"),
     (r"efficient_attention|fmha_cutlass|scaled_dot", "attention forward"),
-    (r"gemm|cutlass|nvjet|cublas|xmma|wgmma|splitk|aten::mm$|aten::addmm$|triton_tem", "GEMM"),
+    (GEMM, "GEMM"),
     (r"cross_entropy|softmax|nll_loss", CROSS_ENTROPY),
     (r"embedding|index_put|indexing_backward|sort|index_select|gather|scatter", "embedding, indexing"),
     (r"multi_tensor|lpnorm", "gradient norm and clip"),
@@ -135,7 +136,7 @@ def read_trace(events: list[dict[str, Any]]) -> Profile:
 def _kernel(event: dict[str, Any], owner: str | None) -> Kernel:
     name = event["name"]
     kind = owner or next((kind for pattern, kind in CLASSES if re.search(pattern, name, re.IGNORECASE)), "other")
-    if owner == CROSS_ENTROPY and re.search(CLASSES[6][0], name, re.IGNORECASE):
+    if owner == CROSS_ENTROPY and re.search(GEMM, name, re.IGNORECASE):
         kind = "cross-entropy GEMM"
     return Kernel(name, kind, event["ts"], event["dur"])
 

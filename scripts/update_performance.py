@@ -34,6 +34,7 @@ ATTENTION = {
 REPEATABLE = 0.87
 """Share of the backward's that is asked where dQ is added up in one order."""
 ABSENT = "Not measured yet."
+DECODING = ("new tokens/s", "tokens equal to hf generate")
 CLASSES = [
     "GEMM",
     "attention forward",
@@ -72,6 +73,7 @@ def render(page: str) -> str:
         "attention": attention,
         "encoder": encoder,
         "decoding": decoding,
+        "accelerated": accelerated,
         "learning": learning,
         "counters": counters,
         "where": where,
@@ -87,7 +89,7 @@ def render(page: str) -> str:
 
 
 def targets() -> str:
-    """G1 to G4: asked, measured, met or missed."""
+    """G1 to G6: asked, measured, met or missed."""
     lines = ["| target | asked | measured | |", "|---|---|---|---|"]
     trained, beside, contexts, kernels = figures("profile"), figures("hf"), figures("long"), figures("hopper")
     for case, asked in ATTENTION.items():
@@ -132,7 +134,31 @@ def targets() -> str:
     ]
     longest = max(fitting, default=None)
     lines.append(_verdict("G4 longest context of base on an 80 GB card", "≥ 131,072", longest, 2 * CONTEXT, "{:,.0f}"))
+    lines += _of_stock_models()
     return "\n".join(lines)
+
+
+def _of_stock_models() -> list[str]:
+    """G5 and G6, beside stock models in the same run."""
+    found, prompts = figures("stock"), figures("encoder")
+
+    def ratio(case: str, figures: Figures, metric: str, ours: str, theirs: str) -> float | None:
+        mine, stock = (figures.get((case, how, metric)) for how in (ours, theirs))
+        return mine / stock if mine and stock else None
+
+    static = "hf generate, static cache, compiled"
+    graphs = "fat5, CUDA graphs" if any(how == "fat5, CUDA graphs" for _, how, _ in prompts) else "fat5"
+    train = (found, "useful tokens/s", "fat5", "hf sdpa")
+    decode = (found, "new tokens/s", "fat5 decoding, CUDA graph", static)
+    prompt = (prompts, "useful tokens/s", graphs, "hf sdpa")
+    rows = [
+        ("G5 accelerate, training, 32 × 512 without padding", 1.3, ratio("fat5-base 32x512", *train)),
+        ("G5 the same, both compiled", 1.5, ratio("fat5-base 32x512 compiled", *train)),
+        (f"G5 umT5-XXL encoder, one prompt of 512 ({graphs})", 2.0, ratio("umt5-xxl encoder 1x512", *prompt)),
+        ("G6 greedy, over the compiled static cache", 2.0, ratio("fat5-base greedy 8x128", *decode)),
+        ("G6 4 beams, over the compiled static cache", 3.0, ratio("fat5-base beams 4 8x128", *decode)),
+    ]
+    return [_verdict(what, f"≥ {asked:g}×", value, asked, "{:.2f}×") for what, asked, value in rows]
 
 
 def training() -> str:
@@ -259,7 +285,7 @@ def attention() -> str:
 
 def encoder() -> str:
     """An XXL-shaped encoder."""
-    found = {key: value for key, value in figures("long").items() if "encoder" in key[0]}
+    found = figures("encoder")
     if not found:
         return ABSENT
     lines = ["| prompts | how | ms | useful tokens/s | differs from stock by |", "|---|---|---|---|---|"]
@@ -271,14 +297,32 @@ def encoder() -> str:
 
 
 def decoding() -> str:
-    """Greedy decoding."""
-    found = {key: value for key, value in figures("long").items() if "greedy" in key[0]}
+    """Greedy decoding, and beams."""
+    found = {key: value for key, value in figures("stock").items() if key[2] in DECODING}
     if not found:
         return ABSENT
     lines = ["| case | how | new tokens/s | tokens as stock's |", "|---|---|---|---|"]
     for case, how in _cases(found, "new tokens/s"):
         same = found[case, how, "tokens equal to hf generate"]
         lines.append(f"| {case} | {how} | {found[case, how, 'new tokens/s']:,.0f} | {same:.1%} |")
+    return "\n".join(lines)
+
+
+def accelerated() -> str:
+    """Training steps of a stock model, and after `fat5.accelerate`."""
+    found = figures("stock")
+    if not found:
+        return ABSENT
+    lines = [
+        "| batch | how | useful tokens/s | host busy, ms | kernels | their time, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, how in _cases(found, "useful tokens/s"):
+        rate, host, kernels, busy = (
+            found[case, how, metric]
+            for metric in ("useful tokens/s", "host", "kernels of a step", "time of its kernels")
+        )
+        lines.append(f"| {case} | {how} | {rate:,.0f} | {host * 1e3:.0f} | {kernels:,.0f} | {busy * 1e3:.1f} |")
     return "\n".join(lines)
 
 

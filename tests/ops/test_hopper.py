@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 
 from fat5.bench.static_report.compile import cuobjdump
 from fat5.ops import RelativeBias, attention
-from fat5.ops.attention.hopper import backend, reduction
+from fat5.ops.attention.hopper import backend, mixed, reduction
 from fat5.ops.attention.hopper.launch_table import KEYS, PADDING, STRIP, query_block
 from fat5.ops.attention.op import SELECTIVE, attention_forward, planned
 from fat5.ops.triton.launch import recording
@@ -314,6 +314,17 @@ CASES = [
     Case(documents=DOCUMENTS, bias="relative", head_dim=128, dtype=BRAIN, reach=91),
     Case(documents=((0, 0), (0, 0)), bias="relative", head_dim=64, dtype=BRAIN, tail=5),
 ]
+
+
+@pytest.mark.parametrize(("width", "is_read"), [(1, False), (3, True)])
+def test_a_constant_bias_is_in_neither_pass(width: int, is_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's backward leaves it out, and with it in the log-sum-exp of the forward the weights would be wrong."""
+    monkeypatch.setattr(mixed.triton, "plan", lambda call: (call.vector, None))
+    monkeypatch.setattr(mixed.triton, "forward", lambda call, plan: (call.vector, plan[0]))
+    monkeypatch.setattr(mixed.hopper, "plan", lambda call: (None, None))
+    call = call_with(vector=torch.zeros(1, width))
+    want = call.vector if is_read else None
+    assert mixed.forward(call, mixed.plan(call)) == (want, want)
 
 
 @ON_HOPPER

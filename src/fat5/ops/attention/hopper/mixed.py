@@ -18,12 +18,12 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def plan(call: AttentionCall) -> tuple[Tensor | None, ...]:
     """What the forward of one and the backward of the other read."""
-    return *triton.plan(call)[:2], *hopper.plan(call)
+    return *triton.plan(_without_constant(call))[:2], *hopper.plan(call)
 
 
 def forward(call: AttentionCall, plan: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """As op.py says."""
-    return triton.forward(call, plan[:2])
+    return triton.forward(_without_constant(call), plan[:2])
 
 
 def backward(
@@ -36,3 +36,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As op.py says."""
     return hopper.backward(call, plan[2:], grad_out, out, lse, bias_needs_grad)
+
+
+def _without_constant(call: AttentionCall) -> AttentionCall:
+    """One number for all distances changes no softmax, but the log-sum-exp: Hopper's backward leaves it out, so the
+    forward must."""
+    is_constant = call.vector is not None and call.vector.shape[1] == 1
+    return call._replace(vector=None) if is_constant else call
