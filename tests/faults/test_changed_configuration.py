@@ -92,6 +92,15 @@ def test_the_new_learning_rate_is_the_one_used(prepared, begun, tmp_path):
     assert [row["lr"] for row in rows_without_times(tmp_path / "run") if row["kind"] == "train"][-1] == 0.005
 
 
+def test_fewer_steps_than_are_done_are_refused(prepared, begun, tmp_path):
+    """The old weights were exported beside another evaluation's loss and another schedule."""
+    config = again(prepared, begun, tmp_path, steps=1)
+    made = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "summary.json")}
+    with pytest.raises(CheckpointError, match=r"step-2: is of step 2, and the run would end at step 1\. Ask for 2 steps"):
+        pretrain(config)
+    assert all((tmp_path / "run" / name).read_bytes() == content for name, content in made.items())
+
+
 def test_every_key_is_judged():
     """A key of the configuration that no list names would be refused; that must be meant, so it is written here."""
     meant = {"seed", "model", "data"}

@@ -82,7 +82,14 @@ def _continue(trainer: Trainer) -> None:
     before = read_trainer_state(choice.folder)["configuration"]
     warnings = check_changes(before, trainer.identity, choice.folder)
     trainer.restore(choice.folder)
-    trainer.cut_log(trainer.state.step)
+    done = trainer.state.step
+    if done > trainer.config.steps:  # there is no evaluation of its weights, and no schedule that made them
+        raise CheckpointError(
+            f"is of step {done:,}, and the run would end at step {trainer.config.steps:,}",
+            where=choice.folder,
+            hint=f"Ask for {done:,} steps or more, or start a new run in another output_dir",
+        )
+    trainer.cut_log(done)
     for refused in choice.refused:
         trainer.display.warn(f"checkpoint passed over: {refused}")
     for warning in warnings:
