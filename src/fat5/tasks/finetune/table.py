@@ -154,13 +154,16 @@ def hold_out(table: Table, keys: Sequence[str], fraction: float) -> tuple[Table,
     return table.select(np.flatnonzero(~held).tolist()), table.select(np.flatnonzero(held).tolist())
 
 
+NAME_IT = "Say which one it is by --data.columns (fat5 evaluate: --columns), as in --data.columns.label NAME"
+
+
 def missing_column(name: str, row: Any, where: object) -> DataError:
     """The error for a column that a row does not have; suggests close names, nested ones included."""
     columns = list(_paths(row))
     near = _close_columns(name, columns)
     shown = ", ".join(columns[:20]) + ", …" * (len(columns) > 20) if columns else "none"
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
-    return DataError(f"no column {name!r}; it has {shown}", where=where, hint=f"{meant}Name it in `columns`")
+    return DataError(f"no column {name!r}; it has {shown}", where=where, hint=f"{meant}{NAME_IT}")
 
 
 def _paths(row: Any, before: str = "") -> Iterator[str]:
