@@ -165,7 +165,11 @@ def small(bench: Bench) -> None:
     """The preset, interrupted once and lengthened to fill its time; then the sentences."""
     preset = bench.options.preset
     train_seconds = 2.0 if bench.tiny else max(10.0, bench.left() - START - RESTART - END)
-    words = pretraining(bench, preset, **scheduled(10_000 if bench.tiny else planned(preset, train_seconds)))
+    # The tiny one cannot come to its end before it is interrupted.
+    length = (
+        scheduled(10_000) | {"schedule.warmup_steps": 1} if bench.tiny else scheduled(planned(preset, train_seconds))
+    )
+    words = pretraining(bench, preset, **length)
 
     def lengthened(folder: Path) -> list[str]:
         """Steps for the seconds that are left, by those made before the interruption."""
