@@ -122,9 +122,6 @@ def _choose(trainer: Trainer) -> Choice | None:
             )
         return None
     named = Path(resume)
-    if not named.exists():
-        beside = ", ".join(sorted(path.name for path in named.parent.glob("step-*")))
-        raise CheckpointError("no such checkpoint", where=named, hint=f"There is {beside}" if beside else None)
     step = verify_checkpoint(named)["step"]
     if steps and steps[-1] > step:
         raise CheckpointError(

@@ -95,6 +95,9 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
             where=folder,
             hint="Give a folder checkpoints/step-N",
         )
+    if not folder.exists():
+        beside = ", ".join(sorted(path.name for path in folder.parent.glob("step-*")))
+        raise CheckpointError("no such checkpoint", where=folder, hint=f"There is {beside}" if beside else None)
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
