@@ -117,7 +117,7 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # str() leaves the text out otherwise
             error.filename = str(path)
         raise
 

@@ -53,6 +53,17 @@ def test_training_goes_on_and_saves_later(prepared, tmp_path, monkeypatch, capfd
     assert [event["event"] for event in events(tmp_path / "run")].count("warning") == 2
 
 
+def test_the_reason_of_a_failure_within_safetensors_is_told(prepared, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(content, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fat5.train.checkpoint.files.save_file", full)
+    with pytest.raises(CheckpointError, match=r"5 saves in a row failed \(No space left on device\)"):
+        pretrain(tiny(prepared, tmp_path / "run", steps=2))
+
+
 def test_it_stops_after_five_failures_with_the_last_good_checkpoint(prepared, tmp_path, monkeypatch):
     failing(monkeypatch, lambda save: save > 1, errno.EROFS)
     with pytest.raises(CheckpointError, match=r"5 saves in a row failed \(Read-only file system\)"):

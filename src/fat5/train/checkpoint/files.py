@@ -9,6 +9,7 @@ safetensors, all else is JSON.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,4 +187,6 @@ def _write(path: Path, content: Mapping[str, Tensor] | str) -> None:
     try:
         save_file(dict(content), path, metadata={"format": "pt"})
     except SafetensorError as error:  # its only fault here is the disk's
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise OSError(f"{path.name} cannot be written: {error}") from error

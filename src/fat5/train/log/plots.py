@@ -57,6 +57,7 @@ def draw_run(metrics: Path, target: Path, title: str = "", reference: tuple[str,
     speed.set_ylim(bottom=0)
     for axes in (rate, norm, speed):
         axes.set_xlabel("step", color=INK, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, target, title)
 
 
@@ -82,6 +83,7 @@ def draw_comparison(runs: Sequence[Path], target: Path, x: Axis = "step") -> Non
     style_axes(axes[1], "validation loss", "")
     for axis in axes:
         axis.set_xlabel(x, color=INK, fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=x != "hours")
     save_figure(figure, target, "")
 
 
