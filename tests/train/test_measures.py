@@ -254,3 +254,15 @@ def test_a_count_is_shown_with_its_rate_and_the_time_left(monkeypatch, capsys, l
         assert "\n" not in written
     else:
         assert written == last + "\n"
+
+
+def test_steps_are_whole_numbers_on_an_axis(tmp_path, monkeypatch):
+    from fat5.train.log import plots
+
+    rows = [{"kind": "train", "step": step, "loss": 1.0, "tokens": step, "seconds": step} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, target, title: figures.append(figure))
+    plots.draw_comparison([tmp_path], tmp_path / "a.png")
+    ticks = figures[0].axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks), ticks
