@@ -259,8 +259,9 @@ def test_a_count_is_shown_with_its_rate_and_the_time_left(monkeypatch, capsys, l
 def test_steps_are_whole_numbers_on_an_axis(tmp_path, monkeypatch):
     from fat5.train.log import plots
 
-    rows = [{"kind": "train", "step": step, "loss": 1.0, "tokens": step, "seconds": step} for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")
+    made = [{"kind": "train"} | dict.fromkeys(keys, step) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, target, title: figures.append(figure))
     plots.draw_comparison([tmp_path], tmp_path / "a.png")
