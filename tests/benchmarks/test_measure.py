@@ -16,7 +16,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what benchmarks and pages touch."""
     for name in ("benchmarks", "scripts", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", ".gitignore"):
+    for name in ("README.md", "README.fr.md", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -37,4 +37,4 @@ def test_results_go_to_an_ignored_folder_until_they_are_published(checkout: Path
     published = contents(checkout)
     changed = {name for name, content in after.items() if published[name] != content}
     assert "benchmarks/results/startup.csv" in changed
-    assert changed <= {"benchmarks/results/startup.csv", "README.md", "docs/performance.md"}
+    assert changed <= {"benchmarks/results/startup.csv", "README.md", "README.fr.md", "docs/performance.md"}

@@ -14,13 +14,14 @@ from torch.autograd.function import once_differentiable
 
 
 def is_unobserved(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd listens to a call on these tensors: no compiler, mode, transform or subclass."""
+    """Whether nothing but autograd listens to a call on these tensors: no compiler, mode, transform or subclass; and
+    whether they have data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
-        and all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
+        and all(x is None or (type(x) in (Tensor, nn.Parameter) and not x.is_meta) for x in tensors)
     )
 
 
