@@ -6,6 +6,7 @@ INJECT is a JSON object: fault → settings. Each fault is a function below; its
 """
 
 import atexit
+import contextlib
 import json
 import math
 import multiprocessing.util
@@ -126,13 +127,18 @@ def numbers(step: int, rank: int = 0, what: str = "loss", factor: float = math.n
 
 
 def memory(step: int, megabytes: int) -> None:
-    """From a step on, the process may have so much more address space than it has."""
-    make = trainer.Trainer._step
+    """From a step on, the process may have so much more memory than it uses."""
+    make, held = trainer.Trainer._step, []
 
     def bounded(self):
         if self.state.step + 1 == step:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+            # Its heap may have free blocks, of imports and earlier steps: they are taken first.
+            with contextlib.suppress(MemoryError):
+                while True:
+                    held.append(bytearray(1 << 18))
+            del held[-4 * megabytes :]
         make(self)
 
     trainer.Trainer._step = bounded
