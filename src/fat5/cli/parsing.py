@@ -52,8 +52,8 @@ FIRST_KEYS = {
 }  # fmt: skip
 
 
-LIST_KEYS = "--list_keys"
-"""In place of all words: asks for the keys themselves."""
+LIST_KEYS = "\0"
+"""In place of all words: asks for the keys themselves. No command line holds it."""
 
 
 class KeysListed(Exception):  # noqa: N818  (an answer)

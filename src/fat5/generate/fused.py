@@ -26,8 +26,9 @@ def are_wanted(weight: Tensor) -> bool:
 class FusedDecoder:
     """The weights of a `DecoderWeights` as the kernels take them."""
 
-    def __init__(self, weights: Any) -> None:
+    def __init__(self, weights: Any, activation: str) -> None:
         self.decoder, self.scale = weights.decoder, 1.0 if weights.scale is None else weights.scale
+        self.activation = ACTIVATIONS[activation]
         self.layers = [(_norms(layer.norms), layer) for layer in weights.layers]
         [self.last_norm] = _norms([weights.decoder.final_layer_norm])
         self.head = weights.lm_head.joined
@@ -52,11 +53,7 @@ class FusedDecoder:
             return None
         if activation not in ACTIVATIONS or weights.encoding not in ENCODINGS:
             return None
-        fused = cls(weights)
-        fused.activation = ACTIVATIONS[activation]
-        return fused
-
-    activation: str
+        return cls(weights, activation)
 
     def hidden(self, step: Any, tokens: Tensor, position: Tensor) -> Tensor:
         """The states (rows, d) before the last norm; keys and values of `tokens` are kept."""

@@ -1,4 +1,4 @@
-"""A decoding step in Triton: eight kernels a layer, where PyTorch launches some forty-five (specification:
+"""A decoding step in Triton: eight kernels a layer, where PyTorch launches several times as many (specification:
 ops/few_rows.py).
 
 A step reads each weight once for a few rows: its time is that of the launches and of the weights' bytes. So a
