@@ -5,6 +5,7 @@
 DATA holds `shards/` (of `fat5 prepare`), `shards-en/` if wanted (English, for translation), and
 `tasks/NAME/{train,validation,test}.jsonl` (also .gz; of french_tasks.py).
 
+    rehearsal    the first steps of small and of the clock, side by side: the runs that follow find their code compiled
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
     clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks, each for
@@ -31,6 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,21 +253,41 @@ def clock(bench: Bench) -> None:
 
 
 def on_the_clock(bench: Bench, name: str) -> None:
-    """One run of the clock: text, model, optimizer, schedule and validation batches are the same in all of them."""
+    """One run of the clock."""
+    job = clock_job(bench, name)
+    if name != "clock_fat5":
+        bench.run_alone(job, (math.inf, None))
+    elif not bench.is_complete(name):
+        train_seconds = job.facts["train_seconds"]
+        if not bench.tiny:
+            a_second = bench.measure_rate(replace(job, name="calibration"), CALIBRATION)
+            say(f"{name}: {a_second:.3g} steps/s")
+            job.command += keys(scheduled(int(0.97 * a_second * train_seconds))) if a_second else []
+        # Evaluations do not count, and the steps are those that fit: this ends a run that went wrong.
+        bench.run_alone(job, (1.2 * train_seconds + END, None))
+
+
+def clock_job(bench: Bench, name: str) -> Job:
+    """Text, model, optimizer, schedule and validation batches are the same in all runs of the clock."""
     preset, train_seconds = bench.options.preset, 6.0 if bench.tiny else bench.options.clock_seconds
     values = {"data.mixture": "t5", **scheduled(12 if bench.tiny else planned(preset, train_seconds))}
     facts = {"section": "clock", "preset": preset, "seed": 0, "train_seconds": train_seconds, "text": CLOCK[name]}
-    if name != "clock_fat5":
-        words = ["--train_seconds", str(train_seconds), "--text", CLOCK[name], *pretraining(bench, preset, **values)]
-        bench.run_alone(Job(name, facts, [*stock(), *words]), (math.inf, None))
-    elif not bench.is_complete(name):
-        command = [*FAT5, "pretrain", *pretraining(bench, preset, **values)]
-        if not bench.tiny:
-            a_second = bench.measure_rate(Job("calibration", facts, command), CALIBRATION)
-            say(f"{name}: {a_second:.3g} steps/s")
-            command += keys(scheduled(int(0.97 * a_second * train_seconds))) if a_second else []
-        # Evaluations do not count, and the steps are those that fit: this ends a run that went wrong.
-        bench.run_alone(Job(name, facts, command), (1.2 * train_seconds + END, None))
+    words = pretraining(bench, preset, **values)
+    if name == "clock_fat5":
+        return Job(name, facts, [*FAT5, "pretrain", *words])
+    return Job(name, facts, [*stock(), "--train_seconds", str(train_seconds), "--text", CLOCK[name], *words])
+
+
+def rehearsal(bench: Bench) -> None:
+    """The first steps of small and of both sides of the clock, side by side: their compiled code serves the runs."""
+    preset = bench.options.preset
+    words = pretraining(bench, preset, **scheduled(10_000))
+    jobs = [
+        Job("small", {}, [*FAT5, "pretrain", *words]),
+        clock_job(bench, "clock_fat5"),
+        clock_job(bench, "clock_stock"),
+    ]
+    bench.rehearse([replace(job, name=f"rehearsed-{job.name}") for job in jobs])
 
 
 def stock() -> list[str]:
@@ -374,6 +396,7 @@ def ablate(*kinds: str) -> Callable[[Bench], None]:
 CLOCK = {"clock_fat5": "packed", "clock_stock": "documents", "clock_joined": "joined"}
 """Run of the clock → how its texts become batches."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "rehearsal": rehearsal,
     "small": small,
     "base": base,
     "clock": clock,

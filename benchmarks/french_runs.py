@@ -31,6 +31,8 @@ GPU = DEVICE.type == "cuda"
 GRACE = 90
 """Seconds that a run has to save and leave once it was told to."""
 POLL, COLLECT_EVERY = 0.25, 20.0
+REHEARSED = 2.0
+"""Seconds of training of a rehearsal."""
 MOST_ROWS, HEAD = 400, 40
 """Train rows of metrics.jsonl, and lines of predictions.jsonl, that are kept."""
 KEPT = ("config.yaml", "summary.json", "results.json", "events.jsonl", "confusion.png", "classes.png", "loss.png")
@@ -136,6 +138,23 @@ class Bench:
         shutil.rmtree(self.output / job.name)
         train = [row for row in rows if row["kind"] == "train"]
         return steps_a_second(train)
+
+    def rehearse(self, jobs: Sequence[Job]) -> None:
+        """Runs jobs side by side until each has made its first steps; nothing but compiled code is left of them."""
+
+        def rehearsed(job: Job) -> None:
+            process = self._start(job, [])
+            self._watch(process, job, REHEARSED)
+            say(f"{job.name}: {'first steps made' if process.returncode in (0, *STOPPED) else 'failed'}")
+            shutil.rmtree(self.folder(job.name), ignore_errors=True)
+            if process.returncode in (0, *STOPPED):
+                shutil.rmtree(self.output / job.name)
+
+        threads = [threading.Thread(target=rehearsed, args=(job,)) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def run_together(self, jobs: Sequence[Job], at_once: int) -> None:
         """Runs jobs side by side, in their order; none starts, and those that run are stopped, when time is over."""

@@ -211,16 +211,20 @@ def test_every_command_is_one_that_its_verb_takes(
             commands[job.name] = job.command
         return True
 
+    def record_all(bench: Any, jobs: Any, at_once: int = 0) -> None:
+        record(bench, *jobs)
+
     monkeypatch.setattr(french_runs.Bench, "run_alone", record)
-    monkeypatch.setattr(french_runs.Bench, "run_together", lambda bench, jobs, at_once: record(bench, *jobs))
+    monkeypatch.setattr(french_runs.Bench, "run_together", record_all)
+    monkeypatch.setattr(french_runs.Bench, "rehearse", record_all)
     monkeypatch.setattr(french_runs.Bench, "measure_rate", lambda bench, job, seconds: 20.0)
     monkeypatch.setattr(french_runs.Bench, "model", lambda bench, name: tmp_path)
     options = {"tiny": tiny, "starts": ",".join(french.STARTS), "tasks": ",".join(french.TASKS), "clock_seconds": 60.0}
     it = bench(data, tmp_path, **options)
     it.deadline = french.time.monotonic() + 300
-    for section in ("small", "base", "clock", "finetune", "ablations"):
+    for section in ("rehearsal", "small", "base", "clock", "finetune", "ablations"):
         french.SECTIONS[section](it)
-    assert len(commands) == 5 + 2 * len(french.STARTS) + 2 * len(french.variants(french.KINDS)) + 4
+    assert len(commands) == 3 + 5 + 2 * len(french.STARTS) + 2 * len(french.variants(french.KINDS)) + 4
     for name, command in commands.items():
         verb = command[command.index("fat5") + 1] if "fat5" in command else "pretrain"
         words = command[command.index("--config") :] if verb == "pretrain" else command[command.index("fat5") + 2 :]
@@ -232,7 +236,7 @@ def test_every_command_is_one_that_its_verb_takes(
 @pytest.mark.slow
 def test_everything_at_tiny_size(data: Path, tmp_path: Path) -> None:
     """All sections through their processes, and the page of what they leave."""
-    sections = "small,base,clock,finetune,ablations"
+    sections = "rehearsal,small,base,clock,finetune,ablations"
     command = [sys.executable, str(ROOT / "benchmarks" / "french.py"), str(data), "--tiny", "--sections", sections]
     command += ["--seconds", "900", "--seeds", "1", "--output_dir", str(tmp_path / "out")]
     command += ["--work", str(tmp_path / "work"), "--archive", str(tmp_path / "all.tar.gz"), "--at_once", "2"]
