@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fat5.data import sample_path
-from fat5.data.shards.prepare import PrepareConfig, prepare
+from fat5.data import load_tokenizer, sample_path
+from fat5.data.shards.plan import make_plan
+from fat5.data.text.corpus import open_corpus
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, SourceConfig, pretrain
 from fat5.train import read_rows
 from fat5.train.log.metrics import TIMES
+from made_corpus import write_corpus
 
 TINY = {
     "d_model": 32,
@@ -43,12 +45,19 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def prepare_sample(folder: Path) -> Path:
+    """The shards of `fat5 prepare`, byte for byte, without datatrove, which a machine with a GPU may lack."""
     rows = gzip.decompress(Path(sample_path("fr")).read_bytes()).decode().splitlines(keepends=True)[:300]
     (folder / "corpus.jsonl").write_text("".join(rows))
     inputs = [str(folder / "corpus.jsonl")]
     train_tokenizer(TokenizerTraining(inputs, str(folder / "tokenizer"), vocab_size=1024))
     target = folder / "prepared"
-    prepare(PrepareConfig(inputs, str(folder / "tokenizer"), str(target), validation_fraction=0.1, workers=1))
+    corpus, tokenizer = open_corpus(inputs), load_tokenizer(folder / "tokenizer")
+    plan = make_plan(corpus, "", [], 0.1, tokenizer.info)
+    texts = list(corpus.rows())
+    each = list(zip(tokenizer.encode_each(texts), plan.held_out(texts)))
+    train, validation = ([document for document, held in each if held == out] for out in (False, True))
+    tokenizer.save(target / "tokenizer")
+    write_corpus(target, train, 1, tokenizer.info, validation, plan.name, plan.validation_fraction)
     return target
 
 

@@ -10,10 +10,13 @@ import pytest
 
 from fat5.data import load_tokenizer, open_shards, sample_path
 from fat5.data.shards.prepare import PrepareConfig, prepare
-from fat5.data.text import cleaning
-from fat5.data.text.cleaning import UnicodeWords
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import DataError
+
+pytest.importorskip("datatrove")
+
+from fat5.data.text import cleaning
+from fat5.data.text.cleaning import UnicodeWords
 
 SENTENCE = "Le service redémarre chaque nuit après la mise à jour des paquets installés."
 GOOD = " ".join(f"Phrase {index} : {SENTENCE}" for index in ("un", "deux", "trois", "quatre", "cinq", "six"))

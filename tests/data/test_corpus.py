@@ -17,7 +17,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,8 @@ from fat5.data.text import formats, rows
 from fat5.data.text.corpus import Corpus, is_dataset, open_corpus
 from fat5.data.text.rows import CorpusOptions
 from fat5.errors import DataError
+
+zstandard = pytest.importorskip("zstandard")
 
 TEXTS = ["Le chat dort.", "Deux\nlignes, « é ».", "日本", 'des "guillemets", et une virgule', "fin"]
 

@@ -22,6 +22,7 @@ from fat5.data.shards.prepare import prepare
 from fat5.data.text.rows import CorpusOptions
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.errors import ConfigurationError, DataError, RunDirectoryError, TokenizerError
+from made_run import prepare_sample
 from made_tokenizers import KINDS, sentencepiece
 
 
@@ -51,6 +52,15 @@ def test_datatrove_reads_the_shards(tmp_path: Path, tokenizer: str, texts: list[
     path = str(tmp_path / "out" / shards.entries[0].file)
     theirs = DatatroveFileDataset(path, 32, token_size=2)
     assert np.array_equal(theirs[0]["input_ids"].numpy(), tokens[:33].astype(np.int64))
+
+
+def test_the_shards_that_tests_train_on_are_those_of_prepare(tmp_path: Path) -> None:
+    made = prepare_sample(tmp_path)
+    prepare(config(tmp_path, str(tmp_path / "tokenizer"), tmp_path / "corpus.jsonl", validation_fraction=0.1))
+    theirs = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and "logs" not in path.parts]
+    assert len(theirs) > 6
+    for path in theirs:
+        assert (made / path.relative_to(tmp_path / "out")).read_bytes() == path.read_bytes(), path
 
 
 @pytest.mark.usefixtures("small_tasks")

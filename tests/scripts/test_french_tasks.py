@@ -17,10 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import zstandard
 
 from fat5.errors import DataError
 from made_packages import Files, deb, sample, tar, wheel
+
+zstandard = pytest.importorskip("zstandard")
 
 ROOT = Path(__file__).parents[2]
 PAGES = Path(__file__).parent / "pages"

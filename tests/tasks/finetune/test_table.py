@@ -12,11 +12,12 @@ import zipfile
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from fat5.errors import ConfigurationError, DataError
 from fat5.tasks.finetune import reading
 from fat5.tasks.finetune.table import MOST_PARTS, Table, hold_out, read_table
+
+zstandard = pytest.importorskip("zstandard")
 
 ROWS = [{"source": 'un "mot", deux', "target": "a\nb"}, {"source": "é ½ \U0001f600", "target": " x "}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

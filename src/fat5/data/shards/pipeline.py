@@ -33,7 +33,6 @@ from fat5.files import whole_file, write_atomically
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 8192
 MINHASH_BUCKETS = 14
-_HASH_RANGE = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,7 @@ class CorpusReader(PipelineStep):
 
 
 class ShardWriter(PipelineStep):
-    """Tokenizes documents in batches, and writes one shard per split with its entry of the manifest.
-
-    A hash of the text chooses the split, so more data never moves a document to the other one.
-    """
+    """Tokenizes documents in batches, and writes one shard per split with its entry of the manifest."""
 
     name = "Shards"
     type = "🔢 - TOKENIZER"
@@ -137,12 +133,11 @@ class ShardWriter(PipelineStep):
         tokenizer = _tokenizer(self.folder, plan.tokenizer_sha256)
         folder = Path(self.folder)
         unk = tokenizer.info.unk_id
-        limit = int(plan.validation_fraction * _HASH_RANGE)
         with ExitStack() as files:
             parts = {split: _ShardFile(folder, split, rank, plan.token_bytes, unk, files) for split in SPLITS}
             for texts in _batches(data):
                 tokens, lengths = tokenizer.encode_documents(texts)
-                held_out = np.fromiter((_hash(text) < limit for text in texts), bool, len(texts))
+                held_out = plan.held_out(texts)
                 if held_out.any():
                     chosen = np.repeat(held_out, lengths)
                     parts["validation"].write(tokens[chosen], lengths[held_out])
@@ -219,7 +214,3 @@ def _batches(documents: Any) -> Iterator[list[str]]:
             texts, size = [], 0
     if texts:
         yield texts
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

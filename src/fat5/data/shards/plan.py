@@ -4,12 +4,16 @@ The plan is written to `logs/plan.json` before the first task, and every process
 do not depend on the number of workers, so shards do not either.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fat5.data.text.corpus import Corpus, load_streamed
 from fat5.data.text.rows import Chunk, CorpusOptions
@@ -52,6 +56,15 @@ class PreparePlan:
     def deduplicated(self) -> bool:
         """Whether near-duplicates are removed, which takes further stages."""
         return "minhash" in self.steps
+
+    def held_out(self, texts: Sequence[str]) -> np.ndarray:
+        """Which documents go to validation, (len(texts),) bool; more text never moves one to the other split.
+
+        A hash of the text chooses.
+        """
+        limit = int(self.validation_fraction * (1 << 64))
+        digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+        return np.fromiter((int.from_bytes(digest, "little") < limit for digest in digests), bool, len(texts))
 
 
 def make_plan(

@@ -114,8 +114,6 @@ def read_rows(chunk: Chunk, options: CorpusOptions, columns: Sequence[str] = ())
 @contextmanager
 def naming_damage(path: str | Path) -> Iterator[None]:
     """Turns what decompression and the system raise on a file into a DataError that names it."""
-    import zstandard
-
     try:
         yield
     except gzip.BadGzipFile as error:
@@ -123,7 +121,7 @@ def naming_damage(path: str | Path) -> Iterator[None]:
     except OSError as error:
         hint = "Fetch it again" if error.errno is None else None  # bz2 and pyarrow have no errno for damage
         raise DataError(f"cannot be read ({error.strerror or error})", where=path, hint=hint) from error
-    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"compressed data is damaged or cut short ({error})", where=path, hint="Fetch it again"
         ) from error

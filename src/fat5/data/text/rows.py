@@ -189,7 +189,7 @@ class Zstandard(io.RawIOBase):
         import zstandard
 
         self._raw = raw
-        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._new, self._damage = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
@@ -205,7 +205,10 @@ class Zstandard(io.RawIOBase):
                     raise EOFError("the last Zstandard frame is cut short")
                 return 0
             self._frame = self._frame or self._new()
-            self._output, self._input = memoryview(self._frame.decompress(self._input)), b""
+            try:
+                self._output, self._input = memoryview(self._frame.decompress(self._input)), b""
+            except self._damage as error:
+                raise EOFError(str(error)) from error
             if self._frame.eof:
                 self._input, self._frame = self._frame.unused_data, None
         size = min(len(buffer), len(self._output))

@@ -23,25 +23,32 @@ def made_documents(lengths: Sequence[int] | np.ndarray, seed: int = 0, vocab_siz
 
 
 def write_corpus(
-    folder: Path, documents: Sequence[np.ndarray], shards: int = 1, info: TokenizerInfo | None = None
+    folder: Path,
+    documents: Sequence[np.ndarray],
+    shards: int = 1,
+    info: TokenizerInfo | None = None,
+    validation: Sequence[np.ndarray] | None = None,
+    name: str = "made",
+    fraction: float = 0.5,
 ) -> TokenShards:
-    """Writes documents as both splits' shards (validation: the same) and opens `train`."""
+    """Writes documents as both splits' shards (validation: the same if None) and opens `train`."""
     info = info or made_info()
     entries: dict[str, list[ShardEntry]] = {}
-    for split in ("train", "validation"):
+    for split, given in (("train", documents), ("validation", documents if validation is None else validation)):
         (folder / split).mkdir(parents=True, exist_ok=True)
         entries[split] = []
         for number in range(shards):
-            part = documents[number * len(documents) // shards : (number + 1) * len(documents) // shards]
-            tokens = np.concatenate([*part, np.zeros(0, np.int64)]).astype(info.dtype).tobytes()
+            part = given[number * len(given) // shards : (number + 1) * len(given) // shards]
+            tokens = np.concatenate([*part, np.zeros(0, np.int64)]).astype(info.dtype)
             ends = np.cumsum([len(document) for document in part]).astype("<u8").tobytes()
-            name = f"{split}/{number:05d}.ds"
-            (folder / name).write_bytes(tokens)
-            (folder / f"{name}.index").write_bytes(ends)
-            hashes = [hashlib.sha256(content).hexdigest() for content in (tokens, ends)]
+            file = f"{split}/{number:05d}.ds"
+            (folder / file).write_bytes(tokens.tobytes())
+            (folder / f"{file}.index").write_bytes(ends)
+            hashes = [hashlib.sha256(content).hexdigest() for content in (tokens.tobytes(), ends)]
+            unknown = int((tokens == info.unk_id).sum())
             entries[split].append(
-                ShardEntry(name, len(part), len(tokens) // info.token_bytes, len(tokens), hashes[0], hashes[1])
+                ShardEntry(file, len(part), len(tokens), tokens.nbytes, hashes[0], hashes[1], unknown)
             )
-    manifest = Manifest("made", info.sha256, info.vocab_size, info.token_bytes, 0.5, entries)
+    manifest = Manifest(name, info.sha256, info.vocab_size, info.token_bytes, fraction, entries)
     (folder / "manifest.json").write_text(manifest.to_json())
     return open_shards(folder, "train")
