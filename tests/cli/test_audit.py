@@ -55,7 +55,7 @@ def test_a_mixture_from_yaml(corpus, tmp_path, capsys):
     [
         ([], "no prepared folder"),
         (["/nowhere"], "manifest.json"),
-        (["CORPUS", "--mixture", "nope"], "fat5, ul2, t5, prefix-lm"),
+        (["CORPUS", "--mixture", "nope"], "fat5, fat5-anywhere, ul2, t5, prefix-lm"),
         (["CORPUS", "--encoder_tokens", "1000"], "multiple of 128"),
         (["CORPUS", "--encoder_tokens", "many"], "encoder_tokens"),
         (["CORPUS", "--colour", "red"], "colour"),

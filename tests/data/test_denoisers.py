@@ -2,17 +2,18 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_corpus import FIRST_TOKEN, made_info
 
 from fat5.data import Denoiser, MixtureOfDenoisers, reconstruct
 from fat5.data.examples import kernels
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from made_corpus import FIRST_TOKEN, made_info
 
 INFO = made_info()
 
@@ -83,11 +84,14 @@ def test_default_mixture_is_exactly_the_seven_rows():
     sentinels=st.sampled_from([1, 7, 100, 256]),
     seed=st.integers(0, 2**63 - 1),
     piece=st.integers(0, 2**50),
+    anywhere=st.booleans(),
 )
-def test_inputs_and_targets_reconstruct_any_document(length, mu, r, max_spans, prefix, sentinels, seed, piece):
+def test_inputs_and_targets_reconstruct_any_document(
+    length, mu, r, max_spans, prefix, sentinels, seed, piece, anywhere
+):
     info = made_info(sentinels)
     tokens = np.random.default_rng(seed).integers(FIRST_TOKEN, info.vocab_size, length)
-    denoiser = Denoiser(mu, r, max_spans, prefix)
+    denoiser = Denoiser(mu, r, max_spans, prefix, anywhere)
     inputs, targets = denoiser(tokens, info, seed=seed, piece=piece)
     assert np.array_equal(reconstruct(inputs, targets, info), tokens)
     assert (inputs.size, targets.size) == denoiser.lengths(length, sentinels)
@@ -97,7 +101,27 @@ def test_inputs_and_targets_reconstruct_any_document(length, mu, r, max_spans, p
     most = min(length - noise, sentinels, max_spans if isinstance(max_spans, int) else length)
     assert len(spans) == min(max(round(noise / mu), 1), most)
     assert min(spans) >= 1
-    assert inputs[0] == (info.mode_ids[prefix] if prefix else tokens[0])  # starts with text that is kept
+    assert prefix is None or inputs[0] == info.mode_ids[prefix]
+    if not anywhere:
+        assert inputs[int(prefix is not None)] == tokens[0]  # starts with text that is kept
+        assert inputs[-2] == info.sentinel_ids[len(spans) - 1]  # and ends with a span
+
+
+def test_spans_that_may_lie_anywhere_lie_everywhere_alike():
+    # Two tokens of six in one span: five places; two spans of one token each of five: all pairs that do not touch.
+    for length, r, mu, places in ((6, 1 / 3, 2.0, 5), (5, 0.4, 1.0, 6)):
+        denoiser, draws = Denoiser(mu, r, anywhere=True), 6_000
+        found = Counter(tuple(denoiser(range(500, 500 + length), INFO, piece=n)[0].tolist()) for n in range(draws))
+        assert len(found) == places
+        assert all(abs(count - draws / places) < 4 * (draws / places) ** 0.5 for count in found.values())
+
+
+def test_fat5_anywhere_is_fat5_with_its_spans_anywhere():
+    usual, other = (MixtureOfDenoisers.named(name) for name in ("fat5", "fat5-anywhere"))
+    assert usual.proportions == other.proportions
+    assert [replace(one, anywhere=False) for one in other.denoisers] == list(usual.denoisers)
+    assert [one.anywhere for one in other.denoisers] == [not one.sequential for one in usual.denoisers]
+    assert not any("anywhere" in row for row in usual.rows())  # as in the checkpoints of older runs
 
 
 @settings(max_examples=100, deadline=None)
@@ -176,10 +200,15 @@ def test_a_denoiser_that_cannot_work_is_refused(values, message):
         Denoiser(*values)
 
 
+def test_a_sequential_denoiser_lies_nowhere_else():
+    with pytest.raises(ConfigurationError, match="anywhere"):
+        Denoiser(4.0, 0.0, 1, "[S]", anywhere=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("nonesuch", "fat5, ul2, t5, prefix-lm"),
+        ("nonesuch", "fat5, fat5-anywhere, ul2, t5, prefix-lm"),
         ([], "1 to 127"),
         ([{"mu": 3.0}], r"mixture\[0\]: r is missing"),
         ([{"mu": 3.0, "r": 0.1, "rate": 1}], "unknown key 'rate'"),
@@ -195,7 +224,7 @@ def test_a_mixture_that_cannot_work_is_refused(rows, message):
 
 
 def test_a_mixture_survives_the_round_trip_through_rows():
-    for name in ("fat5", "ul2", "t5", "prefix-lm"):
+    for name in ("fat5", "fat5-anywhere", "ul2", "t5", "prefix-lm"):
         mixture = MixtureOfDenoisers.named(name)
         assert MixtureOfDenoisers.of(mixture.rows()) == mixture
         assert len(set(mixture.names())) == len(mixture)

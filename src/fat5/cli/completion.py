@@ -12,7 +12,7 @@ from fat5.cli.recipes import recipe_names
 from fat5.errors import ConfigurationError
 
 Shell = Literal["bash", "zsh", "fish"]
-MIXTURES = ("fat5", "ul2", "t5", "prefix-lm")
+MIXTURES = ("fat5", "fat5-anywhere", "ul2", "t5", "prefix-lm")
 PRESETS = ("fat5-demo", "fat5-small", "fat5-base", "fat5-large")
 LONGEST_HELP = 70
 

@@ -35,7 +35,8 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """Prepared folders; the tokenizer and the validation split are those of the first"""
     mixture: str | list[DenoiserConfig] = "fat5"
-    """Mixture of denoisers: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}"""
+    """Denoisers: fat5, fat5-anywhere, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, anywhere,
+    proportion}"""
     max_tokens: Size = AUTO
     """Raw tokens of one example; longer documents are cut into consecutive pieces, none is truncated; auto is a quarter
     of encoder_tokens, at most 1,024"""
@@ -173,7 +174,7 @@ class EvaluateConfig:
     weights: list[float] = field(default_factory=list)
     """Denoisers: relative share of the tokens of each folder in data; all equal if empty"""
     mixture: str | None = None
-    """Denoisers: fat5, ul2, t5 or prefix-lm; for a run its own, else fat5"""
+    """Denoisers: fat5, fat5-anywhere, ul2, t5 or prefix-lm; for a run its own, else fat5"""
     eval_tokens: int | None = None
     """Denoisers: text in raw tokens, each denoiser is applied to it; for a run its own, else 65536"""
     max_tokens: int | None = None

@@ -37,7 +37,7 @@ class DataCollatorForUL2:
     Args:
         tokenizer: a `Tokenizer`, a folder, or a tokenizer of transformers with sentinels. Missing mode tokens are
             added behind its ids.
-        mixture: a name (fat5, ul2, t5, prefix-lm), a list of denoisers, or a `MixtureOfDenoisers`.
+        mixture: a name (fat5, fat5-anywhere, ul2, t5, prefix-lm), a list of denoisers, or a `MixtureOfDenoisers`.
         max_tokens: most ids of a document; a longer one is refused, and `pieces` cuts it.
         seed: in [0, 2^63).
         pad_to_multiple_of: of the padded lengths.

@@ -96,6 +96,8 @@ class DenoiserConfig:
     """Most spans of a text: a number, or max_token_length for no limit"""
     prefix: str | None = None
     """Mode token before the inputs ([R], [S], [X]), or null"""
+    anywhere: bool = False
+    """Spans lie anywhere; by default the last one ends the text, as in T5"""
     proportion: float = 1.0
     """Relative share of the examples"""
 
@@ -109,7 +111,7 @@ class AuditConfig:
         output_dir: folder for audit.json and audit.png.
         weights: relative share of the tokens of each folder; all equal if empty.
         split: train or validation.
-        mixture: fat5, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, proportion}.
+        mixture: fat5, fat5-anywhere, ul2, t5, prefix-lm, or a list of {mu, r, max_spans, prefix, anywhere, proportion}.
         max_tokens: raw tokens of one example.
         encoder_tokens: encoder tokens of a pack.
         decoder_tokens: decoder tokens of a pack; 0 takes what goes with encoder_tokens.

@@ -32,6 +32,8 @@ class Denoiser:
         r: corruption rate in [0, 1). 0 is the sequential denoiser, which needs `max_spans` 1.
         max_spans: most spans of one document; None and "max_token_length" set no limit.
         prefix: mode token before the inputs ("[R]", "[S]", "[X]"), or None.
+        anywhere: spans lie anywhere. By default the last one ends the document, as in T5's `random_spans_noise_mask`,
+            and a model never sees the last sentinel with text behind it.
 
     Raises:
         ConfigurationError: a value that cannot work.
@@ -41,6 +43,7 @@ class Denoiser:
     r: float
     max_spans: int | str | None = None
     prefix: str | None = None
+    anywhere: bool = False
 
     def __post_init__(self) -> None:
         where = f"denoiser (mu={self.mu!r}, r={self.r!r}, max_spans={self.max_spans!r}, prefix={self.prefix!r})"
@@ -53,6 +56,8 @@ class Denoiser:
             raise ConfigurationError("max_spans must be max_token_length, null or a whole number above 0", where=where)
         if self.prefix is not None and (not isinstance(self.prefix, str) or not self.prefix):
             raise ConfigurationError("prefix must be a mode token such as [R], or null for none", where=where)
+        if not isinstance(self.anywhere, bool) or (self.anywhere and self.r == 0):
+            raise ConfigurationError("anywhere must be true or false, and false if r is 0.0", where=where)
         if self.r == 0 and (self.max_spans != 1 or self.mu <= 1):
             raise ConfigurationError(
                 "r 0.0 is the sequential denoiser, which needs max_spans 1 and mu above 1",
@@ -115,11 +120,13 @@ class Denoiser:
         encoder, decoder = self.lengths(document.size, sentinels.size)
         noise, spans = self.spans(document.size, sentinels.size)
         inputs, targets = np.empty(encoder, np.int64), np.empty(decoder, np.int64)
-        scratch = np.empty((2, spans), np.int64), np.zeros(document.size, np.uint8)
+        scratch = np.empty((2, spans + 1), np.int64), np.zeros(document.size + 1, np.uint8)
         word = (kernels.TRAINING << kernels.DOMAIN_SHIFT) + epoch
         noise_key = piece & kernels.MASK32, piece >> 32, word, *split_seed(seed)
         mode, eos = self.mode_id(info), info.eos_id
-        kernels.corrupt(document, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, 0, targets, 0)
+        kernels.corrupt(
+            document, noise, spans, self.anywhere, mode, sentinels, eos, scratch, noise_key, inputs, 0, targets, 0
+        )
         return inputs, targets
 
 
@@ -148,7 +155,7 @@ class MixtureOfDenoisers:
 
     @classmethod
     def named(cls, name: str) -> MixtureOfDenoisers:
-        """One of the mixtures known by name: fat5 (the default), ul2, t5, prefix-lm."""
+        """One of the mixtures known by name: fat5 (the default), fat5-anywhere, ul2, t5, prefix-lm."""
         if name not in MIXTURES:
             raise ConfigurationError(
                 f"no mixture is named {name!r}",
@@ -159,7 +166,7 @@ class MixtureOfDenoisers:
 
     @classmethod
     def of(cls, mixture: Mixture) -> MixtureOfDenoisers:
-        """A mixture from a name, or from a list of {mu, r, max_spans, prefix, proportion} or of `Denoiser`.
+        """A mixture from a name, or from a list of {mu, r, max_spans, prefix, anywhere, proportion} or of `Denoiser`.
 
         A `Denoiser` in the list gets proportion 1.
         """
@@ -174,20 +181,24 @@ class MixtureOfDenoisers:
             where = f"mixture[{index}]"
             row = vars(row) if isinstance(row, DenoiserConfig | Denoiser) else row
             if not isinstance(row, Mapping):
-                raise ConfigurationError(f"must hold mu, r, max_spans, prefix, proportion, not {row!r}", where=where)
+                raise ConfigurationError(
+                    f"must hold mu, r, max_spans, prefix, anywhere, proportion, not {row!r}", where=where
+                )
             unknown, missing = set(row) - _KEYS, {"mu", "r"} - set(row)
             if unknown or missing:
                 fault = f"{min(missing)} is missing" if missing else f"unknown key {min(map(str, unknown))!r}"
                 raise ConfigurationError(fault, where=where, hint=f"The keys are {', '.join(sorted(_KEYS))}")
-            denoisers.append(Denoiser(row["mu"], row["r"], row.get("max_spans"), row.get("prefix")))
+            keys = ("max_spans", "prefix", "anywhere")
+            denoisers.append(Denoiser(row["mu"], row["r"], **{key: row[key] for key in keys if key in row}))
             proportions.append(row.get("proportion", 1.0))
         return cls(denoisers, proportions)
 
     def rows(self) -> list[dict[str, Any]]:
         """The mixture in its form in YAML, which `of` reads back."""
         pairs = zip(self.denoisers, self.proportions)
+        # Without `anywhere` where it is false: older runs have none in the state that a continuation is compared with.
         return [
-            {"mu": d.mu, "r": d.r, "max_spans": d.max_spans, "prefix": d.prefix, "proportion": proportion}
+            {name: value for name, value in vars(d).items() if name != "anywhere" or value} | {"proportion": proportion}
             for d, proportion in pairs
         ]
 
@@ -298,21 +309,24 @@ def _row(
     return {"mu": mu, "r": r, "max_spans": max_spans, "prefix": prefix, "proportion": proportion}
 
 
-_KEYS = {"mu", "r", "max_spans", "prefix", "proportion"}
+_KEYS = {"mu", "r", "max_spans", "prefix", "anywhere", "proportion"}
 
 # One span of a quarter at the end: a single span is always a suffix, because segments alternate from a non-noise one.
 _UL2_SEQUENTIAL = _row(4.0, 0.25, "[S]", 1.0, max_spans=1)
 
+_FAT5 = [
+    _row(3.0, 0.15, "[R]", 0.165),
+    _row(8.0, 0.15, "[R]", 0.165),
+    _row(4.0, 0.0, "[S]", 0.34, max_spans=1),
+    _row(3.0, 0.5, "[X]", 0.0825),
+    _row(8.0, 0.15, "[X]", 0.0825),
+    _row(64.0, 0.15, "[X]", 0.0825),
+    _row(64.0, 0.5, "[X]", 0.0825),
+]
+
 MIXTURES: dict[str, list[dict[str, Any]]] = {
-    "fat5": [
-        _row(3.0, 0.15, "[R]", 0.165),
-        _row(8.0, 0.15, "[R]", 0.165),
-        _row(4.0, 0.0, "[S]", 0.34, max_spans=1),
-        _row(3.0, 0.5, "[X]", 0.0825),
-        _row(8.0, 0.15, "[X]", 0.0825),
-        _row(64.0, 0.15, "[X]", 0.0825),
-        _row(64.0, 0.5, "[X]", 0.0825),
-    ],
+    "fat5": _FAT5,
+    "fat5-anywhere": [row | {"anywhere": row["r"] > 0} for row in _FAT5],
     "ul2": [
         _row(3.0, 0.15, "[R]", 1.0),
         _row(8.0, 0.15, "[R]", 1.0),

@@ -135,19 +135,26 @@ def compose(total, parts, out, marks, block, noise_key):  # type: ignore[no-unty
 
 
 @jit
-def corrupt(tokens, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t):  # type: ignore[no-untyped-def]
+def corrupt(tokens, noise, spans, anywhere, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t):  # type: ignore[no-untyped-def]
     """Writes one example at inputs[i:] and targets[t:]; returns the ends.
 
-    Segments alternate from a non-noise one, so that a single span is always a suffix.
+    Segments alternate from a non-noise one, so that a single span is always a suffix; with `anywhere` text may follow
+    the last span, and none need precede the first.
 
     Args:
         mode: id of the mode token; below 0 for none.
-        scratch: (2, spans or more) int64 for the segment lengths, and uint8 with a byte a token, all zero.
+        scratch: (2, spans + 1 or more) int64 for the segment lengths, and uint8 with a byte a token and one more, all
+            zero.
         noise_key: last three words of the Philox counter, and both words of the key.
     """
     lengths, marks = scratch
     kept, masked = lengths[0], lengths[1]
-    block = compose(tokens.size - noise, spans, kept, marks, 1, noise_key)
+    rest = tokens.size - noise
+    if anywhere:
+        block = compose(rest + 2, spans + 1, kept, marks, 1, noise_key)
+        kept[0] -= 1
+    else:
+        block = compose(rest, spans, kept, marks, 1, noise_key)
     compose(noise, spans, masked, marks, block, noise_key)
     if mode >= 0:
         inputs[i] = mode
@@ -166,6 +173,10 @@ def corrupt(tokens, noise, spans, mode, sentinels, eos, scratch, noise_key, inpu
             targets[t] = tokens[position]
             t += 1
             position += 1
+    while position < tokens.size:
+        inputs[i] = tokens[position]
+        i += 1
+        position += 1
     inputs[i] = eos
     targets[t] = eos
     return i + 1, t + 1
@@ -204,6 +215,7 @@ class StreamTables(NamedTuple):
     thresholds: np.ndarray  # int64 (D,): cumulative proportions in units of 2^-32
     noise: np.ndarray  # int32 (D, max_tokens+1)
     spans: np.ndarray  # int32 (D, max_tokens+1)
+    anywhere: np.ndarray  # bool (D,): spans may lie anywhere
     mode: np.ndarray  # int64 (D,): id of the mode token or -1
     sentinels: np.ndarray  # int64
     eos: int
@@ -363,7 +375,7 @@ def set_example(tables, out, i, piece, epoch, denoiser, shard, start, length):  
 @jit
 def write_examples(tables, examples, domain, inputs, targets, cu_inputs, cu_targets):  # type: ignore[no-untyped-def]
     """Corrupts `examples` one after another into flat `inputs` and `targets`; fills cu_seqlens, padded with the end."""
-    scratch = np.empty((2, tables.sentinels.size), np.int64), np.zeros(tables.max_tokens, np.uint8)
+    scratch = np.empty((2, tables.sentinels.size + 1), np.int64), np.zeros(tables.max_tokens + 1, np.uint8)
     sentinels, eos = tables.sentinels, tables.eos
     i = 0
     t = 0
@@ -375,7 +387,7 @@ def write_examples(tables, examples, domain, inputs, targets, cu_inputs, cu_targ
         denoiser = examples.denoiser[n]
         noise = tables.noise[denoiser, length]
         spans = tables.spans[denoiser, length]
-        mode = tables.mode[denoiser]
+        anywhere, mode = tables.anywhere[denoiser], tables.mode[denoiser]
         piece = examples.piece[n]
         word = (domain << DOMAIN_SHIFT) + examples.epoch[n]
         noise_key = piece & MASK32, piece >> 32, word, tables.seed_low, tables.seed_high
@@ -383,10 +395,14 @@ def write_examples(tables, examples, domain, inputs, targets, cu_inputs, cu_targ
         address = tables.tokens_address[examples.shard[n]] + examples.start[n] * width
         if width == 2:
             short = numba.carray(_pointer(address), (length,), np.uint16)
-            i, t = corrupt(short, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t)
+            i, t = corrupt(
+                short, noise, spans, anywhere, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t
+            )
         else:
             wide = numba.carray(_pointer(address), (length,), np.uint32)
-            i, t = corrupt(wide, noise, spans, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t)
+            i, t = corrupt(
+                wide, noise, spans, anywhere, mode, sentinels, eos, scratch, noise_key, inputs, i, targets, t
+            )
         cu_inputs[n + 1] = i
         cu_targets[n + 1] = t
     cu_inputs[count + 1 :] = i

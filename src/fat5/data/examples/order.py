@@ -237,6 +237,7 @@ def mixture_tables(mixture: MixtureOfDenoisers, info: TokenizerInfo, max_tokens:
         "thresholds": mixture.thresholds(),
         "noise": noise,
         "spans": spans,
+        "anywhere": np.array([denoiser.anywhere for denoiser in mixture.denoisers]),
         "mode": np.array([denoiser.mode_id(info) for denoiser in mixture.denoisers], np.int64),
         "sentinels": sentinels,
         "eos": info.eos_id,
