@@ -188,7 +188,7 @@ def test_live_plot_is_seldom_and_survives_a_full_disk(monkeypatch):
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_bar_takes_the_width_and_shows_every_number(monkeypatch, columns):
     monkeypatch.setattr("fat5.train.log.display.os.isatty", lambda descriptor: True)
-    display = RunDisplay("pretrain", 50_000, every=10, eval_every=500, mfu=True)
+    display = RunDisplay("pretrain", 50_000, every=10, eval_every=500, mfu=True, compiled=True)
     display.begin(500, {"loss": 6.5432})
     row = {"kind": "train", "step": 12_345, "loss": 6.1234, "lr": 0.0123, "step_tokens": 800_000, "mfu": 0.4}
     display.show(row | {"tokens_per_second": 1_234_567.0})
@@ -227,13 +227,23 @@ def test_what_is_drawn_beside_the_loss(evals, title, curves):
 
 
 def test_a_line_for_an_evaluation_has_the_scores_of_its_task(capsys):
-    display = RunDisplay("finetune", 10, every=10, eval_every=5, mfu=False)
+    display = RunDisplay("finetune", 10, every=10, eval_every=5, mfu=False, compiled=False)
     display.show(task_row(5, accuracy=0.5, macro_f1=0.25))
     display.show(task_row(10, accuracy=None, pearson=-0.125, spearman=None))
     assert capsys.readouterr().err.splitlines() == [
         "step 5: validation loss 3.0000, accuracy 50.0%, macro_f1 0.25",
         "step 10: validation loss 3.0000, pearson -0.125",
     ]
+
+
+@pytest.mark.parametrize(("compiled", "left"), [(True, "0:50"), (False, "3:20")])
+def test_what_compiles_once_does_not_count_in_the_time_left(capsys, compiled, left):
+    display = RunDisplay("pretrain", 105, every=1000, eval_every=20, mfu=True, compiled=compiled)
+    display.show(task_row(0, accuracy=None), seconds=25.0)
+    for step, seconds in enumerate((30.0, 9.0, 0.5, 0.5, 0.5), 1):
+        row = {"kind": "train", "step": step, "loss": 3.0, "lr": 0.01, "mfu": None}
+        display.show(row | {"step_tokens": 1000, "tokens_per_second": 1000 / seconds})
+    assert f"time    about {left} for the 100 steps that are left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("live", [True, False])

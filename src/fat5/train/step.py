@@ -66,7 +66,7 @@ class StepRunner:
         model.to(dtype=self.precision.weight_dtype).train()
         checkpoint_activations(model, config.checkpointing)
         on_gpu = self.device.type == "cuda"
-        compiled = config.compile is True or (config.compile == "auto" and on_gpu)
+        self.compiled = compiled = config.compile is True or (config.compile == "auto" and on_gpu)
         shards = shard_size(config) if world.size > 1 else 1
         kind = Shards if shards > 1 else Replicas
         possible = compiled and on_gpu and self.precision.scaler is None

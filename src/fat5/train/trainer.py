@@ -71,7 +71,9 @@ class Trainer:
         self.model_config = _config_text(model)
         self.state = RunState()
         mfu, main = runner.device.type == "cuda", self.world.is_main
-        self.display = RunDisplay(task.verb, config.steps, config.log_every, config.eval_every, mfu, silent=not main)
+        self.display = RunDisplay(
+            task.verb, config.steps, config.log_every, config.eval_every, mfu, runner.compiled, silent=not main
+        )
         self.events = EventLog(folder.events if main else None)
         self.metrics = MetricsLog(folder.metrics, on_failure=self._warn)
         self.store = CheckpointStore(folder.checkpoints, config.keep_last, config.keep_best, config.keep_every)

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -28,14 +29,17 @@ class RunDisplay:
         every: steps between two lines where stderr is not a terminal.
         eval_every: steps between two evaluations, whose time counts too.
         mfu: show it; a CPU's is measured against a product of matrices, which says little.
+        compiled: the first evaluation compiles too.
         silent: show nothing, in a process that another one speaks for.
     """
 
-    def __init__(self, verb: str, steps: int, every: int, eval_every: int, mfu: bool, silent: bool = False) -> None:
+    def __init__(
+        self, verb: str, steps: int, every: int, eval_every: int, mfu: bool, compiled: bool, silent: bool = False
+    ) -> None:
         self.steps, self.every, self.eval_every, self.mfu = steps, every, eval_every, mfu
         self._validation: float | None = None
         self._step_seconds: list[float] = []
-        self._evaluation_seconds = 0.0
+        self._evaluation_seconds, self._compiling = 0.0, compiled
         self._told = False
         self._last_line = time.perf_counter()
         self._console = Console(stderr=True, highlight=False)
@@ -58,7 +62,8 @@ class RunDisplay:
     def show(self, row: dict[str, Any], seconds: float = 0.0) -> None:
         """Shows a row of metrics.jsonl; `seconds` is how long an evaluation took."""
         if row["kind"] == "eval":
-            self._validation, self._evaluation_seconds = row["loss"], seconds
+            self._validation = row["loss"]
+            self._evaluation_seconds, self._compiling = 0.0 if self._compiling else seconds, False
             told = [f"validation loss {row['loss']:.4f}"]
             told += [] if row["accuracy"] is None else [f"accuracy {row['accuracy']:.1%}"]
             told += [f"{name} {value:.4g}" for name, value in scores_of(row).items()]
@@ -104,10 +109,13 @@ class RunDisplay:
         return "  ".join(parts)
 
     def _left(self, step: int) -> float:
-        """Seconds to the end of the run: its steps at the speed of the last ones, and its evaluations."""
+        """Seconds to the end of the run: its steps at the speed of the last ones, and its evaluations.
+
+        The median: the second and third step of a compiled run record it as a CUDA graph.
+        """
         lately = self._step_seconds[1:][-max(TIMED_STEPS, self.every) :] or self._step_seconds
         evaluations = self.steps // self.eval_every - step // self.eval_every + (self.steps % self.eval_every > 0)
-        return (self.steps - step) * sum(lately) / len(lately) + evaluations * self._evaluation_seconds
+        return (self.steps - step) * median(lately) + evaluations * self._evaluation_seconds
 
 
 class CountDisplay:
