@@ -16,6 +16,7 @@ import yaml
 
 from fat5.data import BatchConfig
 from fat5.train.cost.memory import plan_memory
+from fat5.train.world import World
 from gpu_measure import Results
 from gpu_step import DEVICE, Case, Shape, batch, first_step, free, going_on, say, synchronize, tokens
 
@@ -53,7 +54,7 @@ def _context(results: Results, options: argparse.Namespace, preset: str, length:
         offload=options.offload,
     )
     shapes = BatchConfig(length, length, length, packs_per_step=1, max_examples=1)
-    plan = plan_memory(case.config, shapes, case.model, DEVICE)
+    plan = plan_memory(case.config, shapes, case.model, World(DEVICE))
     name = f"{preset} context {length}"
     provider = "fat5 compiled" if options.long_compiled else "fat5 eager"
     provider += ("" if policy == "none" else f", checkpointing {policy}") + (", offload" if options.offload else "")

@@ -58,6 +58,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, atomically, with a line a value."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def write_output(path: str | Path, content: str) -> None:
     """Writes a file that the user named: atomically, unless it is a device or a pipe."""
     path = Path(os.path.realpath(path))
@@ -180,12 +185,15 @@ def read_object(path: Path, fault: type[FAT5Error], hint: str | None = None) -> 
     """The JSON object in a file.
 
     Raises:
-        fault: the file cannot be read, or holds something else.
+        fault: the file cannot be read, or holds something else, such as a pickle.
     """
     try:
-        content = parse_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise fault(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
+    refuse_pickle(path, fault)
+    try:
+        content = parse_json(text)
     except ValueError as error:
         raise fault("is not JSON", where=path, hint=hint) from error
     if not isinstance(content, dict):

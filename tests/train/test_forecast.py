@@ -11,7 +11,6 @@ from fat5.tasks import DataConfig, ModelConfig, PretrainConfig, pretrain
 from fat5.tasks.forecast import KNOWN, PlannedWorld, predict_speed
 from fat5.tasks.sizes import configure_model, on_meta
 from fat5.train import read_rows
-from fat5.train.config import shard_size
 from fat5.train.cost.memory import GIB, plan_memory
 from fat5.train.cost.speed import measured_run
 from fat5.train.log.metrics import ROW_KEYS
@@ -78,9 +77,7 @@ def test_a_divided_model_needs_less_of_each_device() -> None:
     needs = {}
     for parallel, devices in (("ddp", 8), ("fsdp", 2), ("fsdp", 8), ("hsdp", 16)):
         config, model, world = base(devices, parallel)
-        plan = plan_memory(
-            config, config.data.batch(), model, world.device, world.size, shard_size(config, world.launch)
-        )
+        plan = plan_memory(config, config.data.batch(), model, world)
         needs[parallel, devices] = plan.weights + plan.gradients + plan.optimizer
     parameters = 305_184_000
     assert needs["ddp", 8] == (4 + 2 + 8 + 8) * parameters

@@ -195,7 +195,7 @@ def advice(config: DoctorConfig, hours: float) -> list[Finding]:
 def _memory_finding(config: PretrainConfig, model: Any, world: Any, shards: int, here: bool) -> Finding:
     from fat5.train.cost.memory import LOWER, TIGHT, check_memory, plan_memory
 
-    plan, free = plan_memory(config, config.data.batch(), model, world.device, world.size, shards), world.free
+    plan, free = plan_memory(config, config.data.batch(), model, world), world.free
     numbers = {"devices": world.size, "shards": shards, "bytes": plan.total, "free": free, "fits": True}
     try:
         check_memory(plan, free, host=here)

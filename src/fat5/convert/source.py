@@ -11,7 +11,7 @@ import transformers
 from fat5 import model as fat5_model
 from fat5.data.tokenizer.loading import read_stock
 from fat5.errors import CheckpointError, TokenizerError
-from fat5.files import read_object, refuse_pickle
+from fat5.files import read_object
 from fat5.model import FAT5Config, FAT5EncoderModel, quiet
 from fat5.model.loading import readable, refuse_adapter
 from fat5.train.checkpoint.store import model_folder
@@ -150,6 +150,4 @@ def _check_size(folder: Path, vocab_size: int, key: str) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        refuse_pickle(path, CheckpointError)
     return read_object(path, CheckpointError, "Restore it, or save it again")

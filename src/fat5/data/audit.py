@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from fat5.data.examples.packing import fill, pack, suggest_budgets
 from fat5.data.examples.padded import unpack
 from fat5.data.tokenizer.loading import Tokenizer, TokenizerInfo, load_tokenizer
 from fat5.errors import ConfigurationError, check_whole, check_writable
-from fat5.files import naming, write_atomically
+from fat5.files import naming, write_json
 
 RATE_TOLERANCE = 0.05  # relative deviation from mu and r beyond which documents are too short for the specification
 DRAWS_SIGMA = 4.0  # standard deviations by which a measured proportion may differ from its own
@@ -82,7 +81,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     }
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "audit.json", report)
     with naming(folder / "audit.png"):
         _draw(mixture.names(), columns, folder / "audit.png")
     return report

@@ -1,6 +1,5 @@
 """The demo: the whole chain of a recipe, from text to a model that fills in blanks, in one folder."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from fat5.data import load_tokenizer
 from fat5.data.shards.prepare import prepare
 from fat5.data.text.corpus import SAMPLE
 from fat5.data.tokenizer.training import train_tokenizer
-from fat5.files import write_atomically
+from fat5.files import write_json
 from fat5.generate import Decoding, complete
 from fat5.launch import refuse_many_processes
 from fat5.tasks.config import DemoConfig, SourceConfig
@@ -69,7 +68,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     )
     summary["samples"] = [asdict(answer) for answer in answers]
     summary["demo_seconds"] = round(time.perf_counter() - began, 1)
-    write_atomically(run.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_json(run.summary, summary)
     return summary
 
 

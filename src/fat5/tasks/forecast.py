@@ -247,7 +247,7 @@ def weigh_budget(
         if speed is None:
             return []
         batch, size = run.data.batch(), model.num_parameters()
-        plan = plan_memory(run, batch, model, world.device, world.size, shard_size(run, world.launch))
+        plan = plan_memory(run, batch, model, world)
         steps = int(hours * 3600 / world.size / speed.step_seconds)
         tokens = steps * WEB_PAGES.tokens_a_step(batch)
         fits = world.free is None or plan.total <= world.free

@@ -22,7 +22,6 @@ from fat5.data import (
 from fat5.data.text.corpus import is_dataset
 from fat5.data.tokenizer.matching import TokenMatch
 from fat5.files import file_sha256
-from fat5.machine import free_memory
 from fat5.model import FAT5Config, FAT5ForConditionalGeneration
 from fat5.model.card import CardFacts, training_section, usage_section
 from fat5.tasks.config import PretrainConfig
@@ -30,8 +29,7 @@ from fat5.tasks.initial import InitialModel, find_initial
 from fat5.tasks.samples import PROMPTS, validation_samples
 from fat5.tasks.sizes import Text, configure_model, on_meta, open_sources, settle
 from fat5.train.checkpoint.state import RunState
-from fat5.train.config import shard_size
-from fat5.train.cost.memory import GIB, TIGHT, check_memory, plan_memory
+from fat5.train.cost.memory import TIGHT, check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate, unigram_entropy
 from fat5.train.export import export
 from fat5.train.run import run
@@ -97,12 +95,11 @@ class Pretraining:
         names = mixture.names()
         return cls(config, info, tokenizer, loader, validation, names, manifests, model_config, world, initial)
 
-    def announce(self, device: torch.device) -> list[str]:
+    def announce(self, world: World) -> list[str]:
         """Size, work, passes over the data, memory; refuses a run that the memory cannot hold."""
-        config, batch = self.config, self.config.data.batch()
+        config, batch, device = self.config, self.config.data.batch(), world.device
         model = on_meta(self.model_config)
-        processes, shards = self.loader.world_size, shard_size(config)
-        plan, free = plan_memory(config, batch, model, device, processes, shards), free_memory(device)
+        plan, free = plan_memory(config, batch, model, world), world.free_memory()
         check_memory(plan, free)
         text = Text.of(self.loader.stream)
         threads = torch.get_num_threads()
@@ -118,7 +115,7 @@ class Pretraining:
             "(decoder)",
             f"run     {config.steps:,} steps, {_short(tokens * config.steps)} tokens; {self._passes(text)} "
             f"over {_short(text.tokens)} tokens of text",
-            f"memory  about {plan.describe()}" + (f" of {free / GIB:.1f} GiB free" if free is not None else ""),
+            f"memory  about {plan.describe(free)}",
         ]
         rows = self.beginning
         if rows is not None:

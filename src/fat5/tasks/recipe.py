@@ -155,7 +155,7 @@ def _fit(config: PretrainConfig, world: PlannedWorld, info: TokenizerInfo) -> tu
         if run.data.encoder_tokens == largest:
             break
     model = on_meta(configure_model(run, info))
-    plan = plan_memory(run, run.data.batch(), model, world.device)
+    plan = plan_memory(run, run.data.batch(), model, world)
     if world.free is not None and plan.total > world.free:
         what = f"{run.model.preset} needs about {plan.describe()}, and {world.name} has {world.free / GIB:.1f} GiB free"
         raise ConfigurationError(what, where="size", hint="Take a smaller --size, or another --device")

@@ -35,8 +35,7 @@ from fat5.tasks.config import INIT_FROM, DataConfig, PretrainConfig
 from fat5.tasks.initial import InitialModel, adopt, find_initial
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.state import read_trainer_state
-from fat5.train.config import shard_size
-from fat5.train.cost.memory import MemoryPlan, plan_memory
+from fat5.train.cost.memory import plan_memory
 from fat5.train.precision import resolve_precision
 from fat5.train.run_directory import RunDirectory
 from fat5.train.world import World
@@ -292,13 +291,7 @@ def _fit_memory(
 ) -> PretrainConfig:
     """Halves the pack until the plan fits what is free, with as many more packs a step."""
     free, model = world.free_memory(), on_meta(model_config)
-
-    def plan(config: PretrainConfig) -> MemoryPlan:
-        return plan_memory(
-            config, config.data.batch(), model, world.device, world.size, shard_size(config, world.launch)
-        )
-
-    while free is not None and plan(config).total > SHARE_OF_MEMORY * free:
+    while free is not None and plan_memory(config, config.data.batch(), model, world).total > SHARE_OF_MEMORY * free:
         half = config.data.encoder_tokens // 2
         longest = min(1_024, half // 4) if asked.max_tokens == "auto" else asked.max_tokens
         if half < max(SMALLEST_PACK, 2 * longest) or half % BUDGET_MULTIPLE:

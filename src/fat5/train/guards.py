@@ -2,7 +2,6 @@
 are put on record; a step that does not fit the memory is told in one line.
 """
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from fat5.errors import FAT5Error
-from fat5.files import write_atomically
+from fat5.files import write_json
 from fat5.train.checkpoint.state import RunState
 from fat5.train.world import World
 
@@ -41,8 +40,7 @@ def dump_examples(
     rows = gather_examples(pieces, losses, world)
     if not world.is_main:
         return path
-    content = {"step": step, "grad_norm": str(grad_norm), "micro_batches": rows}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_json(path, {"step": step, "grad_norm": str(grad_norm), "micro_batches": rows})
     return path
 
 

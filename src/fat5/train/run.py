@@ -1,6 +1,5 @@
 """`run(task, world)`: the story of a run, from its first line to the model folder and summary.json."""
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from fat5.errors import CheckpointError, RunDirectoryError
-from fat5.files import sweep, write_atomically
+from fat5.files import sweep, write_atomically, write_json
 from fat5.train.checkpoint.compare import check_changes
 from fat5.train.checkpoint.files import verify_checkpoint
 from fat5.train.checkpoint.generators import count_processes, seed_generators
@@ -41,7 +40,7 @@ def run(task: Task, world: World) -> dict[str, Any]:
     """
     config, device = task.config, world.device
     check_trackers(config.trackers())
-    lines = task.announce(device)
+    lines = task.announce(world)
     folder = RunDirectory(config.output_dir)
     held = folder if world.is_main else nullcontext()
     with held, _determinism(config.deterministic and device.type == "cuda"):
@@ -162,7 +161,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         trainer.plot.finish()
         summary |= task.finish(scorer, folder, trainer.display.warn)
         task.export(scorer.model, folder, summary)
-        write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder.summary, summary)
         trainer.events.write("finished", step=state.step)
     return trainer.world.broadcast(summary)
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import torch
-
 from fat5.data import PackedBatch
 from fat5.train.checkpoint.state import RunState
 from fat5.train.config import RunConfig
 from fat5.train.evaluation import Scorer
 from fat5.train.run_directory import RunDirectory
+from fat5.train.world import World
 
 
 class Loader(Protocol):
@@ -52,7 +51,7 @@ class Task(Protocol):
     def reference(self) -> tuple[str, float] | None:
         """Label and loss of a line that the plot draws for comparison."""
 
-    def announce(self, device: torch.device) -> list[str]:
+    def announce(self, world: World) -> list[str]:
         """Lines about the run for the user, before its first step.
 
         Raises:

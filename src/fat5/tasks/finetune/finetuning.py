@@ -12,8 +12,7 @@ import torch
 
 from fat5 import model as fat5_model
 from fat5.data import BatchConfig, Tokenizer, load_tokenizer
-from fat5.files import write_atomically
-from fat5.machine import free_memory
+from fat5.files import write_json
 from fat5.model import FAT5Config, quiet
 from fat5.model.card import CardFacts
 from fat5.model.loading import check_finite
@@ -31,8 +30,7 @@ from fat5.tasks.initial import fingerprint
 from fat5.tasks.metrics import LOWER_IS_BETTER, measure
 from fat5.tasks.results import aggregate
 from fat5.train.checkpoint.state import RunState
-from fat5.train.config import shard_size
-from fat5.train.cost.memory import GIB, check_memory, plan_memory
+from fat5.train.cost.memory import check_memory, plan_memory
 from fat5.train.evaluation import Scorer, evaluate
 from fat5.train.export import export
 from fat5.train.log.display import CountDisplay
@@ -70,8 +68,8 @@ def _every_seed(config: FinetuneConfig, world: World) -> dict[str, Any]:
     content = {**head, "seeds": summary["seeds"], "metrics": summary["results"]}
     summary |= {"runs": summaries}
     if world.is_main:
-        write_atomically(folder.path / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(folder.summary, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_json(folder.path / RESULTS, content)
+        write_json(folder.summary, summary)
     return summary
 
 
@@ -119,13 +117,12 @@ class Finetuning:
         loader = ExampleLoader(stream, batch, rank=world.rank, world_size=world.size, num_workers=workers)
         return cls(config, form, tokenizer, where, model, batch, loader, train, validation, next(iter(tests), None))
 
-    def announce(self, device: torch.device) -> list[str]:
+    def announce(self, world: World) -> list[str]:
         """Task, examples, steps, memory; refuses a run that the memory cannot hold."""
         config, batch = self.config, self.batch
         with torch.device("meta"), quiet():
             model = self._model_class()(self.model_config)
-        processes, shards = self.loader.world_size, shard_size(config)
-        plan, free = plan_memory(config, batch, model, device, processes, shards), free_memory(device)
+        plan, free = plan_memory(config, batch, model, world), world.free_memory()
         check_memory(plan, free)
         counts = [f"{len(split.table):,} {split.name}" for split in self._splits()]
         cut = sum(split.examples.cut for split in self._splits())
@@ -139,7 +136,7 @@ class Finetuning:
             f"step    about {a_step:.0f} examples: {packs}; {config.optimizer.name} at {config.optimizer.lr:g}",
             f"run     {config.steps:,} steps, {a_step * config.steps / len(self.train.examples):.2g} "
             f"passes; the best {config.metric} is kept",
-            f"memory  about {plan.describe()}" + (f" of {free / GIB:.1f} GiB free" if free is not None else ""),
+            f"memory  about {plan.describe(free)}",
         ]
         if cut:
             lines.append(f"cut     {cut:,} examples were too long and lost their ends (data.max_source_tokens, …)")

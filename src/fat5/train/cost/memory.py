@@ -16,7 +16,8 @@ from fat5.machine import GIB, available_memory
 from fat5.model.layers import Block
 from fat5.ops.linear_cross_entropy import default_chunk_size
 from fat5.optim.offload import BUFFERS, CHUNK
-from fat5.train.config import CheckpointingName, RunConfig
+from fat5.train.config import CheckpointingName, RunConfig, shard_size
+from fat5.train.world import World
 
 # Bytes of optimizer state for a parameter: float32 moments, two for the Adam family, one for Muon's matrices, row and
 # column sums (next to nothing) for Adafactor.
@@ -62,10 +63,10 @@ class MemoryPlan:
         named = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in elsewhere}
         return {name: size for name, size in named.items() if size}
 
-    def describe(self) -> str:
-        """In GiB: the total and its parts."""
+    def describe(self, free: int | None = None) -> str:
+        """In GiB: the total, its parts, and what is free."""
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items())
-        return f"{self.total / GIB:.2f} GiB ({parts})"
+        return f"{self.total / GIB:.2f} GiB ({parts})" + (f" of {free / GIB:.1f} GiB free" if free is not None else "")
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,18 @@ def check_memory(plan: MemoryPlan, free: int | None, host: bool = True) -> None:
         )
 
 
-def plan_memory(
-    config: RunConfig, batch: BatchConfig, model: Any, device: torch.device, processes: int = 1, shards: int = 1
-) -> MemoryPlan:
+def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, world: World) -> MemoryPlan:
     """The plan of one process for a resolved configuration.
 
     Args:
         model: a model of that configuration; it may be on the meta device.
-        processes: that train together; several sum their gradients in a copy.
-        shards: of them that divide weights, gradients and optimizer state (FSDP2).
+        world: several processes sum their gradients in a copy; those of a shard divide weights, gradients and optimizer
+            state (FSDP2).
+
+    Raises:
+        ConfigurationError: as `shard_size`.
     """
+    device, shards = world.device, shard_size(config, world.launch)
     stand_in = torch.empty(model.config.vocab_size, 0, device="cpu" if device.type == "cpu" else "meta")
     logits_rows = default_chunk_size(stand_in)
     parameters = model.num_parameters()
@@ -136,7 +139,7 @@ def plan_memory(
     packs = batch.packs_per_micro_batch
     # Under autocast the weights are cast once a step and the casts are kept for the backward pass.
     casts = 2 * parameters if config.precision in ("bf16", "fp16") else 0
-    weights, gradients = weight_bytes * parameters + casts, weight_bytes * parameters * (2 if processes > 1 else 1)
+    weights, gradients = weight_bytes * parameters + casts, weight_bytes * parameters * (2 if world.size > 1 else 1)
     if shards > 1:
         # Whole are two blocks at a time, in the precision of the arithmetic, and what is outside the blocks; gradients
         # are divided with the last micro-batch.
@@ -144,7 +147,7 @@ def plan_memory(
         outside = weight_bytes * sizes.outside
         weights = weight_bytes * parameters // shards + outside + casts * sizes.outside // parameters
         weights += 2 * sizes.travel_bytes * sizes.block
-        one = processes * packs == batch.packs_per_step
+        one = world.size * packs == batch.packs_per_step
         gradients = weight_bytes * parameters // shards
         gradients += outside + 2 * weight_bytes * sizes.block if one else weight_bytes * parameters
     return MemoryPlan(

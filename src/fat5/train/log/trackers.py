@@ -7,7 +7,6 @@ Each tracker lives in a thread of its own behind a queue. If it raises, hangs or
 warning is given; the end of a run waits CLOSE_SECONDS for all of them together.
 """
 
-import json
 import os
 import queue
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fat5.errors import ConfigurationError, FAT5Error
-from fat5.files import is_number, read_object, write_atomically
+from fat5.files import is_number, read_object, write_json
 from fat5.train.log.metrics import parts
 
 TRAIN_KEYS = (
@@ -309,7 +308,7 @@ def _runs(names: Sequence[str], path: Path, warn: Say) -> dict[str, str]:
     known |= {name: secrets.token_hex(4) for name in missing}
     if missing:
         try:
-            write_atomically(path, json.dumps(known, indent=1) + "\n")
+            write_json(path, known)
         except OSError as error:
             warn(f"{path.name} cannot be written ({error.strerror}): a continued run begins new ones with its trackers")
     return known
