@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fat5.data import Tokenizer
-from fat5.errors import ConfigurationError, DataError, FAT5Error, TokenizerError
+from fat5.errors import ConfigurationError, DataError, FAT5Error
 from fat5.generate.config import Decoding
 from fat5.generate.decoding import Decoder
 from fat5.generate.replay import pays
@@ -73,12 +73,7 @@ def complete(
     if mode_token and mode_token not in tokenizer.own_modes:
         known = f"Choose one of {', '.join(tokenizer.own_modes)}" if tokenizer.own_modes else "Its tokenizer has none"
         raise ConfigurationError(f"no mode token {mode_token!r}", where="mode_token", hint=known)
-    if tokenizer.own_size > model.config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.own_size:,} tokens, and the model only {model.config.vocab_size:,} rows for "
-            "them",
-            hint="They do not belong together; give the model its own tokenizer",
-        )
+    tokenizer.check_rows(model.config.vocab_size)
     learned = getattr(model.config, "prefix", None)
     if not isinstance(learned, str | None):
         raise ConfigurationError(f"is {learned!r:.60}, and no text", where="prefix in config.json", hint="Remove it")

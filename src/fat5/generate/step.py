@@ -23,10 +23,9 @@ from transformers.activations import ACT2FN
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
-from transformers.utils import output_capturing
 
 from fat5.generate import fused
-from fat5.model.layers import RMSNorm, bias_table
+from fat5.model.layers import RMSNorm, has_active_hooks, learned_bias
 from fat5.model.seq2seq import FAT5ForConditionalGeneration, scales_output
 from fat5.ops import RelativeBias, is_hooked, is_plain, rotary
 
@@ -154,8 +153,7 @@ class DecoderWeights:
         if self.encoding == "t5":
             if not attention.has_relative_attention_bias:
                 return None
-            table = bias_table(attention, device)
-            relative = RelativeBias.from_table(table, bidirectional=False, max_distance=self.max_distance)
+            relative = learned_bias(attention, device, bidirectional=False, max_distance=self.max_distance)
         elif i > 0:
             return None
         elif self.encoding == "fire":
@@ -341,10 +339,7 @@ def _refuse_hooks(decoder: Any) -> None:
             place = f"decoder.block.{i}.layer.{j}"
             passed |= {place: layer, f"{place}.{name}": getattr(layer, name)}
     for place, module in passed.items():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers leaves inactive hooks behind after recording hidden states or attention weights.
-        active = any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks)
-        if active or "forward" in module.__dict__:
+        if has_active_hooks(module) or "forward" in module.__dict__:
             raise TypeError(f"model: this loop would not call the hook of {place}; call model.generate instead")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
 
 from fat5 import ops
 from fat5.model.configuration import FAT5Config
@@ -126,15 +127,25 @@ class Attention(nn.Module):
         return key, value
 
 
-def bias_table(attention: Any, device: torch.device) -> Tensor:
-    """The (num_buckets, H) bias table of an attention, ours or stock T5's.
+def learned_bias(attention: Any, device: torch.device, *, bidirectional: bool, max_distance: int) -> RelativeBias:
+    """The bias of an attention, ours or stock T5's, from its (num_buckets, H) table.
 
     An embedding with an adapter, a hook, or weights on disk (device_map) is called: its `weight` is not the table.
     """
-    embedding = attention.relative_attention_bias
-    if ops.is_plain(embedding, nn.Embedding):
-        return embedding.weight  # type: ignore[no-any-return]
-    return embedding(torch.arange(attention.relative_attention_num_buckets, device=device))  # type: ignore[no-any-return]
+    table = attention.relative_attention_bias
+    if ops.is_plain(table, nn.Embedding):
+        table = table.weight
+    else:
+        table = table(torch.arange(attention.relative_attention_num_buckets, device=device))
+    return RelativeBias.from_table(table, bidirectional=bidirectional, max_distance=max_distance)
+
+
+def has_active_hooks(module: nn.Module) -> bool:
+    """Whether a call does more than the forward; transformers leaves inactive hooks behind after recording hidden
+    states or attention weights.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks)
 
 
 class HeadProjection(nn.Linear):

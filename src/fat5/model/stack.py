@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fat5.model.configuration import FAT5Config
-from fat5.model.layers import Block, Embedding, RMSNorm, bias_table
+from fat5.model.layers import Block, Embedding, RMSNorm, learned_bias
 from fat5.model.padding import Segments, Trace
 from fat5.model.positions import AbsolutePositions, Fire, Rotary
 from fat5.ops import Dropout, RelativeBias
@@ -114,11 +114,8 @@ class Stack(nn.Module):
         config = self.config
         if config.position_encoding == "t5":
             attention = self.block[source].layer[0].SelfAttention  # type: ignore[union-attr, index]
-            return RelativeBias.from_table(
-                bias_table(attention, device),
-                bidirectional=not self.is_decoder,
-                max_distance=config.relative_attention_max_distance,
-            )
+            reach = config.relative_attention_max_distance
+            return learned_bias(attention, device, bidirectional=not self.is_decoder, max_distance=reach)
         if config.position_encoding == "alibi":
             asymmetric = config.alibi_asymmetric and not self.is_decoder
             return RelativeBias.alibi(config.num_heads, max(max_length - 1, 1), asymmetric, device=device)

@@ -24,7 +24,7 @@ from transformers.utils import output_capturing
 
 from fat5 import ops
 from fat5.errors import UnsupportedModelError
-from fat5.model.layers import bias_table, gated
+from fat5.model.layers import gated, learned_bias
 from fat5.model.padding import Padding
 from fat5.model.seq2seq import scales_output
 from fat5.ops import RelativeBias
@@ -274,11 +274,8 @@ def _attend(
 
 
 def _bias(attention: Any, device: torch.device) -> RelativeBias:
-    return RelativeBias.from_table(
-        bias_table(attention, device),
-        bidirectional=not attention.is_decoder,
-        max_distance=attention.relative_attention_max_distance,
-    )
+    reach = attention.relative_attention_max_distance
+    return learned_bias(attention, device, bidirectional=not attention.is_decoder, max_distance=reach)
 
 
 def _keep(cache: Any, layer: int, keys: Padding, key: Tensor, value: Tensor, crosses: bool) -> None:

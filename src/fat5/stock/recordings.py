@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.utils import output_capturing
 
 from fat5.errors import UnsupportedModelError
+from fat5.model.layers import has_active_hooks
 from fat5.model.padding import Padding
 from fat5.ops.cuda_graph import record
 
@@ -163,12 +163,8 @@ def _state(stack: nn.Module, device: torch.device) -> list[Any] | None:
     found: list[Any] = []
     for module in stack.modules():
         kind, own = type(module), vars(module)
-        if own["training"] or "forward" in own or not kind.__module__.startswith(KNOWN):
+        if own["training"] or "forward" in own or not kind.__module__.startswith(KNOWN) or has_active_hooks(module):
             return None
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            # transformers leaves inactive hooks behind after recording hidden states or attention weights.
-            if any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values()):
-                return None
         found.append(kind)
         for weight in (*own["_parameters"].values(), *own["_buffers"].values()):
             if weight is not None:

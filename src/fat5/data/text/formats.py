@@ -224,30 +224,50 @@ def _whole_file(path: str) -> CorpusRow | DataError:
 
 
 def _csv(path: str, text_column: str, columns: Sequence[str]) -> Iterator[CorpusRow | DataError]:
+    rows = csv_rows(path)
+    names, _ = next(rows)
+    if text_column not in names:
+        raise missing_column(text_column, names, f"{path}:1")
+    twice = next((name for name in (text_column, *columns) if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"column {twice!r} stands twice", where=f"{path}:1", hint="Rename one")
+    for values, position in rows:
+        if isinstance(values, DataError):
+            yield values
+        else:
+            row = dict(zip(names, values))
+            yield CorpusRow(row[text_column], position, {name: row[name] for name in columns if name in row})
+
+
+def csv_rows(path: str, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
+    """The fields of the header, then those of each row that has any, with the file position after it.
+
+    For a row that cannot be read, its error is yielded; the rows after it follow.
+
+    Raises:
+        DataError: the header cannot be read, or quotes are out of order.
+    """
     csv.field_size_limit(LARGEST_DOCUMENT)
     lines = CsvLines(path)
-    reader = csv.reader(map(lines.text, lines), strict=True)
+    reader = csv.reader(map(lines.text, lines), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = next((names for names in reader if names), [])
         if lines.fault:
             raise lines.fault
-        if text_column not in names:
-            raise missing_column(text_column, names, f"{path}:1")
-        twice = next((name for name in (text_column, *columns) if names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"column {twice!r} stands twice", where=f"{path}:1", hint="Rename one")
+        yield names, lines.position
         for values in reader:
             if lines.fault:
-                yield lines.fault
+                yield lines.fault, lines.position
             elif len(values) == len(names):
-                row = dict(zip(names, values))
-                yield CorpusRow(row[text_column], lines.position, {name: row[name] for name in columns if name in row})
+                yield values, lines.position
             elif values:
                 what = f"fields in this row: {len(values)}, in the header: {len(names)}"
-                yield DataError(what, where=lines.where(), hint="Quote fields that hold commas")
+                sign = "tabs" if delimiter == "\t" else "commas"
+                yield DataError(what, where=lines.where(), hint=f"Quote fields that hold {sign}"), lines.position
             lines.fault, lines.size = None, 0
     except csv.Error as error:
-        raise DataError(f"not CSV ({error})", where=lines.where(), hint="Quote fields that hold line breaks") from error
+        hint = "Quote fields that hold quotes or line breaks, and double the quotes in them"
+        raise DataError(f"not CSV ({error})", where=lines.where(), hint=hint) from error
 
 
 class CsvLines(Lines):

@@ -7,7 +7,7 @@ a tokenizer without sentinels is refused. Pickles are refused, and code that com
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -150,6 +150,14 @@ class Tokenizer:
         """Which ids below `vocab_size` no document may have: padding, EOS, sentinels, mode tokens."""
         return self._reserved[tokens]
 
+    def check_rows(self, rows: int, where: object = None) -> None:
+        """Raises TokenizerError if the tokenizer has more tokens than a model has rows of embeddings."""
+        if self.own_size > rows:
+            raise TokenizerError(
+                f"the tokenizer has {self.own_size:,} tokens, and the model only {rows:,} rows for them", where=where,
+                hint="They do not belong together; give the model its own tokenizer",
+            )  # fmt: skip
+
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes documents as plain text, without special tokens.
 
@@ -169,11 +177,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """For each text: its token ids as `encode_documents` gives them, and the characters [begin, end) of each."""
-        try:
-            encodings = self._documents.encode_batch(list(texts), add_special_tokens=False)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerError(f"the tokenizer cannot encode a text ({str(error)[:120]})") from error
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [(one.ids, one.offsets) for one in _encoded(self._documents.encode_batch, texts)]
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """Ids of one text, without EOS. With `special`, names of special tokens in it become their ids.
@@ -272,8 +276,12 @@ def _backend(content: dict[str, Any]) -> Any:
 
 
 def _ids(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [one.ids for one in _encoded(backend.encode_batch_fast, texts)]
+
+
+def _encoded(encode: Callable[..., list[Any]], texts: Sequence[str]) -> list[Any]:
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return encode(list(texts), add_special_tokens=False)
     except Exception as error:  # tokenizers raises bare Exception
         hint = "Put its unknown token into the vocabulary of the model, in tokenizer.json"
         raise TokenizerError(f"the tokenizer cannot encode a text ({str(error)[:120]})", hint=hint) from error

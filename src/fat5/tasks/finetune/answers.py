@@ -24,6 +24,7 @@ class Answers(Form):
 
     kind: ClassVar = "answers"
     model: ClassVar = "ForQuestionAnswering"
+    pipeline: ClassVar = "question-answering"
 
     may_be_missing = False
     """Whether a question may have no answer; learned from the training rows"""

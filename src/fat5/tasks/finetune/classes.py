@@ -28,6 +28,7 @@ class Classification(Form):
 
     kind: ClassVar = "classification"
     model: ClassVar = "ForSequenceClassification"
+    pipeline: ClassVar = "text-classification"
 
     def learn(self, table: Table) -> None:
         """The classes: whole numbers in their order, names in alphabetical order.

@@ -21,7 +21,7 @@ from fat5.tasks.config import EvaluateConfig
 from fat5.tasks.finetune import adapter
 from fat5.tasks.finetune.config import METRICS, Columns, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleSet
-from fat5.tasks.finetune.model import base_and_tokenizer, check_vocabulary
+from fat5.tasks.finetune.model import base_and_tokenizer
 from fat5.tasks.finetune.objective import HeadObjective
 from fat5.tasks.finetune.outcome import outcome, prediction_lines
 from fat5.tasks.finetune.predicting import Prediction, PredictionFile, predict, prediction_key
@@ -66,7 +66,7 @@ def evaluate_task(config: EvaluateConfig, recipe: Mapping[str, Any]) -> dict[str
     weights, model_config = _find(settings, run)
     tokenizer_folder = _tokenizer_folder(settings, run, weights)
     tokenizer = load_tokenizer(tokenizer_folder)
-    check_vocabulary(tokenizer, model_config, tokenizer_folder)
+    tokenizer.check_rows(model_config.vocab_size, tokenizer_folder)
     form = FORMS[settings.task](settings, tokenizer)
     _check_head(model_config, form, settings.task, weights)
     measure(form.kind, [], [], METRICS[settings.task])  # a missing library is refused before the work

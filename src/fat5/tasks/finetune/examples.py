@@ -31,11 +31,13 @@ class Form(ABC):
     Attributes:
         kind: of its metrics (`fat5.tasks.metrics.KINDS`), and of its loss.
         model: the model's class without its family, such as ForConditionalGeneration.
+        pipeline: the hub's name of the task, by which it chooses the widget.
         label_names: the classes or tags in the order of the model's outputs; empty where there are none.
     """
 
     kind: ClassVar[str]
     model: ClassVar[str]
+    pipeline: ClassVar[str]
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer

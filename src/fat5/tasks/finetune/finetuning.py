@@ -21,7 +21,7 @@ from fat5.tasks.finetune.config import METRICS, FinetuneConfig
 from fat5.tasks.finetune.examples import ExampleLoader, ExampleStream, Form
 from fat5.tasks.finetune.model import base_and_tokenizer, configure_model, copy_tokenizer, widen_new_head
 from fat5.tasks.finetune.objective import HeadObjective
-from fat5.tasks.finetune.outcome import PIPELINES, RESULTS, results_section, score, write_outcome
+from fat5.tasks.finetune.outcome import RESULTS, results_section, score, write_outcome
 from fat5.tasks.finetune.predicting import PredictionFile, predict, prediction_key
 from fat5.tasks.finetune.sizes import choose_sizes, examples_a_step
 from fat5.tasks.finetune.splits import FORMS, Split, read_splits
@@ -245,7 +245,7 @@ class Finetuning:
             parameters=plain.num_parameters(),
             training=results_section(self.config, summary, run),
             languages=self.config.languages,
-            pipeline=PIPELINES[self.config.task],
+            pipeline=self.form.pipeline,
             examples=[self._widget(split.table.select([0]))],
         )
         with tempfile.TemporaryDirectory() as place:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fat5.data import Tokenizer
-from fat5.errors import ConfigurationError, TokenizerError
+from fat5.errors import ConfigurationError
 from fat5.model import FAT5Config, quiet
 from fat5.model.layers import HeadProjection
 from fat5.tasks.finetune.config import FinetuneConfig
@@ -66,7 +66,7 @@ def configure_model(
             config.preset, vocab_size=info.vocab_size, pad_token_id=info.pad_id, eos_token_id=info.eos_id,
             decoder_start_token_id=info.pad_id,
         )  # fmt: skip
-    check_vocabulary(tokenizer, found, where)
+    tokenizer.check_rows(found.vocab_size, where)
     if form.label_names:
         found.id2label = dict(enumerate(form.label_names))
         found.label2id = {name: index for index, name in enumerate(form.label_names)}
@@ -103,15 +103,6 @@ def check_head(found: FAT5Config, base: Path, config: FinetuneConfig, form: Any)
             where=base,
             hint="Give the model that it was made from, or examples with its labels",
         )
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: FAT5Config, where: object) -> None:
-    """Raises TokenizerError for a tokenizer with more tokens than the model has rows."""
-    if tokenizer.own_size > config.vocab_size:
-        raise TokenizerError(
-            f"it has {tokenizer.own_size:,} tokens, and the model {config.vocab_size:,} rows for them", where=where,
-            hint="Give the model's own tokenizer",
-        )  # fmt: skip
 
 
 def weights_sha256(model: Any) -> str:

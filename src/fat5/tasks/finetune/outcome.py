@@ -20,16 +20,6 @@ from fat5.train.run_directory import RunDirectory
 PREDICTIONS, RESULTS, CONFUSION, CLASSES = "predictions.jsonl", "results.json", "confusion.png", "classes.png"
 MOST_DRAWN_CLASSES = 200
 
-PIPELINES = {
-    "text-to-text": "text2text-generation",
-    "instructions": "text2text-generation",
-    "sequence-classification": "text-classification",
-    "regression": "text-classification",
-    "token-classification": "token-classification",
-    "question-answering": "question-answering",
-}
-"""Task → the hub's name for it, by which it chooses the widget."""
-
 
 def score(config: FinetuneConfig, form: Any, table: Table, predictions: Sequence[Prediction]) -> dict[str, float]:
     """The task's metrics of predictions for some rows of a table."""

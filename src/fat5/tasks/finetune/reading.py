@@ -1,13 +1,12 @@
 """Rows of examples from files, datasets of the hub, and the sample corpus. Damage is refused with its file and row."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fat5.data.text.corpus import SAMPLE, files_in, is_dataset, opening_dataset, sample_path
-from fat5.data.text.formats import CODECS, CsvLines, naming_damage, open_parquet, sniff
-from fat5.data.text.rows import LARGEST_DOCUMENT, Lines, decompressed
+from fat5.data.text.formats import CODECS, csv_rows, naming_damage, open_parquet, sniff
+from fat5.data.text.rows import Lines, decompressed
 from fat5.errors import DataError
 from fat5.files import PICKLE_SUFFIXES, parse_json
 
@@ -176,34 +175,18 @@ def _objects(row: dict[str, Any], key: str, source: str, where: str, required: b
 
 
 def _csv_rows(source: str, delimiter: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(LARGEST_DOCUMENT)
-    lines = CsvLines(source)
-    reader = csv.reader(map(lines.text, lines), delimiter=delimiter, strict=True)
-    number = 0
-    try:
-        names = next((names for names in reader if names), [])
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"column {twice!r} stands twice", where=f"{source}:1", hint="Rename one")
-        if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), None)):
-            what = f"one column, {names[0]!r:.60}: {sign!r} stands between values in place of {delimiter!r}"
-            raise DataError(what, where=f"{source}:1", hint="Write .csv with commas, or .tsv with tabs")
-        for values in reader:
-            if lines.fault:
-                raise lines.fault
-            if values:
-                number += 1
-                if len(values) != len(names):
-                    what = f"fields in this row: {len(values)}, in the header: {len(names)}"
-                    sign = "tabs" if delimiter == "\t" else "commas"
-                    raise DataError(what, where=lines.where(), hint=f"Quote fields that hold {sign}")
-                yield number, dict(zip(names, values, strict=True))
-            lines.size = 0
-        if lines.fault:
-            raise lines.fault
-    except csv.Error as error:
-        hint = "Quote fields that hold quotes or line breaks, and double the quotes in them"
-        raise DataError(f"not CSV ({error})", where=lines.where(), hint=hint) from error
+    rows = csv_rows(source, delimiter)
+    names, _ = next(rows)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"column {twice!r} stands twice", where=f"{source}:1", hint="Rename one")
+    if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        what = f"one column, {names[0]!r:.60}: {sign!r} stands between values in place of {delimiter!r}"
+        raise DataError(what, where=f"{source}:1", hint="Write .csv with commas, or .tsv with tabs")
+    for number, (values, _) in enumerate(rows, 1):
+        if isinstance(values, DataError):
+            raise values
+        yield number, dict(zip(names, values, strict=True))
 
 
 def _parquet_rows(source: str) -> Iterator[tuple[int, Any]]:

@@ -19,6 +19,7 @@ class Tagging(Form):
 
     kind: ClassVar = "entities"
     model: ClassVar = "ForTokenClassification"
+    pipeline: ClassVar = "token-classification"
 
     def learn(self, table: Table) -> None:
         """The tags, O first, then in alphabetical order."""

@@ -19,6 +19,7 @@ class TextToText(Form):
 
     kind: ClassVar = "text"
     model: ClassVar = "ForConditionalGeneration"
+    pipeline: ClassVar = "text2text-generation"
 
     def inputs(self, table: Table) -> list[str]:
         return [self.config.data.prefix + text for text in table.texts(self.config.data.columns.source)]
