@@ -1,5 +1,7 @@
 """The kernels of a decoding step against float64, on a GPU where there is one and interpreted elsewhere."""
 
+import math
+
 import pytest
 import torch
 
@@ -50,8 +52,11 @@ def test_project(how, rows, size, dtype):
     want = project_reference(x, weight, norm=norm, second=second, residual=residual, **numbers)
     assert got.dtype == dtype
     error, usual = (float((one.double() - want).abs().max()) for one in (got, narrow))
-    # The house's rule: twice the error of plain PyTorch in the same precision.
-    assert error <= 2 * usual + 2e-6 * float(want.abs().max())
+    # The house's rule: twice the error of plain PyTorch in the same precision. It may be lucky with the 48 entries of a
+    # row, so half a unit in the last place of the largest is added: the rounding of the result alone.
+    largest = float(want.abs().max())
+    half = torch.finfo(dtype).eps / 2 * 2.0 ** math.floor(math.log2(largest))
+    assert error <= 2 * usual + half + 2e-6 * largest
 
 
 def test_a_wide_residual_stays_wide_and_float16_is_clamped():

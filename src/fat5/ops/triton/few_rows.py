@@ -22,8 +22,8 @@ from fat5.ops.triton.numerics import dot, round_to
 OUTPUTS, MANY_OUTPUTS, MANY = 16, 64, 8192
 # Rows of a program, at least 16 for the tensor cores and at most:
 MOST_ROWS = 64
-# Bytes of a row of weights at a time, and keys.
-WEIGHT_BYTES, KEYS = 256, 64
+# Bytes of a row of weights at a time, half as many in tiles above 16 x OUTPUTS, and keys.
+WEIGHT_BYTES, KEYS = 512, 64
 WARPS, STAGES = 4, 4
 NONE: tl.constexpr = tl.constexpr(0)
 GELU: tl.constexpr = tl.constexpr(1)
@@ -283,7 +283,9 @@ def _project(
     (rows, width), outputs = x.shape, len(weight)
     block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     block_n = _outputs(weight)
-    block_k = min(WEIGHT_BYTES // weight.element_size(), max(16, triton.next_power_of_2(width)))
+    # Whole, larger tiles would not fit into the shared memory of sm_86 and 89.
+    weight_bytes = WEIGHT_BYTES if block_m == 16 and block_n == OUTPUTS else WEIGHT_BYTES // 2
+    block_k = min(weight_bytes // weight.element_size(), max(16, triton.next_power_of_2(width)))
     exact = weight.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     missing: dict[str, Any] = {"Norm": norm, "Second": second, "Residual": residual, "Index": index}
     run(
