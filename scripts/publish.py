@@ -234,7 +234,12 @@ def denoisers_part() -> str:
     """Loss by denoiser, fill and samples of the newest demo."""
     summary = list(demo_runs().values())[-1]
     rows = "\n".join(f"| {name} | {loss:.2f} |" for name, loss in summary["val_loss_by_denoiser"].items())
-    samples = "\n".join(f"| {_text(sample['prompt'])} | {_text(sample['text'])} |" for sample in summary["samples"])
+    headings = {"prompt": "prompt", "text": "completed", "original": "as it was written"}
+    shown = [key for key in headings if key in summary["samples"][0]]
+    rows_shown = [[headings[key] for key in shown]]
+    rows_shown += [[_text(sample[key]) for key in shown] for sample in summary["samples"]]
+    head, *lines = [f"| {' | '.join(row)} |" for row in rows_shown]
+    samples = "\n".join([head, "|---" * len(shown) + "|", *lines])
     fill = f"Encoder fill {summary['encoder_fill']:.1%}, decoder fill {summary['decoder_fill']:.1%}"
     return f"""| denoiser | validation loss |
 |---|---|
@@ -242,8 +247,6 @@ def denoisers_part() -> str:
 
 {fill}, tokens dropped: {summary["tokens_dropped"]}.
 
-| prompt | completed |
-|---|---|
 {samples}"""
 
 

@@ -46,8 +46,13 @@ def test_the_summary_holds_what_was_promised(demo: Path) -> None:
     assert all(isinstance(summary[key], int | float) for key in numbers)
     assert summary["tokens_dropped"] == 0
     assert len(summary["val_loss_by_denoiser"]) == 7
-    assert len(summary["samples"]) == 5
-    assert all(sample["prompt"] and "completion" in sample for sample in summary["samples"])
+    assert len(summary["samples"]) == 20
+    for sample in summary["samples"]:
+        before, after = sample["prompt"].split("___")
+        assert "completion" in sample
+        for text in (sample["text"], sample["original"]):
+            assert text.startswith(before.rstrip())
+            assert text.endswith(after)
 
 
 def test_the_other_files_are_there(demo: Path) -> None:

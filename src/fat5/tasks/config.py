@@ -205,7 +205,8 @@ class DemoConfig:
         tokenizer: the tokenizer's keys, as for `fat5 tokenizer`.
         prepare: the shards' keys, as for `fat5 prepare`.
         pretrain: the training's keys, as for `fat5 pretrain`.
-        prompts: texts to complete at the end; by default five of the language.
+        prompts: texts to complete at the end; by default twenty held-out sentences, unselected, or five of the language
+            where no document is held out.
     """
 
     output_dir: str = "demo"

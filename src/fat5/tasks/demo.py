@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fat5.data import load_tokenizer
+from fat5.data import load_tokenizer, open_shards
 from fat5.data.shards.prepare import prepare
 from fat5.data.text.corpus import SAMPLE
 from fat5.data.tokenizer.training import train_tokenizer
@@ -15,7 +15,7 @@ from fat5.generate import Decoding, complete
 from fat5.launch import refuse_many_processes
 from fat5.tasks.config import DemoConfig, SourceConfig
 from fat5.tasks.pretraining import pretrain
-from fat5.tasks.samples import PROMPTS
+from fat5.tasks.samples import PROMPTS, held_out_blanks
 from fat5.train.run_directory import RunDirectory
 
 
@@ -59,14 +59,20 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda line: None, pro
     say("samples: filling blanks with the trained model")
     from fat5.model import load_model
 
-    prompts = config.prompts if config.prompts is not None else PROMPTS[(_samples(inputs) or ["fr"])[0]]
+    tokenizer = load_tokenizer(run.model)
+    held_out = held_out_blanks(open_shards(shards, "validation"), tokenizer) if config.prompts is None else []
+    prompts = [prompt for prompt, _ in held_out]
+    if not held_out:
+        prompts = config.prompts if config.prompts is not None else PROMPTS[(_samples(inputs) or ["fr"])[0]]
     answers = complete(
         load_model(run.model),
-        load_tokenizer(run.model),
+        tokenizer,
         prompts,
         decoding=Decoding(max_new_tokens=24, sample=True, temperature=0.8, top_k=20, repetition_penalty=1.2),
     )
     summary["samples"] = [asdict(answer) for answer in answers]
+    for sample, (_, sentence) in zip(summary["samples"], held_out):
+        sample["original"] = sentence
     summary["demo_seconds"] = round(time.perf_counter() - began, 1)
     write_json(run.summary, summary)
     return summary

@@ -1,13 +1,16 @@
-"""What a trained model writes: validation examples and the prompts of a language, completed."""
+"""What a trained model writes: validation examples, held-out sentences, and the prompts of a language, completed."""
 
+import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fat5.data import PackedBatch, Tokenizer, unpack
+from fat5.data import PackedBatch, Tokenizer, TokenShards, unpack
 from fat5.train.evaluation import Scorer
 
 LEAST_PROMPT = 16
@@ -38,6 +41,36 @@ PROMPTS = {
     ],
 }
 """Texts of each language for a pretrained model to complete; the first has one blank."""
+
+DOCUMENTS = 10_000  # read for sentences; a demo may be given a large corpus
+SENTENCES = 20
+SENTENCE_WORDS = range(8, 21)
+SENTENCE = re.compile(r"[^\W\d_](?:[^\W\d_]|[’',\- ])+\.")
+"""Letters, apostrophes, commas, hyphens and single spaces up to a full stop: no file names, numbers or quotes."""
+BLANK_WORDS = 2
+
+
+def held_out_blanks(shards: TokenShards, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """(prompt, sentence) of `SENTENCES` held-out documents, chosen by a rule: nobody picks them.
+
+    The first sentence of each document with 8 to 20 words and of the form `SENTENCE`, each sentence once; of these the
+    first in order of their SHA-256. The blank stands for the two words in the middle.
+    """
+    found = set[str]()
+    for document in islice(shards, DOCUMENTS):
+        parts = re.split(r"\n|(?<=[.!?:;]) ", tokenizer.decode(document.tolist()))
+        fit = (part for part in parts if SENTENCE.fullmatch(part) and len(part.split(" ")) in SENTENCE_WORDS)
+        found.update(part for part in [next(fit, "")] if part[:1].isupper())
+    chosen = sorted(found, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())[:SENTENCES]
+    return [(_with_blank(sentence), sentence) for sentence in chosen]
+
+
+def _with_blank(sentence: str) -> str:
+    """The sentence with its middle words as a blank; a comma behind them stays."""
+    words = sentence.split(" ")
+    first = (len(words) - BLANK_WORDS) // 2
+    comma = "," if words[first + BLANK_WORDS - 1].endswith(",") else ""
+    return " ".join([*words[:first], f"___{comma}", *words[first + BLANK_WORDS :]])
 
 
 @torch.no_grad()
