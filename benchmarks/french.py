@@ -9,7 +9,7 @@ DATA holds `shards/` (of `fat5 prepare`), `shards-en/` if wanted (English, for t
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
     clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks, each for
-                 --clock_seconds of training; clock_fat5, clock_stock, clock_joined are the three alone
+                 --clock_seconds of training; clock_fat5, clock_joined, clock_stock are the three alone
     finetune     each task from small, base, both sides of the clock and random weights, several seeds, side by side
     ablations    at the size of fat5-demo, several seeds, side by side: positions, mixtures, optimizers, padding, which
                  are sections of their own too; then a task from each mixture
@@ -53,7 +53,7 @@ DECAY = 0.2
 """Share of a run's steps over which its rate falls."""
 KINDS = ("positions", "mixtures", "optimizers", "padding")
 POSITIONS = ("alibi", "rope", "fire", "absolute", "none")
-MIXTURES = ("ul2", "t5", "prefix-lm")
+MIXTURES = ("fat5", "ul2", "t5", "prefix-lm")
 OPTIMIZERS = ("adamw", "adafactor", "muon", "lamb")
 TEXT = {"task": "text-to-text", "languages": "[fr,en]"}
 PAIRS = TEXT | {"data.batch_size": 128, "epochs": 4, "data.max_source_tokens": 256, "max_new_tokens": 96}
@@ -71,7 +71,7 @@ TASKS: dict[str, dict[str, Any]] = {
 TASK_OF_MIXTURES = "fr-en"
 LEARNING_RATES = {"random": 0.02}
 LEARNING_RATE = 0.01
-STARTS = ("small", "random", "clock_stock", "clock_fat5", "base")
+STARTS = ("small", "random", "clock_joined", "clock_fat5", "base")
 SENTENCES = 20
 KINDS_OF_TEXT = ("title", "gloss", "man-section", "module", "fr-en")
 PROSE, FRENCH = re.compile(r"[A-ZÀÉÊ][^_]*\.$"), re.compile(r"\b(?:les?|la|des?|du|une?|et|est|dans|pour|qui)\b")
@@ -285,7 +285,7 @@ def rehearsal(bench: Bench) -> None:
     jobs = [
         Job("small", {}, [*FAT5, "pretrain", *words]),
         clock_job(bench, "clock_fat5"),
-        clock_job(bench, "clock_stock"),
+        clock_job(bench, "clock_joined"),
     ]
     bench.rehearse([replace(job, name=f"rehearsed-{job.name}") for job in jobs])
 
@@ -385,7 +385,7 @@ def ablate(*kinds: str) -> Callable[[Bench], None]:
         ]
         bench.run_together(jobs, bench.options.at_once)
         if "mixtures" in kinds and bench.left() > 0:
-            names = {"fat5": "default-seed0"} | {name: f"mixtures-{name}-seed0" for name in MIXTURES}
+            names = {"fat5-anywhere": "default-seed0"} | {name: f"mixtures-{name}-seed0" for name in MIXTURES}
             starts = [name for name in names.values() if bench.model(name) is not None]
             tuned = [job for name in starts if (job := tuning(bench, TASK_OF_MIXTURES, name))]
             bench.run_together(tuned, bench.options.at_once)
@@ -393,7 +393,7 @@ def ablate(*kinds: str) -> Callable[[Bench], None]:
     return section
 
 
-CLOCK = {"clock_fat5": "packed", "clock_stock": "documents", "clock_joined": "joined"}
+CLOCK = {"clock_fat5": "packed", "clock_joined": "joined", "clock_stock": "documents"}
 """Run of the clock → how its texts become batches."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "rehearsal": rehearsal,

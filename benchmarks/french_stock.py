@@ -11,7 +11,8 @@ are those of that run; of `steps` only the shape of the schedule is taken, which
     stream      the examples of `fat5 pretrain`, padded, by steps: what packing is compared with
 
 The number of rows is the fastest of a few tried eagerly, accumulated to the tokens of a FAT5 step. On a GPU the model
-is compiled; the clock starts when nothing new was compiled for a few steps, and stands still in evaluations.
+is compiled, but not for documents of every length, which it would trace for minutes. The clock starts when nothing new
+was compiled for a few steps, and stands still in evaluations.
 metrics.jsonl, summary.json and model/ are as those of `fat5 pretrain`.
 """
 
@@ -88,6 +89,7 @@ class Stock:
         with torch.device(DEVICE), quiet():
             self.model = stock_model(FAT5ForConditionalGeneration(self.task.model_config))
         self.plain = self.model.forward
+        self.compiled = GPU and options.text != "documents"
         self.log = MetricsLog(options.output_dir / "metrics.jsonl")
         self.held_out = self._padded_validation()
 
@@ -99,7 +101,7 @@ class Stock:
         wanted = self._tokens_a_step()
         accumulate = 1 if options.text == "stream" else max(1, round(wanted / (rows * per_row)))
         say(f"stock: {rows} rows, {accumulate} batches a step, {per_row:.0f} useful tokens a row")
-        if GPU:
+        if self.compiled:
             self.model.forward = torch.compile(self.plain, dynamic=options.text != "joined" or None)
         optimizer = build_optimizer(self.config.optimizer, self.model)
         clock = Clock(self, by_steps=options.text == "stream")
@@ -135,7 +137,7 @@ class Stock:
             "val_loss_first": first["loss"], "val_loss_last": last["loss"], "val_accuracy_last": last["accuracy"],
             "unigram_entropy": unigram_entropy(self.task.validation), "precision": self.precision.name,
             "rows": rows, "accumulated": accumulate, "useful_share": clock.useful / max(clock.computed, 1),
-            "seconds_before_the_clock": clock.before, "text": options.text, "compiled": GPU,
+            "seconds_before_the_clock": clock.before, "text": options.text, "compiled": self.compiled,
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
@@ -344,7 +346,9 @@ class Clock(TrainerCallback):
         self._quiet = self._quiet + 1 if graphs == self._graphs else 0
         self._graphs = graphs
         waited = time.perf_counter() - self._begun
-        if not self._started and (self._quiet >= (QUIET_STEPS if GPU else 0) or waited > LONGEST_WARM_UP):
+        if not self._started and (
+            self._quiet >= (QUIET_STEPS if self.stock.compiled else 0) or waited > LONGEST_WARM_UP
+        ):
             synchronize()
             self._count()
             self._started, self.before = time.perf_counter(), time.perf_counter() - self._begun

@@ -224,7 +224,8 @@ def test_every_command_is_one_that_its_verb_takes(
     it.deadline = french.time.monotonic() + 300
     for section in ("rehearsal", "small", "base", "clock", "finetune", "ablations"):
         french.SECTIONS[section](it)
-    assert len(commands) == 3 + 5 + 2 * len(french.STARTS) + 2 * len(french.variants(french.KINDS)) + 4
+    tuned = 2 * len(french.STARTS) + len(french.MIXTURES) + 1
+    assert len(commands) == 3 + 5 + tuned + 2 * len(french.variants(french.KINDS))
     for name, command in commands.items():
         verb = command[command.index("fat5") + 1] if "fat5" in command else "pretrain"
         words = command[command.index("--config") :] if verb == "pretrain" else command[command.index("fat5") + 2 :]
@@ -243,7 +244,7 @@ def test_everything_at_tiny_size(data: Path, tmp_path: Path) -> None:
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}
     assert all(run["complete"] for run in runs.values()), said
-    starts = ("small", "clock_fat5", "clock_stock", "base", "random")
+    starts = ("small", "clock_fat5", "clock_joined", "base", "random")
     assert {f"{task}-from-{start}" for task in ("fr-en", "module") for start in starts} <= runs.keys()
     for kind, variants in (("positions", french.POSITIONS), ("mixtures", french.MIXTURES), ("padding", ["padded"])):
         assert {f"{kind}-{one}-seed0" for one in variants} <= runs.keys()
