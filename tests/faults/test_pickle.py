@@ -54,7 +54,8 @@ def test_in_a_checkpoint_with_a_forged_manifest(prepared, begun, tmp_path, bomb,
     manifest["files"][name] = {"bytes": len(bomb), "sha256": file_sha256(folder / name)}
     manifest["sha256"] = _self_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=rf"{name}: is not"):
+    said = "a pickle, which FAT5 never loads" if name.endswith(".json") else "is not"
+    with pytest.raises(CheckpointError, match=rf"{name}: {said}"):
         pretrain(tiny(prepared, tmp_path / "run", steps=2))
 
 
