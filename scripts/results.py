@@ -48,7 +48,7 @@ PAGE, PLAN = ROOT / "docs" / "results.md", ROOT / "docs" / "french.md"
 PICTURES = ROOT / "docs" / IMAGES
 TAKEN = (
     "run.json", "metrics.jsonl", "summary.json", "results.json", "predictions.jsonl", "filled.jsonl", "sentences.jsonl",
-    "events.jsonl", "command.txt", "scores-fat5.json", "scores-t5.json",
+    "events.jsonl", "command.txt", "config.yaml", "scores-fat5.json", "scores-t5.json",
 )  # fmt: skip
 FEW_ROWS = 20
 """Train rows that are committed of a run whose picture shows evaluations alone."""

@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+from fat5.yaml_text import read_yaml
 from results_files import Run, differ, interval, shown, time_to
 
 NOT_RUN = "Not run yet."
@@ -74,6 +75,7 @@ def pretraining(runs: Runs) -> str:
         "tokens, both sides": lambda run: f"{run.train[-1]['tokens'] / 1e6:,.1f}M",
         "tokens of text": lambda run: f"{run.train[-1]['raw_tokens'] / 1e6:,.1f}M",
         "training text": training_text,
+        "denoisers": mixture,
         "tokens a second, median": lambda run: f"{median(run, 'tokens_per_second'):,.0f}",
         "MFU, median": lambda run: percent(median(run, "mfu")),
         "hours of training": lambda run: f"{run.train[-1]['seconds'] / 3600:.3f}",
@@ -94,6 +96,12 @@ def pretraining(runs: Runs) -> str:
     names = dict.fromkeys(name for of in by for name in of)
     rows = [[name, *(number(of.get(name, {}).get("loss"), 2) for of in by)] for name in names]
     return "\n".join([*lines, *table(["denoiser", *presets], rows), "", *commands(found)])
+
+
+def mixture(run: Run) -> str:
+    """The mixture of a run, by its config.yaml."""
+    path = run.folder / "config.yaml"
+    return f"`{read_yaml(path, path.name)['data']['mixture']}`" if path.is_file() else "–"
 
 
 def sentences(runs: Runs) -> str:

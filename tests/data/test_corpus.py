@@ -454,6 +454,7 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
         ("folder", "no text files in this folder"),
         ("hf:/nowhere/at-all", "cannot be opened"),
         ("hf:/nowhere/at-all", "no file or folder here has that name"),
+        ("hf:" + 300 * "a", "no file or folder here has that name"),
     ],
 )
 def test_what_cannot_be_a_corpus_is_refused(tmp_path: Path, given_name: str, said: str) -> None:

@@ -72,6 +72,7 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (small / "sentences.jsonl").write_text(json.dumps({"prompt": "A ___ c|d.", "original": "A x c|d."}) + "\n")
     (small / "events.jsonl").write_text(json.dumps({"event": "stopped", "step": 40, "signal": "SIGTERM"}) + "\n")
     (small / "log.txt").write_text("a long log")
+    (small / "config.yaml").write_text("data:\n  mixture: fat5-anywhere\n")
     write(given, "clock_fat5", [7.0, 5.0, 3.0], section="clock", text="packed")
     write(given, "clock_stock", [7.0, 6.0, 5.0], first=0.0, section="clock", text="documents")
     for seed in range(3):
@@ -105,6 +106,7 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     page = results.render(taken)
     for text in (
         "A **b** c\\|d.",
+        "| denoisers | `fat5-anywhere` |",
         "Stopped by SIGTERM after step 40",
         "| validation loss, last | **4.000** |",
         "| [R] | 4.00 |",

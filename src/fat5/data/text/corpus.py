@@ -165,7 +165,7 @@ def opening_dataset(name: str, what: str, hint: str) -> Iterator[None]:
         yield
     except Exception as error:  # datasets, the hub and the network raise many kinds
         reason = " ".join(str(error).split())[:200]
-        if not Path(name).exists():  # a path with a slip is looked for on the hub too
+        if not os.path.exists(name):  # a path with a slip is looked for on the hub too
             hint += "; no file or folder here has that name"
         raise DataError(f"{what} cannot be opened ({reason})", where=name, hint=hint) from error
 
