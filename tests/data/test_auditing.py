@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from made_corpus import made_documents, write_corpus
 
 from fat5.data import Denoiser, load_tokenizer, sample_path
 from fat5.data.audit import audit
@@ -12,6 +11,7 @@ from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.data.tokenizer.loading import Tokenizer
 from fat5.data.tokenizer.training import TokenizerTraining, train_tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from made_corpus import made_documents, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from made_corpus import write_corpus
 from tokenizers import Tokenizer as Backend
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,6 +18,7 @@ from fat5.data.examples.collator import cut
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.data.tokenizer.loading import Tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from made_corpus import write_corpus
 from made_tokenizers import KINDS, SENTINELS
 
 BYTES = Tokenizer(byte_tokenizer(), None, {})

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from made_corpus import write_corpus
 from transformers import (
     AutoTokenizer,
     Seq2SeqTrainer,
@@ -21,6 +20,7 @@ from transformers import (
 
 from fat5.data import DataCollatorForUL2, UL2Dataset, UL2Examples, load_tokenizer, sample_path
 from fat5.errors import DataError
+from made_corpus import write_corpus
 from made_tokenizers import byte_t5, sentencepiece
 from stock import SIZES
 

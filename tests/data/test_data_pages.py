@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_corpus import made_documents, write_corpus
 
 from fat5.data import BatchConfig, MixtureOfDenoisers
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.data.tokenizer.loading import Tokenizer
+from made_corpus import made_documents, write_corpus
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from made_corpus import write_corpus
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -25,6 +24,7 @@ from fat5.data import (
 from fat5.data.tokenizer.json_file import byte_tokenizer
 from fat5.data.tokenizer.loading import Tokenizer
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from made_corpus import write_corpus
 
 BYTES = Tokenizer(byte_tokenizer(), None, {})
 INFO = BYTES.info

@@ -6,7 +6,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from made_corpus import made_documents, made_info, write_corpus
 
 from fat5.data import (
     BatchConfig,
@@ -22,6 +21,7 @@ from fat5.data import (
 )
 from fat5.data.examples.workers import PREFETCH
 from fat5.errors import ConfigurationError, DataError
+from made_corpus import made_documents, made_info, write_corpus
 
 INFO = made_info()
 FAT5 = MixtureOfDenoisers.named("fat5")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from made_corpus import made_documents, made_info, write_corpus
 
 from fat5.data import BatchConfig, MixtureOfDenoisers, PackedLoader, PieceStream, WeightedShards, reconstruct, unpack
+from made_corpus import made_documents, made_info, write_corpus
 
 LONGEST = 1 << 17
 INFO = made_info()

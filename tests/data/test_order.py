@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_corpus import made_documents, made_info, write_corpus
 
 from fat5.data import MixtureOfDenoisers, PieceStream, WeightedShards
 from fat5.data.examples import kernels
 from fat5.data.examples.order import blend
 from fat5.errors import ConfigurationError, DataError, TokenizerError
+from made_corpus import made_documents, made_info, write_corpus
 
 INFO = made_info()
 FAT5 = MixtureOfDenoisers.named("fat5")

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from made_corpus import made_documents, made_info, write_corpus
 
 from fat5.data import MixtureOfDenoisers, PaddedLoader, PieceStream, reconstruct
 from fat5.data.examples.padded import GROUP_BATCHES
 from fat5.errors import ConfigurationError
+from made_corpus import made_documents, made_info, write_corpus
 
 INFO = made_info()
 FAT5 = MixtureOfDenoisers.named("fat5")
