@@ -5,7 +5,7 @@
 DATA holds `shards/` (of `fat5 prepare`), `shards-en/` if wanted (English, for translation), and
 `tasks/NAME/{train,validation,test}.jsonl` (also .gz; of french_tasks.py).
 
-    rehearsal    the first steps of small and of the clock, side by side: the runs that follow find their code compiled
+    rehearsal    the first steps of small, base and the clock, side by side: later runs find their code compiled
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
     clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks, each for
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", default=",".join(TASKS), help="those that are there are taken")
     parser.add_argument("--starts", default=",".join(STARTS), help="those that have a model are taken, and random")
-    parser.add_argument("--at_once", type=int, default=8 if GPU else 1, help="runs side by side")
+    parser.add_argument("--at_once", type=int, default=8 if GPU else 1, help="runs side by side, on each card")
     parser.add_argument("--clock_seconds", type=float, default=120.0, help="of training, of each side of the clock")
     parser.add_argument("--ablation_steps", type=int, default=600)
     parser.add_argument(
@@ -279,11 +279,11 @@ def clock_job(bench: Bench, name: str) -> Job:
 
 
 def rehearsal(bench: Bench) -> None:
-    """The first steps of small and of both sides of the clock, side by side: their compiled code serves the runs."""
-    preset = bench.options.preset
-    words = pretraining(bench, preset, **scheduled(10_000))
+    """The first steps of small, base and both sides of the clock, side by side: their compiled code serves the runs."""
+    presets = {"small": bench.options.preset, "base": "fat5-base" if GPU else "fat5-demo"}
+    words = {name: pretraining(bench, preset, **scheduled(10_000)) for name, preset in presets.items()}
     jobs = [
-        Job("small", {}, [*FAT5, "pretrain", *words]),
+        *(Job(name, {}, [*FAT5, "pretrain", *words[name]]) for name in presets),
         clock_job(bench, "clock_fat5"),
         clock_job(bench, "clock_joined"),
     ]

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import measure
 from fat5.data import read_manifest
 from fat5.train.log.metrics import read_rows
@@ -72,6 +74,9 @@ class Bench:
         manifests = [read_manifest(folder) for folder in self.shards]
         text = {of: sum(getattr(one, of)("train") for one in manifests) for of in ("documents", "tokens")}
         self.stamp = {**measure.stamp(), "device": "GPU" if GPU else "CPU", "training_text": text}
+        # Visible cards, each a process's CUDA_VISIBLE_DEVICES; one stand-in without a GPU.
+        there = ",".join(map(str, range(torch.cuda.device_count())))
+        self.cards = os.environ.get("CUDA_VISIBLE_DEVICES", there).split(",")
         self._collected: dict[str, float] = {}
         self._archiving = threading.Lock()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -117,7 +122,7 @@ class Bench:
             say(f"{job.name}: complete already")
             return True
         code = 0
-        with Card() as card:
+        with Card(self.cards[0]) as card:
             for seconds, more in parts:
                 process = self._start(job, more(self.folder(job.name)) if more else [])
                 self._watch(process, job, seconds)
@@ -157,15 +162,20 @@ class Bench:
             thread.join()
 
     def run_together(self, jobs: Sequence[Job], at_once: int) -> None:
-        """Runs jobs side by side, in their order; none starts, and those that run are stopped, when time is over."""
+        """Runs jobs in their order, so many a card side by side; when time is over none starts, and those that run are
+        stopped.
+        """
         waiting = [job for job in jobs if not self.is_complete(job.name)]
         finishing: list[threading.Thread] = []
         running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+        used: dict[str, str] = {}
         told = False
         while waiting or running:
-            while waiting and len(running) < at_once and self.left() > 0:
+            while waiting and len(running) < at_once * len(self.cards) and self.left() > 0:
                 job = waiting.pop(0)
-                running[job.name] = job, self._start(job, [])
+                busy = [used[name] for name in running]
+                used[job.name] = min(self.cards, key=busy.count)
+                running[job.name] = job, self._start(job, [], used[job.name])
             if self.left() <= 0 and not told:
                 told = True
                 for job in waiting:
@@ -188,7 +198,8 @@ class Bench:
         for thread in finishing:
             thread.join()
 
-    def _start(self, job: Job, more: list[str]) -> "subprocess.Popen[bytes]":
+    def _start(self, job: Job, more: list[str], card: str | None = None) -> "subprocess.Popen[bytes]":
+        """Starts a job, on the first card unless another is named."""
         folder, kept = self.folder(job.name), self.output / job.name
         kept.mkdir(parents=True, exist_ok=True)
         command = [*job.command, *more, "--output_dir", str(folder)]
@@ -197,7 +208,8 @@ class Bench:
             file.write(self._relative(shlex.join(words).replace(f"{HERE}/", "benchmarks/")) + "\n")
         self._write(job, complete=False, started=time.time())
         with (kept / "log.txt").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | job.environment)
+            environment = os.environ | job.environment | {"CUDA_VISIBLE_DEVICES": card or self.cards[0]}
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         self._processes.append(process)
         return process
 
@@ -292,13 +304,15 @@ class Card:
 
     QUERY = ("nvidia-smi", "--query-gpu=power.draw,memory.used", "--format=csv,noheader,nounits", "--loop-ms=500")
 
-    def __init__(self) -> None:
+    def __init__(self, card: str) -> None:
+        self.card = card
         self.samples: list[tuple[float, float, float]] = []
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Card":
         if GPU and shutil.which("nvidia-smi"):
-            self._process = subprocess.Popen(self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            query = [*self.QUERY, f"--id={self.card}"]
+            self._process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
         return self
 

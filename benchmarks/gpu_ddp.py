@@ -1,15 +1,16 @@
 """Many GPUs of one host against one: tokens/s, losses of the same global batch, and runs whose processes are killed.
 
     python benchmarks/gpu_shards.py SHARDS                     (on any machine, before)
-    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections scaling same kill elastic] [--devices 4]
+    python benchmarks/gpu_ddp.py SHARDS --output_dir DIR [--sections alone scaling same kill elastic] [--devices 4]
         [--preset fat5-base] [--parallel ddp fsdp]
 
 Runs unattended, one run after another, each by the command that a user types, in bf16, compiled, with CUDA graphs, by
 each way of `--parallel`.
 
-scaling     1, 2, 4, … cards with the same work a card: tokens/s, efficiency against one card, memory, and the share of
-            NCCL's kernels in three steps of the first and the last rank
+alone       one card; scaling and same take that run, if it lies in --work, in place of one of their own
+scaling     1, 2, 4, … cards with the same work a card: tokens/s, efficiency against one card
 same        all cards with the global batch of one card, whose losses they must have
+all three   also memory, and the share of NCCL's kernels in three steps of the first and the last rank
 kill        a smaller preset with dropout, twice: undisturbed, and with SIGKILL of the last rank after the first
             checkpoint and the same command again; weights, optimizer and generators are compared byte by byte
 elastic     SIGKILL on all cards, again on half of them, and the end on one card, against one run without dropout that
@@ -78,12 +79,19 @@ class Run:
     """One run of the command in processes of its own, on some cards."""
 
     def __init__(
-        self, options: argparse.Namespace, results: Results, name: str, devices: int, **changes: object
+        self,
+        options: argparse.Namespace,
+        results: Results,
+        name: str,
+        devices: int,
+        keep: bool = False,
+        **changes: object,
     ) -> None:
         self.options, self.results, self.name, self.devices = options, results, name, devices
         folder = options.work / name.replace(" ", "-")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.run, self.log, self.recipe = folder / "run", folder / "log.txt", folder / "recipe.yaml"
         self.folder, self.profiled = folder, False
         self.recipe.write_text(yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)}))
@@ -98,7 +106,7 @@ class Run:
             environment["PROFILE"] = str(self.options.steps - 3)
         environment.setdefault("OMP_NUM_THREADS", "1" if self.options.tiny else "4")
         if self.devices == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = "0"
+            environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
         with self.log.open("a") as log:
             self.process = subprocess.Popen([*command, str(self.recipe)], env=environment, stdout=log, stderr=log)
         return self
@@ -214,28 +222,38 @@ def recipe_of(
     } | ({"hsdp_shard_size": options.hsdp_shard_size} if parallel == "hsdp" else {})
 
 
+def one_card(options: argparse.Namespace, results: Results, packs: int = PACKS) -> "tuple[Run, float] | None":
+    """The run on one card, made or found in the work folder, and its tokens/s; nothing if it failed."""
+    name = f"{options.preset} one card" + ("" if packs == PACKS else f", {packs} packs")
+    run = Run(options, results, name, 1, keep=True, packs=packs)
+    run.profiled = True
+    if not (run.run / "summary.json").is_file() and run.start().wait():
+        return None
+    return run, run.report()
+
+
+def alone(options: argparse.Namespace, results: Results) -> bool:
+    """Whether the run on one card ended."""
+    return one_card(options, results) is not None
+
+
 def scaling(options: argparse.Namespace, results: Results) -> bool:
     """Whether all runs ended; how much faster more cards are is printed."""
-    counts = [1]
-    while 2 * counts[-1] <= options.devices:
-        counts.append(2 * counts[-1])
-    alone = None
-    good = True
-    for parallel in options.parallel:
-        for cards in counts:
-            if cards == 1 and alone is not None:
-                continue  # one process trains alike under each
-            name = f"{options.preset} {cards} cards, {parallel}" if cards > 1 else f"{options.preset} one card"
-            run = Run(options, results, name, cards, packs=PACKS * cards, parallel=parallel if cards > 1 else "ddp")
+    one = one_card(options, results)
+    good, cards = one is not None, 2
+    while cards <= options.devices:
+        for parallel in options.parallel:
+            name = f"{options.preset} {cards} cards, {parallel}"
+            run = Run(options, results, name, cards, packs=PACKS * cards, parallel=parallel)
             run.profiled = True
             if run.start().wait():
                 good = False
                 continue
             rate = run.report()
-            alone = rate if cards == 1 else alone
-            if cards > 1 and alone is not None:
-                run.tell("times the tokens/s of one card", rate / alone, "ratio")
-                run.tell("efficiency", rate / alone / cards, "ratio")
+            if one is not None:
+                run.tell("times the tokens/s of one card", rate / one[1], "ratio")
+                run.tell("efficiency", rate / one[1] / cards, "ratio")
+        cards *= 2
     results.write()
     return good
 
@@ -243,24 +261,19 @@ def scaling(options: argparse.Namespace, results: Results) -> bool:
 def same(options: argparse.Namespace, results: Results) -> bool:
     """Whether all cards learn what one does; how much faster they are is printed."""
     cards, packs = options.devices, max(PACKS, options.devices)
-    one = Run(options, results, f"{options.preset} one card, {packs} packs", 1, packs=packs)
-    if one.start().wait():
-        return False
-    alone, good = one.report(), True
+    one = one_card(options, results, packs)
+    good = one is not None
     for parallel in options.parallel:
-        run = Run(
-            options,
-            results,
-            f"{options.preset} {cards} cards, same batch, {parallel}",
-            cards,
-            packs=packs,
-            parallel=parallel,
-        )
+        name = f"{options.preset} {cards} cards, same batch, {parallel}"
+        run = Run(options, results, name, cards, packs=packs, parallel=parallel)
+        run.profiled = True
         if run.start().wait():
             good = False
             continue
-        run.tell("times the tokens/s of one card", run.report() / alone, "ratio")
-        good &= compare(run.name, run.losses(), one.losses(), results)
+        rate = run.report()
+        if one is not None:
+            run.tell("times the tokens/s of one card", rate / one[1], "ratio")
+            good &= compare(run.name, run.losses(), one[0].losses(), results)
     results.write()
     return good
 
@@ -328,7 +341,7 @@ def end_by_kill(run: "Run", step: int) -> bool:
     return code != 0 and seconds < SECONDS_TO_END
 
 
-SECTIONS = {"scaling": scaling, "same": same, "kill": kill, "elastic": elastic}
+SECTIONS = {"alone": alone, "scaling": scaling, "same": same, "kill": kill, "elastic": elastic}
 
 
 def _children(pid: int) -> list[int]:

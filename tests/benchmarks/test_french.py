@@ -149,7 +149,7 @@ def test_power_is_summed_while_a_run_lasts(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{french.os.environ['PATH']}")
     monkeypatch.setattr(french_runs, "GPU", True)
-    with french_runs.Card() as card:
+    with french_runs.Card("0") as card:
         begun = time.monotonic()
         while len(card.samples) < 10 and time.monotonic() < begun + 20:
             time.sleep(0.05)
@@ -157,7 +157,7 @@ def test_power_is_summed_while_a_run_lasts(tmp_path: Path, monkeypatch: pytest.M
     assert found["power_w"] == pytest.approx(360)
     assert found["memory_gib"] == 2
     assert found["energy_wh"] == pytest.approx(0.1 * (samples[-1][0] - samples[0][0]))
-    assert french_runs.Card().summary() == {}
+    assert french_runs.Card("0").summary() == {}
 
 
 def test_metrics_are_thinned_but_for_evaluations(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_every_command_is_one_that_its_verb_takes(
     for section in ("rehearsal", "small", "base", "clock", "finetune", "ablations"):
         french.SECTIONS[section](it)
     tuned = 2 * len(french.STARTS) + len(french.MIXTURES) + 1
-    assert len(commands) == 3 + 5 + tuned + 2 * len(french.variants(french.KINDS))
+    assert len(commands) == 4 + 5 + tuned + 2 * len(french.variants(french.KINDS))
     for name, command in commands.items():
         verb = command[command.index("fat5") + 1] if "fat5" in command else "pretrain"
         words = command[command.index("--config") :] if verb == "pretrain" else command[command.index("fat5") + 2 :]
