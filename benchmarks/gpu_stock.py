@@ -264,7 +264,7 @@ def decode(results: Results, options: argparse.Namespace) -> None:
     # Every row writes all its tokens, so that every provider does the same work.
     model.generation_config.eos_token_id = None
     inputs = _prompts(8, length, True, VOCABULARY)
-    for case, ways in (("greedy", {}), ("beams 4", {"num_beams": 4})):
+    for case, ways in (("beams 4", {"num_beams": 4}), ("greedy", {})):
         how = {"max_new_tokens": new, "do_sample": False, **ways}
         _decode(results, options, f"{preset} {case} 8x{new}", model, inputs, how)
 
