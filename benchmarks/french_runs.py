@@ -149,8 +149,11 @@ class Bench:
 
         def rehearsed(job: Job) -> None:
             process = self._start(job, [])
-            self._watch(process, job, REHEARSED)
-            say(f"{job.name}: {'first steps made' if process.returncode in (0, *STOPPED) else 'failed'}")
+            try:
+                self._watch(process, job, REHEARSED)
+            finally:  # one that went on would disturb the runs that follow
+                process.kill()
+            say(f"{job.name}: {'first steps made' if process.wait() in (0, *STOPPED) else 'failed'}")
             shutil.rmtree(self.folder(job.name), ignore_errors=True)
             if process.returncode in (0, *STOPPED):
                 shutil.rmtree(self.output / job.name)
@@ -294,8 +297,11 @@ class Bench:
             return
         with self._archiving:
             partial = self.options.archive.with_suffix(".partial")
-            with tarfile.open(partial, "w:gz") as archive:
-                archive.add(self.output, arcname=".")
+            try:
+                with tarfile.open(partial, "w:gz") as archive:
+                    archive.add(self.output, arcname=".")
+            except OSError:  # another thread wrote a file that was being read: the next time has it
+                return
             partial.replace(self.options.archive)
 
 

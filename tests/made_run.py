@@ -142,7 +142,12 @@ class Forked:
     def serve(cls) -> None:
         """Forks the server. Before the first test (conftest.py): each command then begins as if there had been none."""
         ours, theirs = socket.socketpair()
-        if not os.fork():
+        if torch.cuda.is_initialized():  # a GPU is of no use to a process forked after that
+            code = f"serve(socket.socket(fileno={theirs.fileno()}).makefile('rw'))"
+            words = [sys.executable, "-c", f"import socket; from injected import serve; {code}"]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            subprocess.Popen(words, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
+        elif not os.fork():
             try:
                 os.setsid()
                 ours.close()
