@@ -56,7 +56,7 @@ def corpus(path: Path) -> str:
         source = about.get(name, {})
         known = [source.get(key, "") for key in ("version", "licence")]
         rows.append([f"`{name}`", *known, f"{one['documents']:,}", f"{one['words']:,}"])
-    removed = ", ".join(f"{count:,} {why}" for why, count in counts.get("removed", {}).items() if count)
+    removed = ", ".join(f"{why} ({count:,})" for why, count in counts.get("removed", {}).items() if count)
     lines = [
         f"{words:,} words ({size / 1e6:,.0f} MB) from {len(rows)} packages of Debian and PyPI. Removed: {removed}."
     ]

@@ -305,7 +305,7 @@ def decoding() -> str:
     for case, how in _cases(found, "new tokens/s"):
         same = found[case, how, "tokens equal to hf generate"]
         lines.append(f"| {case} | {how} | {found[case, how, 'new tokens/s']:,.0f} | {same:.1%} |")
-    return "\n".join([*lines, "", "With beams transformers compiles nothing, with a static cache either."])
+    return "\n".join([*lines, "", "With beams transformers compiles nothing, static cache or not."])
 
 
 def accelerated() -> str:
