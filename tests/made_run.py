@@ -66,7 +66,7 @@ def tiny(
 ) -> PretrainConfig:
     """A run of eight steps of about 700 tokens."""
     shapes = {"max_tokens": 64, "encoder_tokens": 256, "decoder_tokens": 128, "packs_per_step": 2, "num_workers": 0}
-    settings = {"steps": 8, "save_every": 2, "eval_every": 4, "eval_tokens": 200, "log_every": 100}
+    settings = {"precision": "fp32", "steps": 8, "save_every": 2, "eval_every": 4, "eval_tokens": 200, "log_every": 100}
     return PretrainConfig(
         output_dir=str(output_dir),
         model=ModelConfig(preset="fat5-demo", overrides=TINY | (overrides or {})),

@@ -37,6 +37,13 @@ def test_without_a_limit_it_is_what_the_kernel_says(system: Path) -> None:
     assert machine.available_memory() == FREE
 
 
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD", None])
+def test_whose_processor_it_is(system: Path, vendor: str | None) -> None:
+    if vendor is not None:
+        write(system / "proc" / "cpuinfo", f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu avx2\n")
+    assert machine.is_intel() == (vendor == "GenuineIntel")
+
+
 def test_the_limit_of_a_container(system: Path) -> None:
     """Inside its own namespace a container sees its limit at the root."""
     write(system / "proc" / "self" / "cgroup", "0::/\n")

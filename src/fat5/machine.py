@@ -18,6 +18,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def is_intel() -> bool:
+    """Whether Linux says that the processor is Intel's."""
+    return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in _lines(PROC / "cpuinfo"))
+
+
 def available_memory() -> int | None:
     """Bytes that this process can still allocate: the least that the machine, its control groups and `ulimit -v` allow.
 

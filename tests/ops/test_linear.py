@@ -1,5 +1,7 @@
 """Linear layers by oneDNN: as close to float64 as PyTorch's own product, differentiable twice, and out of the way."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,22 @@ from fat5.ops.linear import product, serves
 # Sums of 300 terms in float32, in whatever order: both products err by a few roundings of the sum of magnitudes.
 ROUNDING = 1e-5
 
+MODULE = sys.modules["fat5.ops.linear"]
+
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch):
+    monkeypatch.setattr(MODULE, "ONEDNN", torch.backends.mkldnn.is_available())
+
+
+def test_mkl_multiplies_on_a_processor_without_onednn(monkeypatch):
+    a, b = torch.randn(300, 70, requires_grad=True), torch.randn(70, 90)
+    assert type(product(a, b).grad_fn).__name__ != "MmBackward0"
+    monkeypatch.setattr(MODULE, "ONEDNN", False)
+    assert type(product(a, b).grad_fn).__name__ == "MmBackward0"
+    assert torch.equal(product(a, b), a @ b)
 
 
 @needs_onednn

@@ -17,6 +17,8 @@ from fat5.ops.linear import product, serves
 
 # Entries of one chunk of logits. On the CPU 16 MB of float32, about the last-level cache.
 CHUNK_ENTRIES_CPU, CHUNK_ENTRIES_ACCELERATOR = 1 << 22, 1 << 27
+# Each chunk reads and writes the whole gradient of the weight, so it must have rows enough to be worth that.
+FEWEST_ROWS_CPU, FEWEST_ROWS_ACCELERATOR = 256, 64
 # What every operator below takes.
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor labels, float z_loss, float label_smoothing, int ignore_index, SymInt chunk, "
@@ -134,9 +136,12 @@ def token_statistics(
 
 
 def default_chunk_size(weight: Tensor) -> int:
-    """Rows of logits at a time: a multiple of 64, at least 64."""
-    entries = CHUNK_ENTRIES_CPU if weight.device.type == "cpu" else CHUNK_ENTRIES_ACCELERATOR
-    return max(64, entries // weight.shape[0] // 64 * 64)
+    """Rows of logits at a time: a multiple of 64."""
+    if weight.device.type == "cpu":
+        entries, fewest = CHUNK_ENTRIES_CPU, FEWEST_ROWS_CPU
+    else:
+        entries, fewest = CHUNK_ENTRIES_ACCELERATOR, FEWEST_ROWS_ACCELERATOR
+    return max(fewest, entries // weight.shape[0] // 64 * 64)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ class RunConfig:
     """Optimizer steps of the whole run; auto makes four passes over the data, in 500 to 100,000 steps"""
     precision: PrecisionName = "auto"
     """fp32, bf16 (autocast, float32 weights), bf16-pure (bf16 weights with Kahan compensation), fp16 (autocast, dynamic
-    loss scaling); auto is bf16 on a GPU that has it and fp32 on a CPU"""
+    loss scaling); auto is bf16 on a GPU that has it and on a CPU with AMX, fp32 on another CPU"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model, full graph; auto does on a GPU"""
     cuda_graphs: bool | Literal["auto"] = "auto"

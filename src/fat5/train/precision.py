@@ -13,12 +13,18 @@ LEAST_LOSS_SCALE = 1.0
 
 
 def resolve_precision(name: PrecisionName, device: torch.device) -> PrecisionName:
-    """`auto` becomes bf16 on a GPU that has it, fp16 on an older GPU, fp32 on a CPU."""
+    """`auto` becomes bf16 on a GPU that has it and on a CPU with AMX, fp16 on an older GPU, fp32 on another CPU."""
     if name != "auto":
         return name
     if device.type != "cuda":
-        return "fp32"
+        return "bf16" if has_amx() else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (Intel's Xeons since 2023)."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every PyTorch
+    return asked is not None and bool(asked())
 
 
 class Precision:

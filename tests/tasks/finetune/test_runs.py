@@ -27,7 +27,7 @@ def config(base, files, folder, task, *, data=None, **changes):
     """Four steps on 120 examples."""
     columns = Columns(source="translation.fr", target="translation.en")
     shape = {"max_source_tokens": 64, "max_target_tokens": 32, "stride": 16, "batch_size": 16} | (data or {})
-    settings = {"steps": 4, "eval_every": 2, "max_new_tokens": 6, "log_every": 100} | changes
+    settings = {"precision": "fp32", "steps": 4, "eval_every": 2, "max_new_tokens": 6, "log_every": 100} | changes
     given = TaskData(train=[files[task]], columns=columns, **shape)
     return FinetuneConfig(output_dir=str(folder), model=str(base), task=task, data=given, **settings)
 

@@ -33,7 +33,7 @@ def plain(base, tmp_path_factory):
 def config(model, files, folder, task, *, data=None, **changes):
     """Four steps; a step is about 1,000 tokens."""
     shape = {"max_source_tokens": 64, "max_target_tokens": 32, "batch_size": 16} | (data or {})
-    settings = {"steps": 4, "eval_every": 2, "max_new_tokens": 6, "log_every": 100} | changes
+    settings = {"precision": "fp32", "steps": 4, "eval_every": 2, "max_new_tokens": 6, "log_every": 100} | changes
     given = TaskData(train=[files[task]], columns=Columns(source="translation.fr", target="translation.en"), **shape)
     return FinetuneConfig(output_dir=str(folder), model=str(model), task=task, data=given, **settings)
 
