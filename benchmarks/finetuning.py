@@ -5,7 +5,7 @@
 Sections: `tokenizer` (no more than the preparation), `training`, `predict` (greedy, 4 beams), `lora` (rank 16). With a
 compiled stock model: `compiled`, `lora_compiled`, best run alone, since on a GPU both sides of a base model compile for
 minutes (`--sections compiled --seconds 560`; if that is too short, with `--compile_stock plain`, `--static_first`).
-Both sides have the same weights, examples, precision (fp32 on a CPU, bf16 autocast on a GPU, unless `--precision`
+Both sides have the same weights, examples, precision (what `precision: auto` is there, unless `--precision`
 says another), fused AdamW, constant rate, clipping and, on average, examples a step. Ours is the loader and the
 StepRunner of `fat5 finetune`. Stock has sdpa, DataCollatorForSeq2Seq (to a multiple of 8 on a GPU) and batches
 grouped by length. Whole loops are timed, data included; between rounds of the stock loop ours has its turn. A useful

@@ -45,7 +45,7 @@ def test_both_sides_train_and_write_and_rows_are_appended(
     import finetuning
     from finetuning_turns import FEWEST_ROUNDS
 
-    command = ["finetuning.py", "--toy", "--data", str(data), "--output_dir", str(tmp_path)]
+    command = ["finetuning.py", "--toy", "--data", str(data), "--output_dir", str(tmp_path), "--precision", "fp32"]
     for sections in ("training,predict", "lora"):
         if sections == "lora":
             pytest.importorskip("peft")

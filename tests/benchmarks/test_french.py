@@ -199,7 +199,7 @@ def test_sentences_are_held_out_ones_with_a_blank(data: Path, tmp_path: Path) ->
         assert whole in {row["text"] for row in TEXTS}
 
 
-@pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
+@pytest.mark.parametrize("tiny", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["real", "tiny"])
 def test_every_command_is_one_that_its_verb_takes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: bool
 ) -> None:

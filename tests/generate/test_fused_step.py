@@ -55,7 +55,7 @@ def decoder(model, cls=Decoder) -> Decoder:
 @pytest.mark.parametrize("how", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, id=n, marks=[] if n in ("v1.0", "v1.1") else pytest.mark.slow) for n, f in FAMILIES.items()],
+    [pytest.param(f, id=n, marks=[] if n == "v1.1" else pytest.mark.slow) for n, f in FAMILIES.items()],
 )
 def test_the_tokens_are_those_of_stock_generate(family, how):
     model, batch = family(**SMALL).eval().to(HERE), prompts()

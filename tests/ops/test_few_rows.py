@@ -13,7 +13,6 @@ from fat5.ops.triton.few_rows import attend_memory, attend_own, choose, largest_
 from pairwise import pairwise
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # Of the largest entry; roundings of the inputs are no error, those of the result and of normalised rows are.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
@@ -76,13 +75,11 @@ def test_nobody_reads_beyond_the_last_row_or_output():
     assert_near(project(held[:3], weights[:5]), held[:3].double() @ weights[:5].double().t(), torch.float32)
 
 
-@DTYPES
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("width", [8, 64])
+@pairwise(2, width=[8, 64], beams=[1, 3], dtype=list(TOLERANCE))
 def test_attend_own(width, beams, dtype, monkeypatch):
     """Token by token, beams changing places, over more keys than a block has."""
     monkeypatch.setattr(few_rows, "KEYS", 8)
-    items, heads, capacity = 2, 3, 20
+    items, heads, capacity = 2, 3, 10
     bias = draw(heads, 2 * capacity - 1, dtype=dtype)
     shape = (items, heads, capacity, beams, width)
     mine = [torch.full(shape, torch.nan, dtype=dtype, device=HERE) for _ in range(2)]
@@ -101,9 +98,7 @@ def test_attend_own(width, beams, dtype, monkeypatch):
     assert all(torch.equal(one.double(), two) for one, two in zip(mine, theirs))
 
 
-@DTYPES
-@pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("mask", ["none", "ends", "holes", "nothing"])
+@pairwise(2, mask=["none", "ends", "holes", "nothing"], beams=[1, 4], dtype=list(TOLERANCE))
 def test_attend_memory(mask, beams, dtype):
     items, heads, length, width = 2, 3, 100, 16
     query = draw(items * beams, heads * width, dtype=dtype)
@@ -122,10 +117,9 @@ def test_attend_memory(mask, beams, dtype):
     assert_near(attend_memory(query, keys, values, bias, ends), want, dtype)
 
 
-@DTYPES
-@pytest.mark.parametrize("outputs", [17, 300])
+@pairwise(2, outputs=[17, 300], dtype=list(TOLERANCE))
 def test_greedy_choice(outputs, dtype):
-    rows, width, capacity = 5, 32, 6
+    rows, width, capacity = 5, 32, 4
     weight, norm = draw(outputs, width, dtype=dtype), draw(width, dtype=dtype)
     weight[9] = weight[4]  # the first of equal ones
     written = torch.full((rows, 1 + capacity), 0, device=HERE)
