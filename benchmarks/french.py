@@ -48,7 +48,7 @@ CALIBRATION = 8.0 if GPU else 30.0
 """Seconds of training after which the steps of the clock's FAT5 run are planned, where RATES does not know its rate."""
 RATES = {"fat5-small": 750e3, "fat5-base": 420e3} if GPU else {}
 """Tokens/s by which the steps of an unmeasured run are planned: those of one H200 (benchmarks/results)."""
-UNKNOWN_RATE = 1e6 if GPU else 2e3
+UNKNOWN_RATE = 1e6 if GPU else 4e3
 DECAY = 0.2
 """Share of a run's steps over which its rate falls."""
 KINDS = ("positions", "mixtures", "optimizers", "padding")
@@ -143,7 +143,7 @@ def pretraining(bench: Bench, preset: str, **more: Any) -> list[str]:
         values |= TINY_DATA
     elif not GPU:
         values |= {
-            "data.max_tokens": 256, "data.encoder_tokens": 1024, "data.packs_per_step": 1, "eval_tokens": 8192,
+            "data.max_tokens": 256, "data.encoder_tokens": 4096, "data.packs_per_step": 1, "eval_tokens": 8192,
             "optimizer.lr": 0.04,
         }  # fmt: skip
     return ["--config", "fr/packages", *keys({**values, **more})]
@@ -153,7 +153,7 @@ def planned(preset: str, train_seconds: float, both_sides: float = 1.7) -> int:
     """Steps that a run makes in so many seconds, by RATES; the tokens of both sides are 1.7 times those of the encoder,
     or 1.24 times under the mixture t5.
     """
-    tokens = both_sides * (2 * 16384 if GPU else 1024)
+    tokens = both_sides * (2 * 16384 if GPU else 4096)
     return max(20, int(train_seconds * RATES.get(preset, UNKNOWN_RATE) / tokens))
 
 
