@@ -54,7 +54,7 @@ def test_both_sides_train_and_write_and_rows_are_appended(
     with (tmp_path / "finetuning.csv").open() as file:
         rows = {(row["case"], row["provider"], row["metric"]): row for row in csv.DictReader(file)}
     stock = "Seq2SeqTrainer sdpa"
-    for case in ("fat5-demo training", "fat5-demo LoRA 16"):
+    for case in ("fat5-demo fp32 training", "fat5-demo fp32 LoRA 16"):
         rates = [rows[case, name, "useful tokens/s"] for name in ("fat5 finetune", stock)]
         assert all(float(rate["p50"]) > 0 and int(rate["repeats"]) >= FEWEST_ROUNDS for rate in rates)
         assert rows[case, f"fat5 / {stock}", "speed-up"]["repeats"] == rates[0]["repeats"]
@@ -62,7 +62,7 @@ def test_both_sides_train_and_write_and_rows_are_appended(
         for name in ("fat5 finetune", stock):
             assert 0.5 < float(rows[case, name, "useful share of its tokens"]["p50"]) <= 1
     for way in ("greedy", "4 beams"):
-        case = f"fat5-demo predict 8 tokens, {way}"
+        case = f"fat5-demo fp32 predict 8 tokens, {way}"
         assert float(rows[case, "fat5 = stock generate", "equal texts"]["p50"]) == 1
         assert float(rows[case, "fat5 write_texts", "examples/s"]["p50"]) > 0
     assert all(row["machine"] and row["versions"] and row["command"] for row in rows.values())
