@@ -90,7 +90,8 @@ def test_both_sides_of_the_clock_start_and_are_scored_alike(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights and the same validation examples give the same loss; then the stock side learns."""
-    keys = french.pretraining(bench(data, tmp_path), "fat5-demo", **{"data.mixture": "t5", **french.scheduled(12)})
+    more = {"data.mixture": "t5", "precision": "fp32", **french.scheduled(12)}
+    keys = french.pretraining(bench(data, tmp_path), "fat5-demo", **more)
     run = tmp_path / "stock"
     words = ["--train_seconds", "4", "--text", "documents", "--rows", "4", *keys, "--output_dir", str(run)]
     monkeypatch.setattr(sys, "argv", ["french_stock.py", *words])
