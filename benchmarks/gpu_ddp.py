@@ -89,12 +89,13 @@ class Run:
     ) -> None:
         self.options, self.results, self.name, self.devices = options, results, name, devices
         folder = options.work / name.replace(" ", "-")
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
         self.run, self.log, self.recipe = folder / "run", folder / "log.txt", folder / "recipe.yaml"
         self.folder, self.profiled = folder, False
-        self.recipe.write_text(yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)}))
+        recipe = yaml.safe_dump(recipe_of(options, **changes) | {"output_dir": str(self.run)})
+        if not (keep and self.recipe.is_file() and self.recipe.read_text() == recipe):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.recipe.write_text(recipe)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Run":
@@ -223,7 +224,9 @@ def recipe_of(
 
 
 def one_card(options: argparse.Namespace, results: Results, packs: int = PACKS) -> "tuple[Run, float] | None":
-    """The run on one card, made or found in the work folder, and its tokens/s; nothing if it failed."""
+    """The run on one card, made or found with the same recipe in the work folder, and its tokens/s; nothing if it
+    failed.
+    """
     name = f"{options.preset} one card" + ("" if packs == PACKS else f", {packs} packs")
     run = Run(options, results, name, 1, keep=True, packs=packs)
     run.profiled = True

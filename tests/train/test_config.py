@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 
 import pytest
+import torch
 import yaml
 
 from fat5.cli.parsing import parse
@@ -13,6 +14,8 @@ from fat5.data import BatchConfig, DenoiserConfig
 from fat5.errors import ConfigurationError
 from fat5.optim import OptimizerConfig, ScheduleConfig
 from fat5.tasks import DataConfig, EvaluateConfig, ModelConfig, PretrainConfig, SourceConfig
+from fat5.train.cost import flops
+from fat5.train.precision import resolve_precision
 
 CLASSES = [
     PretrainConfig,
@@ -73,3 +76,21 @@ def test_pure_bf16_needs_an_optimizer_that_compensates():
     config = PretrainConfig("x", precision="bf16-pure", data=data, optimizer=OptimizerConfig("adamw"))
     with pytest.raises(ConfigurationError, match="adamw does not compensate"):
         config.resolved()
+
+
+@pytest.mark.parametrize(("amx", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_with_matrix_units_trains_in_bfloat16_unless_told_otherwise(monkeypatch, amx, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == precision
+    assert resolve_precision("fp32", cpu) == "fp32"
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert resolve_precision("auto", cpu) == "fp32"
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_peak_of_a_cpu_is_that_of_the_precision(monkeypatch, precision, dtype):
+    multiplied = []
+    monkeypatch.setattr(flops, "product", lambda a, b: multiplied.append(a.dtype))
+    assert flops.peak_flops(torch.device("cpu"), precision) > 0
+    assert set(multiplied) == {dtype}

@@ -184,8 +184,8 @@ class EvaluateConfig:
     encoder_tokens: int | None = None
     """Encoder tokens of a batch; for a run its own, else 16384, for a task on a CPU 4096"""
     precision: PrecisionName | None = None
-    """fp32, bf16 or fp16 (autocast), bf16-pure, or auto: bf16 on a GPU that has it, fp32 on a CPU; for a run its own,
-    else auto"""
+    """fp32, bf16 or fp16 (autocast), bf16-pure, or auto (bf16 on a GPU that has it and on a CPU with AMX, else fp32
+    on a CPU); for a run its own, else auto"""
     output: str | None = None
     """Write the scores to this JSON file as well"""
 

@@ -89,15 +89,17 @@ def training_flops(config: Any, encoder_lengths: torch.Tensor, decoder_lengths: 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Operations a second that the device could do at best; None for a GPU that the table does not know.
 
-    A GPU's is its dense 16-bit peak, halved for fp32 (TF32). A CPU's is measured: the best of five float32 products
-    of 1,024 × 1,024 matrices as the model makes them (`fat5.ops.linear`), with the threads that torch uses.
+    A GPU's is its dense 16-bit peak, halved for fp32 (TF32). A CPU's is measured: the best of five products of
+    1,024 × 1,024 matrices as the model makes them, in bfloat16 or in float32 (`fat5.ops.linear`), with the threads that
+    torch uses.
     """
     if device.type == "cuda":
         sheet = sheet_of(torch.cuda.get_device_name(device))
         return sheet.peak * 1e12 / (2 if precision == "fp32" else 1) if sheet else None
     if device.type != "cpu":
         return None
-    a, b = torch.ones(2, GEMM_SIZE, GEMM_SIZE).unbind()
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    a, b = torch.ones(2, GEMM_SIZE, GEMM_SIZE, dtype=dtype).unbind()
     product(a, b)
     best = float("inf")
     for _ in range(5):
