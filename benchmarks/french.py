@@ -9,7 +9,7 @@ DATA holds `shards/` (of `fat5 prepare`), `shards-en/` if wanted (English, for t
     small        fat5-small through `fat5 pretrain`, stopped by SIGTERM in the middle and continued; sentences filled in
     base         fat5-base for as many steps, if there is time
     clock        learning against the clock (L1): FAT5, stock T5 in Trainer, stock T5 on joined chunks, each for
-                 --clock_seconds of training; clock_fat5, clock_joined, clock_stock are the three alone
+                 --clock_seconds of training; clock_fat5, clock_stock, clock_joined are the three alone
     finetune     each task from small, base, both sides of the clock and random weights, several seeds, side by side
     ablations    at the size of fat5-demo, several seeds, side by side: positions, mixtures, optimizers, padding, which
                  are sections of their own too; then a task from each mixture
@@ -71,7 +71,7 @@ TASKS: dict[str, dict[str, Any]] = {
 TASK_OF_MIXTURES = "fr-en"
 LEARNING_RATES = {"random": 0.02}
 LEARNING_RATE = 0.01
-STARTS = ("small", "random", "clock_joined", "clock_fat5", "base")
+STARTS = ("small", "random", "clock_stock", "clock_joined", "clock_fat5", "base")
 SENTENCES = 20
 KINDS_OF_TEXT = ("title", "gloss", "man-section", "module", "fr-en")
 PROSE, FRENCH = re.compile(r"[A-ZÀÉÊ][^_]*\.$"), re.compile(r"\b(?:les?|la|des?|du|une?|et|est|dans|pour|qui)\b")
@@ -281,13 +281,15 @@ def clock_job(bench: Bench, name: str) -> Job:
 
 
 def rehearsal(bench: Bench) -> None:
-    """The first steps of small, base and both sides of the clock, side by side: their compiled code serves the runs."""
+    """The first steps of small, base and the clock's two sides of documents, side by side: their compiled code serves
+    the runs.
+    """
     presets = {"small": bench.options.preset, "base": "fat5-base" if GPU else "fat5-demo"}
     words = {name: pretraining(bench, preset, **scheduled(10_000)) for name, preset in presets.items()}
     jobs = [
         *(Job(name, {}, [*FAT5, "pretrain", *words[name]]) for name in presets),
         clock_job(bench, "clock_fat5"),
-        clock_job(bench, "clock_joined"),
+        clock_job(bench, "clock_stock"),
     ]
     bench.rehearse([replace(job, name=f"rehearsed-{job.name}") for job in jobs])
 
@@ -395,7 +397,7 @@ def ablate(*kinds: str) -> Callable[[Bench], None]:
     return section
 
 
-CLOCK = {"clock_fat5": "packed", "clock_joined": "joined", "clock_stock": "documents"}
+CLOCK = {"clock_fat5": "packed", "clock_stock": "documents", "clock_joined": "joined"}
 """Run of the clock → how its texts become batches."""
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "rehearsal": rehearsal,

@@ -11,9 +11,10 @@ are those of that run; of `steps` only the shape of the schedule is taken, which
     stream      the examples of `fat5 pretrain`, padded, by steps: what packing is compared with
 
 The number of rows is the fastest of a few tried eagerly, accumulated to the tokens of a FAT5 step. On a GPU the model
-is compiled, but not for documents of every length, which it would trace for minutes. The clock starts when nothing new
-was compiled for a few steps, and stands still in evaluations.
-metrics.jsonl, summary.json and model/ are as those of `fat5 pretrain`.
+is compiled, but for `stream`, which is compared by steps: documents are padded to one of WIDTHS, since a graph for
+every length took minutes to trace, and every width is compiled before the first step. The clock starts when nothing
+new was compiled for a few steps, and stands still in evaluations. metrics.jsonl, summary.json and model/ are as those
+of `fat5 pretrain`; so is the exit code 143 of a run that SIGTERM ended.
 """
 
 import argparse
@@ -53,9 +54,11 @@ GPU = DEVICE.type == "cuda"
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0
 JOINED_INPUTS = 512
 """Encoder tokens of a joined chunk, as in T5's own pretraining."""
+WIDTHS = (32, 48, 64, 96, 128, 192, 256, 512, 1024)
+"""Encoder tokens of a compiled batch of documents."""
 ROWS = (32, 64, 128, 256) if GPU else (4, 8, 16)
 TRIED_DOCUMENTS = 1024 if GPU else 32
-QUIET_STEPS, LONGEST_WARM_UP = 6, 150.0
+QUIET_STEPS, LONGEST_WARM_UP = 6, 240.0
 """The clock starts after as many steps that compile nothing, or after so many seconds."""
 LOG_EVERY = 10
 EVALUATIONS = 20
@@ -89,7 +92,7 @@ class Stock:
         with torch.device(DEVICE), quiet():
             self.model = stock_model(FAT5ForConditionalGeneration(self.task.model_config))
         self.plain = self.model.forward
-        self.compiled = GPU and options.text != "documents"
+        self.compiled = GPU and options.text != "stream"
         self.log = MetricsLog(options.output_dir / "metrics.jsonl")
         self.held_out = self._padded_validation()
 
@@ -102,7 +105,8 @@ class Stock:
         accumulate = 1 if options.text == "stream" else max(1, round(wanted / (rows * per_row)))
         say(f"stock: {rows} rows, {accumulate} batches a step, {per_row:.0f} useful tokens a row")
         if self.compiled:
-            self.model.forward = torch.compile(self.plain, dynamic=options.text != "joined" or None)
+            torch._dynamo.config.recompile_limit = 2 * len(WIDTHS)
+            self.model.forward = torch.compile(self.plain, dynamic=False)
         optimizer = build_optimizer(self.config.optimizer, self.model)
         clock = Clock(self, by_steps=options.text == "stream")
         workers = int(self.config.data.num_workers)
@@ -112,7 +116,7 @@ class Stock:
             max_steps=self.config.steps if clock.by_steps else 10**7, bf16=self.precision.name == "bf16",
             max_grad_norm=self.config.gradient_clip or 0.0, use_cpu=not GPU, dataloader_num_workers=workers,
             logging_steps=LOG_EVERY if GPU else 1, seed=self.config.seed, save_strategy="no", report_to="none",
-            disable_tqdm=True, remove_unused_columns=False,
+            disable_tqdm=True, remove_unused_columns=False, dataloader_drop_last=self.compiled,  # one shape less
             **(grouped_by_length() if options.text == "documents" else {}),
         )  # fmt: skip
         trainer = PretrainingTrainer(
@@ -140,6 +144,8 @@ class Stock:
             "seconds_before_the_clock": clock.before, "text": options.text, "compiled": self.compiled,
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if clock.told:
+            raise SystemExit(128 + signal.SIGTERM)
 
     @cached_property
     def texts(self) -> "Documents | list[dict[str, Any]]":
@@ -160,7 +166,17 @@ class Stock:
     def collator(self) -> "SpanCorruption":
         sentinels = self.tokenizer.convert_tokens_to_ids([f"<extra_id_{n}>" for n in range(256)])
         known = [one for one in sentinels if one is not None and one != self.tokenizer.unk_token_id]
-        return SpanCorruption(np.array(known), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        widths = WIDTHS if self.compiled and self.options.text == "documents" else ()
+        return SpanCorruption(np.array(known), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, widths)
+
+    def compile_widths(self, trainer: "PretrainingTrainer", rows: int) -> None:
+        """Makes a step of every width, which changes no weight."""
+        for width in self.collator.widths:
+            token = np.array([self.collator.eos])
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.training_step(trainer.model_wrapped, self.collator.fill([(token, token)] * rows, width))
+            self.model.zero_grad(set_to_none=True)
+        trainer.taken()
 
     @torch.no_grad()
     def score(self) -> dict[str, Any]:
@@ -250,17 +266,29 @@ class Documents(Dataset[dict[str, Any]]):
 
 
 class SpanCorruption:
-    """T5's span corruption of a list of texts, padded to the longest (Raffel et al. 2020, section 3.1.4)."""
+    """T5's span corruption of a list of texts (Raffel et al. 2020, section 3.1.4), padded to the longest, or to the
+    first of some widths that holds all.
+    """
 
-    def __init__(self, sentinels: np.ndarray, eos: int, pad_id: int) -> None:
-        self.sentinels, self.eos, self.pad_id = sentinels, eos, pad_id
+    def __init__(self, sentinels: np.ndarray, eos: int, pad_id: int, widths: Sequence[int] = ()) -> None:
+        self.sentinels, self.eos, self.pad_id, self.widths = sentinels, eos, pad_id, widths
         self.random: np.random.Generator | None = None
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> PaddedBatch:
         if self.random is None:  # a data worker has a seed of its own
             self.random = np.random.default_rng(torch.initial_seed())
         pairs = [self.corrupt(np.asarray(row["input_ids"], np.int64), self.random) for row in features]
-        return pad(*zip(*pairs), self.pad_id)
+        longest = max(len(inputs) for inputs, _ in pairs)
+        return self.fill(pairs, next((width for width in self.widths if width >= longest), 0))
+
+    def fill(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> PaddedBatch:
+        """Examples padded to a width, their targets to the most that inputs of it can have; or to the longest, of 0."""
+        batch = pad(*zip(*pairs), self.pad_id)
+        sizes = {"input_ids": width, "attention_mask": width, "labels": width // 4 + 8} if width else {}
+        for name, size in sizes.items():
+            value = {"input_ids": self.pad_id, "attention_mask": 0, "labels": -100}[name]
+            batch[name] = torch.nn.functional.pad(batch[name], (0, size - batch[name].shape[1]), value=value)
+        return batch
 
     def corrupt(self, ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Inputs with a sentinel for each span; targets with the spans behind their sentinels; both end with EOS."""
@@ -309,6 +337,7 @@ class Clock(TrainerCallback):
         before: seconds until the clock started, from the first step on.
         tokens: useful tokens trained on.
         computed, useful: all tokens and useful tokens, padding and all, of the whole run.
+        told: whether SIGTERM came.
     """
 
     trainer: Any
@@ -319,12 +348,12 @@ class Clock(TrainerCallback):
         self.before, self.tokens, self.computed, self.useful = 0.0, 0, 0, 0
         self.scores: list[dict[str, Any]] = []
         self._begun, self._started, self._evaluating, self._next = 0.0, 0.0, 0.0, 0.0
-        self._graphs, self._quiet, self._told = graphs_compiled(), 0, False
+        self._graphs, self._quiet, self.told = graphs_compiled(), 0, False
         self._last = (0.0, 0)
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, *_: object) -> None:
-        self._told = True
+        self.told = True
 
     def seconds(self) -> float:
         """Since the clock started, without evaluations."""
@@ -340,6 +369,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.evaluate(0)
         self._begun = time.perf_counter()
+        self.stock.compile_widths(self.trainer, args.per_device_train_batch_size)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         graphs = graphs_compiled()
@@ -360,7 +390,7 @@ class Clock(TrainerCallback):
         if due:
             self._next = self.seconds() + self.limit / EVALUATIONS
             self.evaluate(state.global_step)
-        control.should_training_stop = control.should_training_stop or self._told or self.seconds() > self.limit
+        control.should_training_stop = control.should_training_stop or self.told or self.seconds() > self.limit
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

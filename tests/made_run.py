@@ -142,10 +142,11 @@ class Forked:
     def serve(cls) -> None:
         """Forks the server. Before the first test (conftest.py): each command then begins as if there had been none."""
         ours, theirs = socket.socketpair()
-        if torch.cuda.is_initialized():  # a GPU is of no use to a process forked after that
+        if torch.cuda.is_available():  # asking is enough: a process forked after it cannot use the GPU
             code = f"serve(socket.socket(fileno={theirs.fileno()}).makefile('rw'))"
             words = [sys.executable, "-c", f"import socket; from injected import serve; {code}"]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            own = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # asks another way
+            environment = os.environ | own
             subprocess.Popen(words, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
         elif not os.fork():
             try:

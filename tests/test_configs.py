@@ -94,11 +94,11 @@ def test_a_name_finds_the_recipe_whatever_the_folder_holds(tmp_path: Path, monke
         assert find_recipe(name) == FOLDER / f"{name}.yaml"
     (tmp_path / "demo.yaml").write_text("steps: 7\n")
     assert parse(PretrainConfig, ["--config", "demo.yaml"], "pretrain")["steps"] == 7
-    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 750
+    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 600
     (tmp_path / "demo").rmdir()
     (tmp_path / "demo").write_text("steps: 8\n")
     assert parse(PretrainConfig, ["--config", "./demo"], "pretrain")["steps"] == 8
-    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 750
+    assert parse(PretrainConfig, ["--config", "demo"], "pretrain")["steps"] == 600
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_demo_without_a_recipe_takes_its_own() -> None:
     silent = DemoConfig(**parse(DemoConfig, [], "demo", recipe="demo"))
     named = DemoConfig(**parse(DemoConfig, ["--config", "demo"], "demo", recipe="fr/base"))
     assert silent == named
-    assert silent.pretrain.steps == 750
+    assert silent.pretrain.steps == 600
 
 
 def test_every_recipe_is_package_data() -> None:

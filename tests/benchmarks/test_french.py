@@ -82,6 +82,15 @@ def test_span_corruption_is_t5s(data: Path) -> None:
             assert (hidden[-1], spans[-1]) == french_stock.noise_of(length, 100)
     assert french_stock.chunk_length(512) == 568  # and its targets have 114 tokens: T5's own preparation
     assert sum(french_stock.noise_of(568, 256)) + 1 == 114
+    collator.random = random
+    collator.widths = (64, 256, 512)
+    for width, lengths in ((64, (2, 68)), (256, (2, 80)), (512, (568, 2)), (928, (1024, 2))):
+        batch = collator([{"input_ids": random.choice(ordinary, length)} for length in lengths])
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, width)
+        assert batch["attention_mask"].sum(1).tolist() == [(row != info.pad_id).sum() for row in batch["input_ids"]]
+        assert [(row != -100).sum() for row in batch["labels"]] == [
+            sum(french_stock.noise_of(length, 100)) + 1 for length in lengths
+        ]
     firsts = [french_stock.parts(10, 2, random)[0] for _ in range(3000)]
     assert np.allclose(np.bincount(firsts, minlength=10)[1:10] / 3000, 1 / 9, atol=0.03)
 
@@ -245,7 +254,7 @@ def test_everything_at_tiny_size(data: Path, tmp_path: Path) -> None:
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}
     assert all(run["complete"] for run in runs.values()), said
-    starts = ("small", "clock_fat5", "clock_joined", "base", "random")
+    starts = ("small", "clock_fat5", "clock_stock", "clock_joined", "base", "random")
     assert {f"{task}-from-{start}" for task in ("fr-en", "module") for start in starts} <= runs.keys()
     for kind, variants in (("positions", french.POSITIONS), ("mixtures", french.MIXTURES), ("padding", ["padded"])):
         assert {f"{kind}-{one}-seed0" for one in variants} <= runs.keys()

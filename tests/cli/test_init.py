@@ -59,7 +59,7 @@ def test_a_language_that_yaml_takes_for_a_truth() -> None:
     recipe = yaml.safe_load(write_recipe("no", "demo", "cpu", [], 7, "x"))
     assert recipe["pretrain"]["languages"] == ["no"]
     assert recipe["prepare"]["corpus"]["subset"] == "no"
-    assert recipe["pretrain"]["steps"] == 7
+    assert (recipe["pretrain"]["steps"], recipe["pretrain"]["precision"]) == (7, "auto")
 
 
 def test_text_of_ones_own_leaves_the_sizes_to_the_run() -> None:

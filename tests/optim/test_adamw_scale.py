@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fat5.optim import AdamWScale
-from fat5.optim import adamw_scale as module
 
 SHAPES = [(7, 5), (5,), (64, 33), (3, 4, 2)]
 IMPLEMENTATIONS = {"plain": {"fused": False}, "fused": {"fused": True}}
@@ -98,11 +97,10 @@ def test_torch_s_fused_step_has_the_other_form():
 
 
 @implementations
-def test_is_torch_adamw_where_the_scale_is_one(options, monkeypatch):
+def test_is_torch_adamw_where_the_scale_is_one(options):
     """With the least scale put above every RMS, a step is AdamW's at lr · that scale."""
-    monkeypatch.setattr(module, "MIN_SCALE", 4.0)
     weights, gradients = weights_and_gradients(20, torch.float32)
-    ours, _ = run(AdamWScale, weights, gradients, lr=1e-2, weight_decay=0.4, **options)
+    ours, _ = run(AdamWScale, weights, gradients, lr=1e-2, weight_decay=0.4, min_scale=4.0, **options)
     theirs, _ = run(torch.optim.AdamW, weights, gradients, lr=4e-2, eps=1e-6, weight_decay=0.1)
     for index, (expected, actual) in enumerate(zip(theirs, ours, strict=True)):
         assert_close(f"weight {index}", expected, actual, FLOAT32_RATIO)

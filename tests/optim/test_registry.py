@@ -67,6 +67,18 @@ def test_norms_and_biases_do_not_decay(name):
     assert [decay[id(weight)] for weight in (model.shared.weight, model.wi.weight, model.lm_head.weight)] == [0.1] * 3
 
 
+def test_a_bias_table_moves_by_the_rate_itself():
+    """A step of AdamW's first is its rate: lr for the table, lr times the RMS for a matrix."""
+    model = Tiny()
+    moved = (model.relative_attention_bias.weight, model.wi.weight)
+    for weight in moved:
+        nn.init.constant_(weight, 0.5)
+        weight.grad = torch.ones_like(weight)
+    build_optimizer(OptimizerConfig(lr=0.02), model).step()
+    for weight, value in zip(moved, (0.48, 0.49), strict=True):
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, value), atol=1e-6, rtol=0)
+
+
 def test_the_place_of_eps_is_a_key_of_adamw_scale():
     steps = []
     for before in (None, True):

@@ -75,6 +75,7 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (small / "config.yaml").write_text("data:\n  mixture: fat5-anywhere\n")
     write(given, "clock_fat5", [7.0, 5.0, 3.0], section="clock", text="packed")
     write(given, "clock_stock", [7.0, 6.0, 5.0], first=0.0, section="clock", text="documents")
+    write(given, "clock_joined", [7.0, 6.5, 6.0], first=0.0, section="clock", text="joined")
     for seed in range(3):
         facts = {"section": "ablations", "seed": seed}
         write(given, f"default-seed{seed}", [7.0, 5.0 + seed / 100], kind="default", variant="default", **facts)
@@ -98,7 +99,7 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         archive.add(given, arcname=".")
     results.take_over(tmp_path / "all.tar.gz", taken / "french")
     assert not list(taken.rglob("log.txt"))
-    assert len(read_runs(taken / "french")) == 17
+    assert len(read_runs(taken / "french")) == 18
     results.draw()
     assert {path.name for path in pictures.iterdir()} == {
         f"results-{name}.png" for name in ("pretraining", "clock", "positions", "module")
@@ -116,11 +117,13 @@ def test_a_page_of_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "| none | 6.010 ± 0.025 | worse |",
         "| rope | 5.010 ± 0.000 | within noise |",
         "| t5 | – | 3.250 (one seed) | – |",
-        "| module | macro_f1 | **91.0 ± 2.5** | – | – | – | 51.0 ± 2.5 |",
+        "| module | macro_f1 | **91.0 ± 2.5** | – | – | – | – | 51.0 ± 2.5 |",
         "- module, macro_f1, beside random weights: fat5-small better.",
         "images/results-module.png",
     ):
         assert text in page, text
+    assert page.count("times sooner") == 1  # joined chunks are not scored on examples like their own
+    assert results_parts.OTHER_EXAMPLES in page
     assert page.count(results_parts.NOT_RUN) == 4  # the text, the CPU, optimizers, padding
 
 

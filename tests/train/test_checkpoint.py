@@ -122,6 +122,35 @@ def test_weights_and_optimizer_come_back(tmp_path, name):
             state.restore_optimizer(fresh, other, tmp_path / "step-3")
 
 
+def test_a_checkpoint_from_before_bias_tables_had_a_group(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        model = Tied()
+        model.relative_attention_bias = torch.nn.Embedding(4, 2)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        return model, build_optimizer(OptimizerConfig(), model)
+
+    model, optimizer = made()
+    optimizer.step()
+    tensors, facts = state.capture_optimizer(optimizer, model)
+    assert len(facts["groups"]) == 2
+    files = {state.WEIGHTS: state.capture_weights(model), state.OPTIMIZER: tensors}
+    for groups in (facts["groups"][:1], facts["groups"] * 2):
+        write_checkpoint(tmp_path / "step-1", files, {state.OPTIMIZER_FACTS: to_text(facts | {"groups": groups})}, {})
+        twin, restored = made()
+        state.restore_weights(twin, tmp_path / "step-1")
+        if len(groups) > 2:
+            with pytest.raises(CheckpointError, match="belongs to another model"):
+                state.restore_optimizer(restored, twin, tmp_path / "step-1")
+            continue
+        state.restore_optimizer(restored, twin, tmp_path / "step-1")
+        optimizer.step()
+        restored.step()
+        for (key, one), two in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+            assert torch.equal(one, two), key
+
+
 def test_another_model_is_refused(tmp_path):
     write_checkpoint(tmp_path / "step-1", {state.WEIGHTS: state.capture_weights(Tied())}, {}, {})
     with pytest.raises(CheckpointError, match=r"shared\.weight is \(16, 8\) torch\.float32 there and \(16, 4\)"):

@@ -3,10 +3,11 @@
 For a weight w with gradient g, at step t (counted from 1):
 
     m ← β₁ m + (1 − β₁) g                       v ← β₂ v + (1 − β₂) g²
-    s = max(1e-3, RMS(w))                       w ← w − lr·λ·w − lr·s · m̂ / (√v̂ + ε)
+    s = max(s₀, RMS(w))                         w ← w − lr·λ·w − lr·s · m̂ / (√v̂ + ε)
 
 with m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) (Loshchilov and Hutter 2019, algorithm 2, with the scale of Shazeer and
 Stern 2018, section 8). T5's matrices have very unequal sizes; the scale lets one learning rate serve them all.
+The least scale s₀ is 1e-3, Adafactor's ε₂: a matrix that starts at zero must be able to move.
 The weight decay λ is decoupled and not scaled.
 
 With `eps_before_correction` the last product is s · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε) (Kingma and Ba 2015, end of
@@ -27,14 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_SCALE = 1e-3
-"""The least scale of a step: a matrix that starts at zero must be able to move (Adafactor's ε₂)."""
-
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class AdamWScale(torch.optim.Optimizer):
-    """AdamW with its step scaled by max(1e-3, RMS(weight)) of each matrix.
+    """AdamW with its step scaled by max(min_scale, RMS(weight)) of each matrix.
 
     Args:
         params: parameters or parameter groups.
@@ -42,6 +40,7 @@ class AdamWScale(torch.optim.Optimizer):
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; a step multiplies the weights by 1 − lr·weight_decay.
+        min_scale: the least scale of a step.
         fused: one pass a tensor, for float32 weights and moments without Kahan. None: Triton's kernels where they are
             chosen, then the fused path where it applies, else the plain form. False: the plain form.
         kahan: keep the rounding error of each weight and add it back at the next step. None: for bf16 and fp16 weights.
@@ -61,13 +60,14 @@ class AdamWScale(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        min_scale: float = 1e-3,
         *,
         fused: bool | None = None,
         kahan: bool | None = None,
         state_dtype: torch.dtype | None = None,
         eps_before_correction: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("min_scale", min_scale)):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
@@ -78,7 +78,8 @@ class AdamWScale(torch.optim.Optimizer):
             raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
         self._fused, self._kahan, self._state_dtype = fused, kahan, state_dtype
         self._eps_before_correction = eps_before_correction
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "min_scale": min_scale}
+        super().__init__(params, defaults)
         if fused:
             for weight in self._weights():
                 if not self._can_fuse(weight):
@@ -207,7 +208,7 @@ def _plain_step(
     correction1, correction2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
     work = state["exp_avg_sq"].dtype
     grad, wide = weight.grad.to(work), weight.to(work)  # type: ignore[union-attr]
-    scale = (rms[weight].to(work) if rms else wide.norm() / math.sqrt(weight.numel())).clamp_min(MIN_SCALE)
+    scale = (rms[weight].to(work) if rms else wide.norm() / math.sqrt(weight.numel())).clamp_min(group["min_scale"])
     exp_avg = state["exp_avg"].to(work).lerp(grad, 1 - beta1)
     state["exp_avg"].copy_(exp_avg)
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -231,7 +232,7 @@ def _fused_step(weights: list[Tensor], state: Any, group: dict[str, Any], found_
     scales: Any = [rms[weight].clone() for weight in weights] if rms else torch._foreach_norm(weights, 2)
     if not rms:
         torch._foreach_div_(scales, [math.sqrt(weight.numel()) for weight in weights])
-    torch._foreach_clamp_min_(scales, MIN_SCALE)
+    torch._foreach_clamp_min_(scales, group["min_scale"])
     if group["weight_decay"]:
         _decay(weights, group["lr"] * group["weight_decay"], found_inf)
     torch._foreach_mul_(scales, group["lr"])
@@ -282,7 +283,7 @@ def _triton_step(
         *group["betas"],
         group["eps"],
         group["weight_decay"],
-        MIN_SCALE,
+        group["min_scale"],
         eps_before_correction,
         torch.stack([rms[weight] for weight in weights]) if rms else None,
     )

@@ -56,22 +56,33 @@ def _offloaded(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Param
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms and relative biases (vectors and bias tables) do not."""
-    decayed = [weight for name, weight in named if decays(name, weight)]
-    spared = [weight for name, weight in named if not decays(name, weight)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Matrices, which decay; norms and other vectors, and tables of the relative bias, which do not.
+
+    AdamWScale moves a table by lr itself at least: it starts near 0, and has to reach the size of attention scores
+    before positions count (decision 0134).
+    """
+    of = {"matrices": {"weight_decay": weight_decay}, "vectors": {"weight_decay": 0.0}}
+    of["tables"] = {"weight_decay": 0.0, "min_scale": 1.0}
+    params: dict[str, list[nn.Parameter]] = {kind: [] for kind in of}
+    for name, weight in named:
+        params["tables" if is_bias_table(name) else "matrices" if decays(name, weight) else "vectors"].append(weight)
+    return [{"params": params[kind], **settings} for kind, settings in of.items() if params[kind]]
+
+
+def is_bias_table(name: str) -> bool:
+    """True for T5's relative bias by bucket and head."""
+    return "relative_attention_bias" in name
 
 
 def decays(name: str, weight: torch.Tensor) -> bool:
     """True for the weights that weight decay applies to."""
-    return weight.ndim >= 2 and "relative_attention_bias" not in name
+    return weight.ndim >= 2 and not is_bias_table(name)
 
 
 def is_hidden_matrix(name: str, weight: torch.Tensor) -> bool:
     """True for the 2-D weights between hidden activations: neither embeddings, nor the head, nor biases."""
-    outside = ("shared", "embed", "lm_head", "relative_attention_bias")
-    return weight.ndim == 2 and not any(part in name for part in outside)
+    outside = ("shared", "embed", "lm_head")
+    return weight.ndim == 2 and not is_bias_table(name) and not any(part in name for part in outside)
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -62,7 +62,7 @@ pretrain:
     name: cosine # after a warm-up of a fifteenth of the steps, down to final_factor
     final_factor: 0.01 # share of the peak at the last step
   steps: {run.steps} # optimizer steps of the whole run; auto makes four passes over the text
-  precision: {run.precision} # {precision}
+  precision: {precision} # {rounded}
   compile: {compile} # {compiled}
   gradient_checkpointing: {run.gradient_checkpointing} # none, selective or block: the later, the less memory
   gradient_clip: 1.0 # largest norm of the whole gradient
@@ -79,7 +79,7 @@ COMMENTS_FROM = 40
 PRECISIONS = {
     "bf16": "autocast over float32 weights",
     "fp16": "autocast with a loss scale: this GPU has no bf16",
-    "fp32": "that of a CPU",
+    "auto": "bf16 on a CPU with matrix units for it (AMX), else fp32",
 }
 
 
@@ -115,6 +115,7 @@ def write_recipe(
     run, model = _fit(config, world, info)
     speed = None if inputs else predict_speed(run, model, world, None, None)
     gpu = world.device.type == "cuda"
+    precision = run.precision if gpu else AUTO  # one CPU has what another lacks
     written = RECIPE.format(
         name=f"{language}-{run.model.preset.removeprefix('fat5-')}",
         language=_word(language),
@@ -128,7 +129,8 @@ def write_recipe(
         parameters=f"{model.num_parameters() / 1e6:.0f}M",
         run=_open(run, steps) if inputs else run,
         data=_open(run, steps).data if inputs else run.data,
-        precision=PRECISIONS[run.precision],
+        precision=precision,
+        rounded=PRECISIONS[precision],
         compile=str(gpu).lower(),
         compiled="full graph, static shapes, one compilation" if gpu else "takes minutes: for long runs only",
         save_every=500 if inputs else 5_000,

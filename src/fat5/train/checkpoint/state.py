@@ -224,11 +224,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: Named, folder: Pa
         part = own_part(weight, tensor)
         part = part if part is tensor else part.clone()  # not a view that keeps the whole
         optimizer.state[weight][key] = part.to("cpu" if on_host else weight.device)
-    if not all_numbers.keys() <= weights.keys() or len(groups) != len(optimizer.param_groups):
+    if not all_numbers.keys() <= weights.keys() or len(groups) > len(optimizer.param_groups):
         raise CheckpointError("belongs to another model", where=folder / OPTIMIZER_FACTS)
     for name, numbers in all_numbers.items():
         optimizer.state[weights[name]].update(numbers)
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+    for group, saved in zip(optimizer.param_groups, groups):  # older ones have no group of bias tables
         group.update({key: value for key, value in saved.items() if key not in group})
 
 
