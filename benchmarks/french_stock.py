@@ -6,7 +6,8 @@
 All other keys are those of `fat5 pretrain`: model, shards, optimizer, schedule, precision and validation batches
 are those of that run; of `steps` only the shape of the schedule is taken, which runs by the clock. Texts:
 
-    documents   span corruption by a collator of our own, padded; Trainer's sampler groups documents by length
+    documents   span corruption by a collator of our own, padded; batches of similar lengths in random order, since
+                those of Trainer's `group_by_length` go from long to short, fifty at a time, and the loss goes astray
     joined      the same on chunks of one length, cut from documents joined by </s>: no padding, and attention across
     stream      the examples of `fat5 pretrain`, padded, by steps: what packing is compared with
 
@@ -23,7 +24,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
 from fat5.cli.parsing import parse
@@ -46,7 +47,7 @@ from fat5.train.evaluation import unigram_entropy
 from fat5.train.log.metrics import MetricsLog
 from fat5.train.precision import Precision
 from fat5.train.world import World
-from finetuning_turns import CountingTrainer, graphs_compiled, grouped_by_length
+from finetuning_turns import CountingTrainer, graphs_compiled
 from gpu_step import DEVICE, free, say, synchronize
 from gpu_stock import stock_model
 
@@ -56,6 +57,8 @@ JOINED_INPUTS = 512
 """Encoder tokens of a joined chunk, as in T5's own pretraining."""
 WIDTHS = (32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Encoder tokens of a compiled batch of documents."""
+GROUP = 50
+"""Batches of a group, as in Trainer's `group_by_length`."""
 ROWS = (32, 64, 128, 256) if GPU else (4, 8, 16)
 TRIED_DOCUMENTS = 1024 if GPU else 32
 QUIET_STEPS, LONGEST_WARM_UP = 6, 240.0
@@ -117,7 +120,6 @@ class Stock:
             max_grad_norm=self.config.gradient_clip or 0.0, use_cpu=not GPU, dataloader_num_workers=workers,
             logging_steps=LOG_EVERY if GPU else 1, seed=self.config.seed, save_strategy="no", report_to="none",
             disable_tqdm=True, remove_unused_columns=False, dataloader_drop_last=self.compiled,  # one shape less
-            **(grouped_by_length() if options.text == "documents" else {}),
         )  # fmt: skip
         trainer = PretrainingTrainer(
             model=self.model, args=arguments, train_dataset=self.texts, data_collator=self.collator,
@@ -128,6 +130,11 @@ class Stock:
         clock.trainer = trainer
         if options.text == "stream":
             trainer.batches = PaddedLoader(self.task.loader.stream, rows, num_workers=workers)
+        elif options.text == "documents":
+            groups = ShuffledGroups([len(one) for one in self.texts.texts], rows, self.config.seed)
+            trainer.batches = DataLoader(
+                self.texts, batch_sampler=groups, collate_fn=self.collator, num_workers=workers, pin_memory=GPU
+            )
         with quiet():
             trainer.train()
         clock.evaluate(trainer.state.global_step)
@@ -265,6 +272,24 @@ class Documents(Dataset[dict[str, Any]]):
         return {"input_ids": self.texts[index]}
 
 
+class ShuffledGroups(Sampler[list[int]]):
+    """Batches of texts of similar lengths, in random order, another one each time."""
+
+    def __init__(self, lengths: Sequence[int], rows: int, seed: int) -> None:
+        self.lengths, self.rows = np.array(lengths), rows
+        self.random = np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.random.permutation(len(self.lengths))
+        groups = np.split(order, range(GROUP * self.rows, len(order), GROUP * self.rows))
+        ordered = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
+        batches = ordered[: len(self) * self.rows].reshape(-1, self.rows)
+        return iter(self.random.permutation(batches).tolist())
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.rows
+
+
 class SpanCorruption:
     """T5's span corruption of a list of texts (Raffel et al. 2020, section 3.1.4), padded to the longest, or to the
     first of some widths that holds all.
@@ -324,7 +349,7 @@ def chunk_length(inputs: int) -> int:
 class PretrainingTrainer(CountingTrainer):
     """Takes ready batches if it is given them."""
 
-    batches: PaddedLoader | None = None
+    batches: PaddedLoader | DataLoader[Any] | None = None
 
     def get_train_dataloader(self) -> Any:
         return super().get_train_dataloader() if self.batches is None else self.batches

@@ -95,6 +95,19 @@ def test_span_corruption_is_t5s(data: Path) -> None:
     assert np.allclose(np.bincount(firsts, minlength=10)[1:10] / 3000, 1 / 9, atol=0.03)
 
 
+def test_stock_batches_have_similar_lengths_in_random_order() -> None:
+    lengths = np.random.default_rng(1).integers(1, 1000, 1003)
+    groups = french_stock.ShuffledGroups(lengths.tolist(), 4, 0)
+    first, second = list(groups), list(groups)
+    assert len(first) == len(groups) == 250
+    assert first != second
+    for batches in (first, second):
+        assert len({index for batch in batches for index in batch}) == 1000
+        assert np.mean([np.ptp(lengths[batch]) for batch in batches]) < 30  # of random ones about 600
+        longest = np.array([lengths[batch].max() for batch in batches])
+        assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
+
+
 def test_both_sides_of_the_clock_start_and_are_scored_alike(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
