@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 	$(BIN)/fat5 demo --output_dir $(OUTPUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q --timeout 300
+	$(BIN)/python -m pytest -n 4 --dist loadfile -q --timeout 300
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
