@@ -4,6 +4,8 @@ One draw of 64 bits serves four entries here: 16 bits decide about one, so the s
 2^-16 (0.1 becomes 0.100006), and what is kept is scaled by exactly that share.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,26 @@ class Dropout(nn.Dropout):
         elsewhere = x.device.type != "cpu" or is_recorded() or torch.compiler.is_compiling()
         if elsewhere or self.inplace or not self.training or not 0 < dropped < LEVELS:
             return super().forward(x)
+        kept: Tensor = _Dropout.apply(x, dropped)
+        return kept
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps the mask in the dtype of x: products with it take a third of the time that a choice by truth values does.
+
+    The scale is no part of the mask: bfloat16 would round 1/0.9 by 0.2%.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-        kept = (draws.view(torch.int16)[: x.numel()] >= dropped - LEVELS // 2).view(x.shape)
-        return torch.where(kept, x, 0.0) * (LEVELS / (LEVELS - dropped))
+        mask = torch.empty(x.shape, dtype=x.dtype)
+        torch.ge(draws.view(torch.int16)[: x.numel()].view(x.shape), dropped - LEVELS // 2, out=mask)
+        ctx.save_for_backward(mask)
+        ctx.scale = LEVELS / (LEVELS - dropped)
+        return (x * mask).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return (grads[0] * mask).mul_(ctx.scale), None

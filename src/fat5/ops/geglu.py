@@ -52,19 +52,22 @@ def geglu_joined(joined: Tensor) -> Tensor:
 
 
 class _GEGLU(torch.autograd.Function):
-    """Saves its inputs only: gelu(gate) is computed again in backward, which costs less than keeping it."""
+    """Computes gelu(gate) again in backward: cheaper than keeping it, but on a CPU, whose tanh is slow, it is kept."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh") * up
+        activated = F.gelu(gate, approximate="tanh")
+        ctx.save_for_backward(gate, up, *([activated] if gate.device.type == "cpu" else []))
+        return activated * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
+        gate, up, *kept = ctx.saved_tensors
         grad = grads[0]
         grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return grad_gate, F.gelu(gate, approximate="tanh") * grad
+        # Under create_graph the derivative of what was kept would be missing.
+        activated = kept[0] if kept and not torch.is_grad_enabled() else F.gelu(gate, approximate="tanh")
+        return grad_gate, activated * grad
 
 
 class _ChunkedGEGLU(torch.autograd.Function):
