@@ -128,7 +128,8 @@ def render(results: Path = RESULTS) -> str:
 <!-- Written by scripts/results.py from benchmarks/results/french*. Nothing here is typed by hand. -->
 
 Models made with this repository from French text that anyone can get. [french.md](french.md) has every command, from
-the packages to these tables, and what full size would cost.
+the packages to these tables, and what full size would cost. Until 29 November 2026 (commit 8ca4b34) T5's bias tables
+moved by lr times their RMS, and learned late; they move by lr now ([0134](decisions/0134-bias-tables-move-by-lr.md)).
 """
     return "\n".join([head, *(f"## {title}\n\n{part.strip()}\n" for title, part in parts.items())])
 

@@ -20,9 +20,6 @@ OTHER_EXAMPLES = """
 Chunks of joined documents make another kind of example: dozens of spans each, and never an end after the first. The
 held-out examples are whole documents, mostly short ones, so that side's loss on them says little of what it learned,
 and no ratio is given. Its tokens a second may be compared, and so may the models, once fine-tuned (above)."""
-BIAS_TABLES_FROM = "2026-11-29"
-OLD_BIAS_TABLES = """T5's tables moved by lr times their RMS in these runs. They move by lr now, and learn sooner
-([decision 0134](decisions/0134-bias-tables-move-by-lr.md))."""
 METRICS = {
     "fr-en": ("bleu", "chrf"), "en-fr": ("bleu", "chrf"), "title": ("rougeL", "exact_match"),
     "module": ("accuracy", "macro_f1"), "man-section": ("accuracy", "macro_f1"), "gloss": ("exact_match",),
@@ -201,9 +198,10 @@ def clock(runs: Runs, picture: str) -> str:
     lines = [
         f"Text, tokenizer, model ({first.facts['preset']}), first weights, optimizer, schedule, precision and card are",
         f"the same ({first.facts['machine']}), and so are the held-out examples: span corruption, 15%, spans of 3.",
-        "Stock T5 has the batch that was fastest of those tried. Seconds are those of",
-        "training, without evaluations: FAT5's from its first step on, stock's from the step after which nothing new",
-        f"was compiled. What came before is beside them.\n\n![loss against seconds]({IMAGES}/{picture})\n",
+        "Stock T5 has the batch that was fastest of those tried; its documents come in batches of similar lengths, in",
+        "random order. Seconds are those of training, without evaluations: FAT5's from its first step on, stock's from",
+        "the step after which nothing new was compiled. What came before is beside them.",
+        f"\n![loss against seconds]({IMAGES}/{picture})\n",
     ]
     heads = [
         "side",
@@ -254,9 +252,8 @@ def ablation(runs: Runs, kind: str) -> str:
         return NOT_RUN
     default, one = next(iter(values)), next(run for run in runs.values() if run.facts.get("kind") == "default")
     length = f"{one.train[-1]['step']:,} steps of {median(one, 'step_tokens'):,.0f} tokens"
-    lines = [f"{one.facts['preset']}, {length}, {one.facts['machine']}, commit {one.facts['commit']}."]
-    if kind == "positions" and one.facts["date"] <= BIAS_TABLES_FROM:
-        lines.append(OLD_BIAS_TABLES)
+    made = f"commit {one.facts['commit']}, {one.facts['date']}"
+    lines = [f"{one.facts['preset']}, {length}, {one.facts['machine']}, {made}."]
     lines += ["", f"![{kind}]({IMAGES}/results-{kind}.png)"] if kind != "mixtures" else []
     rows = []
     for name, of in values.items():

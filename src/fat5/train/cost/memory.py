@@ -162,6 +162,7 @@ def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, world: World)
             packs * batch.decoder_tokens,
             activation_bytes,
             config.checkpointing,
+            on_cpu=device.type == "cpu",
         )
         + _score_bias(model.config, batch.max_tokens),
         logits=2 * 4 * logits_rows * model.config.vocab_size,
@@ -170,18 +171,25 @@ def plan_memory(config: RunConfig, batch: BatchConfig, model: Any, world: World)
     )
 
 
-def activations(config: Any, encoder_tokens: int, decoder_tokens: int, size: int, policy: CheckpointingName) -> int:
+def activations(
+    config: Any, encoder_tokens: int, decoder_tokens: int, size: int, policy: CheckpointingName, *, on_cpu: bool
+) -> int:
     """Bytes of what the backward pass of one micro-batch needs, with numbers of `size` bytes.
 
     A token keeps, for self-attention, the block's input, its norm, q, k, v and the output of the heads; for
     cross-attention the same, with keys and values on the encoder's tokens; for a gated feed-forward its input, its
-    norm, gate, up and their product. Under `selective` it keeps no norm and of the feed-forward its input only, under
-    `block` the block's input; one block's rest is recomputed at a time.
+    norm, gate, up and their product. A CPU also keeps dropout's masks, and in 16 bits GELU's result. Under `selective`
+    it keeps no norm and of the feed-forward its input only, under `block` the block's input; one block's rest is
+    recomputed at a time.
     """
     d, a, f = config.d_model, config.num_heads * config.d_kv, config.d_ff
     feed_forward = 2 * d + (3 if config.is_gated_act else 2) * f
+    feed_forward += f if on_cpu and config.is_gated_act and size < 4 else 0
+    masks = on_cpu and config.dropout_rate > 0
+    feed_forward += d + f if masks else 0
+    own, cross = ((3 if masks else 2) * d + heads * a for heads in (4, 2))
     # Of an encoder's token, of a decoder's token, and of an encoder's token in a decoder's block.
-    whole = ((2 * d + 4 * a) + feed_forward, (2 * d + 4 * a) + (2 * d + 2 * a) + feed_forward, 2 * a)
+    whole = (own + feed_forward, own + cross + feed_forward, 2 * a)
     kept = {"none": whole, "selective": (2 * d + 4 * a, 3 * d + 6 * a, 2 * a), "block": (d, d, 0)}[policy]
 
     def blocks(numbers: tuple[int, int, int]) -> tuple[int, int]:
