@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import french  # noqa: E402
 import french_runs  # noqa: E402
 import french_stock  # noqa: E402
+import french_texts  # noqa: E402
 import results  # noqa: E402
 import results_parts  # noqa: E402
 
@@ -69,7 +70,7 @@ def test_span_corruption_is_t5s(data: Path) -> None:
     tokenizer = load_tokenizer(data / "shards" / "tokenizer")
     info, random = tokenizer.info, np.random.default_rng(0)
     sentinels = np.array([tokenizer.backend.token_to_id(f"<extra_id_{n}>") for n in range(100)])
-    collator = french_stock.SpanCorruption(sentinels, info.eos_id, info.pad_id)
+    collator = french_texts.SpanCorruption(sentinels, info.eos_id, info.pad_id)
     ordinary = np.flatnonzero(~tokenizer.is_reserved(np.arange(info.vocab_size)))
     hidden, spans = [], []
     for length in (2, 3, 20, 100, 568):
@@ -79,9 +80,9 @@ def test_span_corruption_is_t5s(data: Path) -> None:
             assert np.array_equal(reconstruct(inputs, targets, info), ids)
             hidden.append(len(ids) - np.isin(inputs, ordinary).sum())
             spans.append(np.isin(targets, sentinels).sum())
-            assert (hidden[-1], spans[-1]) == french_stock.noise_of(length, 100)
-    assert french_stock.chunk_length(512) == 568  # and its targets have 114 tokens: T5's own preparation
-    assert sum(french_stock.noise_of(568, 256)) + 1 == 114
+            assert (hidden[-1], spans[-1]) == french_texts.noise_of(length, 100)
+    assert french_texts.chunk_length(512) == 568  # and its targets have 114 tokens: T5's own preparation
+    assert sum(french_texts.noise_of(568, 256)) + 1 == 114
     collator.random = random
     collator.widths = (64, 256, 512)
     for width, lengths in ((64, (2, 68)), (256, (2, 80)), (512, (568, 2)), (928, (1024, 2))):
@@ -89,15 +90,15 @@ def test_span_corruption_is_t5s(data: Path) -> None:
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, width)
         assert batch["attention_mask"].sum(1).tolist() == [(row != info.pad_id).sum() for row in batch["input_ids"]]
         assert [(row != -100).sum() for row in batch["labels"]] == [
-            sum(french_stock.noise_of(length, 100)) + 1 for length in lengths
+            sum(french_texts.noise_of(length, 100)) + 1 for length in lengths
         ]
-    firsts = [french_stock.parts(10, 2, random)[0] for _ in range(3000)]
+    firsts = [french_texts.parts(10, 2, random)[0] for _ in range(3000)]
     assert np.allclose(np.bincount(firsts, minlength=10)[1:10] / 3000, 1 / 9, atol=0.03)
 
 
 def test_stock_batches_have_similar_lengths_in_random_order() -> None:
     lengths = np.random.default_rng(1).integers(1, 1000, 1003)
-    groups = french_stock.ShuffledGroups(lengths.tolist(), 4, 0)
+    groups = french_texts.ShuffledGroups(lengths.tolist(), 4, 0)
     first, second = list(groups), list(groups)
     assert len(first) == len(groups) == 250
     assert first != second
